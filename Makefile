@@ -1,0 +1,33 @@
+# A newcomer needs Python, git and make. `make ARGS="..." train` passes arguments on; so do test and bench.
+PYTHON ?= python3
+STAMP := .venv/.stamp
+PACKAGES := kernels model rewards grpo bench
+
+.PHONY: setup train test lint bench clean
+
+setup: $(STAMP)
+
+# The repository root is the package: .venv/src/bicot gives it its name for tools that read files instead of importing.
+$(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	mkdir -p .venv/src && ln -sfn ../.. .venv/src/bicot
+	touch $@
+
+train: $(STAMP)
+	.venv/bin/python train.py $(ARGS)
+
+test: $(STAMP)
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy $(PACKAGES:%=-p bicot.%)
+	PYTHONPATH=.venv/src .venv/bin/lint-imports
+
+bench: $(STAMP)
+	set -e; for bench in bench/bench_*.py; do .venv/bin/python -m bicot.bench.$$(basename $$bench .py) $(ARGS); done
+
+clean:
+	rm -rf .venv build *.egg-info kernels/_native*.so .hypothesis .*_cache

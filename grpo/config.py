@@ -1,0 +1,268 @@
+"""Every setting of a run, its default and its meaning; YAML file first, command line over it.
+
+Defaults are the published ones of T2I-R1 (Janus-Pro-7B) where it has the setting, and settings bear the names of TRL's
+GRPOConfig where that has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from ..kernels.group_advantages import Combine, Scale
+from ..kernels.grpo_loss import KLEstimator, LossType
+from ..model.policy import PUBLISHED_FREEZE
+from ..model.prompts import ChatTemplate
+
+_PATHS = ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path")
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "toy.yaml"
+
+
+def _words(value: list[str] | str) -> list[str]:
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+@dataclass
+class RewardConfig:
+    """Which rewards score a picture.
+
+    Args:
+        names: built-in names or dotted paths `package.module:Class`; a list, or one string with commas.
+        monitor: the same, for rewards that are scored and logged but never trained on.
+    """
+
+    names: list[str] | str = field(default_factory=list)
+    monitor: list[str] | str = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.names, self.monitor = _words(self.names), _words(self.monitor)
+
+
+@dataclass
+class Config:
+    """A run.
+
+    Args:
+        model_name_or_path: Janus checkpoint in Hugging Face layout: a folder or a hub id.
+        dtype: of the policy's weights; bfloat16 trains through float32 master weights.
+        attn_implementation: transformers' attention.
+        freeze: prefixes of parameter names that do not train.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        train_file: prompts in T2I-R1's JSONL schema.
+        eval_file: held-out prompts in the same schema, scored before and after training; null = none.
+        num_eval_generations: samples of each held-out prompt.
+        chat_template: role names of the prompts; t2i_r1 as published, janus as the model was tuned.
+        system_prompt: first line of the planning prompt; null = bicot's own.
+        reasoning_prompt_path: file with the planning instruction, `{}` where the prompt goes; null = bicot's own.
+        num_generations: G, samples of one prompt.
+        per_device_train_batch_size: prompts of one micro-batch on one device.
+        gradient_accumulation_steps: micro-batches of one step; all of them are rolled out together.
+        max_completion_length: most tokens of a plan.
+        temperature: of the plan.
+        top_k: of the plan, 0 = all tokens.
+        top_p: of the plan.
+        image_temperature: of the picture.
+        image_top_k: of the picture, 0 = all tokens.
+        image_top_p: of the picture.
+        cfg_weight: classifier-free guidance of the picture, 1 = none.
+        rollout_max_rows: most rows of one decode step (a guided picture takes two).
+        rewards: what scores the pictures.
+        reward_weights: one for each of rewards.names, null = all 1.
+        scale_rewards: what centred rewards are divided by.
+        multi_objective_aggregation: how several rewards become one advantage.
+        beta: weight of the KL to the initial model; 0 loads no reference model.
+        kl_estimator: Schulman's k1, k2 or k3.
+        loss_type: normalisation and clipping of the loss; dapo divides by all tokens of the step, bnpo by those of the
+            micro-batch, as the published code does.
+        policy_logits: which log-probs train; conditional as published, guided those the picture was drawn from.
+        epsilon: lower clip range of the ratio.
+        epsilon_high: upper clip range, null = epsilon.
+        delta: second upper bound of the ratio, null = none.
+        entropy_coef: weight of the entropy bonus.
+        num_iterations: optimizer updates on one rollout.
+        importance_sampling_correction: weigh tokens by truncated ratios of training to sampling log-probs.
+        importance_sampling_clip_max: bound of those weights.
+        learning_rate: of AdamW.
+        adam_beta1: of AdamW.
+        adam_beta2: of AdamW.
+        adam_epsilon: of AdamW.
+        weight_decay: of AdamW.
+        max_grad_norm: gradient clipping.
+        lr_scheduler_type: transformers' name of the schedule.
+        warmup_steps: of the schedule.
+        max_steps: steps (rollout and update) of the whole run; the schedule ends there.
+        stop_after: end this run after that step with a checkpoint, the schedule as it is; null = run to the end.
+        seed: of everything.
+        output_dir: where everything is written.
+        overwrite_output_dir: replace an earlier run in output_dir; without it, that is an error.
+        resume: auto (newest checkpoint in output_dir, or a new run if there is none), a checkpoint folder, or null.
+        save_steps: write a checkpoint every so many steps; there is always one at the end.
+        save_total_limit: keep that many newest checkpoints, null = all.
+        sample_steps: write a grid of samples every so many steps, 0 = never.
+        report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio.
+    """
+
+    model_name_or_path: str = "deepseek-community/Janus-Pro-7B"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
+    freeze: list[str] = field(default_factory=lambda: list(PUBLISHED_FREEZE))
+    gradient_checkpointing: bool = False
+
+    train_file: str = "t2i_r1_prompts.jsonl"
+    eval_file: str | None = None
+    num_eval_generations: int = 1
+    chat_template: ChatTemplate = "t2i_r1"
+    system_prompt: str | None = None
+    reasoning_prompt_path: str | None = None
+
+    num_generations: int = 8
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 2
+    max_completion_length: int = 1024
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    image_temperature: float = 1.0
+    image_top_k: int = 0
+    image_top_p: float = 1.0
+    cfg_weight: float = 5.0
+    rollout_max_rows: int = 256
+
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    reward_weights: list[float] | None = None
+    scale_rewards: Scale = "group"
+    multi_objective_aggregation: Combine = "sum_then_normalize"
+
+    beta: float = 0.01
+    kl_estimator: KLEstimator = "k3"
+    loss_type: LossType = "dapo"
+    policy_logits: Literal["conditional", "guided"] = "conditional"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    delta: float | None = None
+    entropy_coef: float = 0.0
+    num_iterations: int = 1
+    importance_sampling_correction: bool = False
+    importance_sampling_clip_max: float = 3.0
+
+    learning_rate: float = 1e-6
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "linear"
+    warmup_steps: int = 0
+    max_steps: int = 1600
+    stop_after: int | None = None
+
+    seed: int = 0
+    output_dir: str = "outputs/t2i-r1"
+    overwrite_output_dir: bool = False
+    resume: str | None = None
+    save_steps: int = 400
+    save_total_limit: int | None = None
+    sample_steps: int = 50
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("num_iterations", "max_completion_length", "save_steps", "num_eval_generations"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(
+            self.num_generations >= 2, "num_generations", self.num_generations, "at least 2: one alone has no advantage"
+        )
+        for name in ("temperature", "image_temperature"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
+        for name in ("beta", "learning_rate", "entropy_coef", "top_k", "image_top_k", "sample_steps", "warmup_steps"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("top_p", "image_top_p"):
+            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+        names = self.rewards.names
+        _require(bool(names), "rewards.names", names, "at least one reward, such as scene or my_module:MyReward")
+        if self.reward_weights is not None and len(self.reward_weights) != len(names):
+            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(names)} rewards {names}")
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one micro-batch on one device."""
+        return self.per_device_train_batch_size * self.num_generations
+
+    @property
+    def prompts_per_device(self) -> int:
+        """Prompts of one step on one device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def _require(ok: bool, name: str, value: object, what: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}={value!r} must be {what}")
+
+
+class _Parser(ArgumentParser):
+    """An argument parser that names the nearest option when it meets an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        known = sorted(_keys(Config))
+        unknown = (
+            re.findall(r"--([\w.]+)", message) if "unrecognized" in message else re.findall(r"'([\w.]+)'", message)
+        )
+        for key in unknown if "not accept" in message or "unrecognized" in message else []:
+            group = re.search(r"Group '([\w.]+)'", message)
+            if group and key == group[1]:
+                continue
+            full = f"{group[1]}.{key}" if group else key
+            near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)
+            message += f"\n  unknown setting {full!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        super().error(message, ex)
+
+
+def _keys(cls: Any) -> list[str]:
+    keys = []
+    for item in dataclasses.fields(cls):
+        nested = RewardConfig if item.name == "rewards" else None
+        keys += [f"{item.name}.{key}" for key in _keys(nested)] if nested else [item.name]
+    return keys
+
+
+def build_parser(description: str) -> ArgumentParser:
+    """`--config FILE`, every field of Config as an option, `--print_config`, `--help`."""
+    parser = _Parser(description=description, usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """Config from command-line words; without `--config` the toy's file is the base.
+
+    A relative path in a config file that exists beside that file means that one, so a config works from any folder.
+
+    Raises:
+        SystemExit: an unknown setting (the nearest valid one is named), or a value of the wrong type or out of range.
+    """
+    words = list(argv)
+    if not any(word == "--config" or word.startswith("--config=") for word in words):
+        words = [f"--config={DEFAULT_CONFIG}", *words]
+    parser = build_parser("Train a Janus model with BiCoT-GRPO.")
+    parsed = parser.instantiate(parser.parse_args(words))
+    values = {item.name: parsed[item.name] for item in dataclasses.fields(Config)}
+    for file in parsed.config or []:
+        folder = Path(str(file.absolute if hasattr(file, "absolute") else file)).parent
+        for name in _PATHS:
+            if values[name] is not None and (folder / values[name]).exists():
+                values[name] = str((folder / values[name]).resolve())
+    try:
+        return Config(**values)
+    except ValueError as error:
+        parser.error(str(error), error)

@@ -1,0 +1,109 @@
+"""Score a policy on held-out prompts, the same draws every time it is asked."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..model.engine import RolloutChunk, RolloutEngine, Sampling
+from ..rewards.base import Example
+from ..rewards.ensemble import RewardEnsemble
+from .distributed import Ranks
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with what it was made from. `image` is [H, W, 3] uint8; `reward` NaN = none applies."""
+
+    prompt: str
+    task_type: str
+    plan: str
+    reward: float
+    scores: dict[str, float]
+    image: np.ndarray
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """[S, 3, H, W] in [0, 1] -> [S, H, W, 3] uint8."""
+    return images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def samples_of(
+    rollout: RolloutChunk, examples: Sequence[Example], scores: Tensor, ensemble: RewardEnsemble
+) -> list[Sample]:
+    """The samples of a scored rollout as plain records; examples [S] as they were scored."""
+    pixels, totals = to_pixels(rollout.images), ensemble.total(scores).tolist()
+    return [
+        Sample(
+            example.prompt,
+            example.task_type,
+            rollout.plan_texts[s],
+            totals[s],
+            dict(zip(ensemble.names, scores[s].tolist(), strict=True)),
+            pixels[s],
+        )
+        for s, example in enumerate(examples)
+    ]
+
+
+def mean_by_task(samples: Sequence[Sample]) -> dict[str, float]:
+    """Mean reward of each task type, samples without a reward left out."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.task_type].append(sample.reward)
+    return {task: float(np.nanmean(values)) for task, values in sorted(groups.items())}
+
+
+def save_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Write `path`.jsonl (everything but the pictures) and `path`.npz (the pictures, in the same order)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{k: v for k, v in asdict(sample).items() if k != "image"} for sample in samples]
+    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.savez_compressed(path.with_suffix(".npz"), images=np.stack([sample.image for sample in samples]))
+
+
+def load_samples(path: Path) -> list[Sample]:
+    """What `save_samples` wrote; nothing where it did not write."""
+    if not path.with_suffix(".jsonl").is_file():
+        return []
+    images = np.load(path.with_suffix(".npz"))["images"]
+    rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    return [Sample(**row, image=image) for row, image in zip(rows, images, strict=True)]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    ensemble: RewardEnsemble,
+    examples: Sequence[Example],
+    num_generations: int,
+    sampling: Sampling,
+    seed: int,
+    ranks: Ranks,
+) -> list[Sample]:
+    """Sample every prompt `num_generations` times and score it -> all samples, on every rank, in order."""
+    share = -(-len(examples) // ranks.size)
+    start = ranks.rank * share
+    mine = examples[start : start + share]
+    samples: list[Sample] = []
+    for chunk in engine.generate([e.prompt for e in mine], num_generations, sampling, seed, start * num_generations):
+        first = len(samples) // num_generations
+        scored = [e for e in mine[first : first + len(chunk) // num_generations] for _ in range(num_generations)]
+        samples += samples_of(chunk, scored, ensemble.submit(chunk.images, scored).result(), ensemble)
+    return ranks.gather(samples)
+
+
+def mean_reward(samples: Sequence[Sample]) -> float:
+    """Mean reward of all samples that have one."""
+    return float(np.nanmean([sample.reward for sample in samples]))
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Entropy in bits of a histogram: of all plans' tokens, it falls when the plans become alike."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * p.log2()).sum())

@@ -1,0 +1,164 @@
+"""One BiCoT-GRPO update: rollout and advantages in, new weights and metrics out.
+
+Shapes: S samples on this rank, R rewards; a micro-batch holds `config.micro_batch` samples.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..kernels.grpo_loss import TokenStream, grpo_loss
+from ..model.engine import RolloutChunk
+from ..model.policy import Policy
+from ..model.prompts import PromptEncoder
+from .config import Config
+from .distributed import Ranks
+from .optim import MasterAdamW
+
+
+def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config) -> list[TokenStream]:
+    """Forward the plans and the pictures of a micro-batch: the text stream and the image stream."""
+    num_samples, num_tokens = rollout.image_tokens.shape
+    guided = config.policy_logits == "guided" and config.cfg_weight != 1
+    image_prompts = rollout.image_prompts.tolist()
+    image_hidden = policy.image_hidden(image_prompts, rollout.image_tokens)
+    if guided:
+        # the head is linear, so the guided logits are the head on the guided features
+        unconditional = [encoder.unconditional_ids(len(prompt)) for prompt in image_prompts]
+        uncond_hidden = policy.image_hidden(unconditional, rollout.image_tokens)
+        image_hidden = uncond_hidden + config.cfg_weight * (image_hidden - uncond_hidden)
+    text = TokenStream(
+        targets=rollout.plans.values,
+        sample=rollout.plans.row_of(),
+        hidden=policy.text_hidden(rollout.prompts.tolist(), rollout.plans.tolist()),
+        weight=policy.text_head.weight,
+        bias=policy.text_head.bias,
+        temperature=config.temperature,
+        name="text",
+    )
+    image = TokenStream(
+        targets=rollout.image_tokens.flatten(),
+        sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
+        hidden=image_hidden,
+        weight=policy.image_head.weight,
+        bias=policy.image_head.bias,
+        temperature=config.image_temperature,
+        name="image",
+    )
+    if config.importance_sampling_correction:
+        sampled = rollout.guided_logprobs if guided else rollout.image_logprobs
+        text = replace(text, sampling_logprob=rollout.plan_logprobs.values)
+        image = replace(image, sampling_logprob=sampled.flatten())
+    return [text, image]
+
+
+@torch.no_grad()
+def reference_logprobs(
+    reference: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config
+) -> list[list[Tensor]]:
+    """Log-probs of every token under the reference model: one tensor a stream and micro-batch."""
+    return [
+        [stream.stats().logprob for stream in token_streams(reference, part, encoder, config)] for part in micro_batches
+    ]
+
+
+def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
+    """The micro-batches of a rollout."""
+    size = config.micro_batch
+    return [rollout[start : start + size] for start in range(0, len(rollout), size)]
+
+
+def update(
+    policy: Policy,
+    optimizer: MasterAdamW,
+    micro_batches: list[RolloutChunk],
+    advantages: Tensor,
+    reference: list[list[Tensor]] | None,
+    encoder: PromptEncoder,
+    config: Config,
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """`num_iterations` optimizer updates on one rollout.
+
+    Args:
+        micro_batches: the rollout of this rank, split.
+        advantages: [S] of this rank's samples.
+        reference: `reference_logprobs` of the micro-batches, None where beta is 0.
+
+    Returns:
+        Metrics as device scalars: means over the tokens of the whole step, of the last iteration.
+    """
+    counts = [[len(part.plans.values), part.image_tokens.numel()] for part in micro_batches]
+    num_tokens = ranks.sum(torch.tensor(counts, dtype=torch.float32, device=policy.device).sum())
+    num_samples = len(advantages) * ranks.size
+    old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
+    policy.model.train(config.gradient_checkpointing)  # transformers recomputes activations in train mode only
+    for iteration in range(config.num_iterations):
+        meter = _Meter()
+        for i, part in enumerate(micro_batches):
+            streams = token_streams(policy, part, encoder, config)
+            for s, stream in enumerate(streams):
+                before, ref = old[i], None if reference is None else reference[i][s]
+                streams[s] = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])
+            result = grpo_loss(
+                streams,
+                advantages[i * config.micro_batch :][: len(part)],
+                beta=config.beta,
+                loss_type=config.loss_type,
+                kl_estimator=config.kl_estimator,
+                epsilon=config.epsilon,
+                epsilon_high=config.epsilon_high,
+                delta=config.delta,
+                entropy_coef=config.entropy_coef,
+                importance_sampling_clip_max=config.importance_sampling_clip_max,
+                max_completion_length=config.max_completion_length + policy.num_image_tokens,
+                num_tokens=None if config.loss_type == "bnpo" else num_tokens,
+                num_samples=num_samples,
+            )
+            # bnpo averages over each micro-batch, and the micro-batches count alike
+            loss = result.loss / (len(micro_batches) * ranks.size) if config.loss_type == "bnpo" else result.loss
+            loss.backward()
+            optimizer.collect()
+            if iteration == 0 and config.num_iterations > 1:
+                old[i] = result.logprobs
+            meter.add(result.metrics, {"text": counts[i][0], "image": counts[i][1]}, loss.detach())
+        grad_norm = optimizer.step(ranks.sum_gradients)
+    optimizer.schedule.step()
+    policy.model.eval()
+    return {**meter.reduce(ranks), "grad_norm": grad_norm}
+
+
+class _Meter:
+    """Token-weighted means of the streams' metrics over micro-batches and ranks; maxima for the keys that say so."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        self.weights: dict[str, float] = defaultdict(float)
+        self.maxima: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor], tokens: dict[str, int], loss: Tensor) -> None:
+        self.sums["loss"] = self.sums["loss"].to(loss) + loss
+        for key, value in metrics.items():
+            stream, _, name = key.partition("/")
+            if name == "ratio_max":
+                self.maxima[key] = torch.maximum(self.maxima[key], value) if key in self.maxima else value
+                continue
+            for label in (key, name) if name in ("kl", "entropy") else (key,):
+                self.sums[label] = self.sums[label].to(value) + value * tokens[stream]
+                self.weights[label] += tokens[stream]
+
+    def reduce(self, ranks: Ranks) -> dict[str, Tensor]:
+        keys = sorted(self.sums)
+        values = torch.stack([self.sums[key] for key in keys])
+        weights = torch.tensor([self.weights.get(key, 0.0) for key in keys]).to(values)
+        values, weights = ranks.sum(values), ranks.sum(weights)
+        means = values / weights.where(weights > 0, torch.ones_like(weights))
+        result = dict(zip(keys, means.unbind(), strict=True))
+        if self.maxima:
+            names = sorted(self.maxima)
+            result |= dict(zip(names, ranks.max(torch.stack([self.maxima[n] for n in names])).unbind(), strict=True))
+        return result

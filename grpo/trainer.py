@@ -1,0 +1,329 @@
+"""The run: rollout → rewards → advantages → reference → update, step after step, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from ..kernels.group_advantages import group_advantages
+from ..model.engine import RolloutChunk, RolloutEngine
+from ..model.policy import Policy, load_policy
+from ..model.prompts import PromptFormat
+from ..model.settings import RolloutSettings, Sampling
+from ..rewards.base import Example
+from ..rewards.ensemble import RewardEnsemble, load_reward
+from .checkpoint import find_checkpoint, list_checkpoints, load_state, save_checkpoint, truncate_metrics
+from .config import Config
+from .data import load_examples, step_indices
+from .distributed import Ranks
+from .evaluate import (
+    Sample,
+    entropy_bits,
+    evaluate,
+    load_samples,
+    mean_by_task,
+    mean_reward,
+    samples_of,
+    save_samples,
+)
+from .optim import MasterAdamW
+from .report import draw_grid, pick, write_report
+from .step import reference_logprobs, split, update
+from .tracking import Log
+
+_SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
+_EVAL_STEP = _SEED_STRIDE - 1
+
+
+def rollout_settings(config: Config) -> RolloutSettings:
+    """Prompts and sampling of a run."""
+    prompts = PromptFormat.from_files(config.chat_template, config.system_prompt, config.reasoning_prompt_path)
+    sampling = Sampling(
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        image_temperature=config.image_temperature,
+        image_top_k=config.image_top_k,
+        image_top_p=config.image_top_p,
+        cfg_weight=config.cfg_weight,
+    )
+    return RolloutSettings(prompts, sampling)
+
+
+class Trainer:
+    """Holds the parts of a run; `run()` trains.
+
+    Args:
+        config: every setting.
+        ranks: this process among the others.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.output = Path(config.output_dir)
+        set_seed(config.seed)
+        self.examples = load_examples(config.train_file)
+        self.heldout = load_examples(config.eval_file) if config.eval_file else []
+        self.settings = rollout_settings(config)
+        self.ensemble = RewardEnsemble(
+            [load_reward(name) for name in config.rewards.names],
+            config.reward_weights,
+            [load_reward(name) for name in config.rewards.monitor],
+        )
+        checkpoint = find_checkpoint(config.resume, self.output)
+        self.policy = self._load(checkpoint or config.model_name_or_path)
+        self.reference = self._load(config.model_name_or_path, reference=True) if config.beta else None
+        if config.gradient_checkpointing:
+            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.encoder = self.policy.prompt_encoder(self.settings.prompts)
+        for example in [*self.examples, *self.heldout]:
+            self.encoder.plan_ids(example.prompt, config.max_completion_length)  # raises before anything is spent
+        self.engine = RolloutEngine(self.policy, self.encoder, max_rows=config.rollout_max_rows)
+        self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
+        self.step, self.seconds = load_state(checkpoint, self.optimizer) if checkpoint else (0, 0.0)
+        if ranks.main:
+            self._prepare_output(checkpoint)
+        ranks.barrier()
+
+    def _load(self, path: str | Path, reference: bool = False) -> Policy:
+        policy = load_policy(
+            path,
+            dtype=getattr(torch, self.config.dtype),
+            attn_implementation=self.config.attn_implementation,
+            device=self.ranks.device,
+            freeze=self.config.freeze,
+        )
+        if reference:
+            policy.model.requires_grad_(False)
+        return policy
+
+    def _prepare_output(self, checkpoint: Path | None) -> None:
+        metrics = self.output / "metrics.jsonl"
+        if checkpoint is not None:
+            truncate_metrics(metrics, self.step)
+        elif metrics.exists() or list_checkpoints(self.output):
+            if not self.config.overwrite_output_dir:
+                raise FileExistsError(
+                    f"{self.output} holds an earlier run: continue it with --resume auto, replace it with "
+                    "--overwrite_output_dir true, or choose another --output_dir"
+                )
+            for path in [*list_checkpoints(self.output), self.output / "samples"]:
+                shutil.rmtree(path, ignore_errors=True)
+            metrics.unlink(missing_ok=True)
+        (self.output / "samples").mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, float | int | None]:
+        """Train to `max_steps` (or `stop_after`, or a SIGTERM/SIGINT) -> the summary that is also written."""
+        config = self.config
+        before = self._evaluate("before") if self.step == 0 else self._saved("before")
+        last = min(config.max_steps, config.stop_after or config.max_steps)
+        log = Log(config, self.step) if self.ranks.main else None
+        with _stop_signals() as stopping:
+            while self.step < last and not self._agree(stopping):
+                metrics, grid = self._train_step()
+                if log:
+                    log.write(self.step, metrics, grid)
+                if self.step % config.save_steps == 0 and self.step < last:
+                    self._save()
+        self._save()
+        if log:
+            log.close()
+        done = self.step >= config.max_steps
+        after = self._evaluate("after") if done else self._saved("after")
+        return self._finish(before, after) if self.ranks.main else {}
+
+    def _agree(self, stopping: list[int]) -> bool:
+        """Whether any rank was told to stop: all stop after the same step."""
+        return bool(self.ranks.max(torch.tensor(len(stopping), device=self.ranks.device)).item())
+
+    def _train_step(self) -> tuple[dict[str, float], Path | None]:
+        config, ranks = self.config, self.ranks
+        start = time.perf_counter()
+        examples = self._step_examples()
+        rollout = self._rollout([e.prompt for e in examples])
+        repeated = [e for e in examples for _ in range(config.num_generations)]
+        clock = _Phases(rollout.seconds, ranks.device)
+        with clock("reward"):
+            scores = self.ensemble.submit(rollout.images, repeated).result()
+        everyone = ranks.cat(scores)
+        advantages = group_advantages(
+            everyone,
+            config.num_generations,
+            self.ensemble.weights,
+            scale=config.scale_rewards,
+            combine=config.multi_objective_aggregation,
+        )
+        mine = advantages[ranks.rank * len(scores) :][: len(scores)].to(ranks.device)
+        micro_batches = split(rollout, config)
+        with clock("reference"):
+            reference = (
+                reference_logprobs(self.reference, micro_batches, self.encoder, config) if self.reference else None
+            )
+        learning_rate = self.optimizer.learning_rate
+        with clock("train"):
+            metrics = update(self.policy, self.optimizer, micro_batches, mine, reference, self.encoder, config, ranks)
+        self.step += 1
+        samples = samples_of(rollout, repeated, scores, self.ensemble)
+        grid = None
+        if config.sample_steps and self.step % config.sample_steps == 0 and ranks.main:
+            grid = self.output / "samples" / f"step-{self.step:06d}.png"
+            draw_grid({f"step {self.step}": pick(samples[:: config.num_generations])}, grid)
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        return {
+            **self._reward_metrics(everyone, ranks.gather([(s.task_type, s.reward) for s in samples])),
+            **{key: value.item() for key, value in metrics.items()},
+            **self._plan_metrics(rollout),
+            "learning_rate": learning_rate,
+            "images_per_second": len(everyone) / elapsed,
+            **{f"seconds/{name}": value for name, value in clock.seconds.items()},
+            "seconds/step": elapsed,
+        }, grid
+
+    def _step_examples(self) -> list[Example]:
+        """This rank's prompts of the step: ranks take consecutive parts of one global batch."""
+        share = self.config.prompts_per_device
+        batch = step_indices(len(self.examples), share * self.ranks.size, self.step, self.config.seed)
+        return [self.examples[i] for i in batch[self.ranks.rank * share :][:share]]
+
+    def _rollout(self, prompts: list[str]) -> RolloutChunk:
+        config = self.config
+        seed = config.seed * _SEED_STRIDE + self.step
+        first = self.ranks.rank * len(prompts) * config.num_generations
+        return RolloutChunk.cat(
+            list(self.engine.generate(prompts, config.num_generations, self.settings.sampling, seed, first))
+        )
+
+    def _reward_metrics(self, scores: Tensor, by_task: list[tuple[str, float]]) -> dict[str, float]:
+        total = self.ensemble.total(scores)
+        groups = total.view(-1, self.config.num_generations)
+        tasks: dict[str, list[float]] = {}
+        for task, reward in by_task:
+            tasks.setdefault(task, []).append(reward)
+        spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(()) for g in groups])
+        return {
+            "reward": total.nanmean().item(),
+            "reward_std": spread.mean().item(),
+            "frac_reward_zero_std": (spread == 0).float().mean().item(),
+            **{f"rewards/{name}": scores[:, r].nanmean().item() for r, name in enumerate(self.ensemble.names)},
+            **{f"reward_by_task/{task}": _mean(values) for task, values in sorted(tasks.items())},
+        }
+
+    def _plan_metrics(self, rollout: RolloutChunk) -> dict[str, float]:
+        vocabulary = self.policy.text_head.weight.shape[0]
+        words = torch.bincount(rollout.plans.values, minlength=vocabulary).float()
+        ends = torch.stack([rollout.truncated.sum(), rollout.truncated.new_tensor(len(rollout), dtype=torch.int64)])
+        words, (truncated, plans) = self.ranks.sum(words), self.ranks.sum(ends.float())
+        return {
+            "plan_tokens": (words.sum() / plans).item(),
+            "plan_truncated": (truncated / plans).item(),
+            "plan_entropy": entropy_bits(words),
+        }
+
+    def _evaluate(self, tag: str) -> list[Sample]:
+        """Score the held-out prompts, with the draws of `seed` whatever the step; none configured = no samples."""
+        if not self.heldout:
+            return []
+        seed = self.config.seed * _SEED_STRIDE + _EVAL_STEP
+        number = self.config.num_eval_generations
+        samples = evaluate(self.engine, self.ensemble, self.heldout, number, self.settings.sampling, seed, self.ranks)
+        if self.ranks.main:
+            save_samples(samples, self.output / "samples" / f"heldout-{tag}")
+        return samples
+
+    def _saved(self, tag: str) -> list[Sample]:
+        return load_samples(self.output / "samples" / f"heldout-{tag}")
+
+    def _save(self) -> None:
+        if self.ranks.main:
+            limit = self.config.save_total_limit
+            save_checkpoint(self.output, self.step, self.policy, self.settings, self.optimizer, self.seconds, limit)
+        self.ranks.barrier()
+
+    def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, float | int | None]:
+        images = self.step * self.config.prompts_per_device * self.config.num_generations * self.ranks.size
+        summary = {
+            "heldout_reward_before": mean_reward(before) if before else None,
+            "heldout_reward_after": mean_reward(after) if after else None,
+            "steps": self.step,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": images / self.seconds if self.seconds else None,
+            "seed": self.config.seed,
+        }
+        (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        grids = {"before": before, "after": after}
+        write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v})
+        print(_table(before, after))
+        print(f"{self.step} steps in {self.seconds:.0f} s; checkpoint, metrics and report.html are in {self.output}")
+        return summary
+
+
+def _mean(values: list[float]) -> float:
+    return torch.tensor(values).nanmean().item()
+
+
+def _table(before: list[Sample], after: list[Sample]) -> str:
+    """Held-out mean reward before → after, by task type and overall."""
+    if not before:
+        return "no held-out prompts (eval_file): no reward before and after"
+    first, last = mean_by_task(before), mean_by_task(after) if after else {}
+    rows = [(task, first[task], last.get(task)) for task in first]
+    rows.append(("all", mean_reward(before), mean_reward(after) if after else None))
+    lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]
+    return "\n".join(
+        lines + [f"{task:<18}{b:>8.3f}" + (f"{a:>8.3f}" if a is not None else f"{'–':>8}") for task, b, a in rows]
+    )
+
+
+class _Phases:
+    """Wall seconds of named phases, added to those that the rollout measured itself."""
+
+    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
+        self.seconds = dict(seconds)
+        self.device = device
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = time.perf_counter() - start
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them: the step in progress is finished and saved."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:  # a second one means now
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: Config) -> dict[str, float | int | None]:
+    """Run a training job in this process (one of several under torchrun) -> its summary, empty off the main rank."""
+    ranks = Ranks.start()
+    try:
+        return Trainer(config, ranks).run()
+    finally:
+        ranks.close()

@@ -1,0 +1,50 @@
+"""Find and load the library of C++ CPU kernels (`kernels/csrc`), once, the first time a kernel asks for it.
+
+The library has a plain C ABI and does not link torch, so one binary serves every
+torch version.
+"""
+
+import ctypes
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).with_name("_native.so")
+FIX = "install a C++ compiler and run `pip install -e .` again (or `pip install --force-reinstall --no-deps bicot`)"
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason there is none, with a warning."""
+    if LIBRARY.exists():
+        try:
+            return ctypes.CDLL(str(LIBRARY)), ""
+        except OSError as error:
+            reason = str(error)
+    else:
+        reason = f"{LIBRARY} does not exist"
+    warnings.warn(f"bicot's C++ kernels are not available ({reason}): using PyTorch. Fix: {FIX}", stacklevel=3)
+    return None, reason
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks while tracing instead of tracing the loader
+def available() -> bool:
+    """Whether the C++ kernels can run here. The first call warns, naming the fix, when they cannot."""
+    return _load()[0] is not None
+
+
+@functools.cache
+def function(name: str, *argtypes: type) -> "ctypes._NamedFuncPointer":
+    """The C function `name`, typed to take `argtypes` and return nothing.
+
+    Raises RuntimeError, naming the reason and the fix, when the library is missing.
+    """
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"bicot's C++ kernels are not available: {reason}. Fix: {FIX}")
+    entry = library[name]
+    entry.argtypes = argtypes
+    entry.restype = None
+    return entry

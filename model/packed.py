@@ -1,0 +1,74 @@
+"""Ragged rows as one flat tensor and its offsets: the only form variable-length text takes between modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """S rows of different lengths: row s is `values[offsets[s]:offsets[s + 1]]`.
+
+    Args:
+        values: [N], any dtype.
+        offsets: [S + 1] int64 on the CPU (lengths decide shapes, which the host must know).
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device | str = "cpu") -> Packed:
+        """Pack lists of token ids (int64) or 1-D tensors (their dtype)."""
+        tensors = [row if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.int64) for row in rows]
+        lengths = torch.tensor([0, *(len(row) for row in tensors)])
+        values = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
+        return cls(values.to(device), lengths.cumsum(0))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Packed]) -> Packed:
+        """The rows of all parts, in order."""
+        return cls(
+            torch.cat([part.values for part in parts]),
+            torch.cat([torch.zeros(1, dtype=torch.int64), *(part.lengths for part in parts)]).cumsum(0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, rows: slice) -> Packed:
+        """Contiguous rows, as a view."""
+        start, stop, _ = rows.indices(len(self))
+        offsets = self.offsets[start : max(start, stop) + 1]
+        return Packed(self.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] int64 on the CPU."""
+        return self.offsets.diff()
+
+    def rows(self) -> list[Tensor]:
+        """The S rows as views."""
+        return list(self.values.split(self.lengths.tolist()))
+
+    def tolist(self) -> list[list[int]]:
+        """The S rows as lists."""
+        return [row.tolist() for row in self.rows()]
+
+    def row_of(self) -> Tensor:
+        """[N] int64: which row each value belongs to, on the device of the values."""
+        return torch.repeat_interleave(self.lengths).to(self.values.device)
+
+
+def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
+    """[S, longest] int64 with zeros behind the shorter rows.
+
+    In causal attention nothing before the end of a row sees what lies behind it, so right padding changes no position
+    and no value of the row itself; only the padded outputs are meaningless, and nobody reads them.
+    """
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)

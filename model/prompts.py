@@ -1,0 +1,122 @@
+"""The two chat prompts of BiCoT: "plan this image in words", then "draw it".
+
+Stage 1 (semantic CoT):  [system] + user(reasoning_prompt.format(prompt)) + assistant, the model writes a plan.
+Stage 2 (token CoT):     user("{prompt}. {plan}") + assistant + <begin_of_image>, the model draws T image tokens.
+
+The unconditional row of classifier-free guidance has the length of the conditional one: every token but the
+first (BOS) and the last (<begin_of_image>) becomes the pad token, and all of them are attended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ChatTemplate = Literal["t2i_r1", "janus"]
+
+# How each template writes (user turn, opening of the assistant turn). `t2i_r1` is what the published trainer
+# sends; `janus` uses the role tokens that Janus-Pro itself was tuned with.
+_ROLES: dict[str, tuple[str, str]] = {"t2i_r1": ("User", "Assistant"), "janus": ("<|User|>", "<|Assistant|>")}
+
+DEFAULT_SYSTEM_PROMPT = "You turn a short request for a picture into a precise plan of that picture."
+DEFAULT_REASONING_PROMPT = (
+    'Plan the picture described by: "{}"\n'
+    "Name every object of the description, and for each one its colour, shape, texture and number where the "
+    "description gives them. State every relation between objects, such as left of, above or on. Add nothing that "
+    "the description does not say. Use at most 50 words, and answer with the plan alone."
+)
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a raw prompt becomes the text of each stage.
+
+    Args:
+        chat_template: `t2i_r1` (`User: … Assistant:`) or `janus` (`<|User|>: … <|Assistant|>:`).
+        system_prompt: first line of stage 1; stage 2 has none.
+        reasoning_prompt: instruction of stage 1 with exactly one `{}` for the raw prompt.
+
+    Raises:
+        ValueError: an unknown template, or a reasoning prompt without its `{}`.
+    """
+
+    chat_template: ChatTemplate = "t2i_r1"
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT
+    reasoning_prompt: str = DEFAULT_REASONING_PROMPT
+
+    def __post_init__(self) -> None:
+        if self.chat_template not in _ROLES:
+            raise ValueError(f"chat_template={self.chat_template!r} is unknown; use one of {sorted(_ROLES)}")
+        if self.reasoning_prompt.count("{}") != 1:
+            raise ValueError(
+                "the reasoning prompt must contain the placeholder {} exactly once, where the raw prompt goes; "
+                f"found it {self.reasoning_prompt.count('{}')} times in {self.reasoning_prompt[:80]!r}"
+            )
+
+    @classmethod
+    def from_files(cls, chat_template: ChatTemplate, system_prompt: str | None, path: str | None) -> PromptFormat:
+        """The defaults above, with `system_prompt` and the reasoning prompt in file `path` where given."""
+        reasoning = DEFAULT_REASONING_PROMPT if path is None else Path(path).read_text(encoding="utf-8").strip()
+        return cls(chat_template, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt, reasoning)
+
+    def _chat(self, content: str, system: str = "") -> str:
+        user, assistant = _ROLES[self.chat_template]
+        opening = f"{system}\n\n" if system else ""
+        return f"{opening}{user}: {content}\n\n{assistant}:"
+
+    def plan_text(self, prompt: str) -> str:
+        """Stage 1: the request for a plan."""
+        # replace, not format: prompts and instructions may contain other braces
+        return self._chat(self.reasoning_prompt.replace("{}", prompt), self.system_prompt)
+
+    def image_text(self, prompt: str, plan: str) -> str:
+        """Stage 2: the request for the picture (without `<begin_of_image>`, which is added as a token)."""
+        return self._chat(f"{prompt}. {plan}")
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Token ids of both stages for one tokenizer.
+
+    Args:
+        tokenizer: a Janus tokenizer (BOS added by itself, EOS, pad and `boi_token` defined).
+        format: the texts.
+        max_context: longest sequence the model takes, in tokens; a longer prompt is an error that names it.
+    """
+
+    tokenizer: Any  # a transformers tokenizer; its annotations are too loose to check against
+    format: PromptFormat
+    max_context: int
+
+    @property
+    def boi_token_id(self) -> int:
+        return self.tokenizer.boi_token_id
+
+    def plan_ids(self, prompt: str, room: int) -> list[int]:
+        """Ids of the stage-1 prompt, leaving `room` tokens of the context for the plan."""
+        if not prompt.strip():
+            raise ValueError("empty prompt: give every row a non-empty `prompt`")
+        return self._encode(self.format.plan_text(prompt), prompt, room)
+
+    def image_ids(self, prompt: str, plan: str, room: int) -> list[int]:
+        """Ids of the stage-2 prompt with `<begin_of_image>` last, leaving `room` tokens for the picture."""
+        return [*self._encode(self.format.image_text(prompt, plan), prompt, room + 1), self.boi_token_id]
+
+    def unconditional_ids(self, length: int) -> list[int]:
+        """The unconditional row of `length` tokens: BOS, pads, `<begin_of_image>`."""
+        bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
+        return [bos, *[pad] * (length - 2), self.boi_token_id]
+
+    def decode_plan(self, ids: list[int]) -> str:
+        """Text of a plan, special tokens dropped."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _encode(self, text: str, prompt: str, room: int) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        if len(ids) + room > self.max_context:
+            raise ValueError(
+                f"prompt too long: {len(ids)} tokens and {room} to generate exceed the context of "
+                f"{self.max_context}; shorten it or lower max_completion_length: {prompt[:120]!r}"
+            )
+        return ids

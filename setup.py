@@ -1,0 +1,72 @@
+"""Install bicot. The repository root is the package; the C++ CPU kernels are built when a compiler is there.
+
+pip install -e .            # or: make setup
+"""
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+TEST = ["pytest", "hypothesis", "pytest-benchmark", "tensorboard"]
+TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
+LINT = ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"]
+
+
+class BuildNative(build_ext):
+    """Build `kernels/csrc` with CMake. The extension is optional: a failure is one warning, never a failed install."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # A plain shared library behind ctypes: it carries no Python version in its name.
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        # A fresh folder each time: a CMake cache would remember the tools of a deleted build environment.
+        with tempfile.TemporaryDirectory() as build:
+            configure = [
+                "cmake",
+                "-S",
+                str(ROOT),
+                "-B",
+                build,
+                *generator,
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            ]
+            try:
+                subprocess.run(configure, check=True)
+                subprocess.run(["cmake", "--build", build], check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise CompileError(f"{error}; bicot runs without its C++ kernels, on PyTorch, slower") from error
+
+
+setup(
+    name="bicot",
+    version="0.1.0",
+    description="Janus-Pro text-to-image training with BiCoT-GRPO, as fast as the hardware allows",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    package_dir={"bicot": "."},
+    packages=["bicot", "bicot.kernels", "bicot.model", "bicot.grpo", "bicot.rewards", "bicot.bench"],
+    package_data={"bicot": ["configs/*"], "bicot.kernels": ["csrc/*"], "bicot.model": ["assets/**/*"]},
+    include_package_data=False,
+    ext_modules=[Extension("bicot.kernels._native", sources=[], depends=["CMakeLists.txt"], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "numpy",
+        "safetensors",
+        "jsonargparse[signatures]>=4.49",
+        "pyyaml",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={"tensorboard": ["tensorboard"], "wandb": ["wandb"], "trackio": ["trackio"], "dev": TEST + LINT},
+)

@@ -1,0 +1,473 @@
+"""grpo_loss against the formulas of TRL and the papers, token by token, loss and every gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from bicot.kernels.group_advantages import group_advantages
+from bicot.kernels.grpo_loss import GRPOLoss, KLEstimator, LossType, TokenStream, grpo_loss
+
+# absolute, of a loss near 1 and gradients near 0.1; bfloat16 rounds the logits (2^-9 of about 4)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+LOSS_TYPES: tuple[LossType, ...] = get_args(LossType)
+KL_ESTIMATORS: tuple[KLEstimator, ...] = get_args(KLEstimator)
+
+# Five samples; the last has no token, the one before it no text. Ratios below, within and above [0.8, 1.28], each with
+# both signs of the advantage, token by token and (gspo) as a sample's geometric mean: 0.65, 1.60, 1.39, 0.68.
+ADVANTAGES = [1.0, -1.0, 0.5, -0.7, 0.3]
+SAMPLES = [[0, 0, 1, 2, 2, 2], [0, 1, 1, 2, 3, 3, 3]]
+RATIOS = [[0.5, 0.9, 1.5, 1.5, 2.5, 1.1], [0.6, 1.1, 2.5, 0.9, 0.5, 0.7, 0.9]]
+SAMPLING_RATIOS = [0.5, 4.0, 1.0, 1.2, 0.8, 3.5, 0.9]  # two above the bound of 3
+OPTIONS: dict[str, Any] = {"epsilon": 0.2, "epsilon_high": 0.28, "max_completion_length": 11}
+
+
+def row_stats(stream: TokenStream, n: int) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of one token, by hand."""
+    if stream.logits is not None:
+        z = stream.logits[n].double()
+    else:
+        z = stream.weight.double() @ stream.hidden[n].double()
+        z = z if stream.bias is None else z + stream.bias.double()
+    z = z / stream.temperature
+    logp = z - z.exp().sum().log()
+    return logp[stream.targets[n]], -(logp.exp() * logp).sum()
+
+
+def oracle(
+    streams: list[TokenStream],
+    advantages: list[float],
+    *,
+    loss_type: LossType = "dapo",
+    kl_estimator: KLEstimator = "k3",
+    beta: float = 0.0,
+    epsilon: float = 0.2,
+    epsilon_high: float = 0.2,
+    delta: float | None = None,
+    entropy_coef: float = 0.0,
+    importance_sampling_clip_max: float = 3.0,
+    max_completion_length: int = 1,
+    num_tokens: int | None = None,
+    num_samples: int | None = None,
+) -> Tensor:
+    """The loss as a sum over tokens in float64, with nothing but scalars."""
+    tokens = []
+    for stream in streams:
+        for n, sample in enumerate(stream.sample.tolist()):
+            lp, entropy = row_stats(stream, n)
+            old = lp.detach() if stream.old_logprob is None else stream.old_logprob[n].double()
+            ref = None if stream.ref_logprob is None else stream.ref_logprob[n].double()
+            sampler = None if stream.sampling_logprob is None else stream.sampling_logprob[n].double()
+            tokens.append((sample, lp, entropy, old, ref, sampler))
+    lengths = [sum(sample == s for sample, *_ in tokens) for s in range(len(advantages))]
+    N = num_tokens or len(tokens)
+    S = num_samples or len(advantages)
+
+    loss = torch.zeros((), dtype=torch.float64)
+    for sample, lp, entropy, old, ref, sampler in tokens:
+        A = advantages[sample]
+        if loss_type == "gspo":
+            own = [other[1] - other[3] for other in tokens if other[0] == sample]
+            ratio = (sum(own) / len(own)).exp()
+        else:
+            ratio = (lp - old).exp()
+        if loss_type == "cispo":
+            objective = min(ratio.item(), epsilon_high) * A * lp
+        else:
+            bounded = ratio if delta is None or ratio <= delta else delta
+            clipped = (
+                ratio if 1 - epsilon <= ratio <= 1 + epsilon_high else 1 - epsilon if ratio < 1 else 1 + epsilon_high
+            )
+            objective = bounded * A if bounded * A <= clipped * A else clipped * A
+        if sampler is not None:
+            objective = objective * min(math.exp(old - sampler), importance_sampling_clip_max)
+        kl: Tensor | float = 0.0
+        if beta:
+            gap = lp - ref
+            kl = {"k1": gap, "k2": gap * gap / 2, "k3": (-gap).exp() + gap - 1}[kl_estimator]
+        norm = {
+            "dapo": N,
+            "cispo": N,
+            "bnpo": len(tokens),
+            "grpo": lengths[sample] * S,
+            "gspo": lengths[sample] * S,
+            "dr_grpo": S * max_completion_length,
+        }[loss_type]
+        loss = loss + (beta * kl - objective) / norm - entropy_coef * entropy / N
+    return loss
+
+
+def make(dtype: torch.dtype = torch.float64, *, old: bool = False, sampling: bool = False) -> list[TokenStream]:
+    """A text and an image stream with their own heads and temperatures."""
+    generator = torch.Generator().manual_seed(0)
+    streams = []
+    for name, V, temperature, sample, ratios in zip(
+        ("text", "image"), (5, 7), (0.7, 1.3), SAMPLES, RATIOS, strict=True
+    ):
+        N, D = len(sample), 4
+        stream = TokenStream(
+            targets=torch.randint(0, V, (N,), generator=generator),
+            sample=torch.tensor(sample),
+            hidden=torch.randn(N, D, generator=generator).to(dtype).requires_grad_(),
+            weight=torch.randn(V, D, generator=generator).to(dtype).requires_grad_(),
+            bias=torch.randn(V, generator=generator).to(dtype).requires_grad_(),
+            temperature=temperature,
+            name=name,
+        )
+        logprob = torch.stack([row_stats(stream, n)[0].detach() for n in range(N)])
+        before = logprob - torch.tensor(ratios).double().log() if old else logprob
+        to = torch.float64 if dtype == torch.float64 else torch.float32
+        streams.append(
+            replace(
+                stream,
+                ref_logprob=(logprob + 0.5 * torch.randn(N, generator=generator)).to(to),
+                old_logprob=before.to(to) if old else None,
+                sampling_logprob=(before - torch.tensor(SAMPLING_RATIOS[:N]).double().log()).to(to)
+                if sampling
+                else None,
+            )
+        )
+    return streams
+
+
+def leaves(streams: list[TokenStream]) -> list[Tensor]:
+    candidates = [t for s in streams for t in (s.hidden, s.weight, s.bias, s.logits)]
+    return [t for t in candidates if t is not None and t.requires_grad]
+
+
+def gradients(loss: Tensor, streams: list[TokenStream]) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, leaves(streams)))
+
+
+def advantages_of(streams: list[TokenStream]) -> Tensor:
+    return torch.tensor(ADVANTAGES, dtype=torch.promote_types(leaves(streams)[0].dtype, torch.float32))
+
+
+def check(streams: list[TokenStream], **options: Any) -> GRPOLoss:
+    """Loss and gradients equal the oracle's."""
+    ours = grpo_loss(streams, advantages_of(streams), **options)
+    expected = oracle(streams, ADVANTAGES, **options)
+    atol = TOLERANCE[leaves(streams)[0].dtype]
+    assert abs(ours.loss.item() - expected.item()) <= atol
+    for o, e in zip(gradients(ours.loss, streams), gradients(expected, streams), strict=True):
+        torch.testing.assert_close(o, e.to(o.dtype), rtol=atol, atol=atol)
+    return ours
+
+
+def options_for(loss_type: LossType) -> dict[str, Any]:
+    high = 1.3 if loss_type == "cispo" else 0.28
+    return {**OPTIONS, "loss_type": loss_type, "epsilon_high": high}
+
+
+@pytest.mark.parametrize("sampling", [False, True], ids=["", "sampling"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3], ids=["", "entropy"])
+@pytest.mark.parametrize("delta", [None, 1.4], ids=["", "delta"])
+@pytest.mark.parametrize("old", [False, True], ids=["", "old"])
+@pytest.mark.parametrize("kl_estimator", KL_ESTIMATORS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_equals_the_oracle(
+    loss_type: LossType,
+    kl_estimator: KLEstimator,
+    old: bool,
+    delta: float | None,
+    entropy_coef: float,
+    sampling: bool,
+) -> None:
+    check(
+        make(old=old, sampling=sampling),
+        **options_for(loss_type),
+        beta=0.1,
+        kl_estimator=kl_estimator,
+        delta=delta,
+        entropy_coef=entropy_coef,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_lower_precision(loss_type: LossType, old: bool, dtype: torch.dtype) -> None:
+    streams = make(dtype, old=old)
+    result = check(streams, **options_for(loss_type), beta=0.1, entropy_coef=0.1, delta=1.4)
+    assert result.loss.dtype == torch.float32
+    assert all(lp.dtype == torch.float32 and not lp.requires_grad for lp in result.logprobs)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_normaliser_of_the_whole_step_is_passed_on(loss_type: LossType) -> None:
+    options = {**options_for(loss_type), "beta": 0.1, "entropy_coef": 0.1}
+    streams = make(old=True)
+    whole = check(streams, **options, num_tokens=130, num_samples=50).loss
+    tensors = {"num_tokens": torch.tensor(130), "num_samples": torch.tensor(50.0)}
+    torch.testing.assert_close(grpo_loss(streams, advantages_of(streams), **options, **tensors).loss, whole)
+
+
+@pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t != "bnpo"])  # which averages over each micro-batch
+def test_micro_batches_sum_to_the_whole(loss_type: LossType) -> None:
+    streams, options = make(old=True, sampling=True), {**options_for(loss_type), "beta": 0.1, "entropy_coef": 0.1}
+    whole = grpo_loss(streams, torch.tensor(ADVANTAGES).double(), **options)
+    total = torch.zeros((), dtype=torch.float64)
+    for samples in (range(2), range(2, 3), range(3, 5)):
+        part = []
+        for stream in streams:
+            rows = [n for n, s in enumerate(stream.sample.tolist()) if s in samples]
+            per_token = ("targets", "sample", "hidden", "ref_logprob", "old_logprob", "sampling_logprob")
+            mine = replace(stream, **{field: getattr(stream, field)[rows] for field in per_token})
+            part.append(replace(mine, sample=mine.sample - samples[0]))
+        advantages = torch.tensor([ADVANTAGES[s] for s in samples]).double()
+        total = total + grpo_loss(part, advantages, **options, num_tokens=13, num_samples=5).loss
+    torch.testing.assert_close(total, whole.loss, rtol=0, atol=1e-12)
+    for o, e in zip(gradients(total, streams), gradients(whole.loss, streams), strict=True):
+        torch.testing.assert_close(o, e, rtol=0, atol=1e-12)
+
+
+def test_two_streams_share_one_normaliser() -> None:
+    """6 text and 7 image tokens: not the mean of the two streams' means."""
+    streams, advantages = make(), torch.tensor(ADVANTAGES).double()
+    both = grpo_loss(streams, advantages, beta=0.1)
+    text, image = (grpo_loss([stream], advantages, beta=0.1) for stream in streams)
+    torch.testing.assert_close(both.loss, (6 * text.loss + 7 * image.loss) / 13, rtol=0, atol=1e-12)
+    expected = [6 / 13 * g for g in gradients(text.loss, streams[:1])]
+    expected += [7 / 13 * g for g in gradients(image.loss, streams[1:])]
+    for o, e in zip(gradients(both.loss, streams), expected, strict=True):
+        torch.testing.assert_close(o, e, rtol=0, atol=1e-12)
+
+
+def logits_stream(N: int, V: int, sample: list[int], dtype: torch.dtype = torch.float64, **more: Any) -> TokenStream:
+    generator = torch.Generator().manual_seed(N)
+    logits = (2 * torch.randn(N, V, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), generator=generator)
+    return TokenStream(targets=targets, sample=torch.tensor(sample), logits=logits, **more)
+
+
+class TestOnPolicy:
+    """One update per rollout: ratio 1, and the policy gradient -A·∇lp / N."""
+
+    @pytest.mark.parametrize("loss_type", LOSS_TYPES)
+    def test_gradient_is_that_of_the_log_prob(self, loss_type: LossType) -> None:
+        sample, A = [0, 0, 1, 1], torch.tensor([1.5, -0.5]).double()  # equal lengths: every mean is over 4 tokens
+        stream = logits_stream(4, 9, sample, temperature=0.7)
+        options = {**options_for(loss_type), "max_completion_length": 2}
+        result = grpo_loss([stream], A, **options)
+        p = (stream.logits.detach() / 0.7).softmax(-1)
+        label = torch.nn.functional.one_hot(stream.targets, 9)
+        expected = -A[stream.sample, None] / 4 * (label - p) / 0.7
+        torch.testing.assert_close(torch.autograd.grad(result.loss, stream.logits)[0], expected, rtol=0, atol=1e-14)
+
+    @pytest.mark.parametrize("loss_type", [t for t in LOSS_TYPES if t != "cispo"])
+    def test_ratio_is_exactly_one_and_nothing_is_clipped(self, loss_type: LossType) -> None:
+        streams = [logits_stream(5, 9, [0, 0, 1, 1, 1], torch.float32, name="text")]
+        streams += [logits_stream(6, 17, [0, 1, 0, 1, 0, 1], torch.float32, name="image")]
+        result = grpo_loss(
+            streams, torch.tensor([2.0, 2.0]), **{**OPTIONS, "max_completion_length": 1}, loss_type=loss_type
+        )
+        for name in ("text", "image"):
+            assert result.metrics[f"{name}/ratio_max"] == 1
+            assert result.metrics[f"{name}/clip_ratio/low"] == result.metrics[f"{name}/clip_ratio/high"] == 0
+        expected = -2.0 * 11 / 2 if loss_type == "dr_grpo" else -2.0
+        torch.testing.assert_close(result.loss, torch.tensor(expected))
+
+    def test_zero_advantage_gives_exactly_zero_gradient(self) -> None:
+        for loss_type in LOSS_TYPES:
+            stream = logits_stream(4, 9, [0, 1, 0, 1], torch.float32)
+            loss = grpo_loss([stream], torch.tensor([0.0, 1.0]), **options_for(loss_type)).loss
+            gradient = torch.autograd.grad(loss, stream.logits)[0]
+            assert gradient[::2].eq(0).all() and gradient[1::2].ne(0).all()
+
+
+class TestMetrics:
+    def test_clip_ratios_count_only_tokens_whose_gradient_is_clipped(self) -> None:
+        # by RATIOS and ADVANTAGES: low counts with A < 0, high with A > 0
+        metrics = grpo_loss(make(old=True), torch.tensor(ADVANTAGES).double(), **OPTIONS).metrics
+        expected = {
+            "text/clip_ratio/low": 0.0,
+            "text/clip_ratio/high": 2 / 6,
+            "image/clip_ratio/low": 2 / 7,
+            "image/clip_ratio/high": 0.0,
+        }
+        assert {key: metrics[key].item() for key in expected} == pytest.approx(expected)
+        assert metrics["text/ratio_max"].item() == pytest.approx(2.5)
+        cispo = grpo_loss(make(old=True), torch.tensor(ADVANTAGES).double(), **options_for("cispo")).metrics
+        assert cispo["text/clip_ratio/high"].item() == pytest.approx(3 / 6)
+
+    def test_gspo_has_one_ratio_for_all_tokens_of_a_sample(self) -> None:
+        metrics = grpo_loss(make(old=True), torch.tensor(ADVANTAGES).double(), **options_for("gspo")).metrics
+        # sample 1 of both streams has the largest
+        largest = (1.5 * 1.1 * 2.5) ** (1 / 3)
+        assert metrics["text/ratio_max"].item() == pytest.approx(largest)
+        assert metrics["image/ratio_max"].item() == pytest.approx(largest)
+        assert metrics["text/clip_ratio/high"].item() == pytest.approx(3 / 6)  # sample 2
+        assert metrics["image/clip_ratio/low"].item() == pytest.approx(3 / 7)  # sample 3
+
+    def test_means_over_each_streams_tokens(self) -> None:
+        streams = make(old=True, sampling=True)
+        result = grpo_loss(streams, torch.tensor(ADVANTAGES).double(), beta=0.1, kl_estimator="k1")
+        for stream, logprob in zip(streams, result.logprobs, strict=True):
+            rows = [row_stats(stream, n) for n in range(len(stream.targets))]
+            torch.testing.assert_close(logprob, torch.stack([lp.detach() for lp, _ in rows]))
+            expected = {
+                "kl": sum(lp.item() - r.item() for (lp, _), r in zip(rows, stream.ref_logprob, strict=True)),
+                "entropy": sum(entropy.item() for _, entropy in rows),
+                "sampling_ratio": sum(SAMPLING_RATIOS[: len(rows)]),  # before the bound
+            }
+            for key, total in expected.items():
+                value = result.metrics[f"{stream.name}/{key}"]
+                assert value.item() == pytest.approx(total / len(rows), rel=1e-6) and not value.requires_grad
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_logits_in_equal_hidden_in(dtype: torch.dtype, loss_type: LossType) -> None:
+    streams, options = make(dtype, old=True), {**options_for(loss_type), "beta": 0.1, "entropy_coef": 0.1}
+    with_logits = [
+        replace(s, logits=torch.nn.functional.linear(s.hidden, s.weight, s.bias), hidden=None, weight=None, bias=None)
+        for s in streams
+    ]
+    advantages = advantages_of(streams)
+    ours, expected = (grpo_loss(s, advantages, **options).loss for s in (with_logits, streams))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=TOLERANCE[dtype])
+    for o, e in zip(gradients(ours, streams), gradients(expected, streams), strict=True):
+        torch.testing.assert_close(o, e, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("w", [5.0, 0.3])
+def test_guided_policy_sends_w_and_1_minus_w_to_its_two_branches(w: float) -> None:
+    """The head on w·h_c + (1-w)·h_u is the guided logits: same loss, and w·g, (1-w)·g for the branches."""
+    base, options = make()[1], {"beta": 0.1, "entropy_coef": 0.1}
+    advantages = torch.tensor(ADVANTAGES).double()
+    cond = base.hidden.detach().clone().requires_grad_()
+    uncond = torch.randn(cond.shape, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+    mixed = w * cond + (1 - w) * uncond
+    logprob = replace(base, hidden=mixed.detach()).stats().logprob.detach()
+    old = logprob - torch.tensor(RATIOS[1]).double().log()
+    base = replace(base, ref_logprob=logprob + 0.3, old_logprob=old)
+    ours = grpo_loss([replace(base, hidden=mixed)], advantages, **options).loss
+    to_cond, to_uncond, to_mixed = torch.autograd.grad(ours, [cond, uncond, mixed])
+    torch.testing.assert_close(to_cond, w * to_mixed, rtol=0, atol=1e-12)
+    torch.testing.assert_close(to_uncond, (1 - w) * to_mixed, rtol=0, atol=1e-12)
+
+    logits_c, logits_u = (torch.nn.functional.linear(h, base.weight, base.bias) for h in (cond, uncond))
+    guided = logits_u + w * (logits_c - logits_u)
+    headless = replace(base, logits=guided, hidden=None, weight=None, bias=None)
+    expected = grpo_loss([headless], advantages, **options).loss
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+    of_guided, of_cond, of_uncond, h_c, h_u = torch.autograd.grad(expected, [guided, logits_c, logits_u, cond, uncond])
+    torch.testing.assert_close(of_cond, w * of_guided, rtol=0, atol=1e-12)
+    torch.testing.assert_close(of_uncond, (1 - w) * of_guided, rtol=0, atol=1e-12)
+    torch.testing.assert_close((h_c, h_u), (to_cond, to_uncond), rtol=0, atol=1e-11)
+
+
+def test_entropy_gradient_is_not_zero_and_raises_entropy() -> None:
+    stream = logits_stream(4, 9, [0, 0, 1, 1], torch.float32, temperature=1.3)
+    loss = grpo_loss([stream], torch.zeros(2), entropy_coef=0.5).loss
+    logp = (stream.logits.detach().double() / 1.3).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1, keepdim=True)
+    expected = 0.5 * logp.exp() * (logp + entropy) / 1.3 / 4  # -d(mean entropy)
+    gradient = torch.autograd.grad(loss, stream.logits)[0]
+    assert gradient.abs().min() > 0
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(loss, (-0.5 * entropy.mean()).float())
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    streams, advantages = make(old=True), torch.tensor(ADVANTAGES).double()
+    hidden = [s.hidden for s in streams]
+    expected = torch.autograd.grad(grpo_loss(streams, advantages, beta=0.1).loss, hidden)
+    frozen = [replace(s, weight=s.weight.detach(), bias=s.bias.detach()) for s in streams]
+    grpo_loss(frozen, advantages, beta=0.1).loss.backward()
+    assert all(s.weight.grad is None and s.bias.grad is None for s in frozen)
+    torch.testing.assert_close(tuple(h.grad for h in hidden), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_stream_without_tokens_changes_nothing(loss_type: LossType) -> None:
+    streams, options = make(old=True, sampling=True), {**options_for(loss_type), "beta": 0.1, "entropy_coef": 0.1}
+    advantages, full = torch.tensor(ADVANTAGES).double(), streams[0]
+    nothing = torch.empty(0, dtype=torch.float64)
+    empty = replace(
+        streams[1],
+        targets=nothing.long(),
+        sample=nothing.long(),
+        hidden=nothing.view(0, 4).requires_grad_(),
+        **dict.fromkeys(("ref_logprob", "old_logprob", "sampling_logprob"), nothing),
+    )
+    result, alone = grpo_loss([full, empty], advantages, **options), grpo_loss([full], advantages, **options)
+    assert torch.equal(result.loss, alone.loss)
+    assert all(value.isfinite() for value in result.metrics.values())
+    result.loss.backward()
+    assert empty.hidden.grad.shape == (0, 4) and empty.weight.grad.eq(0).all()
+    assert grpo_loss([empty], advantages, **options).loss == 0
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 2)])
+def test_rewards_in_equal_advantages_in(shape: tuple[int, ...]) -> None:
+    rewards = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stream = logits_stream(6, 9, [0, 1, 1, 2, 3, 3])
+    ours = grpo_loss([stream], rewards, group_size=2).loss
+    assert torch.equal(ours, grpo_loss([stream], group_advantages(rewards, 2)).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64])
+def test_advantages_of_any_dtype_count_tokens_exactly(dtype: torch.dtype) -> None:
+    stream = logits_stream(1003, 3, [0] * 1003, torch.float32)  # 1003 rounds to 1004 in bfloat16
+    for loss_type in LOSS_TYPES:
+        options = options_for(loss_type)
+        ours = grpo_loss([stream], torch.tensor([2]).to(dtype), **options).loss
+        assert torch.equal(ours, grpo_loss([stream], torch.tensor([2.0]), **options).loss)
+
+
+def test_same_input_twice_gives_the_same_bits() -> None:
+    streams, results = make(torch.float32, old=True, sampling=True), []
+    for _ in range(2):
+        loss = grpo_loss(streams, torch.tensor(ADVANTAGES), beta=0.1, loss_type="gspo").loss
+        results.append([loss, *gradients(loss, streams)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+STREAM = logits_stream(3, 5, [0, 1, 1], name="text")
+ONES = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("stream", "advantages", "options", "message"),
+    [
+        (STREAM, ONES, {"loss_type": "ppo"}, "loss_type='ppo' is unknown; use one of grpo, dr_grpo, bnpo"),
+        (STREAM, ONES, {"kl_estimator": "k4"}, "kl_estimator='k4' is unknown; use one of k1, k2, k3"),
+        (STREAM, ONES, {"loss_type": "dr_grpo"}, "loss_type='dr_grpo' divides by max_completion_length: give it"),
+        (STREAM, ONES, {"loss_type": "cispo"}, "loss_type='cispo' clips its weights at epsilon_high: give it"),
+        (STREAM, ONES, {"beta": 0.1}, "beta=0.1 needs ref_logprob in stream 'text'"),
+        (STREAM, torch.ones(2, 3), {}, r"advantages must be \[S\], got \(2, 3\); for rewards give group_size too"),
+        (STREAM, torch.ones(3), {"group_size": 2}, "3 rewards cannot be split into groups of group_size=2"),
+        (replace(STREAM, logits=None), ONES, {}, "stream 'text' needs either logits, or hidden and weight"),
+        (replace(STREAM, hidden=torch.ones(3, 4)), ONES, {}, "stream 'text' needs either logits, or hidden and weight"),
+        (replace(STREAM, bias=torch.ones(5)), ONES, {}, "stream 'text' needs either logits, or hidden and weight"),
+        (
+            replace(STREAM, logits=None, hidden=torch.ones(3, 4)),
+            ONES,
+            {},
+            "stream 'text' needs either logits, or hidden and weight",
+        ),
+        (replace(STREAM, sample=torch.tensor([0, 1])), ONES, {}, r"stream 'text': sample is \(2,\), targets \(3,\)"),
+        (replace(STREAM, sample=torch.tensor([0, 2, 1])), ONES, {}, r"'text': sample\[1\] = 2, but there are 2 adv"),
+        (replace(STREAM, sample=torch.tensor([0, 1, -1])), ONES, {}, r"'text': sample\[2\] = -1, but there are 2 adv"),
+        (replace(STREAM, targets=torch.tensor([0, 5, 1])), ONES, {}, r"targets must be in \[0, 5\): targets\[1\] = 5"),
+        (replace(STREAM, temperature=0.0), ONES, {}, "temperature must be positive, got 0.0"),
+        *(
+            (replace(STREAM, **{field: torch.ones(2)}), ONES, {}, rf"'text': {field} is \(2,\), targets \(3,\)")
+            for field in ("ref_logprob", "old_logprob", "sampling_logprob")
+        ),
+    ],
+)
+def test_bad_input_is_named(stream: TokenStream, advantages: Tensor, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grpo_loss([stream], advantages, **options)
+
+
+def test_streams_of_one_name_would_lose_metrics() -> None:
+    with pytest.raises(ValueError, match=r"streams need names of their own.*got \['text', 'text'\]"):
+        grpo_loss([STREAM, STREAM], ONES)

@@ -1,0 +1,249 @@
+"""token_logprobs against its float64 reference, never worse than the reference in the tested dtype."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bicot.kernels import native
+from bicot.kernels.token_logprobs import token_logprobs, token_logprobs_ref
+
+# (relative, absolute): both dtypes' outputs are float32 sums of terms near 1; a bfloat16 gradient is rounded once
+OUTPUT_TOLERANCE = (1e-6, 1e-6)
+GRADIENT_TOLERANCE = {torch.float32: (1e-6, 2e-7), torch.bfloat16: (4e-3, 2e-7)}
+DTYPES = list(GRADIENT_TOLERANCE)
+VOCABULARIES = [1, 2, 7, 31, 33, 257, 1000, 16385]
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built")
+
+
+def _peaked(x: Tensor) -> Tensor:
+    x[:, x.shape[1] // 2] += 60
+    return x
+
+
+def _masked(x: Tensor) -> Tensor:
+    return torch.where((x > -1) | (x == x.amax(-1, keepdim=True)), x, -torch.inf)
+
+
+def _masked_prefix(x: Tensor) -> Tensor:
+    x[:, : x.shape[1] - 1] = -torch.inf  # whole blocks without mass before the first finite logit
+    return x
+
+
+LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: 3 * x,
+    "tied": torch.zeros_like,
+    "peaked": _peaked,
+    "negative": lambda x: x - 100,
+    "offset": lambda x: x + 1e4,
+    "negative offset": lambda x: x - 1e4,
+    "wide": lambda x: 1e3 * x,
+    "rising": lambda x: (10 * x).sort(-1).values,  # every block raises the running maximum
+    "falling": lambda x: (10 * x).sort(-1, descending=True).values,
+    "masked": _masked,
+    "masked prefix": _masked_prefix,
+}
+
+
+@pytest.fixture(autouse=True)
+def _poison_outputs() -> Iterator[None]:
+    """Deterministic mode fills every torch.empty with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(kind: str, N: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = LOGITS[kind](torch.randn(N, V, generator=generator)).to(dtype)
+    targets = torch.randint(0, V, (N,), generator=generator)
+    # a target of probability 0 has log-probability -inf, which no error measure survives: it has its own test
+    return logits, torch.where(logits.gather(1, targets[:, None])[:, 0].isinf(), logits.argmax(-1), targets)
+
+
+def run(op: Callable, logits: Tensor, targets: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy and the gradient of a loss that weighs every row's two outputs differently."""
+    leaf = logits.detach().requires_grad_()
+    stats = op(leaf, targets, **options)
+    rows = torch.arange(1.0, len(logits) + 1, dtype=stats.logprob.dtype)
+    (rows.cos() * stats.logprob + rows.sin() * stats.entropy).sum().backward()
+    assert leaf.grad is not None
+    return stats.logprob.detach(), stats.entropy.detach(), leaf.grad
+
+
+def assert_no_worse(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> None:
+    gt = run(token_logprobs_ref, logits.double(), targets, temperature=temperature)
+    eager = run(token_logprobs_ref, logits, targets, temperature=temperature)
+    ours = run(token_logprobs, logits, targets, temperature=temperature, impl="native")
+    tolerances = (OUTPUT_TOLERANCE, OUTPUT_TOLERANCE, GRADIENT_TOLERANCE[logits.dtype])
+    for name, g, e, o, (relative, absolute) in zip(
+        ("logprob", "entropy", "gradient"), gt, eager, ours, tolerances, strict=True
+    ):
+        assert o.dtype == e.dtype and o.shape == e.shape, name
+        eager_error, error = (e.double() - g).abs(), (o.double() - g).abs()
+        assert error.norm() <= eager_error.norm() + relative * g.norm() + absolute * len(g) ** 0.5, name
+        worst = eager_error.max() if eager_error.numel() else 0
+        assert (error <= worst + relative * g.abs() + absolute).all(), name
+
+
+def test_library_is_built_where_a_compiler_is() -> None:
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler")
+    assert native.available()
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("kind", LOGITS)
+def test_no_worse_than_eager(kind: str, V: int, dtype: torch.dtype) -> None:
+    assert_no_worse(*make(kind, 5, V, dtype))
+    assert_no_worse(*make(kind, 5, V, dtype), temperature=0.7)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["normal", "tied", "offset"])
+def test_no_worse_than_eager_at_text_vocabulary(kind: str, dtype: torch.dtype) -> None:
+    assert_no_worse(*make(kind, 3, 102400, dtype))
+
+
+@needs_native
+@settings(deadline=None, max_examples=60)
+@given(
+    N=st.integers(0, 5),
+    V=st.integers(1, 3000),
+    dtype=st.sampled_from(DTYPES),
+    kind=st.sampled_from(sorted(LOGITS)),
+    temperature=st.floats(0.1, 10),
+    seed=st.integers(0, 2**32),
+)
+def test_no_worse_than_eager_anywhere(
+    N: int, V: int, dtype: torch.dtype, kind: str, temperature: float, seed: int
+) -> None:
+    assert_no_worse(*make(kind, N, V, dtype, seed), temperature=temperature)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("view", [lambda x: x[:, :90], lambda x: x[::2], lambda x: x.T, lambda x: x[:1].expand(8, -1)])
+def test_strided_logits_give_the_bits_of_contiguous_ones(view: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    logits = view(make("normal", 64, 100, dtype)[0])
+    targets = torch.arange(2 * len(logits))[::2] % logits.shape[1]
+    expected = token_logprobs(logits.contiguous(), targets.contiguous(), impl="native")
+    assert all(map(torch.equal, token_logprobs(logits, targets, impl="native"), expected))
+    gradient = run(token_logprobs, logits, targets, impl="native")[2]
+    assert torch.equal(gradient, run(token_logprobs, logits.contiguous(), targets, impl="native")[2])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_again_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    logits, targets = make("normal", 37, 5000, dtype)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(token_logprobs, logits, targets, impl="native"))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["torch", pytest.param("native", marks=needs_native)])
+class TestEveryImplementation:
+    def test_properties(self, impl: str) -> None:
+        logits, targets = make("normal", 9, 1000, torch.float32)
+        logprob, entropy, gradient = run(token_logprobs, logits, targets, impl=impl)
+        assert (logprob <= 0).all() and (entropy >= 0).all() and (entropy <= torch.tensor(1000.0).log()).all()
+        torch.testing.assert_close(
+            gradient.sum(-1), torch.zeros(9), atol=1e-5, rtol=0
+        )  # shifting a row changes nothing
+
+    def test_probability_zero(self, impl: str) -> None:
+        logits = torch.tensor([[0.0, -torch.inf, 0.0], [-torch.inf, 2.0, -torch.inf]])
+        logprob, entropy, gradient = run(token_logprobs, logits, torch.tensor([1, 1]), impl=impl)
+        assert logprob.tolist() == [-torch.inf, 0]
+        torch.testing.assert_close(entropy, torch.tensor([2.0, 1.0]).log())
+        assert gradient.isfinite().all() and gradient[1].eq(0).all() and gradient[0, 1] != 0
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_a_non_finite_row_is_nan_and_alone(self, impl: str, bad: float) -> None:
+        logits = torch.zeros(3, 50)
+        logits[1, 20] = bad
+        stats = token_logprobs(logits, torch.zeros(3, dtype=torch.int64), impl=impl)
+        assert stats.entropy.isnan().tolist() == [False, True, False]
+        assert not stats.logprob[1].isfinite() and stats.logprob[::2].isfinite().all()
+
+    def test_empty_batch(self, impl: str) -> None:
+        logprob, entropy, gradient = run(
+            token_logprobs, torch.empty(0, 7), torch.empty(0, dtype=torch.int64), impl=impl
+        )
+        assert logprob.shape == entropy.shape == (0,) and gradient.shape == (0, 7)
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    def test_compiles_without_a_graph_break(self, impl: str) -> None:
+        logits, targets = make("normal", 6, 70, torch.float32)
+        for choice in (impl, "auto"):
+            compiled = torch.compile(token_logprobs, fullgraph=True, backend="aot_eager")
+            ours = run(compiled, logits, targets, temperature=0.7, impl=choice)
+            torch.testing.assert_close(ours, run(token_logprobs, logits, targets, temperature=0.7, impl=choice))
+
+    @pytest.mark.parametrize("target", [-1, 7])
+    def test_target_outside_vocabulary(self, impl: str, target: int) -> None:
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, 7\): targets\[2\] = {target}"):
+            token_logprobs(torch.zeros(4, 7), torch.tensor([0, 6, target, 9]), impl=impl)
+
+
+@needs_native
+def test_opcheck() -> None:
+    for dtype in DTYPES:
+        logits, targets = make("normal", 4, 33, dtype)
+        torch.library.opcheck(torch.ops.bicot.token_logprobs.default, (logits.requires_grad_(), targets, 0.7))
+
+
+def test_float64_gradient_against_finite_differences() -> None:
+    logits, targets = make("normal", 3, 11, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: tuple(token_logprobs(x, targets, temperature=0.7)), logits.requires_grad_()
+    )
+
+
+LOGITS_OK, TARGETS_OK = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "options", "message"),
+    [
+        (torch.zeros(2, 3, 4), TARGETS_OK, {}, r"logits must be \[N, V\] floating point, got \[2, 3, 4\]"),
+        (torch.zeros(2, 3, dtype=torch.int64), TARGETS_OK, {}, "logits must be .* got .* torch.int64"),
+        (LOGITS_OK, TARGETS_OK[:1], {}, r"targets must be \[N\] = \[2\] to match logits, got \[1\]"),
+        (LOGITS_OK, TARGETS_OK.int(), {}, "targets must be int64, got torch.int32"),
+        (LOGITS_OK, TARGETS_OK.to("meta"), {}, "must share a device, got cpu and meta"),
+        (LOGITS_OK, TARGETS_OK, {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        (LOGITS_OK, TARGETS_OK, {"temperature": torch.nan}, "temperature must be positive, got nan"),
+        (LOGITS_OK, TARGETS_OK, {"impl": "cuda"}, "impl must be .* got 'cuda'"),
+        (LOGITS_OK.double(), TARGETS_OK, {"impl": "native"}, "takes float32 or bfloat16 .* got torch.float64 on cpu"),
+    ],
+)
+def test_bad_input_is_named(logits: Tensor, targets: Tensor, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(logits, targets, **options)
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    caches = (native._load, native.function)
+    for cached in caches:
+        cached.cache_clear()
+    with pytest.warns(UserWarning, match=r"_native.so does not exist.*pip install -e \."):
+        stats = token_logprobs(LOGITS_OK, TARGETS_OK)
+    assert torch.equal(stats.logprob, token_logprobs_ref(LOGITS_OK, TARGETS_OK).logprob)
+    with pytest.raises(RuntimeError, match="_native.so does not exist"):
+        token_logprobs(LOGITS_OK, TARGETS_OK, impl="native")
+    for cached in caches:
+        cached.cache_clear()

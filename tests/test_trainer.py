@@ -1,0 +1,214 @@
+"""Whole runs: what they leave behind, stopping and going on, two ranks, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import ROOT, tiny_policy
+
+from bicot.grpo.config import parse_config
+from bicot.grpo.trainer import train
+from bicot.model.policy import load_policy
+
+REWARD = """
+class Redness:
+    name = "redness"
+    def score(self, images, examples):
+        return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, prompts and a reward module."""
+    folder = tmp_path_factory.mktemp("job")
+    tiny_policy(seed=5).save_pretrained(folder / "model")
+    rows = [
+        {"prompt": f"a {colour} {shape} and w{i}", "task_type": "color" if i % 2 else "object"}
+        for i, (colour, shape) in enumerate([("red", "circle"), ("blue", "square")] * 4)
+    ]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "redness.py").write_text(REWARD)
+    (folder / "plan.txt").write_text("plan {}")
+    return folder
+
+
+def words(job: Path, output: Path, *more: str) -> list[str]:
+    settings = dict(
+        model_name_or_path=job / "model", train_file=job / "train.jsonl", eval_file=job / "train.jsonl",
+        reasoning_prompt_path=job / "plan.txt", output_dir=output, num_generations=4, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, max_completion_length=12, max_steps=6, save_steps=2, sample_steps=2,
+        learning_rate=1e-2, warmup_steps=0, cfg_weight=2.0,
+    )  # fmt: skip
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return [*options, "--rewards.names", "redness:Redness", "--rewards.monitor", "[]", *more]
+
+
+def run(job: Path, output: Path, *more: str) -> dict[str, Any]:
+    return train(parse_config(words(job, output, *more)))
+
+
+@pytest.fixture(autouse=True)
+def reward_module(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(job)
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    """The rows without their times."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "seconds" not in k and "per_second" not in k} for row in rows]
+
+
+def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output / f"checkpoint-{step:06d}" / "model.safetensors")
+
+
+def assert_same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_a_run_leaves_everything(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = run(job, tmp_path)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary) == {
+        "heldout_reward_before", "heldout_reward_after", "steps", "seconds", "images_per_second", "seed",
+    }  # fmt: skip
+    assert summary["steps"] == 6 and summary["images_per_second"] > 0
+    table = capsys.readouterr().out
+    assert "before" in table and "after" in table and "color" in table and "all" in table
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    for key in ("reward", "reward_std", "rewards/redness", "kl", "entropy", "text/kl", "grad_norm", "plan_entropy"):
+        assert key in metrics(tmp_path)[0]
+    assert any(key.startswith("reward_by_task/") for key in metrics(tmp_path)[0])
+    assert [p.name for p in sorted(tmp_path.glob("checkpoint-*"))] == [
+        f"checkpoint-{n:06d}" for n in (4, 6)
+    ]  # save_total_limit 2
+    assert (tmp_path / "before_after.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "samples" / "step-000002.png").is_file()
+    page = (tmp_path / "report.html").read_text()
+    assert "src='http" not in page and "href=" not in page, "the page is self-contained"
+    assert page.count("<img") >= 6
+    loaded = load_policy(tmp_path / "checkpoint-000006", dtype=torch.float32)
+    assert_same_weights({"w": loaded.model.lm_head.weight.detach()}, {"w": weights(tmp_path, 6)["lm_head.weight"]})
+
+
+def test_only_the_language_model_trains(job: Path, tmp_path: Path) -> None:
+    run(job, tmp_path, "--max_steps", "2")
+    before, after = load_file(job / "model" / "model.safetensors"), weights(tmp_path, 2)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith(("model.language_model", "lm_head")) for name in moved)
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(job: Path, tmp_path: Path) -> None:
+    run(job, tmp_path / "whole")
+    run(job, tmp_path / "parts", "--stop_after", "3")
+    assert (tmp_path / "parts" / "checkpoint-000003" / "trainer_state.pt").is_file()
+    run(job, tmp_path / "parts", "--resume", "auto")
+    assert_same_weights(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    summaries = [json.loads((tmp_path / d / "summary.json").read_text()) for d in ("whole", "parts")]
+    for key in ("heldout_reward_before", "heldout_reward_after", "steps"):
+        assert summaries[0][key] == summaries[1][key]
+
+
+def test_resume_in_bfloat16_keeps_the_masters(job: Path, tmp_path: Path) -> None:
+    more = ("--dtype", "bfloat16", "--learning_rate", "1e-4", "--max_steps", "4")
+    run(job, tmp_path / "whole", *more)
+    run(job, tmp_path / "parts", *more, "--stop_after", "2")
+    run(job, tmp_path / "parts", *more, "--resume", str(tmp_path / "parts" / "checkpoint-000002"))
+    assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
+
+
+def test_rows_after_the_checkpoint_are_written_again(job: Path, tmp_path: Path) -> None:
+    """A run killed between checkpoints leaves rows that the resumed run must not repeat."""
+    run(job, tmp_path, "--stop_after", "2")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "reward": 9.0}) + "\n")
+    run(job, tmp_path, "--resume", "auto", "--stop_after", "4")
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert metrics(tmp_path)[2]["reward"] < 1
+
+
+def test_an_earlier_run_is_not_lost(job: Path, tmp_path: Path) -> None:
+    run(job, tmp_path, "--max_steps", "2")
+    with pytest.raises(FileExistsError, match=r"--resume auto.*--overwrite_output_dir"):
+        run(job, tmp_path, "--max_steps", "2", "--overwrite_output_dir", "false")
+    with pytest.raises(FileNotFoundError, match=r"no trainer_state\.pt there"):
+        run(job, tmp_path, "--resume", str(tmp_path / "nowhere"))
+
+
+def test_settings_of_section_one_all_run(job: Path, tmp_path: Path) -> None:
+    """Every switch goes through a real step."""
+    for i, more in enumerate(
+        (
+            ("--beta", "0", "--loss_type", "grpo", "--scale_rewards", "none", "--chat_template", "janus"),
+            ("--loss_type", "gspo", "--num_iterations", "2", "--importance_sampling_correction", "true"),
+            ("--loss_type", "cispo", "--epsilon_high", "5", "--kl_estimator", "k1", "--entropy_coef", "0.01"),
+            ("--loss_type", "dr_grpo", "--kl_estimator", "k2", "--policy_logits", "guided", "--delta", "2"),
+            ("--loss_type", "bnpo", "--scale_rewards", "batch", "--gradient_checkpointing", "true", "--top_k", "5"),
+            ("--multi_objective_aggregation", "normalize_then_sum", "--attn_implementation", "eager", "--top_p", "0.9"),
+        )
+    ):
+        run(job, tmp_path / str(i), "--max_steps", "1", *more)
+        row = metrics(tmp_path / str(i))[0]
+        assert row["grad_norm"] > 0
+        assert ("kl" in row) == (i != 0)
+
+
+def test_gradient_checkpointing_changes_nothing(job: Path, tmp_path: Path) -> None:
+    for flag in ("false", "true"):
+        run(job, tmp_path / flag, "--max_steps", "2", "--gradient_checkpointing", flag)
+    assert_same_weights(weights(tmp_path / "false", 2), weights(tmp_path / "true", 2))
+
+
+def test_long_prompt_is_named_before_anything_is_spent(job: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w1 " * 140, "task_type": "object"}) + "\n")
+    with pytest.raises(ValueError, match="prompt too long"):
+        run(job, tmp_path / "out", "--train_file", str(prompts))
+    assert not (tmp_path / "out").exists()
+
+
+def _environment(job: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{job}", "OMP_NUM_THREADS": "1"}
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(job: Path, tmp_path: Path) -> None:
+    one = words(job, tmp_path / "one", "--max_steps", "2", "--gradient_accumulation_steps", "2")
+    train(parse_config(one))
+    two = words(job, tmp_path / "two", "--max_steps", "2", "--gradient_accumulation_steps", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29555"]
+    subprocess.run([*torchrun, str(ROOT / "train.py"), *two], check=True, env=_environment(job), timeout=300)
+    for name, weight in weights(tmp_path / "one", 2).items():
+        torch.testing.assert_close(weights(tmp_path / "two", 2)[name], weight, atol=1e-6, rtol=0)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_sigterm_finishes_the_step_and_saves(job: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "train.py"), *words(job, tmp_path, "--max_steps", "100000")]
+    process = subprocess.Popen(command, env=_environment(job))
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+    last = metrics(tmp_path)[-1]["step"]
+    assert (tmp_path / f"checkpoint-{last:06d}" / "trainer_state.pt").is_file()
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == last

@@ -1,0 +1,90 @@
+"""Tiny Janus models with random weights, made by transformers itself, and where the tests' data lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from bicot.model.policy import PUBLISHED_FREEZE, Policy
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "model" / "assets" / "toy"
+PUBLISHED_PROMPTS = ROOT.parent / "shared" / "data" / "t2i_r1_prompts.jsonl"
+
+
+def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of exactly `vocab_size` entries, with the special tokens that Janus has."""
+    special = ["<bos>", "<eos>", "<pad>", "<unk>", "<image>", "<boi>", "<eoi>"]
+    words = ["User", "Assistant", ":", ".", "plan", "a", "red", "blue", "circle", "square", "and", "of", "two"]
+    words += [f"w{i}" for i in range(vocab_size - len(special) - len(words))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(special + words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    )
+
+
+def tiny_policy(
+    *, kv_heads: int = 4, vocab: int = 61, codes: int = 37, seed: int = 0, scale: float = 8.0, context: int = 128
+) -> Policy:
+    """A Janus of a few thousand weights: 2 layers, 4 heads of 8, 16 image tokens. `scale` widens its logits."""
+    torch.manual_seed(seed)
+    text = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    vision = JanusVisionConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=2,
+        projection_dim=32,
+        num_image_tokens=16,
+    )
+    vq = JanusVQVAEConfig(
+        embed_dim=8,
+        num_embeddings=codes,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        projection_dim=32,
+        image_token_embed_dim=32,
+    )
+    config = JanusConfig(
+        text_config=text, vision_config=vision, vq_config=vq, image_token_id=4, tie_word_embeddings=False
+    )
+    config._attn_implementation = "sdpa"
+    model = JanusForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in (model.lm_head.weight, model.model.generation_head.vision_head.weight):
+            parameter.mul_(scale)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(PUBLISHED_FREEZE))
+    return Policy(model, tiny_tokenizer(vocab))

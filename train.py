@@ -1,0 +1,21 @@
+"""Train a Janus model with BiCoT-GRPO.
+
+    python train.py                                                   # the toy, on CPU, in minutes
+    python train.py --max_steps 3 --output_dir OUT                    # a short run
+    python train.py --output_dir OUT --resume auto                    # go on from OUT's newest checkpoint
+    torchrun --nproc-per-node 8 train.py --config configs/janus-pro-7b.yaml --train_file prompts.jsonl \
+        --rewards.names my_package.my_module:MyReward
+
+`--help` explains every setting; `--print_config` prints the configuration that a command line means.
+"""
+
+import sys
+
+from transformers.utils import logging
+
+from bicot.grpo.config import parse_config
+from bicot.grpo.trainer import train
+
+if __name__ == "__main__":
+    logging.disable_progress_bar()  # one bar is enough
+    train(parse_config(sys.argv[1:]))
