@@ -1,23 +1,18 @@
 """token_logprobs on the CPU: the C++ kernel against eager PyTorch and torch.compile, forward and forward + backward.
 
-python -m bicot.bench.bench_token_logprobs [--threads 2] [--repeats 15]
+python -m bicot.bench.bench_token_logprobs [--threads 2] [--repeats 15] [--output FILE.json]
 GB/s counts the floor: the logits once forward; twice, and the gradient once, with backward.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..kernels.token_logprobs import TokenStats, token_logprobs, token_logprobs_ref
+from .harness import finish, hardware, quantiles_ms
 
 SHAPES = [(4096, 16384), (512, 102400)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -52,37 +47,11 @@ def check(provider: Provider, logits: Tensor, targets: Tensor) -> None:
     torch.testing.assert_close(ours, TokenStats(gt.logprob.float(), gt.entropy.float()), atol=2e-4, rtol=2e-5)
 
 
-def quantiles_ms(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """p20, p50 and p80 of each, interleaved so that a busy machine slows them all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first warms up and compiles
-                seconds[name].append(time.perf_counter() - start)
-    deciles = {name: statistics.quantiles(values, n=10) for name, values in seconds.items()}
-    return {name: [1e3 * cuts[i] for i in (1, 4, 7)] for name, cuts in deciles.items()}
-
-
-def hardware() -> dict[str, str | int]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--output", help="also write the JSON there")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     providers: dict[str, Provider] = {
@@ -112,7 +81,7 @@ def main() -> None:
                     print(f"  {name:8}{p20:9.1f}{p50:9.1f}{p80:9.1f}  {gbps:7.2f} GB/s  native is {ratio:.2f}x")
                     row = {"pass": step.__name__, "N": N, "V": V, "dtype": str(dtype), "provider": name}
                     rows.append(row | {"ms": [round(t, 3) for t in (p20, p50, p80)], "gbps": round(gbps, 2)})
-    print(json.dumps({"bench": "token_logprobs", **machine, "rows": rows}))
+    finish({"bench": "token_logprobs", **machine, "rows": rows}, arguments.output)
 
 
 if __name__ == "__main__":

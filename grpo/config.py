@@ -22,7 +22,7 @@ from ..model.policy import PUBLISHED_FREEZE
 from ..model.prompts import ChatTemplate
 
 _PATHS = ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path")
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "toy.yaml"
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def _words(value: list[str] | str) -> list[str]:
@@ -246,22 +246,21 @@ def build_parser(description: str) -> ArgumentParser:
 def parse_config(argv: Sequence[str]) -> Config:
     """Config from command-line words; without `--config` the toy's file is the base.
 
-    A relative path in a config file that exists beside that file means that one, so a config works from any folder.
+    Paths are relative to the working directory; one that is not there is looked up in bicot's own folder, so that the
+    toy's settings, or a printed copy of them, work from anywhere.
 
     Raises:
         SystemExit: an unknown setting (the nearest valid one is named), or a value of the wrong type or out of range.
     """
     words = list(argv)
     if not any(word == "--config" or word.startswith("--config=") for word in words):
-        words = [f"--config={DEFAULT_CONFIG}", *words]
+        words = [f"--config={ROOT / 'configs' / 'toy.yaml'}", *words]
     parser = build_parser("Train a Janus model with BiCoT-GRPO.")
     parsed = parser.instantiate(parser.parse_args(words))
     values = {item.name: parsed[item.name] for item in dataclasses.fields(Config)}
-    for file in parsed.config or []:
-        folder = Path(str(file.absolute if hasattr(file, "absolute") else file)).parent
-        for name in _PATHS:
-            if values[name] is not None and (folder / values[name]).exists():
-                values[name] = str((folder / values[name]).resolve())
+    for name in _PATHS:
+        if values[name] is not None and not Path(values[name]).exists() and (ROOT / values[name]).exists():
+            values[name] = str(ROOT / values[name])
     try:
         return Config(**values)
     except ValueError as error:

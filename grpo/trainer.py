@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 
@@ -48,16 +49,7 @@ _EVAL_STEP = _SEED_STRIDE - 1
 def rollout_settings(config: Config) -> RolloutSettings:
     """Prompts and sampling of a run."""
     prompts = PromptFormat.from_files(config.chat_template, config.system_prompt, config.reasoning_prompt_path)
-    sampling = Sampling(
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        image_temperature=config.image_temperature,
-        image_top_k=config.image_top_k,
-        image_top_p=config.image_top_p,
-        cfg_weight=config.cfg_weight,
-    )
+    sampling = Sampling(**{field.name: getattr(config, field.name) for field in fields(Sampling)})
     return RolloutSettings(prompts, sampling)
 
 

@@ -107,6 +107,14 @@ def cfg_sample_ref(
     return Draw(token, logp_cond, logp_guided)
 
 
+def _require(finite: Tensor, name: str) -> None:
+    if finite.is_cuda:
+        torch._assert_async(finite.all(), f"cfg_sample: a row of {name} logits is not finite")
+    elif not finite.all():
+        row = int(finite.logical_not().nonzero()[0])
+        raise ValueError(f"{name} logits of row {row} are not finite (NaN, or +inf, or every token masked by -inf)")
+
+
 def cfg_sample(
     cond: Tensor,
     uncond: Tensor | None,
@@ -122,7 +130,7 @@ def cfg_sample(
 
     Args:
         cond, uncond: [B, V] logits of the conditional and unconditional rows; no `uncond` = no guidance.
-        guidance: w; 1 is the conditional distribution, whatever `uncond` holds.
+        guidance: w; 1 is the conditional distribution.
         temperature: >= 0; 0 is greedy.
         top_k: keep the k likeliest tokens; 0 = all.
         top_p: keep the smallest set of likeliest tokens with this mass; in (0, 1], 1 = all.
@@ -144,13 +152,9 @@ def cfg_sample(
             f"out of range: guidance={guidance} (finite), temperature={temperature} (>= 0, finite), "
             f"top_k={top_k} (>= 0), top_p={top_p} (0, 1]"
         )
+    for name, logits in (("cond", cond), ("uncond", uncond)):
+        if logits is not None:
+            _require(logits.amax(-1).isfinite(), name)  # NaN and +inf spread through max; -inf is a masked token
     draw = cfg_sample_ref(cond, uncond, guidance, temperature, top_k, top_p, seed, offset)
-    # a token that can be drawn has a finite log-prob; NaN, +inf or no token at all leave none in the whole row
-    for name, logprob in (("cond", draw.logp_cond), ("guided", draw.logp_guided)):
-        bad = logprob.isfinite().logical_not()
-        if bad.is_cuda:
-            torch._assert_async(bad.any().logical_not(), f"cfg_sample: a row of {name} logits is not finite")
-        elif bad.any():
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"{name} logits of row {row} are not finite (NaN, or +inf, or every token masked by -inf)")
+    _require(draw.logp_guided.isfinite(), "guided")  # not where the two rows leave no token unmasked
     return draw
