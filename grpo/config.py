@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -186,10 +187,12 @@ class Config:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("top_p", "image_top_p"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
         names = self.rewards.names
         _require(bool(names), "rewards.names", names, "at least one reward, such as scene or my_module:MyReward")
         if self.reward_weights is not None and len(self.reward_weights) != len(names):
             raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(names)} rewards {names}")
+        _require(all(map(math.isfinite, self.reward_weights or [])), "reward_weights", self.reward_weights, "finite")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -153,7 +154,9 @@ def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str:
         steps, values = zip(*points, strict=True)
         window = max(1, len(values) // 15)
         smooth = [sum(v := values[max(0, i - window + 1) : i + 1]) / len(v) for i in range(len(values))]
-        (line,) = axis.plot(steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=key.split("/", 1)[-1])
+        (line,) = axis.plot(
+            steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=re.sub("^reward(s|_by_task)/", "", key)
+        )
         axis.plot(steps, values, lw=0.7, alpha=0.25, color=line.get_color())
     if not axis.lines:
         return ""

@@ -1,0 +1,237 @@
+"""The toy's world: scenes of coloured shapes on a 3x3 grid, their pictures, their plans, and prompts about them.
+
+A picture is 32x32 pixels. A shape fills one 8x8 cell; cells start every 12 pixels, so with 4x4-pixel patches every
+shape covers exactly 2x2 image tokens and is at least one token away from its neighbours. Prompts come in four of
+T2I-R1's task types (object, color, numeracy, spatial) and in its JSONL schema.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, permutations, product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IMAGE_SIZE, CELL_PITCH, SHAPE_SIZE, PATCH_SIZE = 32, 12, 8, 4
+
+# RGB in [0, 1]. Light background: a blurred edge then fades towards white, never towards another colour.
+COLOURS = {
+    "red": (0.86, 0.16, 0.18),
+    "green": (0.13, 0.60, 0.28),
+    "blue": (0.16, 0.32, 0.84),
+    "yellow": (0.96, 0.78, 0.10),
+}
+BACKGROUND = (0.96, 0.96, 0.95)
+SHAPES = ("circle", "square", "triangle")
+POSITIONS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+# Where the first object stands from the second: the words for it, and the relation read from the other side.
+RELATIONS = {
+    "left": (("left of", "on the left of"), "right"),
+    "right": (("right of", "on the right of"), "left"),
+    "above": (("above", "on top of"), "below"),
+    "below": (("below", "under"), "above"),
+}
+TEMPLATES = (
+    "a photo of {}",
+    "a picture of {}",
+    "an image of {}",
+    "a drawing of {}",
+    "{}",
+    "draw {}",
+    "show {}",
+    "a scene with {}",
+)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape: a key of COLOURS, one of SHAPES, and its cell (index into POSITIONS)."""
+
+    colour: str
+    shape: str
+    cell: int
+
+
+Scene = tuple[SceneObject, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a prompt says of an object: its shape, and its colour unless that is left open."""
+
+    shape: str
+    colour: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}" if self.colour else self.shape
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a prompt asks for, apart from its wording: `kinds` of objects, how many of each, and how they stand.
+
+    `relation` (a key of RELATIONS) says where the first kind stands from the second.
+    """
+
+    task_type: str
+    kinds: tuple[Kind, ...]
+    counts: tuple[int, ...]
+    relation: str | None = None
+
+    def mirrored(self) -> Content:
+        """The same content, told from the other end."""
+        relation = RELATIONS[self.relation][1] if self.relation else None
+        return replace(self, kinds=self.kinds[::-1], counts=self.counts[::-1], relation=relation)
+
+
+@dataclass(frozen=True)
+class ToyPrompt:
+    """A worded content and its row in T2I-R1's schema."""
+
+    content: Content
+    row: dict[str, Any] = field(hash=False)
+
+
+def shape_mask(shape: str) -> Tensor:
+    """[8, 8] bool, the pixels of a shape: a square, a disc without the corners, or an upward triangle."""
+    centre = torch.arange(SHAPE_SIZE) - (SHAPE_SIZE - 1) / 2
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    if shape == "square":
+        return torch.ones(SHAPE_SIZE, SHAPE_SIZE, dtype=torch.bool)
+    if shape == "circle":
+        return x**2 + y**2 < 14.6
+    return x.abs() <= (y + SHAPE_SIZE / 2 + 1) / 2
+
+
+def render(scenes: Sequence[Scene]) -> Tensor:
+    """Pictures of the scenes, [S, 3, 32, 32] float32 in [0, 1]."""
+    canvas = torch.tensor(BACKGROUND).view(1, 3, 1, 1).repeat(len(scenes), 1, IMAGE_SIZE, IMAGE_SIZE)
+    paint = {c: torch.tensor(rgb).view(3, 1, 1) for c, rgb in COLOURS.items()}
+    masks = {s: shape_mask(s) for s in SHAPES}
+    for picture, scene in zip(canvas, scenes, strict=True):
+        for thing in scene:
+            top, left = (CELL_PITCH * i for i in divmod(thing.cell, 3))
+            patch = picture[:, top : top + SHAPE_SIZE, left : left + SHAPE_SIZE]
+            patch.copy_(torch.where(masks[thing.shape], paint[thing.colour], patch))
+    return canvas
+
+
+def plan_of(scene: Scene) -> str:
+    """The scene in words, objects in their order: `red circle at left . blue square at right .`"""
+    return " ".join(f"{thing.colour} {thing.shape} at {POSITIONS[thing.cell]} ." for thing in scene)
+
+
+def plan_cell_entropy(plans: Iterable[str]) -> float:
+    """Entropy, in bits, of the positions that a batch of plans names (0 = always the same cell, 3.17 = uniform).
+
+    A policy that falls back on one layout keeps its reward for a while, but loses this.
+    """
+    parts = (clause.partition(" at ") for plan in plans for clause in plan.split("."))
+    counts = Counter(position for _, _, tail in parts if (position := tail.strip()) in POSITIONS)
+    total = sum(counts.values())
+    return -sum(n / total * math.log2(n / total) for n in counts.values()) + 0.0 if total else 0.0
+
+
+def random_scene(content: Content, rng: random.Random) -> Scene:
+    """A scene that shows exactly `content`; colours and cells that it leaves open are drawn uniformly."""
+    kinds = [kind for kind, count in zip(content.kinds, content.counts, strict=True) for _ in range(count)]
+    while True:
+        cells = rng.sample(range(len(POSITIONS)), len(kinds))
+        if content.relation is None or _stands(content.relation, cells[0], cells[1]):
+            break
+    colours = (kind.colour or rng.choice(list(COLOURS)) for kind in kinds)
+    return tuple(SceneObject(c, k.shape, cell) for k, c, cell in zip(kinds, colours, cells, strict=True))
+
+
+def mistaken(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with one mistake: an object of another colour, shape or place, an object too few or one too many."""
+    things = list(scene)
+    free = [cell for cell in range(len(POSITIONS)) if cell not in {thing.cell for thing in scene}]
+    which = rng.randrange(len(things))
+    error = rng.choice(("colour", "shape", "cell", "less", "more"))
+    if error == "less":
+        things.pop(which)
+    elif error == "more":
+        things.append(SceneObject(rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(free)))
+    else:
+        choices: Sequence[Any] = {"colour": list(COLOURS), "shape": SHAPES, "cell": free}[error]
+        old = getattr(things[which], error)
+        things[which] = replace(things[which], **{error: rng.choice([new for new in choices if new != old])})
+    return tuple(things)
+
+
+def _stands(relation: str, first: int, second: int) -> bool:
+    """Whether cell `first` stands so from cell `second`; at 45 degrees both relations hold."""
+    (row1, col1), (row2, col2) = divmod(first, 3), divmod(second, 3)
+    right, down = col1 - col2, row1 - row2
+    ahead = {"left": -right, "right": right, "above": -down, "below": down}[relation]
+    return ahead > 0 and ahead >= max(abs(right), abs(down))
+
+
+def contents_of(task_type: str, rng: random.Random) -> list[Content]:
+    """The contents of one task type, each once: all of them, or a random sample where there are thousands."""
+    plain = [Kind(s) for s in SHAPES]
+    coloured = [Kind(s, c) for s in SHAPES for c in COLOURS]
+    pairs = [*combinations(coloured, 2), *((a, b) for a in coloured for b in plain if a.shape != b.shape)]
+
+    def ones(kinds: Sequence[Kind], relation: str | None = None) -> Content:
+        return Content(task_type, tuple(kinds), (1,) * len(kinds), relation)
+
+    if task_type == "object":
+        # three shapes make few sets, so here the order of mention counts as content
+        return [ones(kinds) for n in (1, 2, 3) for kinds in product(plain, repeat=n)]
+    if task_type == "color":
+        triples = rng.sample(list(combinations(coloured, 3)), 100)
+        return [ones(kinds) for kinds in (*((kind,) for kind in coloured), *pairs, *triples)]
+    if task_type == "numeracy":
+        alone = [Content(task_type, (kind,), (n,)) for kind in plain + coloured for n in range(1, 6)]
+        splits = [(n, m) for n, m in product(range(1, 5), repeat=2) if 3 <= n + m <= 5]
+        both = [Content(task_type, pair, split) for pair in pairs for split in splits]
+        return alone + rng.sample(both, 170)
+    several = [ones(pair, relation) for pair in permutations(plain, 2) for relation in ("left", "above")]
+    return several + rng.sample([ones(pair, relation) for pair in pairs for relation in RELATIONS], 250)
+
+
+def word(content: Content, template: str, rng: random.Random) -> ToyPrompt:
+    """One prompt for `content`; synonyms and (except for object prompts) the order of mention come from `rng`."""
+    if content.task_type != "object" and rng.random() < 0.5:
+        content = content.mirrored()
+    row: dict[str, Any] = {"task_type": content.task_type}
+    kinds = content.kinds
+    if content.relation is not None:
+        locality = rng.choice(RELATIONS[content.relation][0])
+        phrase = f"a {kinds[0].name} {locality} a {kinds[1].name}"
+        row["spatial_info"] = {"obj1": kinds[0].name, "obj2": kinds[1].name, "locality": locality}
+    elif content.task_type == "numeracy":
+        entries = list(zip(content.counts, kinds, strict=True))
+        phrase = " and ".join(f"{NUMBERS[n]} {kind.name}{'s' * (n > 1)}" for n, kind in entries)
+        row["numeracy_info"] = [{"num": n, "obj_name": kind.name} for n, kind in entries]
+    else:
+        articles = ["another" if kind in kinds[:i] else "a" for i, kind in enumerate(kinds)]
+        phrase = " and ".join(f"{article} {kind.name}" for article, kind in zip(articles, kinds, strict=True))
+    row["nouns"] = [kind.shape for kind in kinds]
+    row["attr_nouns"] = [kind.name for kind in kinds if kind.colour]
+    return ToyPrompt(content, {"prompt": template.format(phrase), **row})
+
+
+def make_prompts(seed: int, heldout_share: float = 0.15) -> tuple[list[ToyPrompt], list[ToyPrompt]]:
+    """(training prompts, held-out prompts), split by content: no wording of a held-out content is in the first."""
+    rng = random.Random(seed)
+    train: list[ToyPrompt] = []
+    heldout: list[ToyPrompt] = []
+    for task_type in ("object", "color", "numeracy", "spatial"):
+        contents = list(dict.fromkeys(contents_of(task_type, rng)))
+        rng.shuffle(contents)
+        cut = max(1, round(heldout_share * len(contents)))
+        for index, content in enumerate(contents):
+            templates = rng.sample(TEMPLATES, 4 if task_type == "object" else 1)
+            (heldout if index < cut else train).extend(word(content, t, rng) for t in templates)
+    return train, heldout

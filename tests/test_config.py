@@ -1,0 +1,115 @@
+"""Settings: files, command line, and errors that name the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import ROOT
+
+from bicot.grpo.config import Config, RewardConfig, build_parser, parse_config
+
+
+def test_default_is_the_toy() -> None:
+    config = parse_config([])
+    assert config.dtype == "float32" and config.rewards.names == ["scene"]
+    assert Path(config.model_name_or_path).resolve() == ROOT / "model" / "assets" / "toy"
+    assert Path(config.train_file).is_file() and Path(str(config.eval_file)).is_file()
+
+
+@pytest.mark.parametrize("size", ["1b", "7b"])
+def test_published_settings(size: str) -> None:
+    config = parse_config(["--config", str(ROOT / f"configs/janus-pro-{size}.yaml"), "--rewards.names", "scene"])
+    published = dict(
+        num_generations=8, per_device_train_batch_size=1, gradient_accumulation_steps=2, learning_rate=1e-6, beta=0.01,
+        cfg_weight=5.0, temperature=1.0, image_temperature=1.0, top_k=50, image_top_k=0, max_grad_norm=1.0,
+        dtype="bfloat16", max_steps=1600, num_iterations=1, kl_estimator="k3", chat_template="t2i_r1",
+        policy_logits="conditional", scale_rewards="group", weight_decay=0.0, lr_scheduler_type="linear",
+    )  # fmt: skip
+    assert {key: getattr(config, key) for key in published} == published
+    assert config.model_name_or_path == f"deepseek-community/Janus-Pro-{size.upper()}"
+
+
+def test_command_line_overrides_the_file(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("beta: 0.5\nseed: 3\nrewards:\n  names: [scene]\n")
+    config = parse_config(["--config", str(tmp_path / "my.yaml"), "--beta", "0.1", "--epsilon_high=0.28"])
+    assert (config.beta, config.seed, config.epsilon_high) == (0.1, 3, 0.28)
+    assert config.learning_rate == 1e-6, "a file that is not the toy's starts from the published settings"
+
+
+def test_paths_are_relative_to_the_working_directory_then_to_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    config = parse_config(["--train_file", "prompts.jsonl"])
+    assert config.train_file == "prompts.jsonl"
+    assert config.eval_file == str(ROOT / "model/assets/toy/heldout.jsonl")
+
+
+def test_reward_names_take_a_list_or_words() -> None:
+    for words in (["--rewards.names", "a.b:C,scene"], ["--rewards.names", "[a.b:C, scene]"]):
+        assert parse_config(words).rewards.names == ["a.b:C", "scene"]
+    assert parse_config(["--rewards.names", "a.b:C"]).rewards.names == ["a.b:C"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--betta", "1"], "unknown setting 'betta'; did you mean 'beta'?"),
+        (["--rewards.nmes", "a"], "unknown setting 'rewards.nmes'; did you mean 'rewards.names'?"),
+        (["--loss_type", "ppo"], "loss_type"),
+        (["--beta", "high"], "beta"),
+        (["--beta", "-1"], "beta=-1.0 must be 0 or more"),
+        (["--num_generations", "1"], "num_generations=1 must be at least 2"),
+        (["--temperature", "0"], "temperature=0.0 must be above 0"),
+        (["--top_p", "0"], "top_p=0.0 must be in (0, 1]"),
+        (["--loss_type", "cispo"], "cispo clips its weights at epsilon_high"),
+        (["--reward_weights", "[1, 2]"], "reward_weights has 2 entries for 1 rewards"),
+        (["--reward_weights", "[.nan]"], "reward_weights=[nan] must be finite"),
+        (["--seed", "-1"], "seed=-1 must be in [0, 2^31)"),
+        (["--rewards.names", "[]"], "at least one reward"),
+    ],
+)
+def test_bad_settings_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bata: 1\n", "unknown setting 'bata'; did you mean 'beta'?"),
+        ("rewards:\n  namess: [scene]\n", "unknown setting 'rewards.namess'; did you mean 'rewards.names'?"),
+    ],
+)
+def test_unknown_keys_of_a_file_are_named(
+    tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parse_config(["--config", str(tmp_path / "my.yaml")])
+    assert message in capsys.readouterr().err
+
+
+def test_help_explains_every_field() -> None:
+    text = build_parser("x").format_help()
+    parser_help = {action.dest: action.help for action in build_parser("x")._actions}
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name}" in text
+        if field.name != "rewards":
+            assert parser_help[field.name] and len(parser_help[field.name].split("(type")[0]) > 8, field.name
+    for field in dataclasses.fields(RewardConfig):
+        assert f"--rewards.{field.name}" in text
+
+
+def test_print_config_can_be_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_config(["--beta", "0.25", "--print_config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["beta"] == 0.25
+    (tmp_path / "my.yaml").write_text(printed)
+    assert parse_config(["--config", str(tmp_path / "my.yaml")]) == parse_config(["--beta", "0.25"])
