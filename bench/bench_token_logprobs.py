@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", help="also write the JSON there")
+    parser.add_argument("--output", help="also write the JSON to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     providers: dict[str, Provider] = {

@@ -42,6 +42,5 @@ def hardware() -> dict[str, str | int]:
 def finish(result: dict[str, Any], output: str | None) -> None:
     """Print the result as the last line, and write it to the file `output` if given."""
     if output:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

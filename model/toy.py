@@ -61,8 +61,8 @@ class Recipe:
     image_batch: int = 32
     matrix_lr: float = 0.02
     other_lr: float = 3e-3
-    plan_mistakes: float = 0.8  # at the end; mistakes grow from none, so that what is right is learnt first
-    image_mistakes: float = 0.6
+    plan_mistakes: float = 0.3
+    image_mistakes: float = 0.2
     no_prompt: float = 0.1  # the unconditional rows of classifier-free guidance
 
 
@@ -170,7 +170,7 @@ def train_vq(model: JanusForConditionalGeneration, prompts: list[world.ToyPrompt
         sums = latents.new_zeros(int(kinds.max()) + 1, latents.shape[1]).scatter_add(0, index, latents)
         return latents, kinds, F.normalize(sums, dim=1)
 
-    def next_loss(_: float) -> tuple[Tensor, str]:
+    def next_loss() -> tuple[Tensor, str]:
         images = draw(recipe.vq_batch)
         latents, kinds, codes = encode(images)
         straight = latents + (codes[kinds] - latents).detach()
@@ -230,8 +230,8 @@ def train_policy(
         torch.optim.AdamW(others, lr=recipe.other_lr, weight_decay=0.0),
     ]
 
-    def next_loss(done: float) -> tuple[Tensor, str]:
-        examples = [_example(rng.choice(prompts), recipe, done, rng) for _ in range(recipe.plan_batch)]
+    def next_loss() -> tuple[Tensor, str]:
+        examples = [_example(rng.choice(prompts), recipe, rng) for _ in range(recipe.plan_batch)]
         plan = _plan_loss(model, encoder, examples)
         image = _image_loss(model, encoder, examples[: recipe.image_batch], recipe, rng)
         # most image tokens are background, and most of a plan's loss is its free choice of cells
@@ -240,13 +240,13 @@ def train_policy(
     _fit("policy", recipe.policy_steps, optimizers, next_loss)
 
 
-def _example(prompt: world.ToyPrompt, recipe: Recipe, done: float, rng: random.Random) -> tuple[str, str, world.Scene]:
+def _example(prompt: world.ToyPrompt, recipe: Recipe, rng: random.Random) -> tuple[str, str, world.Scene]:
     """(prompt, plan, scene to draw)."""
     scene = world.random_scene(prompt.content, rng)
-    if rng.random() < done * recipe.plan_mistakes:
+    if rng.random() < recipe.plan_mistakes:
         scene = world.mistaken(scene, rng)
     plan = world.plan_of(scene)
-    if scene and rng.random() < done * recipe.image_mistakes:
+    if scene and rng.random() < recipe.image_mistakes:
         scene = world.mistaken(scene, rng)
     return prompt.row["prompt"], plan, scene
 
@@ -288,9 +288,9 @@ def _image_loss(
 
 
 def _fit(
-    name: str, steps: int, optimizers: Sequence[torch.optim.Optimizer], next_loss: Callable[[float], tuple[Tensor, str]]
+    name: str, steps: int, optimizers: Sequence[torch.optim.Optimizer], next_loss: Callable[[], tuple[Tensor, str]]
 ) -> None:
-    """Take `steps` optimizer steps on `next_loss(share done) -> (loss, what to print)`; warm-up, then a cosine to 0."""
+    """Take `steps` optimizer steps on `next_loss() -> (loss, what to print)`; warm-up, then a cosine to 0."""
 
     def rate(step: int) -> float:
         return min((step + 1) / (0.1 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -299,7 +299,7 @@ def _fit(
     for step in range(steps):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss, report = next_loss(step / steps)
+        loss, report = next_loss()
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

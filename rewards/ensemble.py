@@ -22,7 +22,7 @@ BUILTIN = {
 
 
 class RewardError(RuntimeError):
-    """A reward failed: the message names the reward and the first prompt of its batch."""
+    """A reward failed: the message names the reward and the prompt."""
 
 
 def load_reward(name: str) -> Reward:
@@ -96,7 +96,7 @@ class RewardEnsemble:
                 scores = reward.score(images, examples)
         except Exception as error:
             raise RewardError(
-                f"reward {reward.name!r} failed on a batch from {examples[0].prompt!r} on: {error}"
+                f"reward {reward.name!r} failed on {_culprit(reward, images, examples)}: {error}"
             ) from error
         scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device)
         if scores.shape != (len(examples),):
@@ -105,3 +105,13 @@ class RewardEnsemble:
             at = int(scores.isinf().nonzero()[0])
             raise RewardError(f"reward {reward.name!r} gave {scores[at].item()} for {examples[at].prompt!r}")
         return scores
+
+
+def _culprit(reward: Reward, images: Tensor, examples: Sequence[Example]) -> str:
+    """The prompt that fails alone; the batch, if each of its prompts succeeds alone."""
+    for s, example in enumerate(examples):
+        try:
+            reward.score(images[s : s + 1], [example])
+        except Exception:
+            return repr(example.prompt)
+    return f"a batch of {len(examples)} prompts from {examples[0].prompt!r} on, though on none of them alone"

@@ -26,7 +26,14 @@ class Constant:
 
 class Failing(Constant):
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        raise KeyError("weights")
+        if any("dogs" in example.prompt for example in examples):
+            raise RuntimeError("cannot count dogs")
+        return torch.zeros(len(examples))
+
+
+class FailingOnBatches(Constant):
+    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        return torch.zeros(1) if len(examples) == 1 else self.missing  # type: ignore[attr-defined]
 
 
 def test_scores_weights_and_missing_rewards() -> None:
@@ -65,7 +72,8 @@ def test_user_reward_by_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (Failing("broken"), "reward 'broken' failed on a batch from 'a cat' on: 'weights'"),
+        (Failing("broken"), "reward 'broken' failed on 'two dogs': cannot count dogs"),
+        (FailingOnBatches("big"), "reward 'big' failed on a batch of 2 prompts from 'a cat' on, though .* 'missing'"),
         (Constant("short", 1.0), r"reward 'short' returned \(1,\) for 2 pictures"),
         (Constant("wild", 1.0, float("inf")), "reward 'wild' gave inf for 'two dogs'"),
     ],

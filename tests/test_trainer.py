@@ -112,12 +112,15 @@ def test_only_the_language_model_trains(job: Path, tmp_path: Path) -> None:
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(job: Path, tmp_path: Path) -> None:
-    run(job, tmp_path / "whole")
-    run(job, tmp_path / "parts", "--stop_after", "3")
+    schedule = ("--lr_scheduler_type", "linear")  # ends at max_steps, whatever stop_after says
+    run(job, tmp_path / "whole", *schedule)
+    run(job, tmp_path / "parts", *schedule, "--stop_after", "3")
     assert (tmp_path / "parts" / "checkpoint-000003" / "trainer_state.pt").is_file()
-    run(job, tmp_path / "parts", "--resume", "auto")
+    run(job, tmp_path / "parts", *schedule, "--resume", "auto")
     assert_same_weights(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "parts")]
+    assert rates == pytest.approx([1e-2 * (6 - i) / 6 for i in range(6)])
     summaries = [json.loads((tmp_path / d / "summary.json").read_text()) for d in ("whole", "parts")]
     for key in ("heldout_reward_before", "heldout_reward_after", "steps"):
         assert summaries[0][key] == summaries[1][key]
