@@ -47,7 +47,7 @@ def test_scores_weights_and_missing_rewards() -> None:
 
 
 def test_user_reward_by_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rewards.py").write_text(
+    (tmp_path / "ensemble_rewards.py").write_text(
         "class Brightness:\n"
         "    name = 'brightness'\n"
         "    def score(self, images, examples):\n"
@@ -56,13 +56,13 @@ def test_user_reward_by_dotted_path(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "number = 3\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("my_rewards:Brightness", "my_rewards:ready"):
+    for name in ("ensemble_rewards:Brightness", "ensemble_rewards:ready"):
         scores = RewardEnsemble([load_reward(name)]).submit(IMAGES, EXAMPLES).result()
         torch.testing.assert_close(scores[:, 0], IMAGES.mean((1, 2, 3)))
     for name, message in [
-        ("my_rewards:Darkness", "cannot be imported: module 'my_rewards' has no attribute 'Darkness'"),
+        ("ensemble_rewards:Darkness", "cannot be imported: module 'ensemble_rewards' has no attribute 'Darkness'"),
         ("no_such_module:X", "cannot be imported: No module named 'no_such_module'"),
-        ("my_rewards:number", "needs a `name` and a `score"),
+        ("ensemble_rewards:number", "needs a `name` and a `score"),
         ("hpsv9", "unknown reward 'hpsv9'; built in are scene"),
     ]:
         with pytest.raises(ValueError, match=message):
