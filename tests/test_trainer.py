@@ -192,7 +192,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(job: Path, tmp_path: Pa
     one = words(job, tmp_path / "one", "--max_steps", "2", "--gradient_accumulation_steps", "2")
     train(parse_config(one))
     two = words(job, tmp_path / "two", "--max_steps", "2", "--gradient_accumulation_steps", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29555"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, str(ROOT / "train.py"), *two], check=True, env=_environment(job), timeout=300)
     for name, weight in weights(tmp_path / "one", 2).items():
         torch.testing.assert_close(weights(tmp_path / "two", 2)[name], weight, atol=1e-6, rtol=0)
