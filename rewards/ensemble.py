@@ -112,6 +112,6 @@ def _culprit(reward: Reward, images: Tensor, examples: Sequence[Example]) -> str
     for s, example in enumerate(examples):
         try:
             reward.score(images[s : s + 1], [example])
-        except Exception:
+        except Exception:  # any: the error itself is already on its way to the user
             return repr(example.prompt)
     return f"a batch of {len(examples)} prompts from {examples[0].prompt!r} on, though on none of them alone"
