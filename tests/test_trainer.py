@@ -144,6 +144,14 @@ def test_rows_after_the_checkpoint_are_written_again(job: Path, tmp_path: Path) 
     assert metrics(tmp_path)[2]["reward"] < 1
 
 
+def test_a_checkpoint_that_is_not_whole_is_not_resumed(job: Path, tmp_path: Path) -> None:
+    run(job, tmp_path, "--stop_after", "2")
+    (tmp_path / ".checkpoint-000004.partial").mkdir()  # what a kill in the middle of saving leaves
+    (tmp_path / "checkpoint-000005").mkdir()
+    run(job, tmp_path, "--resume", "auto", "--stop_after", "3")
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+
+
 def test_an_earlier_run_is_not_lost(job: Path, tmp_path: Path) -> None:
     run(job, tmp_path, "--max_steps", "2")
     with pytest.raises(FileExistsError, match=r"--resume auto.*--overwrite_output_dir"):
