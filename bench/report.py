@@ -25,13 +25,14 @@ def machine(result: dict[str, Any]) -> str:
 
 def toy_seeds(result: dict[str, Any]) -> str:
     runs = result["runs"]
+    tasks = list(runs[0]["before"]["reward_by_task"])
     rows = [
         [
             str(run["seed"]),
             f"{run['heldout_reward_before']:.3f} → {run['heldout_reward_after']:.3f}",
             *(
                 f"{run['before']['reward_by_task'][task]:.2f} → {run['after']['reward_by_task'][task]:.2f}"
-                for task in runs[0]["before"]["reward_by_task"]
+                for task in tasks
             ),
             f"{run['before']['relation']:.2f} → {run['after']['relation']:.2f}",
             f"{run['before']['plan_cell_entropy_bits']:.2f} → {run['after']['plan_cell_entropy_bits']:.2f}",
@@ -41,7 +42,6 @@ def toy_seeds(result: dict[str, Any]) -> str:
         ]
         for run in runs
     ]
-    tasks = list(runs[0]["before"]["reward_by_task"])
     header = ["seed", "held-out reward", *tasks, "relation holds", "plan places, bits", "steps", "seconds", "images/s"]
     options = " ".join(["", "--", *result["options"]]) if result["options"] else ""
     return f"""## The default run, three seeds

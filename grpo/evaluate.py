@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..model.engine import RolloutChunk, RolloutEngine, Sampling
@@ -52,12 +53,17 @@ def samples_of(
     ]
 
 
+def mean_by_name(rewards: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Mean of the rewards that share a name, NaN left out; NaN where nothing else is there."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, reward in rewards:
+        groups[name].append(reward)
+    return {name: torch.tensor(values, dtype=torch.float64).nanmean().item() for name, values in sorted(groups.items())}
+
+
 def mean_by_task(samples: Sequence[Sample]) -> dict[str, float]:
     """Mean reward of each task type, samples without a reward left out."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.task_type].append(sample.reward)
-    return {task: float(np.nanmean(values)) for task, values in sorted(groups.items())}
+    return mean_by_name((sample.task_type, sample.reward) for sample in samples)
 
 
 def save_samples(samples: Sequence[Sample], path: Path) -> None:

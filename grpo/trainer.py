@@ -32,6 +32,7 @@ from .evaluate import (
     entropy_bits,
     evaluate,
     load_samples,
+    mean_by_name,
     mean_by_task,
     mean_reward,
     samples_of,
@@ -166,15 +167,15 @@ class Trainer:
         with clock("train"):
             metrics = update(self.policy, self.optimizer, micro_batches, mine, reference, self.encoder, config, ranks)
         self.step += 1
-        samples = samples_of(rollout, repeated, scores, self.ensemble)
         grid = None
         if config.sample_steps and self.step % config.sample_steps == 0 and ranks.main:
+            samples = samples_of(rollout, repeated, scores, self.ensemble)
             grid = self.output / "samples" / f"step-{self.step:06d}.png"
             draw_grid({f"step {self.step}": pick(samples[:: config.num_generations])}, grid)
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         return {
-            **self._reward_metrics(everyone, ranks.gather([(s.task_type, s.reward) for s in samples])),
+            **self._reward_metrics(everyone, ranks.gather([example.task_type for example in repeated])),
             **{key: value.item() for key, value in metrics.items()},
             **self._plan_metrics(rollout),
             "learning_rate": learning_rate,
@@ -197,19 +198,18 @@ class Trainer:
             list(self.engine.generate(prompts, config.num_generations, self.settings.sampling, seed, first))
         )
 
-    def _reward_metrics(self, scores: Tensor, by_task: list[tuple[str, float]]) -> dict[str, float]:
+    def _reward_metrics(self, scores: Tensor, task_types: list[str]) -> dict[str, float]:
+        """Of the whole step: scores [S, R] and task types [S] of all ranks, in rank order."""
         total = self.ensemble.total(scores)
         groups = total.view(-1, self.config.num_generations)
-        tasks: dict[str, list[float]] = {}
-        for task, reward in by_task:
-            tasks.setdefault(task, []).append(reward)
+        by_task = mean_by_name(zip(task_types, total.tolist(), strict=True))
         spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(()) for g in groups])
         return {
             "reward": total.nanmean().item(),
             "reward_std": spread.mean().item(),
             "frac_reward_zero_std": (spread == 0).float().mean().item(),
             **{f"rewards/{name}": scores[:, r].nanmean().item() for r, name in enumerate(self.ensemble.names)},
-            **{f"reward_by_task/{task}": _mean(values) for task, values in sorted(tasks.items())},
+            **{f"reward_by_task/{task}": mean for task, mean in by_task.items()},
         }
 
     def _plan_metrics(self, rollout: RolloutChunk) -> dict[str, float]:
@@ -259,10 +259,6 @@ class Trainer:
         print(_table(before, after))
         print(f"{self.step} steps in {self.seconds:.0f} s; checkpoint, metrics and report.html are in {self.output}")
         return summary
-
-
-def _mean(values: list[float]) -> float:
-    return torch.tensor(values).nanmean().item()
 
 
 def _table(before: list[Sample], after: list[Sample]) -> str:

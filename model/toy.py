@@ -1,9 +1,9 @@
 """The toy: a Janus of a million parameters that draws the scenes of `world.py`, made from nothing.
 
-    python -m bicot.model.toy                # rewrites model/assets/toy; about 6 minutes on two cores
+    python -m bicot.model.toy                # rewrites model/assets/toy; 4 to 6 minutes on two cores
 
 A VQ-VAE learns the pictures, then the policy learns (prompt -> plan) and (prompt + plan -> image tokens) from scenes
-that contain mistakes and stops early, so that reinforcement has something to do. The checkpoint is an ordinary
+that contain mistakes, so that reinforcement has something to do. The checkpoint is an ordinary
 `JanusForConditionalGeneration` folder; beside it lie the prompts (`train.jsonl`, `heldout.jsonl`) and the
 instruction of the text stage (`reasoning_prompt.txt`).
 Shapes: B pictures a batch, T = 64 image tokens (8x8), E = 8 code dimensions.
@@ -219,7 +219,7 @@ def train_policy(
     encoder = PromptEncoder(tokenizer, SETTINGS.prompts, MAX_CONTEXT)
     rng = random.Random(seed)
     core = model.model
-    # Muon on the matrices learns in half the steps of AdamW; embeddings, norms and biases are not matrices to it
+    # Muon for the matrices; to it, embeddings, norms and biases are none
     layers = [core.language_model.layers, core.generation_aligner.hidden_layers, core.generation_head.proj_out]
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
     trained = (core.language_model, core.generation_embeddings, core.generation_aligner, core.generation_head)

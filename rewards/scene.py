@@ -15,7 +15,7 @@ S samples; images [S, 3, H, H] float in [0, 1], resampled to 32x32 if they have 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -84,9 +84,7 @@ class SceneReward:
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, H] in [0, 1], S examples -> [S] float32 on the device of `images`."""
-        pictures = look(images)
-        scores = [_score(picture, example) for picture, example in zip(pictures, examples, strict=True)]
-        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+        return _judge(_score, images, examples)
 
 
 class SceneRelation:
@@ -96,9 +94,12 @@ class SceneRelation:
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, H] in [0, 1], S examples -> [S] float32 on the device of `images`."""
-        pictures = look(images)
-        held = [_relation(picture, example) for picture, example in zip(pictures, examples, strict=True)]
-        return torch.tensor(held, dtype=torch.float32, device=images.device)
+        return _judge(_relation, images, examples)
+
+
+def _judge(rule: Callable[[Picture, Example], float], images: Tensor, examples: Sequence[Example]) -> Tensor:
+    scores = [rule(picture, example) for picture, example in zip(look(images), examples, strict=True)]
+    return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
 
 def look(images: Tensor) -> list[Picture]:
