@@ -63,15 +63,19 @@ def token_logprobs(result: dict[str, Any]) -> str:
         cases.setdefault(case, {})[row["provider"]] = row
     rows = []
     for case, providers in cases.items():
-        ms = {provider: row["ms"][1] for provider, row in providers.items()}
-        ours = f"{ms['native']:.0f} ({providers['native']['gbps']:.1f} GB/s)"
-        others = [f"{ms[other]:.0f} ({ms[other] / ms['native']:.1f}×)" for other in ("eager", "compile")]
-        rows.append([case, ours, *others])
-    header = ["case", "C++ ms", "eager ms (C++ is)", "torch.compile ms (C++ is)"]
+        cells = [case]
+        for row in (providers[provider] for provider in ("native", "eager", "compile")):
+            p20, p50, p80 = row["ms"]
+            ratio = f"{p50 / providers['native']['ms'][1]:.1f}×"
+            note = f"{row['gbps']:.1f} GB/s" if row["provider"] == "native" else ratio
+            cells.append(f"{p50:.0f} [{p20:.0f} to {p80:.0f}], {note}")
+        rows.append(cells)
+    header = ["case", "C++ ms", "eager ms, C++ is", "torch.compile ms, C++ is"]
     return f"""## token_logprobs on the CPU
 
 `python -m bicot.bench.bench_token_logprobs --output bench/results/token_logprobs_cpu.json` on {machine(result)}.
-Medians of interleaved runs; log-prob and entropy of every row; GB/s of the bytes that must move.
+Medians [p20 to p80] of interleaved runs; log-prob and entropy of every row; GB/s of the bytes that must move. Eager's
+backward allocates as it goes and is unsteady on this machine: torch.compile is the yardstick there.
 
 {table(header, rows)}
 """
