@@ -74,8 +74,8 @@ def token_logprobs(result: dict[str, Any]) -> str:
     return f"""## token_logprobs on the CPU
 
 `python -m bicot.bench.bench_token_logprobs --output bench/results/token_logprobs_cpu.json` on {machine(result)}.
-Medians [p20 to p80] of interleaved runs; log-prob and entropy of every row; GB/s of the bytes that must move. Eager's
-backward allocates as it goes and is unsteady on this machine: torch.compile is the yardstick there.
+Medians [p20 to p80] of interleaved runs; log-prob and entropy of every row; GB/s of the bytes that must move. Eager
+is unsteady on this machine (see its spread): torch.compile is the better yardstick.
 
 {table(header, rows)}
 """
