@@ -35,15 +35,20 @@ def available() -> bool:
     return _load()[0] is not None
 
 
-@functools.cache
-def function(name: str, *argtypes: type) -> "ctypes._NamedFuncPointer":
-    """The C function `name`, typed to take `argtypes` and return nothing.
-
-    Raises RuntimeError, naming the reason and the fix, when the library is missing.
-    """
+@torch.compiler.assume_constant_result
+def require() -> None:
+    """Raise RuntimeError, naming the reason and the fix, when the library is missing."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"bicot's C++ kernels are not available: {reason}. Fix: {FIX}")
+
+
+@functools.cache
+def function(name: str, *argtypes: type) -> "ctypes._NamedFuncPointer":
+    """The C function `name`, typed to take `argtypes` and return nothing; RuntimeError without the library."""
+    require()
+    library, _ = _load()
+    assert library is not None
     entry = library[name]
     entry.argtypes = argtypes
     entry.restype = None

@@ -1,0 +1,77 @@
+"""Which implementation of an op runs: Triton on a GPU, the C++ kernels on a CPU, plain PyTorch for what neither takes.
+
+Also the one place that imports Triton, which is optional: without it the kernels below `@triton.jit` are never compiled
+and `impl="triton"` is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from . import native
+
+Impl = Literal["auto", "triton", "native", "torch"]
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    # Triton decides when it decorates a kernel whether its interpreter runs it, so this is fixed at import too.
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:
+
+    class _NoTriton:
+        """Stands in for `triton` in decorators alone."""
+
+        @staticmethod
+        def jit(kernel: Any) -> Any:
+            return kernel
+
+    triton, tl = _NoTriton, None
+    HAS_TRITON = INTERPRETED = False
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "NATIVE_DTYPES", "TRITON_DTYPES", "Impl", "choose", "tl", "triton"]
+
+
+def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `impl` cannot run on this input, or None."""
+    if impl == "triton":
+        if not HAS_TRITON:
+            return "Triton is not installed (pip install triton)"
+        if device.type != "cuda" and not INTERPRETED:
+            return f"it needs a CUDA tensor, got {device.type} (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
+        if dtype not in TRITON_DTYPES:
+            return f"it takes float32, bfloat16 or float16, got {dtype}"
+    elif impl == "native":
+        if device.type != "cpu" or dtype not in NATIVE_DTYPES:
+            return f"it takes float32 or bfloat16 on the CPU, got {dtype} on {device.type}"
+    return None
+
+
+def choose(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs: "triton", "native" or "torch".
+
+    "auto" is Triton on a GPU and C++ on a CPU where they take the dtype (float64 is for oracles, and PyTorch's) and are
+    installed; `native.available` warns once where a CPU has no C++ kernels.
+
+    Raises:
+        ValueError: an unknown name, or an implementation that cannot take this device and dtype.
+        RuntimeError: "native" is asked for and the C++ library is missing.
+    """
+    if impl not in ("auto", "triton", "native", "torch"):
+        raise ValueError(f'impl must be "auto", "triton", "native" or "torch", got {impl!r}')
+    if impl == "auto":
+        best = "triton" if device.type == "cuda" else "native"
+        usable = _obstacle(best, device, dtype) is None and (best == "triton" or native.available())
+        return best if usable else "torch"
+    if reason := _obstacle(impl, device, dtype):
+        raise ValueError(f'impl="{impl}" cannot run here: {reason}; use impl="torch"')
+    if impl == "native":
+        native.require()
+    return impl

@@ -1,0 +1,59 @@
+"""What the kernel tests share: the implementations that can run here, and the three-way comparison.
+
+`gt` is the reference in float64, `eager` the reference in the tested dtype, `ours` the implementation: an error of ours
+may exceed eager's only by the stated tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from bicot.kernels import native
+from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED
+
+CUDA = torch.cuda.is_available()
+
+needs_native = pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built")
+needs_triton = pytest.mark.skipif(
+    not (HAS_TRITON and (CUDA or INTERPRETED)), reason="Triton kernels need a GPU or TRITON_INTERPRET=1"
+)
+NATIVE = pytest.param("native", marks=needs_native)
+TRITON = pytest.param("triton", marks=[needs_triton, pytest.mark.triton])
+KERNELS = [NATIVE, TRITON]  # the fast implementations
+IMPLEMENTATIONS = ["torch", *KERNELS]
+
+
+def device(impl: str) -> str:
+    """Where the tensors of a test of `impl` live. The interpreter runs Triton's kernels on CPU tensors."""
+    return "cuda" if impl == "triton" and CUDA else "cpu"
+
+
+@contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Every torch.empty holds NaN (floats) or the largest integer, so that an element left unwritten shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def assert_no_worse(
+    name: str, ours: Tensor, eager: Tensor, gt: Tensor, relative: float, absolute: float, *, elementwise: bool = True
+) -> None:
+    """error(ours, gt) <= error(eager, gt) + tolerance, in norm and element by element.
+
+    `relative` is of gt's norm (and of each element), `absolute` of one element.
+    """
+    assert ours.dtype == eager.dtype and ours.shape == eager.shape, name
+    gt = gt.double()
+    eager_error, error = (eager.double() - gt).abs(), (ours.double() - gt).abs()
+    bound = eager_error.norm() + relative * gt.norm() + absolute * max(gt.numel(), 1) ** 0.5
+    assert error.norm() <= bound, f"{name}: error {error.norm():.3g}, bound {bound:.3g}"
+    if elementwise and gt.numel():
+        bounds = eager_error.max() + relative * gt.abs() + absolute
+        assert (error <= bounds).all(), f"{name}: worst element is {(error - bounds).max():.3g} beyond its bound"
