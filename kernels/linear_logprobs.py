@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .token_logprobs import TokenStats, _check_targets, token_logprobs, token_logprobs_ref
+from .token_logprobs import TokenStats, check_targets, token_logprobs, token_logprobs_ref
 
 _CHUNK_ELEMENTS = 16 * 2**20
 
@@ -66,7 +66,7 @@ def linear_logprobs(
         raise ValueError(f"targets must be [N] = [{len(hidden)}] to match hidden, got {list(targets.shape)}")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
         return token_logprobs(F.linear(hidden, weight, bias), targets, temperature=temperature)
-    _check_targets(targets, len(weight))  # here, so that its message counts rows of the whole and not of a chunk
+    check_targets(targets, len(weight))  # here, so that its message counts rows of the whole and not of a chunk
     rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
     stats = [
         token_logprobs(F.linear(h, weight, bias), t, temperature=temperature)

@@ -10,15 +10,17 @@ Floor: forward reads N·V logits once, backward reads them once more and writes 
 Source: the policy's log-probability in BiCoT-GRPO (arXiv 2505.00703, equation 1).
 """
 
+from __future__ import annotations
+
 import ctypes
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
+from .dispatch import NATIVE_DTYPES, Impl, choose, tl, triton
 
-_NATIVE_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ROWS = (
     ctypes.c_void_p,
     ctypes.c_int64,
@@ -29,7 +31,8 @@ _ROWS = (
     ctypes.c_int,
 )
 _FORWARD = _ROWS + (ctypes.c_void_p,) * 3
-_BACKWARD = _ROWS + (ctypes.c_void_p,) * 5
+_BACKWARD = _ROWS + (ctypes.c_void_p,) * 5 + (ctypes.c_int64,)
+_BLOCK = 4096  # columns a Triton program holds at a time: 16 a thread of 8 warps
 
 
 class TokenStats(NamedTuple):
@@ -48,44 +51,162 @@ def token_logprobs_ref(logits: Tensor, targets: Tensor, *, temperature: float = 
     return TokenStats(logp.gather(-1, targets[:, None]).squeeze(-1), entropy)
 
 
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    bad = (targets < 0) | (targets >= vocabulary)
-    if targets.is_cuda or torch.compiler.is_compiling():  # no host sync, no data-dependent branch
-        torch._assert_async(~bad.any(), f"targets must be in [0, {vocabulary})")
-    elif bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"targets must be in [0, {vocabulary}): targets[{row}] = {int(targets[row])}")
+# Triton. A row begins anywhere, but 16-byte accesses begin at multiples of 16 bytes: its `body` does, whatever V and
+# the strides are. What is left over, up to 7 elements before the body and 7 after it, is its `rim`.
 
 
-def _row_args(logits: Tensor, targets: Tensor, temperature: float) -> tuple[int | float, ...]:
-    rows, vocabulary = logits.shape
-    threads = torch.get_num_threads()
-    return logits.data_ptr(), logits.stride(0), targets.data_ptr(), rows, vocabulary, temperature, threads
+@triton.jit
+def split_row(p_row, V, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-> head, body: the elements before the first multiple of 16 bytes, and those that whole 16 bytes then hold."""
+    if ALIGNED:
+        head, body = 0, V
+    else:
+        BYTES: tl.constexpr = p_row.dtype.element_ty.primitive_bitwidth // 8
+        PACK: tl.constexpr = 16 // BYTES
+        head = tl.minimum(((16 - p_row.to(tl.int64) % 16) % 16 // BYTES).to(tl.int32), V)
+        body = tl.multiple_of((V - head) // PACK * PACK, PACK)
+    return head, body
 
 
-def _unit_columns(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+@triton.jit
+def rim(V, head, body):  # type: ignore[no-untyped-def]
+    """-> offsets and mask [16] of the row's elements outside its body."""
+    o_rim = tl.arange(0, 16)
+    o_tail = head + body + o_rim - 8
+    return tl.where(o_rim < 8, o_rim, o_tail), tl.where(o_rim < 8, o_rim < head, o_tail < V)
 
 
-@torch.library.custom_op("bicot::token_logprobs", mutates_args=(), device_types="cpu")
-def _native_forward(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, entropy (float32) and lse (float64, for the backward pass)."""
-    _check_targets(targets, logits.shape[1])
-    run = native.function(f"bicot_token_logprobs_{_NATIVE_DTYPES[logits.dtype]}", *_FORWARD)
-    logits, targets = _unit_columns(logits), targets.contiguous()
-    logprob, entropy, lse = _fake_forward(logits, targets, temperature)
-    run(*_row_args(logits, targets, temperature), logprob.data_ptr(), entropy.data_ptr(), lse.data_ptr())
-    return logprob, entropy, lse
+@triton.jit
+def online_stats(b_x, scale, maximum, total, weighted):  # type: ignore[no-untyped-def]
+    """One block more: with d = (x - maximum)·scale, the sums of 2^d and of d·2^d follow the running maximum."""
+    peak = tl.maximum(maximum, tl.max(b_x, 0))
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # only -inf so far: no mass, and x - peak would be NaN
+    shift = tl.where(maximum == float("-inf"), 0.0, (maximum - base) * scale)
+    factor = tl.exp2(shift)
+    b_d = (b_x - base) * scale
+    b_e = tl.exp2(b_d)
+    weighted = (weighted + shift * total) * factor + tl.sum(tl.maximum(b_d, -150.0) * b_e, 0)  # not -inf · 0
+    return peak, total * factor + tl.sum(b_e, 0), weighted
 
 
-@_native_forward.register_fake
-def _fake_forward(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    logprob = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    return logprob, torch.empty_like(logprob), torch.empty_like(logprob, dtype=torch.float64)
+@triton.jit
+def row_stats(p_row, V, scale, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """-> maximum, Σ 2^d, Σ d·2^d of a row."""
+    head, body = split_row(p_row, V, ALIGNED)
+    p_body = tl.multiple_of(p_row + head, 16)
+    o_block = tl.arange(0, BLOCK)
+    maximum, total, weighted = float("-inf"), 0.0, 0.0
+    for begin in range(0, body, BLOCK):
+        m_x = begin + o_block < body
+        b_x = tl.load(p_body + begin + o_block, mask=m_x, other=float("-inf")).to(tl.float32)
+        maximum, total, weighted = online_stats(b_x, scale, maximum, total, weighted)
+    if not ALIGNED:
+        o_rim, m_rim = rim(V, head, body)
+        b_x = tl.load(p_row + o_rim, mask=m_rim, other=float("-inf")).to(tl.float32)
+        maximum, total, weighted = online_stats(b_x, scale, maximum, total, weighted)
+    return maximum, total, weighted
 
 
-@torch.library.custom_op("bicot::token_logprobs_backward", mutates_args=(), device_types="cpu")
-def _native_backward(
+@triton.jit
+def softmax_part(b_x, high, low, scale, a, b):  # type: ignore[no-untyped-def]
+    """p·(a + b·log2 p), the gradient but for the target's own term; log2 p = (x - high - low)·scale."""
+    b_d = ((b_x - high) - low) * scale
+    return tl.exp2(b_d) * (a + b * tl.maximum(b_d, -150.0))
+
+
+@triton.jit
+def write_gradient(  # type: ignore[no-untyped-def]
+    p_row, p_grad, target, V, high, low, scale, a, b, label, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """The whole row's gradient; `p_grad` may be `p_row`, and must lie like it between multiples of 16 bytes.
+
+    From the last block to the first: after a forward sweep the last are still in cache.
+    """
+    head, body = split_row(p_row, V, ALIGNED)
+    p_body, p_grad_body = tl.multiple_of(p_row + head, 16), tl.multiple_of(p_grad + head, 16)
+    o_block = tl.arange(0, BLOCK)
+    for i in range(tl.cdiv(body, BLOCK)):
+        o_x = tl.multiple_of((tl.cdiv(body, BLOCK) - 1 - i) * BLOCK, BLOCK) + o_block
+        b_x = tl.load(p_body + o_x, mask=o_x < body, other=float("-inf")).to(tl.float32)
+        b_g = softmax_part(b_x, high, low, scale, a, b) + tl.where(head + o_x == target, label, 0.0)
+        tl.store(p_grad_body + o_x, b_g.to(p_grad.dtype.element_ty), mask=o_x < body)
+    if not ALIGNED:
+        o_rim, m_rim = rim(V, head, body)
+        b_x = tl.load(p_row + o_rim, mask=m_rim, other=float("-inf")).to(tl.float32)
+        b_g = softmax_part(b_x, high, low, scale, a, b) + tl.where(o_rim == target, label, 0.0)
+        tl.store(p_grad + o_rim, b_g.to(p_grad.dtype.element_ty), mask=m_rim)
+
+
+@triton.jit
+def _forward_kernel(  # type: ignore[no-untyped-def]
+    p_logits, stride, p_targets, V, inv_temperature, p_logprob, p_entropy, p_lse,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    p_row = p_logits + row * stride
+    maximum, total, weighted = row_stats(p_row, V, inv_temperature * 1.4426950408889634, BLOCK, ALIGNED)
+    x_target = tl.load(p_row + tl.load(p_targets + row)).to(tl.float32)
+    log_total = tl.log(total)
+    tl.store(p_logprob + row, (x_target - maximum) * inv_temperature - log_total)
+    tl.store(p_entropy + row, log_total - weighted / total * 0.6931471805599453)
+    # float64: at an offset of 1e4 a float32 log-sum-exp would cost the backward pass three digits
+    tl.store(p_lse + row, maximum.to(tl.float64) * inv_temperature + log_total.to(tl.float64))
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    p_logits, stride, p_targets, V, inv_temperature, p_grad_logprob, p_grad_entropy, p_lse, p_entropy, p_grad,
+    grad_stride, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    grad_logprob, grad_entropy = tl.load(p_grad_logprob + row), tl.load(p_grad_entropy + row)
+    pivot = tl.load(p_lse + row) / inv_temperature  # in two floats: x - pivot keeps float32 precision
+    high = pivot.to(tl.float32)
+    low = (pivot - high.to(tl.float64)).to(tl.float32)
+    a = -(grad_logprob + grad_entropy * tl.load(p_entropy + row)) * inv_temperature
+    b = -grad_entropy * inv_temperature * 0.6931471805599453
+    write_gradient(
+        p_logits + row * stride, p_grad + row * grad_stride, tl.load(p_targets + row), V, high, low,
+        inv_temperature * 1.4426950408889634, a, b, grad_logprob * inv_temperature, BLOCK, ALIGNED,
+    )  # fmt: skip
+
+
+def row_config(*matrices: Tensor) -> dict[str, Any]:
+    """Launch options of a kernel with one program a row of these matrices, all alike in shape."""
+    V = matrices[0].shape[1]
+    block = min(triton.next_power_of_2(max(V, 16)), _BLOCK)
+    aligned = V % 16 == 0 and all(m.stride(0) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+    # contraction on: only the draws of cfg_sample need every rounding where it is written
+    return {"BLOCK": block, "ALIGNED": aligned, "num_warps": 8 if block > 2048 else 4, "enable_fp_fusion": True}
+
+
+def unit_columns(logits: Tensor) -> Tensor:
+    """Rows whose elements lie side by side: the logits, or a copy."""
+    return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
+
+
+def dense_rows(logits: Tensor) -> Tensor:
+    """The logits, or a copy, laid out like a new tensor, so that 16-byte boundaries fall alike in both."""
+    dense = logits.is_contiguous() and logits.data_ptr() % 16 == 0
+    return logits if dense else logits.clone(memory_format=torch.contiguous_format)
+
+
+def launch_forward(
+    logits: Tensor, targets: Tensor, temperature: float, impl: str, logprob: Tensor, entropy: Tensor, lse: Tensor
+) -> None:
+    """Fill logprob, entropy [N] float32 and lse [N] float64."""
+    logits, targets = unit_columns(logits), targets.contiguous()
+    if impl == "native":
+        run = native.function(f"bicot_token_logprobs_{NATIVE_DTYPES[logits.dtype]}", *_FORWARD)
+        run(*native_rows(logits, targets, temperature), logprob.data_ptr(), entropy.data_ptr(), lse.data_ptr())
+    elif len(logits):
+        _forward_kernel[(len(logits),)](
+            logits, logits.stride(0), targets, logits.shape[1], 1 / temperature, logprob, entropy, lse,
+            **row_config(logits),
+        )  # fmt: skip
+
+
+def launch_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor,
     logits: Tensor,
@@ -93,16 +214,67 @@ def _native_backward(
     entropy: Tensor,
     lse: Tensor,
     temperature: float,
-) -> Tensor:
-    run = native.function(f"bicot_token_logprobs_backward_{_NATIVE_DTYPES[logits.dtype]}", *_BACKWARD)
-    logits, targets = _unit_columns(logits), targets.contiguous()
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    impl: str,
+    grad_logits: Tensor,
+) -> None:
+    """Fill grad_logits, which may be `logits` itself; both with columns side by side."""
+    targets = targets.contiguous()
     per_row = [grad_logprob.contiguous(), grad_entropy.contiguous(), lse, entropy]
-    run(*_row_args(logits, targets, temperature), *(t.data_ptr() for t in per_row), grad_logits.data_ptr())
+    if impl == "native":
+        run = native.function(f"bicot_token_logprobs_backward_{NATIVE_DTYPES[logits.dtype]}", *_BACKWARD)
+        out = grad_logits.data_ptr(), grad_logits.stride(0)
+        run(*native_rows(logits, targets, temperature), *(t.data_ptr() for t in per_row), *out)
+    elif len(logits):
+        _backward_kernel[(len(logits),)](
+            logits, logits.stride(0), targets, logits.shape[1], 1 / temperature, *per_row, grad_logits,
+            grad_logits.stride(0), **row_config(logits, grad_logits),
+        )  # fmt: skip
+
+
+def native_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[int | float, ...]:
+    """The arguments every C++ row kernel begins with."""
+    rows, vocabulary = logits.shape
+    threads = torch.get_num_threads()
+    return logits.data_ptr(), logits.stride(0), targets.data_ptr(), rows, vocabulary, temperature, threads
+
+
+@torch.library.custom_op("bicot::token_logprobs", mutates_args=())
+def _forward(
+    logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy (float32) and lse (float64, for the backward pass)."""
+    check_targets(targets, logits.shape[1])
+    outputs = _fake_forward(logits, targets, temperature, inplace_backward, impl)
+    launch_forward(logits, targets, temperature, impl, *outputs)
+    return outputs
+
+
+@_forward.register_fake
+def _fake_forward(
+    logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprob = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    return logprob, torch.empty_like(logprob), torch.empty_like(logprob, dtype=torch.float64)
+
+
+@torch.library.custom_op("bicot::token_logprobs_backward", mutates_args=())
+def _backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    impl: str,
+) -> Tensor:
+    logits = unit_columns(logits) if impl == "native" else dense_rows(logits)
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    launch_backward(grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature, impl, grad_logits)
     return grad_logits
 
 
-@_native_backward.register_fake
+@_backward.register_fake
 def _fake_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor,
@@ -111,26 +283,57 @@ def _fake_backward(
     entropy: Tensor,
     lse: Tensor,
     temperature: float,
+    impl: str,
 ) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    logits, targets, ctx.temperature = inputs
+@torch.library.custom_op("bicot::token_logprobs_backward_", mutates_args=("logits",))
+def _backward_inplace(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    impl: str,
+) -> None:
+    """The gradient takes the place of the logits."""
+    launch_backward(grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature, impl, logits)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, targets, ctx.temperature, ctx.inplace, ctx.impl = inputs
     _, entropy, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(logits, targets, entropy, lse)
 
 
-def _autograd_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-    grad = _native_backward(grad_logprob, grad_entropy, *ctx.saved_tensors, ctx.temperature)
-    return grad, None, None
+def _autograd_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    logits, *per_row = ctx.saved_tensors
+    inputs = (grad_logprob, grad_entropy, logits, *per_row, ctx.temperature, ctx.impl)
+    if ctx.inplace:
+        _backward_inplace(*inputs)
+        return logits.detach(), None, None, None, None
+    return _backward(*inputs), None, None, None, None
 
 
-_native_forward.register_autograd(_autograd_backward, setup_context=_save_for_backward)
+_forward.register_autograd(_autograd_backward, setup_context=_save_for_backward)
 
 
-def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Raise for targets outside [0, V), naming the first; on a GPU a device assertion, which costs no sync."""
+    bad = (targets < 0) | (targets >= vocabulary)
+    if targets.is_cuda or torch.compiler.is_compiling():  # no host sync, no data-dependent branch
+        torch._assert_async(~bad.any(), f"targets must be in [0, {vocabulary})")
+    elif bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"targets must be in [0, {vocabulary}): targets[{row}] = {int(targets[row])}")
+
+
+def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    """Raise ValueError for shapes, dtypes, devices or a temperature that do not fit together."""
     if logits.ndim != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be [N, V] floating point, got {list(logits.shape)} {logits.dtype}")
     if targets.shape != logits.shape[:1]:
@@ -143,12 +346,21 @@ def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
+def check_overwritable(logits: Tensor) -> None:
+    """Raise ValueError for logits whose gradient cannot take their place."""
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError("the gradient cannot overwrite logits that are a leaf: give the output of a head, or a clone")
+    if not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]) and logits.numel():
+        raise ValueError(f"the gradient cannot overwrite logits of strides {logits.stride()}: give contiguous ones")
+
+
 def token_logprobs(
     logits: Tensor,
     targets: Tensor,
     *,
     temperature: float = 1.0,
-    impl: Literal["auto", "native", "torch"] = "auto",
+    inplace_backward: bool = False,
+    impl: Impl = "auto",
 ) -> TokenStats:
     """Log-probability of `targets` and entropy of every row of `logits / temperature`, both differentiable.
 
@@ -157,29 +369,29 @@ def token_logprobs(
             entries have probability 0. A row that holds NaN, +inf or only -inf gives NaN.
         targets: [N] int64 in [0, V), on the device of `logits`.
         temperature: divides the logits; positive.
-        impl: "native" is the C++ kernel (CPU, float32 or bfloat16), "torch" plain PyTorch, "auto" the native one
-            where it can run.
+        inplace_backward: the backward pass overwrites `logits` with their gradient and allocates nothing. Nothing else
+            may need them by then (a linear head does not; autograd raises for an operation that does). The PyTorch
+            implementation ignores it.
+        impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
+            run.
 
     Returns:
         TokenStats(logprob [N], entropy [N]) in nats, float32 (float64 for float64 logits).
 
     Raises:
-        ValueError: bad shapes, dtypes, devices, temperature or targets, or `impl="native"` for logits it cannot take.
-            On CUDA, and inside torch.compile with the PyTorch implementation, a target out of range is a device
-            assertion (RuntimeError) instead, which costs no sync.
+        ValueError: bad shapes, dtypes, devices, temperature or targets, an `impl` that cannot run, or logits that
+            cannot be overwritten. On CUDA, and inside torch.compile with the PyTorch implementation, a target out of
+            range is a device assertion (RuntimeError) instead, which costs no sync.
         RuntimeError: `impl="native"` and the C++ library is missing.
 
     Source: arXiv 2505.00703, equation 1.
     """
-    _check(logits, targets, temperature)
-    if impl not in ("auto", "native", "torch"):
-        raise ValueError(f'impl must be "auto", "native" or "torch", got {impl!r}')
-    takes = logits.device.type == "cpu" and logits.dtype in _NATIVE_DTYPES
-    if impl == "native" and not takes:
-        where = f"{logits.dtype} on {logits.device.type}"
-        raise ValueError(f'impl="native" takes float32 or bfloat16 logits on the CPU, got {where}; use impl="torch"')
-    if impl == "native" or (impl == "auto" and takes and native.available()):
-        logprob, entropy, _ = _native_forward(logits, targets, float(temperature))
-        return TokenStats(logprob, entropy)
-    _check_targets(targets, logits.shape[1])
-    return token_logprobs_ref(logits, targets, temperature=temperature)
+    check_logits(logits, targets, temperature)
+    if inplace_backward:
+        check_overwritable(logits)
+    chosen = choose(impl, logits.device, logits.dtype)
+    if chosen == "torch":
+        check_targets(targets, logits.shape[1])
+        return token_logprobs_ref(logits, targets, temperature=temperature)
+    logprob, entropy, _ = _forward(logits, targets, float(temperature), inplace_backward, chosen)
+    return TokenStats(logprob, entropy)
