@@ -48,9 +48,8 @@ def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None
             return f"it needs a CUDA tensor, got {device.type} (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
         if dtype not in TRITON_DTYPES:
             return f"it takes float32, bfloat16 or float16, got {dtype}"
-    elif impl == "native":
-        if device.type != "cpu" or dtype not in NATIVE_DTYPES:
-            return f"it takes float32 or bfloat16 on the CPU, got {dtype} on {device.type}"
+    elif impl == "native" and (device.type != "cpu" or dtype not in NATIVE_DTYPES):
+        return f"it takes float32 or bfloat16 on the CPU, got {dtype} on {device.type}"
     return None
 
 

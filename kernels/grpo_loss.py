@@ -12,8 +12,11 @@ For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log
     n_t = 1 / tokens of the step (dapo, cispo), 1 / tokens of this call (bnpo),
           1 / (tokens of s · samples) (grpo, gspo), 1 / (samples · max_completion_length) (dr_grpo)
 
-Where lpo is absent it is lp.detach(): one update per rollout. Work with hidden states and a head: 6·N·V·D FLOP a
-stream forward and backward (4 with a frozen head).
+Where lpo is absent it is lp.detach(): one update per rollout.
+
+A token's gradient depends on nothing but its own row and what is known of its sample, so loss and gradient come out of
+one pass (kernels/grpo_rows.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and
+written once without. gspo, whose ratio needs all tokens of a sample first, looks at the logits twice: 8·N·V·D.
 
 Source: GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), CISPO (2506.13585), GSPO (2507.18071), the
 two-sided bound delta (2505.07291), and T2I-R1 (2505.00703) for the joint loss over text and image tokens. Options bear
@@ -22,16 +25,19 @@ the names of TRL's GRPOConfig.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from .dispatch import Impl, choose
 from .group_advantages import group_advantages
-from .linear_logprobs import linear_logprobs
-from .token_logprobs import TokenStats, token_logprobs
+from .grpo_rows import ROWS, TokenOptions, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
+from .linear_logprobs import check_head, linear_logprobs
+from .token_logprobs import TokenStats, check_logits, check_overwritable, token_logprobs
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -65,16 +71,28 @@ class TokenStream:
     temperature: float = 1.0
     name: str = "tokens"
 
-    def stats(self) -> TokenStats:
+    def stats(self, impl: Impl = "auto") -> TokenStats:
         """Log-prob and entropy of the targets, differentiable."""
+        options: dict[str, Any] = {"temperature": self.temperature, "impl": impl}
         if self.logits is not None:
-            return token_logprobs(self.logits, self.targets, temperature=self.temperature)
+            return token_logprobs(self.logits, self.targets, **options)
         assert self.hidden is not None and self.weight is not None
-        return linear_logprobs(self.hidden, self.weight, self.targets, bias=self.bias, temperature=self.temperature)
+        return linear_logprobs(self.hidden, self.weight, self.targets, bias=self.bias, **options)
+
+    @property
+    def features(self) -> Tensor:
+        """What the stream's log-probs are computed from: its logits, or its hidden states."""
+        features = self.hidden if self.logits is None else self.logits
+        assert features is not None
+        return features
 
 
 class GRPOLoss(NamedTuple):
-    """loss: scalar; metrics: device scalars, means over each stream's tokens (0 for none); logprobs: [N] a stream."""
+    """loss: scalar; metrics: device scalars, means over each stream's tokens (0 for none); logprobs: [N] a stream.
+
+    The gradients are computed with the loss. Those of logits are scaled in place by the loss's own gradient when it
+    arrives, so a second backward pass is an error.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -111,25 +129,17 @@ def grpo_loss_ref(
     max_completion_length: int | None,
     num_tokens: Tensor,
     num_samples: Tensor,
+    impl: Impl = "torch",
 ) -> GRPOLoss:
-    """The formula above in plain PyTorch."""
-    stats = [stream.stats() for stream in streams]
+    """The formula above in plain PyTorch, from log-probs and entropies that `impl` computes."""
+    stats = [stream.stats(impl) for stream in streams]
     old = [s.logprob.detach() if t.old_logprob is None else t.old_logprob for t, s in zip(streams, stats, strict=True)]
     log_ratios = [s.logprob - o for s, o in zip(stats, old, strict=True)]
-    counts = advantages.new_zeros(len(advantages))
-    for stream in streams:
-        counts = counts.index_add(0, stream.sample, advantages.new_ones(len(stream.sample)))
     if loss_type == "gspo":
-        total = advantages.new_zeros(len(advantages))
-        for stream, log_ratio in zip(streams, log_ratios, strict=True):
-            total = total.index_add(0, stream.sample, log_ratio.to(total.dtype))
-        log_ratios = [(total / counts.clamp(min=1))[stream.sample] for stream in streams]
-    per_sample = {
-        "grpo": 1 / (counts.clamp(min=1) * num_samples),
-        "gspo": 1 / (counts.clamp(min=1) * num_samples),
-        "dr_grpo": (1 / (num_samples * (max_completion_length or 1))).expand_as(counts),
-        "bnpo": (1 / counts.sum().clamp(min=1)).expand_as(counts),
-    }.get(loss_type, (1 / num_tokens.clamp(min=1)).expand_as(counts))
+        total = sum(_sample_sums(r, t.sample, len(advantages)) for r, t in zip(log_ratios, streams, strict=True))
+        mean = total / _token_counts(streams, advantages).clamp(min=1)
+        log_ratios = [mean[stream.sample] for stream in streams]
+    norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
 
     loss = advantages.new_zeros(())
     metrics: dict[str, Tensor] = {}
@@ -151,7 +161,7 @@ def grpo_loss_ref(
             kl = kl_divergence(stat.logprob, stream.ref_logprob, kl_estimator)
             token_loss = token_loss + beta * kl
             metrics[f"{stream.name}/kl"] = _mean(kl)
-        loss = loss + (token_loss * per_sample[stream.sample]).sum()
+        loss = loss + (token_loss * norm[stream.sample]).sum()
         if entropy_coef:
             loss = loss - entropy_coef * stat.entropy.sum() / num_tokens.clamp(min=1)
         detached = ratio.detach()
@@ -163,6 +173,98 @@ def grpo_loss_ref(
             metrics[f"{stream.name}/clip_ratio/high"] = _mean((detached > 1 + epsilon_high) & (advantage > 0))
         metrics[f"{stream.name}/ratio_max"] = detached.amax() if len(detached) else advantages.new_ones(())
     return GRPOLoss(loss, metrics, tuple(stat.logprob.detach() for stat in stats))
+
+
+def _token_counts(streams: Sequence[TokenStream], advantages: Tensor) -> Tensor:
+    """[S] tokens of each sample, over all streams. Sums of ones are exact in any order."""
+    counts = advantages.new_zeros(len(advantages))
+    for stream in streams:
+        counts = counts.index_add(0, stream.sample, advantages.new_ones(len(stream.sample)))
+    return counts
+
+
+def _sample_sums(x: Tensor, sample: Tensor, num_samples: int) -> Tensor:
+    """[S] sums of x [N] over each sample's tokens, in one order: `index_add` on a GPU adds in any."""
+    own = sample == torch.arange(num_samples, device=sample.device)[:, None]
+    return x.where(own, 0.0).sum(1)
+
+
+def token_norm(
+    streams: Sequence[TokenStream],
+    advantages: Tensor,
+    loss_type: LossType,
+    max_completion_length: int | None,
+    num_tokens: Tensor,
+    num_samples: Tensor,
+) -> Tensor:
+    """n_t of each sample's tokens, [S]."""
+    if loss_type in ("grpo", "gspo"):
+        return 1 / (_token_counts(streams, advantages).clamp(min=1) * num_samples)
+    if loss_type == "dr_grpo":
+        return (1 / (num_samples * (max_completion_length or 1))).expand_as(advantages)
+    if loss_type == "bnpo":
+        num_tokens = _scalar(sum(len(stream.targets) for stream in streams), num_tokens)
+    return (1 / num_tokens.clamp(min=1)).expand_as(advantages)
+
+
+def _fused_loss(
+    streams: Sequence[TokenStream],
+    advantages: Tensor,
+    norm: Tensor,
+    entropy_weight: Tensor,
+    options: TokenOptions,
+    cispo: bool,
+    kl: int,
+    inplace: bool,
+    impl: str,
+) -> GRPOLoss:
+    """Loss, gradients and metrics out of one pass over each stream's rows."""
+    loss = advantages.new_zeros(())
+    metrics: dict[str, Tensor] = {}
+    logprobs = []
+    per_sample = advantages.contiguous(), norm.contiguous(), entropy_weight
+    for stream in streams:
+        per_token = [None if t is None else t.float().contiguous() for t in (stream.old_logprob, stream.ref_logprob)]
+        per_token.append(None if stream.sampling_logprob is None else stream.sampling_logprob.float().contiguous())
+        tail = (float(stream.temperature), list(options), cispo, kl)
+        rest = (stream.targets.contiguous(), stream.sample.contiguous(), *per_sample, *per_token, *tail)
+        if stream.logits is not None:
+            inputs = [stream.logits]
+        else:
+            inputs = [t for t in (stream.hidden, stream.weight, stream.bias) if t is not None]
+        needed = [t.requires_grad and torch.is_grad_enabled() for t in inputs]
+        if stream.logits is None:
+            assert stream.hidden is not None and stream.weight is not None
+            bias = None if stream.bias is None else stream.bias.detach()
+            flags = [*needed, False][:3]
+            rows, *gradients = grpo_linear(stream.hidden.detach(), stream.weight.detach(), bias, *rest, flags, impl)
+        elif inplace and needed[0]:
+            rows, gradients = grpo_logits_(stream.logits.detach(), *rest, impl), [stream.logits.detach()]
+        else:
+            rows, *gradients = grpo_logits(stream.logits.detach(), *rest, needed[0], impl)
+        part = rows[0].sum()
+        if any(needed):
+            wanted = [(t, g) for t, g, need in zip(inputs, gradients, needed, strict=False) if need]
+            part = attach_gradients(part, *map(list, zip(*wanted, strict=True)), stream.logits is not None, impl)
+        loss = loss + part
+        metrics |= _row_metrics(stream, rows, cispo, kl > 0)
+        logprobs.append(rows[1])
+    return GRPOLoss(loss, metrics, tuple(logprobs))
+
+
+def _row_metrics(stream: TokenStream, rows: Tensor, cispo: bool, kl: bool) -> dict[str, Tensor]:
+    """The metrics of `grpo_loss_ref` from the fused pass."""
+    N = rows.shape[1]
+    mean = dict(zip(ROWS, (rows.sum(1) / max(N, 1)).unbind(), strict=True))
+    named = {"entropy": mean["entropy"], "clip_ratio/high": mean["clipped_high"]}
+    if kl:
+        named["kl"] = mean["kl"]
+    if not cispo:
+        named["clip_ratio/low"] = mean["clipped_low"]
+    if stream.sampling_logprob is not None:
+        named["sampling_ratio"] = mean["correction"]
+    named["ratio_max"] = rows[ROWS.index("ratio")].amax() if N else rows.new_ones(())
+    return {f"{stream.name}/{name}": value for name, value in named.items()}
 
 
 def grpo_loss(
@@ -181,6 +283,8 @@ def grpo_loss(
     max_completion_length: int | None = None,
     num_tokens: int | Tensor | None = None,
     num_samples: int | Tensor | None = None,
+    inplace: bool = False,
+    impl: Impl = "auto",
 ) -> GRPOLoss:
     """The GRPO loss of all streams together, ready for `.loss.backward()`.
 
@@ -198,9 +302,15 @@ def grpo_loss(
         max_completion_length: the constant of dr_grpo; needed there.
         num_tokens, num_samples: of the whole step, where this call is one micro-batch of it; default: of this call.
             A sample's tokens belong into one micro-batch.
+        inplace: the gradient overwrites the `logits` of the streams that give them, which nothing may need any more:
+            neither the caller nor autograd (a linear head does not). gspo and PyTorch ignore it.
+        impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
+            run, chosen by the first stream. All streams have one device and dtype.
 
     Raises:
-        ValueError: names the option or the stream at fault.
+        ValueError: names the option or the stream at fault. On CUDA a target or sample out of range is a device
+            assertion instead, which costs no sync.
+        RuntimeError: `impl="native"` and the C++ library is missing.
     """
     if loss_type not in get_args(LossType):
         raise ValueError(f"loss_type={loss_type!r} is unknown; use one of {', '.join(get_args(LossType))}")
@@ -213,16 +323,42 @@ def grpo_loss(
     names = [stream.name for stream in streams]
     if len(set(names)) < len(names):
         raise ValueError(f"streams need names of their own, which tell their metrics apart; got {names}")
+    if not streams:
+        raise ValueError("grpo_loss needs at least one stream")
+    for stream in streams:
+        _check_features(stream, inplace)
+    kinds = {(stream.features.dtype, stream.features.device) for stream in streams}
+    if len(kinds) > 1:
+        raise ValueError(f"all streams must have one dtype and device, got {' and '.join(map(str, kinds))}")
+    chosen = choose(impl, streams[0].features.device, streams[0].features.dtype)
     advantages = rewards_or_advantages
     if group_size is not None:
         advantages = group_advantages(rewards_or_advantages, group_size)
     if advantages.ndim != 1:
         raise ValueError(f"advantages must be [S], got {tuple(advantages.shape)}; for rewards give group_size too")
-    advantages = advantages.to(torch.promote_types(advantages.dtype, torch.float32))  # counts of tokens need float32
+    # counts of tokens need float32; the kernels take no more
+    wide = torch.promote_types(advantages.dtype, torch.float32) if chosen == "torch" else torch.float32
+    advantages = advantages.detach().to(wide)
     for stream in streams:
-        _check(stream, beta, len(advantages))
-    tokens = sum(len(stream.targets) for stream in streams) if num_tokens is None else num_tokens
-    samples = len(advantages) if num_samples is None else num_samples
+        _check_tokens(stream, beta, len(advantages))
+    num_tokens = _scalar(
+        sum(len(stream.targets) for stream in streams) if num_tokens is None else num_tokens, advantages
+    )
+    num_samples = _scalar(len(advantages) if num_samples is None else num_samples, advantages)
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    if chosen != "torch" and loss_type != "gspo":
+        cispo = loss_type == "cispo"
+        options = TokenOptions(
+            beta=beta,
+            low=1 - epsilon,
+            high=epsilon_high if cispo else 1 + epsilon_high,
+            delta=math.inf if delta is None else delta,
+            clip_max=importance_sampling_clip_max,
+        )
+        norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
+        entropy_weight = entropy_coef / num_tokens.clamp(min=1)
+        kl = int(kl_estimator[1]) if beta else 0
+        return _fused_loss(streams, advantages, norm, entropy_weight, options, cispo, kl, inplace, chosen)
     return grpo_loss_ref(
         streams,
         advantages,
@@ -230,20 +366,39 @@ def grpo_loss(
         loss_type=loss_type,
         kl_estimator=kl_estimator,
         epsilon=epsilon,
-        epsilon_high=epsilon if epsilon_high is None else epsilon_high,
+        epsilon_high=epsilon_high,
         delta=delta,
         entropy_coef=entropy_coef,
         importance_sampling_clip_max=importance_sampling_clip_max,
         max_completion_length=max_completion_length,
-        num_tokens=torch.as_tensor(tokens, dtype=advantages.dtype, device=advantages.device),
-        num_samples=torch.as_tensor(samples, dtype=advantages.dtype, device=advantages.device),
+        num_tokens=num_tokens,
+        num_samples=num_samples,
+        impl=impl,
     )
 
 
-def _check(stream: TokenStream, beta: float, num_samples: int) -> None:
+def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
+    """A 0-dim tensor beside `like`; a number is filled in on the device, because a copy would stop for the host."""
+    return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
+
+
+def _check_features(stream: TokenStream, inplace: bool) -> None:
     headless = stream.hidden is None and stream.weight is None and stream.bias is None
     if not headless if stream.logits is not None else stream.hidden is None or stream.weight is None:
         raise ValueError(f"stream {stream.name!r} needs either logits, or hidden and weight")
+    try:
+        if stream.logits is not None:
+            check_logits(stream.logits, stream.targets, stream.temperature)
+            if inplace:
+                check_overwritable(stream.logits)
+        else:
+            assert stream.hidden is not None and stream.weight is not None
+            check_head(stream.hidden, stream.weight, stream.bias, stream.targets, stream.temperature)
+    except ValueError as error:
+        raise ValueError(f"stream {stream.name!r}: {error}") from None
+
+
+def _check_tokens(stream: TokenStream, beta: float, num_samples: int) -> None:
     if beta and stream.ref_logprob is None:
         raise ValueError(f"beta={beta} needs ref_logprob in stream {stream.name!r}")
     for field in ("sample", "ref_logprob", "old_logprob", "sampling_logprob"):
@@ -252,8 +407,14 @@ def _check(stream: TokenStream, beta: float, num_samples: int) -> None:
             raise ValueError(
                 f"stream {stream.name!r}: {field} is {tuple(value.shape)}, targets {tuple(stream.targets.shape)}"
             )
+        if value is not None and value.device != stream.targets.device:
+            raise ValueError(
+                f"stream {stream.name!r}: {field} is on {value.device}, targets on {stream.targets.device}"
+            )
+    if stream.sample.dtype != torch.int64:
+        raise ValueError(f"stream {stream.name!r}: sample must be int64, got {stream.sample.dtype}")
     outside = (stream.sample < 0) | (stream.sample >= num_samples)
-    if stream.sample.is_cuda:
+    if stream.sample.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(outside.any().logical_not(), f"grpo_loss: sample must be in [0, {num_samples})")
     elif outside.any():
         row = int(outside.nonzero()[0])

@@ -2,22 +2,28 @@
 
     z = (h Wᵀ + b) / temperature;  logprob = z_target - logsumexp(z);  entropy = logsumexp(z) - Σ softmax(z)·z
 
-hidden [N, D], weight [V, D] (frozen or not), bias [V] or None, targets [N]. Floor: 2·N·V·D FLOP forward, twice that
-again backward (once if the weight is frozen).
+hidden [N, D], weight [V, D] (frozen or not), bias [V] or None, targets [N]. The rows go through in chunks, so that no
+more than `CHUNK_BYTES` of logits exist at a time: the backward pass computes a chunk's logits again, turns them into
+their gradient in place, and multiplies. Floor: 2·N·V·D FLOP forward; backward 6·N·V·D, 2 of them the logits again (4
+with a frozen weight). `grpo_loss` needs no second look at the logits: 6·N·V·D in all.
 
-Without gradient (the reference model, old log-probs) the rows go through in chunks, so that no more than
-`_CHUNK_ELEMENTS` logits exist at a time.
+Logits have the dtype of the hidden states, as in the model's own forward. The weight's gradient is summed over the
+chunks in float32 and rounded once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .token_logprobs import TokenStats, check_targets, token_logprobs, token_logprobs_ref
+from .dispatch import Impl, choose
+from .token_logprobs import TokenStats, check_targets, launch_backward, launch_forward, token_logprobs_ref
 
-_CHUNK_ELEMENTS = 16 * 2**20
+CHUNK_BYTES = 96 * 2**20
 
 
 def linear_logprobs_ref(
@@ -27,29 +33,147 @@ def linear_logprobs_ref(
     return token_logprobs_ref(F.linear(hidden, weight, bias), targets, temperature=temperature)
 
 
-def linear_logprobs(
+def row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Even slices of the rows whose logits fit CHUNK_BYTES each, multiples of 16 rows where that is possible."""
+    rows = len(hidden)
+    most = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
+    size = -(-rows // max(1, -(-rows // most)))  # as many chunks as needed, evenly filled
+    size = min(most, -(-size // 16) * 16)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size)))
+
+
+class HeadGradients:
+    """Gradients of hidden [N, D], weight [V, D] and bias [V] from those of the logits, chunk by chunk.
+
+    What is not needed costs nothing and is an empty tensor at the end: a frozen head has no weight GEMM. The sums over
+    rows are float32.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, needed: list[bool]) -> None:
+        self.hidden, self.weight, self.needed = hidden, weight, needed
+        self.grad_hidden, self.grad_weight, self.grad_bias = empty_gradients(hidden, weight, needed)
+        self.grad_weight.zero_()
+        self.grad_bias.zero_()
+
+    def add(self, rows: slice, grad_logits: Tensor, active: Tensor | None = None) -> None:
+        """Take in a chunk. `active` are the rows of it whose gradient is not zero: the others skip the GEMMs."""
+        hidden = self.hidden[rows]
+        if active is not None and len(active) < len(grad_logits):
+            grad_logits, hidden = grad_logits[active], hidden[active]
+        if self.needed[0]:
+            target = self.grad_hidden[rows]
+            if len(grad_logits) == len(target):
+                torch.mm(grad_logits, self.weight, out=target)
+            else:
+                target.zero_()[active] = grad_logits @ self.weight
+        if self.needed[1]:
+            if grad_logits.is_cuda and grad_logits.dtype != torch.float32:
+                into = self.grad_weight
+                torch.addmm(into, grad_logits.T, hidden, out_dtype=torch.float32, out=into)
+            else:
+                self.grad_weight.addmm_(grad_logits.T.float(), hidden.float())
+        if self.needed[2]:
+            self.grad_bias += grad_logits.sum(0, dtype=torch.float32)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.grad_hidden, self.grad_weight, self.grad_bias
+
+
+def empty_gradients(hidden: Tensor, weight: Tensor, needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised gradients of hidden (its dtype), weight and bias (float32), with no elements where not needed."""
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, torch.float32, torch.float32)
+    hidden_, weight_, bias_ = (
+        hidden.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needed, strict=True)
+    )
+    return hidden_, weight_, bias_
+
+
+@torch.library.custom_op("bicot::linear_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logprob, entropy (float32) and lse (float64, for the backward pass)."""
+    check_targets(targets, len(weight))
+    outputs = _fake_forward(hidden, weight, bias, targets, temperature, impl)
+    for rows in row_chunks(hidden, weight):
+        logits = F.linear(hidden[rows], weight, bias)
+        launch_forward(logits, targets[rows], temperature, impl, *(t[rows] for t in outputs))
+        del logits  # before the next chunk's are made
+    return outputs
+
+
+@_forward.register_fake
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprob = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return logprob, torch.empty_like(logprob), torch.empty_like(logprob, dtype=torch.float64)
+
+
+@torch.library.custom_op("bicot::linear_logprobs_backward", mutates_args=())
+def _backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-) -> TokenStats:
-    """Log-prob and entropy of `targets` under the head's distribution.
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    needed: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = HeadGradients(hidden, weight, needed)
+    for rows in row_chunks(hidden, weight):
+        logits = F.linear(hidden[rows], weight, bias)
+        per_row = (grad_logprob[rows], grad_entropy[rows], logits, targets[rows], entropy[rows], lse[rows])
+        launch_backward(*per_row, temperature, impl, logits)
+        gradients.add(rows, logits)
+        del logits, per_row
+    return gradients.result()
 
-    Args:
-        hidden: [N, D] floating.
-        weight: [V, D], same dtype and device as hidden.
-        targets: [N] int64 in [0, V).
-        bias: [V] or None.
-        temperature: > 0.
 
-    Returns:
-        TokenStats(logprob [N], entropy [N]), float32 (float64 for float64 input), both differentiable.
+@_backward.register_fake
+def _fake_backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    needed: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(hidden, weight, needed)
 
-    Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, or a target outside [0, V).
-    """
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, bias, targets, ctx.temperature, ctx.impl = inputs
+    _, entropy, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden, weight, bias, targets, entropy, lse)
+
+
+def _autograd_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    weight = ctx.saved_tensors[1]
+    needed = list(ctx.needs_input_grad[:3])
+    gradients = _backward(grad_logprob, grad_entropy, *ctx.saved_tensors, ctx.temperature, needed, ctx.impl)
+    dtypes = (gradients[0].dtype, weight.dtype, weight.dtype)
+    cast = [g.to(dtype) if need else None for g, dtype, need in zip(gradients, dtypes, needed, strict=True)]
+    return *cast, None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_save_for_backward)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float) -> None:
+    """Raise ValueError for shapes, dtypes, devices or a temperature that do not fit together."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [N, D] and weight [V, D], got {tuple(hidden.shape)}, {tuple(weight.shape)}")
     if hidden.dtype != weight.dtype or hidden.device != weight.device:
@@ -64,12 +188,44 @@ def linear_logprobs(
         )
     if targets.shape != hidden.shape[:1]:
         raise ValueError(f"targets must be [N] = [{len(hidden)}] to match hidden, got {list(targets.shape)}")
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        return token_logprobs(F.linear(hidden, weight, bias), targets, temperature=temperature)
-    check_targets(targets, len(weight))  # here, so that its message counts rows of the whole and not of a chunk
-    rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-    stats = [
-        token_logprobs(F.linear(h, weight, bias), t, temperature=temperature)
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
-    ]
-    return TokenStats(torch.cat([s.logprob for s in stats]), torch.cat([s.entropy for s in stats]))
+    if targets.dtype != torch.int64 or targets.device != hidden.device:
+        raise ValueError(f"targets must be int64 on {hidden.device}, got {targets.dtype} on {targets.device}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    impl: Impl = "auto",
+) -> TokenStats:
+    """Log-prob and entropy of `targets` under the head's distribution, both differentiable; no [N, V] is kept.
+
+    Args:
+        hidden: [N, D] floating.
+        weight: [V, D], same dtype and device as hidden.
+        targets: [N] int64 in [0, V).
+        bias: [V] or None.
+        temperature: > 0.
+        impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch" (all logits at once), or "auto",
+            the first that can run.
+
+    Returns:
+        TokenStats(logprob [N], entropy [N]), float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, an `impl` that cannot run, or a target outside
+            [0, V) (on CUDA a device assertion, which costs no sync).
+        RuntimeError: `impl="native"` and the C++ library is missing.
+    """
+    check_head(hidden, weight, bias, targets, temperature)
+    chosen = choose(impl, hidden.device, hidden.dtype)
+    if chosen == "torch":
+        check_targets(targets, len(weight))
+        return linear_logprobs_ref(hidden, weight, targets, bias, temperature)
+    logprob, entropy, _ = _forward(hidden, weight, bias, targets, float(temperature), chosen)
+    return TokenStats(logprob, entropy)

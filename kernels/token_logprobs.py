@@ -21,7 +21,7 @@ from torch import Tensor
 from . import native
 from .dispatch import NATIVE_DTYPES, Impl, choose, tl, triton
 
-_ROWS = (
+NATIVE_ROWS = (
     ctypes.c_void_p,
     ctypes.c_int64,
     ctypes.c_void_p,
@@ -30,8 +30,8 @@ _ROWS = (
     ctypes.c_double,
     ctypes.c_int,
 )
-_FORWARD = _ROWS + (ctypes.c_void_p,) * 3
-_BACKWARD = _ROWS + (ctypes.c_void_p,) * 5 + (ctypes.c_int64,)
+_FORWARD = NATIVE_ROWS + (ctypes.c_void_p,) * 3
+_BACKWARD = NATIVE_ROWS + (ctypes.c_void_p,) * 5 + (ctypes.c_int64,)
 _BLOCK = 4096  # columns a Triton program holds at a time: 16 a thread of 8 warps
 
 
@@ -90,21 +90,26 @@ def online_stats(b_x, scale, maximum, total, weighted):  # type: ignore[no-untyp
 
 
 @triton.jit
+def load_block(p_body, begin, body, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    o_x = begin + tl.arange(0, BLOCK)
+    return tl.load(p_body + o_x, mask=o_x < body, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
 def row_stats(p_row, V, scale, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """-> maximum, Σ 2^d, Σ d·2^d of a row."""
+    """-> maximum, Σ 2^d, Σ d·2^d of a row, and the last block of its body, which is still in registers."""
     head, body = split_row(p_row, V, ALIGNED)
     p_body = tl.multiple_of(p_row + head, 16)
-    o_block = tl.arange(0, BLOCK)
     maximum, total, weighted = float("-inf"), 0.0, 0.0
+    b_x = tl.full((BLOCK,), float("-inf"), tl.float32)
     for begin in range(0, body, BLOCK):
-        m_x = begin + o_block < body
-        b_x = tl.load(p_body + begin + o_block, mask=m_x, other=float("-inf")).to(tl.float32)
+        b_x = load_block(p_body, begin, body, BLOCK)
         maximum, total, weighted = online_stats(b_x, scale, maximum, total, weighted)
     if not ALIGNED:
         o_rim, m_rim = rim(V, head, body)
-        b_x = tl.load(p_row + o_rim, mask=m_rim, other=float("-inf")).to(tl.float32)
-        maximum, total, weighted = online_stats(b_x, scale, maximum, total, weighted)
-    return maximum, total, weighted
+        b_rim = tl.load(p_row + o_rim, mask=m_rim, other=float("-inf")).to(tl.float32)
+        maximum, total, weighted = online_stats(b_rim, scale, maximum, total, weighted)
+    return maximum, total, weighted, b_x
 
 
 @triton.jit
@@ -115,26 +120,48 @@ def softmax_part(b_x, high, low, scale, a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def last_block(p_row, V, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What `row_stats` leaves in registers, for a pass that comes without one."""
+    head, body = split_row(p_row, V, ALIGNED)
+    return load_block(tl.multiple_of(p_row + head, 16), (tl.cdiv(body, BLOCK) - 1) * BLOCK, body, BLOCK)
+
+
+@triton.jit
 def write_gradient(  # type: ignore[no-untyped-def]
-    p_row, p_grad, target, V, high, low, scale, a, b, label, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
+    b_x, p_row, p_grad, target, V, high, low, scale, a, b, label, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """The whole row's gradient; `p_grad` may be `p_row`, and must lie like it between multiples of 16 bytes.
 
-    From the last block to the first: after a forward sweep the last are still in cache.
+    From the last block, `b_x`, to the first: after a forward sweep it is in registers, and those before it in cache.
     """
     head, body = split_row(p_row, V, ALIGNED)
     p_body, p_grad_body = tl.multiple_of(p_row + head, 16), tl.multiple_of(p_grad + head, 16)
-    o_block = tl.arange(0, BLOCK)
-    for i in range(tl.cdiv(body, BLOCK)):
-        o_x = tl.multiple_of((tl.cdiv(body, BLOCK) - 1 - i) * BLOCK, BLOCK) + o_block
-        b_x = tl.load(p_body + o_x, mask=o_x < body, other=float("-inf")).to(tl.float32)
+    blocks = tl.cdiv(body, BLOCK)
+    for i in range(blocks):
+        begin = (blocks - 1 - i) * BLOCK
+        if i > 0:
+            b_x = load_block(p_body, begin, body, BLOCK)
+        o_x = begin + tl.arange(0, BLOCK)
         b_g = softmax_part(b_x, high, low, scale, a, b) + tl.where(head + o_x == target, label, 0.0)
         tl.store(p_grad_body + o_x, b_g.to(p_grad.dtype.element_ty), mask=o_x < body)
     if not ALIGNED:
         o_rim, m_rim = rim(V, head, body)
-        b_x = tl.load(p_row + o_rim, mask=m_rim, other=float("-inf")).to(tl.float32)
-        b_g = softmax_part(b_x, high, low, scale, a, b) + tl.where(o_rim == target, label, 0.0)
+        b_rim = tl.load(p_row + o_rim, mask=m_rim, other=float("-inf")).to(tl.float32)
+        b_g = softmax_part(b_rim, high, low, scale, a, b) + tl.where(o_rim == target, label, 0.0)
         tl.store(p_grad + o_rim, b_g.to(p_grad.dtype.element_ty), mask=m_rim)
+
+
+@triton.jit
+def write_zeros(p_grad, V, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A whole row of zeros."""
+    head, body = split_row(p_grad, V, ALIGNED)
+    p_body = tl.multiple_of(p_grad + head, 16)
+    for begin in range(0, body, BLOCK):
+        o_x = begin + tl.arange(0, BLOCK)
+        tl.store(p_body + o_x, tl.zeros((BLOCK,), p_grad.dtype.element_ty), mask=o_x < body)
+    if not ALIGNED:
+        o_rim, m_rim = rim(V, head, body)
+        tl.store(p_grad + o_rim, tl.zeros((16,), p_grad.dtype.element_ty), mask=m_rim)
 
 
 @triton.jit
@@ -144,7 +171,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     p_row = p_logits + row * stride
-    maximum, total, weighted = row_stats(p_row, V, inv_temperature * 1.4426950408889634, BLOCK, ALIGNED)
+    maximum, total, weighted, _ = row_stats(p_row, V, inv_temperature * 1.4426950408889634, BLOCK, ALIGNED)
     x_target = tl.load(p_row + tl.load(p_targets + row)).to(tl.float32)
     log_total = tl.log(total)
     tl.store(p_logprob + row, (x_target - maximum) * inv_temperature - log_total)
@@ -165,8 +192,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     low = (pivot - high.to(tl.float64)).to(tl.float32)
     a = -(grad_logprob + grad_entropy * tl.load(p_entropy + row)) * inv_temperature
     b = -grad_entropy * inv_temperature * 0.6931471805599453
+    p_row = p_logits + row * stride
     write_gradient(
-        p_logits + row * stride, p_grad + row * grad_stride, tl.load(p_targets + row), V, high, low,
+        last_block(p_row, V, BLOCK, ALIGNED), p_row, p_grad + row * grad_stride, tl.load(p_targets + row), V, high, low,
         inv_temperature * 1.4426950408889634, a, b, grad_logprob * inv_temperature, BLOCK, ALIGNED,
     )  # fmt: skip
 

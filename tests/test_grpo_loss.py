@@ -8,8 +8,20 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    BFLOAT16_ROUNDING,
+    KERNELS,
+    assert_no_worse,
+    device,
+    needs_native,
+    poisoned_outputs,
+)
 from torch import Tensor
 
+from bicot.kernels import linear_logprobs
+from bicot.kernels.dispatch import INTERPRETED
 from bicot.kernels.group_advantages import group_advantages
 from bicot.kernels.grpo_loss import GRPOLoss, KLEstimator, LossType, TokenStream, grpo_loss
 
@@ -196,6 +208,216 @@ def test_lower_precision(loss_type: LossType, old: bool, dtype: torch.dtype) -> 
     result = check(streams, **options_for(loss_type), beta=0.1, entropy_coef=0.1, delta=1.4)
     assert result.loss.dtype == torch.float32
     assert all(lp.dtype == torch.float32 and not lp.requires_grad for lp in result.logprobs)
+
+
+# Beyond what the reference loses in the same dtype: sums in another order and, in bfloat16, a gradient of the logits
+# that is rounded once where the reference's chain rounds at other places.
+KERNEL_TOLERANCE = {torch.float32: (2e-6, 1e-6), torch.bfloat16: (2 * BFLOAT16_ROUNDING, 1e-6)}
+KINDS = {
+    "normal": lambda x: 2 * x,
+    "tied": torch.zeros_like,
+    "peaked": lambda x: x + 30 * (torch.arange(x.shape[1]) == x.shape[1] // 2),
+    "negative": lambda x: x - 100,
+    "offset": lambda x: x + 1e4,
+}
+
+
+def random_streams(
+    seed: int, dtype: torch.dtype, shapes: list[tuple[int, int]], samples: int, kind: str, logits: bool, bias: bool,
+    old: bool, sampling: bool,
+) -> list[TokenStream]:  # fmt: skip
+    """Streams of `shapes` (N, V), whose ratios stay away from every bound: there rounding would decide the gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    streams = []
+    for i, (N, V) in enumerate(shapes):
+        # on a grid, so that bfloat16 logits are exact whatever order a GEMM sums in: no rounding is left to chance
+        hidden = torch.randint(-2, 3, (N, 6), generator=generator).to(dtype) / 2
+        weight = torch.randint(-3, 4, (V, 6), generator=generator).to(dtype) / 2
+        shift = torch.randint(-8, 9, (V,), generator=generator).to(dtype) / 4 if bias else None
+        if logits:
+            source = {"logits": KINDS[kind](torch.randn(N, V, generator=generator)).to(dtype).requires_grad_()}
+        else:
+            source = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_()}
+            source |= {} if shift is None else {"bias": shift.requires_grad_()}
+        stream = TokenStream(
+            targets=torch.randint(0, V, (N,), generator=generator),
+            sample=torch.randint(0, samples, (N,), generator=generator),
+            temperature=(0.7, 1.3)[i % 2],
+            name=f"stream{i}",
+            **source,
+        )
+        logprob = stream.stats("torch").logprob.detach().double()
+        choice = torch.tensor([0.3, 0.6, 0.9, 1.1, 1.5, 2.5]).double()
+        before = logprob - choice[torch.randint(0, 6, (N,), generator=generator)].log() if old else logprob
+        ratio = choice[torch.randint(0, 6, (N,), generator=generator)]
+        ref = logprob + 0.5 * torch.randn(N, generator=generator)
+        streams.append(
+            replace(
+                stream,
+                ref_logprob=ref.float(),
+                old_logprob=before.float() if old else None,
+                sampling_logprob=(before - ratio.log()).float() if sampling else None,
+            )
+        )
+    return streams
+
+
+def converted(streams: list[TokenStream], to: Any) -> list[TokenStream]:
+    """The same streams with new leaves, of another dtype or on another device."""
+    floating = ("logits", "hidden", "weight", "bias", "ref_logprob", "old_logprob", "sampling_logprob")
+    fields = floating if isinstance(to, torch.dtype) else (*floating, "targets", "sample")
+    moved = []
+    for stream in streams:
+        values = {f: getattr(stream, f) for f in fields if getattr(stream, f) is not None}
+        values = {f: v.detach().to(to, copy=True).requires_grad_(v.requires_grad) for f, v in values.items()}
+        moved.append(replace(stream, **values))
+    return moved
+
+
+def outcome(streams: list[TokenStream], advantages: Tensor, **options: Any) -> dict[str, Tensor]:
+    """Everything that comes out: loss, metrics, log-probs, gradients of 0.7 times the loss."""
+    used = streams
+    if options.get("inplace"):
+        used = [s if s.logits is None else replace(s, logits=s.logits.clone()) for s in streams]
+    result = grpo_loss(used, advantages, **options)
+    (0.7 * result.loss).backward()
+    found = {"loss": result.loss.detach(), **result.metrics}
+    for stream, logprob in zip(streams, result.logprobs, strict=True):
+        found[f"{stream.name}/logprob"] = logprob
+        for field in ("logits", "hidden", "weight", "bias"):
+            leaf = getattr(stream, field)
+            if leaf is not None and leaf.requires_grad:
+                found[f"{stream.name}/{field} gradient"] = leaf.grad
+    return {name: value.cpu() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@settings(deadline=None, max_examples=25 if INTERPRETED else 250)
+@given(data=st.data())
+def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject) -> None:
+    draw = data.draw
+    dtype = draw(st.sampled_from(list(KERNEL_TOLERANCE)))
+    logits, samples = draw(st.booleans()), draw(st.integers(1, 5))
+    # a bfloat16 logit of 1e4 is a multiple of 64: nothing of the kind is left to test
+    kinds = [k for k in KINDS if dtype == torch.float32 or k != "offset"]
+    old, loss_type = draw(st.booleans()), draw(st.sampled_from(LOSS_TYPES))
+    streams = random_streams(
+        draw(st.integers(0, 2**32)), dtype, draw(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 70)), min_size=1,
+        max_size=2)), samples, draw(st.sampled_from(kinds)), logits, draw(st.booleans()), old, draw(st.booleans()),
+    )  # fmt: skip
+    if not logits and draw(st.booleans()):
+        streams = [
+            replace(s, weight=s.weight.detach(), bias=None if s.bias is None else s.bias.detach()) for s in streams
+        ]
+    advantages = torch.tensor(
+        draw(st.lists(st.sampled_from([0.0, 1.0, -1.3, 0.4]), min_size=samples, max_size=samples))
+    )
+    options: dict[str, Any] = {
+        **options_for(loss_type),
+        "kl_estimator": draw(st.sampled_from(KL_ESTIMATORS)),
+        "beta": draw(st.sampled_from([0.0, 0.2])),
+        "delta": draw(st.sampled_from([None, 1.4])),
+        "entropy_coef": draw(st.sampled_from([0.0, 0.3])),
+        "num_tokens": draw(st.sampled_from([None, 23])),
+    }
+    gt = outcome(converted(streams, torch.float64), advantages.double(), **options, impl="torch")
+    eager = outcome(converted(streams, dtype), advantages, **options, impl="torch")
+    inplace, chunk = logits and draw(st.booleans()), draw(st.sampled_from([1, 500, 2**20]))
+    with pytest.MonkeyPatch.context() as patch, poisoned_outputs():
+        patch.setattr(linear_logprobs, "CHUNK_BYTES", chunk)
+        there = device(impl)
+        ours = outcome(converted(streams, there), advantages.to(there), **options, impl=impl, inplace=inplace)
+    assert ours.keys() == eager.keys() == gt.keys()
+    for name, value in ours.items():
+        relative, absolute = KERNEL_TOLERANCE[dtype if "gradient" in name else torch.float32]
+        assert_no_worse(name, value, eager[name], gt[name], relative, absolute)
+
+
+@needs_native
+def test_rows_without_gradient_skip_the_gemms(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    add = linear_logprobs.HeadGradients.add
+
+    def spy(self: Any, rows: slice, grad_logits: Tensor, active: Tensor | None = None) -> None:
+        seen.append(len(grad_logits) if active is None else len(active))
+        add(self, rows, grad_logits, active)
+
+    monkeypatch.setattr(linear_logprobs.HeadGradients, "add", spy)
+    streams = [replace(s, old_logprob=None) for s in make(torch.float32)]
+    grpo_loss(streams, torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), impl="native")
+    assert seen == [3, 3]  # the tokens of samples 0 and 1
+    seen.clear()
+    grpo_loss(streams, torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), beta=0.1, impl="native")
+    assert seen == [6, 7]
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+class TestKernels:
+    def test_no_gradient_is_computed_without_grad(self, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        streams = converted(make(torch.float32), device(impl))
+        advantages = torch.tensor(ADVANTAGES, device=device(impl))
+        expected = grpo_loss(streams, advantages, impl=impl)
+        monkeypatch.setattr(linear_logprobs.HeadGradients, "add", lambda *_: pytest.fail("a GEMM too many"))
+        with torch.no_grad():
+            result = grpo_loss(streams, advantages, impl=impl)
+        assert not result.loss.requires_grad and torch.equal(result.loss, expected.loss.detach())
+
+    def test_same_input_twice_gives_the_same_bits(self, impl: str) -> None:
+        for loss_type in ("dapo", "gspo"):
+            streams = converted(make(torch.float32, old=True, sampling=True), device(impl))
+            first, second = (
+                outcome(converted(streams, device(impl)), torch.tensor(ADVANTAGES).to(device(impl)), beta=0.1,
+                loss_type=loss_type, impl=impl) for _ in range(2)
+            )  # fmt: skip
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_a_second_backward_through_logits_is_an_error(self, impl: str) -> None:
+        stream = converted([logits_stream(4, 9, [0, 1, 0, 1], torch.float32)], device(impl))[0]
+        loss = 2 * grpo_loss([stream], torch.ones(2, device=device(impl)), impl=impl).loss
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    def test_opcheck(self, impl: str) -> None:
+        there, ops = device(impl), torch.ops.bicot
+        stream = converted(make(torch.float32, old=True, sampling=True), there)[0]
+        per_sample = (torch.tensor(ADVANTAGES).to(there), torch.full((5,), 0.1).to(there), torch.tensor(0.01).to(there))
+        rest = (
+            stream.targets, stream.sample, *per_sample, stream.old_logprob, stream.ref_logprob, stream.sampling_logprob,
+            0.7, [0.1, 0.8, 1.2, 2.0, 3.0], False, 3,
+        )  # fmt: skip
+        hidden, weight, bias = (t.detach() for t in (stream.hidden, stream.weight, stream.bias))
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        check = torch.library.opcheck
+        check(ops.grpo_logits.default, (logits, *rest, True, impl))
+        check(ops.grpo_logits.default, (logits, *rest, False, impl))
+        check(ops.grpo_logits_.default, (logits.clone(), *rest, impl))
+        for needed in ([True, True, True], [True, False, False], [False, False, False]):
+            check(ops.grpo_linear.default, (hidden, weight, bias, *rest, needed, impl))
+        check(ops.scale_.default, (logits.clone(), torch.tensor(0.5).to(there), impl))
+        loss, leaf = torch.tensor(1.0).to(there), logits.clone().requires_grad_()
+        check(ops.attach_gradients.default, (loss, [leaf], [torch.ones_like(logits)], False, impl))
+
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_compiles_without_a_graph_break(self, impl: str, inplace: bool) -> None:
+        def loss(hidden: Tensor, weight: Tensor, logits: Tensor, advantages: Tensor, loss_type: LossType) -> Tensor:
+            text = replace(base[0], hidden=hidden, weight=weight, bias=None)
+            image = replace(base[1], logits=1 * logits, hidden=None, weight=None, bias=None)
+            options = {"beta": 0.1, "entropy_coef": 0.1, "loss_type": loss_type, "impl": impl, "inplace": inplace}
+            return grpo_loss([text, image], advantages, **options).loss
+
+        base = converted(make(torch.float32, old=True), device(impl))
+        hidden, weight = base[0].hidden, base[0].weight
+        logits = torch.randn(7, 7).to(hidden.device).requires_grad_()
+        advantages = torch.tensor(ADVANTAGES).to(hidden.device)
+        for loss_type in ("dapo", "grpo", "gspo"):
+            compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+            results = []
+            for function in (compiled, loss):
+                value = function(hidden, weight, logits, advantages, loss_type)
+                results.append([value.detach(), *torch.autograd.grad(value, [hidden, weight, logits])])
+            torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)

@@ -1,0 +1,110 @@
+// The fused row pass of grpo_loss: a row's log-prob and entropy, its token's terms of the loss, and the gradient of its
+// logits while the row is still in cache. The formulas stand in kernels/grpo_loss.py.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "rows.h"
+
+namespace bicot {
+namespace {
+
+enum Policy { kClipped, kCispo };
+
+// Run-time options, in the order that kernels/grpo_rows.py packs them.
+struct Options {
+  double temperature, beta, low, high, delta, clip_max, entropy_weight;
+};
+
+// What is kept of a token: the columns of the result, in the order of grpo_rows.ROWS.
+struct Token {
+  double loss, logprob, entropy, ratio, kl, clipped_low, clipped_high, correction, grad_logprob;
+};
+
+Token token_terms(double logprob, double entropy, double advantage, double norm, const float* old_logprob,
+                  const float* ref_logprob, const float* sampling_logprob, int policy, int kl_estimator,
+                  const Options& o) {
+  const double before = old_logprob ? *old_logprob : logprob;
+  const double ratio = std::exp(logprob - before);
+  double objective, slope;  // and its derivative by the log-prob
+  if (policy == kCispo) {
+    slope = std::min(ratio, o.high) * advantage;
+    objective = slope * logprob;
+  } else {
+    const double bounded = std::min(ratio, o.delta) * advantage;
+    const double clipped = std::min(std::max(ratio, o.low), o.high) * advantage;
+    objective = std::min(bounded, clipped);
+    const bool moves = bounded <= clipped ? ratio <= o.delta : o.low <= ratio && ratio <= o.high;
+    slope = moves ? ratio * advantage : 0;
+  }
+  double correction = 1;
+  if (sampling_logprob) {
+    correction = std::exp(before - *sampling_logprob);
+    objective *= std::min(correction, o.clip_max);
+    slope *= std::min(correction, o.clip_max);
+  }
+  double kl = 0, kl_slope = 0;
+  if (ref_logprob) {
+    const double gap = *ref_logprob - logprob;
+    if (kl_estimator == 1) {
+      kl = -gap, kl_slope = 1;
+    } else if (kl_estimator == 2) {
+      kl = gap * gap / 2, kl_slope = -gap;
+    } else {
+      const double excess = std::expm1(gap);
+      kl = excess - gap, kl_slope = -excess;
+    }
+  }
+  const bool below = policy != kCispo && ratio < o.low && advantage < 0;
+  const bool above = ratio > o.high && (policy == kCispo || advantage > 0);
+  return {norm * (o.beta * kl - objective) - o.entropy_weight * entropy,
+          logprob,
+          entropy,
+          ratio,
+          kl,
+          double(below),
+          double(above),
+          correction,
+          norm * (o.beta * kl_slope - slope)};
+}
+
+template <class T>
+void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
+               int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
+               const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
+               float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {
+  const Options o = {temperature, options[0], options[1], options[2], options[3], options[4], options[5]};
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
+  for (int64_t i = 0; i < N; ++i) {
+    const T* x = logits + i * stride;
+    const RowStats s = forward_row(x, V, targets[i], 1.0 / temperature);
+    const Token token = token_terms(s.logprob, s.entropy, advantages[sample[i]], norm[sample[i]], old ? old + i : nullptr,
+                                    ref ? ref + i : nullptr, sampling ? sampling + i : nullptr, policy, kl_estimator, o);
+    const double kept[] = {token.loss,        token.logprob,      token.entropy,    token.ratio, token.kl,
+                           token.clipped_low, token.clipped_high, token.correction, token.grad_logprob};
+    for (int64_t k = 0; k < 9; ++k) rows[k * rows_stride + i] = static_cast<float>(kept[k]);
+    if (!grad) continue;
+    if (token.grad_logprob == 0 && o.entropy_weight == 0) {
+      std::memset(grad + i * grad_stride, 0, V * sizeof(T));  // all bits 0 is 0 in both dtypes
+    } else {
+      backward_row(x, grad + i * grad_stride, V, targets[i], 1.0 / temperature, static_cast<float>(token.grad_logprob),
+                   static_cast<float>(-o.entropy_weight), s.lse, s.entropy);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bicot
+
+#define BICOT_GRPO_ROWS(suffix, T)                                                                                     \
+  BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                          \
+      const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,               \
+      int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,            \
+      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, float* rows,       \
+      int64_t rows_stride, T* grad, int64_t grad_stride) {                                                             \
+    bicot::grpo_rows(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,      \
+                     sampling, options, policy, kl_estimator, rows, rows_stride, grad, grad_stride);                   \
+  }
+
+BICOT_GRPO_ROWS(float32, float)
+BICOT_GRPO_ROWS(bfloat16, bicot::bfloat16)

@@ -1,0 +1,368 @@
+"""The fused pass of `grpo_loss` over the rows of one stream: log-prob, entropy, the token's terms of the loss and the
+gradient of the row's logits, while the row is still in cache.
+
+Formulas: kernels/grpo_loss.py; their derivatives by the log-prob lp, with n the token's normaliser:
+
+    d policy = ratio·A where the branch that the minimum takes is not at its bound, else 0;  cispo: min(ratio, high)·A
+    d KL     = k1: 1      k2: -(lpr - lp)      k3: 1 - exp(lpr - lp)
+    d loss   = n·(β·d KL - weight·d policy)    by the log-prob,    -entropy_coef / tokens    by the entropy
+
+and from there the gradient of the logits is that of kernels/token_logprobs.py: p_j·(a + b·log p_j) + 1[j = t]·label.
+
+Floor with logits in: N·V read and N·V written once each. With hidden states and a head, in chunks of rows whose logits
+become their gradient in place: 6·N·V·D FLOP (4 with a frozen weight). A row whose gradient is exactly zero (a group
+without spread at β = 0, a clipped token) is filled with zeros unread; on a CPU it also skips the GEMMs (a GPU does not
+know how many rows remain without stopping for the answer).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import native
+from .dispatch import NATIVE_DTYPES, tl, triton
+from .linear_logprobs import HeadGradients, empty_gradients, row_chunks
+from .token_logprobs import (
+    NATIVE_ROWS,
+    check_targets,
+    dense_rows,
+    native_rows,
+    row_config,
+    row_stats,
+    unit_columns,
+    write_gradient,
+    write_zeros,
+)
+
+# What is kept of each token, the columns of a [len(ROWS), N] float32 result.
+ROWS = ("loss", "logprob", "entropy", "ratio", "kl", "clipped_low", "clipped_high", "correction", "grad_logprob")
+
+_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 7 + (ctypes.c_int,) * 2 + (ctypes.c_void_p, ctypes.c_int64) * 2
+
+
+@triton.jit
+def _token_terms(  # type: ignore[no-untyped-def]
+    logprob, entropy, advantage, norm, old, ref, sampling, entropy_weight, beta, low, high, delta, clip_max,
+    CISPO: tl.constexpr, KL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLING: tl.constexpr,
+):  # fmt: skip
+    """-> loss, ratio, kl, clipped_low, clipped_high, correction, d loss / d logprob of one token."""
+    before = old if HAS_OLD else logprob
+    ratio = tl.exp(logprob - before)
+    if CISPO:
+        slope = tl.minimum(ratio, high) * advantage
+        objective = slope * logprob
+        clipped_low, clipped_high = 0.0, tl.where(ratio > high, 1.0, 0.0)
+    else:
+        bounded = tl.minimum(ratio, delta) * advantage
+        clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
+        objective = tl.minimum(bounded, clipped)
+        moves = tl.where(bounded <= clipped, ratio <= delta, (low <= ratio) & (ratio <= high))
+        slope = tl.where(moves, ratio * advantage, 0.0)
+        clipped_low = tl.where((ratio < low) & (advantage < 0), 1.0, 0.0)
+        clipped_high = tl.where((ratio > high) & (advantage > 0), 1.0, 0.0)
+    correction = 1.0
+    if HAS_SAMPLING:
+        correction = tl.exp(before - sampling)
+        objective *= tl.minimum(correction, clip_max)
+        slope *= tl.minimum(correction, clip_max)
+    kl, kl_slope = 0.0, 0.0
+    if KL != 0:
+        gap = ref - logprob
+        if KL == 1:
+            kl, kl_slope = -gap, 1.0
+        elif KL == 2:
+            kl, kl_slope = gap * gap / 2, -gap
+        else:
+            excess = tl.exp(gap) - 1
+            kl, kl_slope = excess - gap, -excess
+    loss = norm * (beta * kl - objective) - entropy_weight * entropy
+    return loss, ratio, kl, clipped_low, clipped_high, correction, norm * (beta * kl_slope - slope)
+
+
+# The per-token pointers are slices that begin anywhere: specialising on their alignment would compile again for each.
+@triton.jit(do_not_specialize=["p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_rows", "rows_stride"])
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    p_logits, stride, p_targets, V, inv_temperature, p_sample, p_advantages, p_norm, p_old, p_ref, p_sampling,
+    p_entropy_weight, beta, low, high, delta, clip_max, p_rows, rows_stride, p_grad, grad_stride,
+    CISPO: tl.constexpr, KL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLING: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    p_row, target, sample = p_logits + row * stride, tl.load(p_targets + row), tl.load(p_sample + row)
+    scale = inv_temperature * 1.4426950408889634
+    maximum, total, weighted, b_last = row_stats(p_row, V, scale, BLOCK, ALIGNED)
+    x_target = tl.load(p_row + target).to(tl.float32)
+    log_total = tl.log(total)
+    logprob = (x_target - maximum) * inv_temperature - log_total
+    entropy = log_total - weighted / total * 0.6931471805599453
+
+    entropy_weight = tl.load(p_entropy_weight)
+    loss, ratio, kl, clipped_low, clipped_high, correction, grad_logprob = _token_terms(
+        logprob, entropy, tl.load(p_advantages + sample), tl.load(p_norm + sample),
+        tl.load(p_old + row) if HAS_OLD else 0.0, tl.load(p_ref + row) if KL != 0 else 0.0,
+        tl.load(p_sampling + row) if HAS_SAMPLING else 0.0, entropy_weight, beta, low, high, delta, clip_max,
+        CISPO, KL, HAS_OLD, HAS_SAMPLING,
+    )  # fmt: skip
+    p_out = p_rows + row
+    tl.store(p_out, loss)
+    tl.store(p_out + rows_stride, logprob)
+    tl.store(p_out + 2 * rows_stride, entropy)
+    tl.store(p_out + 3 * rows_stride, ratio)
+    tl.store(p_out + 4 * rows_stride, kl)
+    tl.store(p_out + 5 * rows_stride, clipped_low)
+    tl.store(p_out + 6 * rows_stride, clipped_high)
+    tl.store(p_out + 7 * rows_stride, correction)
+    tl.store(p_out + 8 * rows_stride, grad_logprob)
+
+    if GRADIENT and (grad_logprob == 0) & (entropy_weight == 0):
+        write_zeros(p_grad + row * grad_stride, V, BLOCK, ALIGNED)
+    elif GRADIENT:
+        a = (entropy_weight * entropy - grad_logprob) * inv_temperature
+        b = entropy_weight * inv_temperature * 0.6931471805599453
+        # log2 p = (x - maximum)·scale - log2(total), the second part moved into the logit that it is taken from
+        write_gradient(
+            b_last, p_row, p_grad + row * grad_stride, target, V, maximum, log_total / inv_temperature, scale, a, b,
+            grad_logprob * inv_temperature, BLOCK, ALIGNED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["size"])
+def _scale_kernel(p_x, size, p_factor, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    factor = tl.load(p_factor)
+    if factor != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
+            o_x = begin + tl.arange(0, BLOCK)
+            b_x = tl.load(p_x + o_x, mask=o_x < size).to(tl.float32)
+            tl.store(p_x + o_x, (b_x * factor).to(p_x.dtype.element_ty), mask=o_x < size)
+
+
+class TokenOptions(NamedTuple):
+    """The run-time numbers of the loss: bounds of the ratio are low = 1 - epsilon and high = 1 + epsilon_high."""
+
+    beta: float
+    low: float
+    high: float
+    delta: float
+    clip_max: float
+
+
+def launch_rows(
+    logits: Tensor,
+    targets: Tensor,
+    sample: Tensor,
+    advantages: Tensor,
+    norm: Tensor,
+    entropy_weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    temperature: float,
+    options: list[float],
+    cispo: bool,
+    kl: int,
+    impl: str,
+    rows: Tensor,
+    grad: Tensor | None,
+) -> None:
+    """Fill rows [len(ROWS), N] and, unless None, grad [N, V], which may be `logits` itself."""
+    N, V = logits.shape
+    optional = {"old": old, "ref": ref if kl else None, "sampling": sampling}
+    if impl == "native":
+        run = native.function(f"bicot_grpo_rows_{NATIVE_DTYPES[logits.dtype]}", *_NATIVE)
+        pointers = [None if t is None else t.data_ptr() for t in optional.values()]
+        numbers = (ctypes.c_double * 6)(*options, float(entropy_weight))
+        gradient = (None, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
+        run(
+            *native_rows(logits, targets, temperature), sample.data_ptr(), advantages.data_ptr(), norm.data_ptr(),
+            *pointers, ctypes.addressof(numbers), cispo, kl, rows.data_ptr(), rows.stride(0), *gradient,
+        )  # fmt: skip
+    elif N:
+        present = [sample if t is None else t for t in optional.values()]  # any pointer serves where none is read
+        target = logits if grad is None else grad
+        _rows_kernel[(N,)](
+            logits, logits.stride(0), targets, V, 1 / temperature, sample, advantages, norm, *present, entropy_weight,
+            *options, rows, rows.stride(0), target, target.stride(0), CISPO=cispo, KL=kl, HAS_OLD=old is not None,
+            HAS_SAMPLING=sampling is not None, GRADIENT=grad is not None, **row_config(logits, target),
+        )  # fmt: skip
+
+
+@torch.library.custom_op("bicot::grpo_logits", mutates_args=())
+def grpo_logits(
+    logits: Tensor,
+    targets: Tensor,
+    sample: Tensor,
+    advantages: Tensor,
+    norm: Tensor,
+    entropy_weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    temperature: float,
+    options: list[float],
+    cispo: bool,
+    kl: int,
+    gradient: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """-> rows [len(ROWS), N], gradient of the logits (empty unless `gradient`)."""
+    check_targets(targets, logits.shape[1])
+    logits = unit_columns(logits) if impl == "native" or not gradient else dense_rows(logits)
+    rows = _new_rows(logits)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else logits.new_empty(0)
+    launch_rows(
+        logits, targets, sample, advantages, norm, entropy_weight, old, ref, sampling, temperature, options, cispo, kl,
+        impl, rows, grad if gradient else None,
+    )  # fmt: skip
+    return rows, grad
+
+
+@grpo_logits.register_fake
+def _(logits, *inputs):  # type: ignore[no-untyped-def]
+    gradient = inputs[-2]
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else logits.new_empty(0)
+    return _new_rows(logits), grad
+
+
+@torch.library.custom_op("bicot::grpo_logits_", mutates_args=("logits",))
+def grpo_logits_(
+    logits: Tensor,
+    targets: Tensor,
+    sample: Tensor,
+    advantages: Tensor,
+    norm: Tensor,
+    entropy_weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    temperature: float,
+    options: list[float],
+    cispo: bool,
+    kl: int,
+    impl: str,
+) -> Tensor:
+    """The gradient takes the place of the logits. -> rows [len(ROWS), N]."""
+    check_targets(targets, logits.shape[1])
+    rows = _new_rows(logits)
+    launch_rows(
+        logits, targets, sample, advantages, norm, entropy_weight, old, ref, sampling, temperature, options, cispo, kl,
+        impl, rows, logits,
+    )  # fmt: skip
+    return rows
+
+
+@grpo_logits_.register_fake
+def _(logits, *_):  # type: ignore[no-untyped-def]
+    return _new_rows(logits)
+
+
+@torch.library.custom_op("bicot::grpo_linear", mutates_args=())
+def grpo_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sample: Tensor,
+    advantages: Tensor,
+    norm: Tensor,
+    entropy_weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    sampling: Tensor | None,
+    temperature: float,
+    options: list[float],
+    cispo: bool,
+    kl: int,
+    needed: list[bool],
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> rows [len(ROWS), N], gradients of hidden, weight and bias where `needed`, else empty."""
+    check_targets(targets, len(weight))
+    rows = _new_rows(hidden)
+    gradients = HeadGradients(hidden, weight, needed)
+    for chunk in row_chunks(hidden, weight):
+        logits = F.linear(hidden[chunk], weight, bias)
+        per_token = [None if t is None else t[chunk] for t in (old, ref, sampling)]
+        launch_rows(
+            logits, targets[chunk], sample[chunk], advantages, norm, entropy_weight, *per_token, temperature, options,
+            cispo, kl, impl, rows[:, chunk], logits if any(needed) else None,
+        )  # fmt: skip
+        if any(needed):
+            gradients.add(chunk, logits, _active_rows(rows[-1, chunk], entropy_weight))
+        del logits  # before the next chunk's are made
+    return rows, *gradients.result()
+
+
+@grpo_linear.register_fake
+def _(hidden, weight, *inputs):  # type: ignore[no-untyped-def]
+    return _new_rows(hidden), *empty_gradients(hidden, weight, inputs[-2])
+
+
+def _new_rows(like: Tensor) -> Tensor:
+    return like.new_empty(len(ROWS), like.shape[0], dtype=torch.float32)
+
+
+def _active_rows(grad_logprob: Tensor, entropy_weight: Tensor) -> Tensor | None:
+    """Indices of the rows with a gradient, or None for all: on a GPU always, which would have to wait for the count."""
+    if grad_logprob.is_cuda or entropy_weight != 0:
+        return None
+    return grad_logprob.nonzero()[:, 0]
+
+
+@torch.library.custom_op("bicot::scale_", mutates_args=("x",))
+def scale_(x: Tensor, factor: Tensor, impl: str) -> None:
+    """x *= factor, dense, without reading x where the factor is 1 and without asking the device whether it is."""
+    if impl == "native":
+        if factor != 1:
+            x.mul_(factor)
+    elif x.numel():
+        blocks = -(-x.numel() // 4096)
+        _scale_kernel[(min(blocks, 2048),)](x, x.numel(), factor, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
+
+
+@scale_.register_fake
+def _(x, factor, impl):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.custom_op("bicot::attach_gradients", mutates_args=())
+def attach_gradients(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor], overwrite: bool, impl: str) -> Tensor:
+    """The loss, whose backward pass hands each input its gradient, already known, times the loss's own.
+
+    With `overwrite` the gradients are scaled in place (so a second backward pass is an error).
+    """
+    return loss.clone()
+
+
+@attach_gradients.register_fake
+def _(loss, *_):  # type: ignore[no-untyped-def]
+    return torch.empty_like(loss)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, tensors, gradients, ctx.overwrite, ctx.impl = inputs
+    ctx.dtypes = [t.dtype for t in tensors]
+    ctx.save_for_backward(*gradients)
+
+
+def _scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+    gradients = list(ctx.saved_tensors)
+    if ctx.overwrite:
+        for gradient in gradients:
+            scale_(gradient, grad_loss, ctx.impl)
+        results = [gradient.detach() for gradient in gradients]
+    else:
+        # one rounding, and no copy in float32: a float32 sum times the factor goes straight to the input's dtype
+        results = [
+            torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+    return None, results, [None] * len(results), None, None
+
+
+attach_gradients.register_autograd(_scaled_gradients, setup_context=_save_gradients)
