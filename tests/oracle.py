@@ -45,6 +45,22 @@ def poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+def gpu(test: Callable) -> Callable:
+    """Mark a test that needs a CUDA device; it skips without one."""
+    return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA device")(test))
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """On a GPU, an operation that waits for the device raises."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most bytes that `function` holds at a time on the CPU, from every allocation it makes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -15,7 +15,10 @@ from oracle import (
     KERNELS,
     assert_no_worse,
     device,
+    gpu,
     needs_native,
+    no_host_sync,
+    peak_bytes,
     poisoned_outputs,
 )
 from torch import Tensor
@@ -420,6 +423,36 @@ class TestKernels:
             torch.testing.assert_close(results[0], results[1])
 
 
+@needs_native
+@pytest.mark.parametrize("kind", ["logits", "logits in place", "hidden", "hidden, frozen head"])
+def test_peak_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the inputs: the gradients, a chunk of logits, per-token results; in place nothing but the last."""
+    N, D, V = 512, 8, 4096
+    monkeypatch.setattr(linear_logprobs, "CHUNK_BYTES", 16 * V * 4)
+    generator = torch.Generator().manual_seed(0)
+    targets, sample = torch.randint(0, V, (N,), generator=generator), torch.arange(N) // 64
+    hidden, weight = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
+    if kind.startswith("logits"):
+        source = {"logits": (hidden @ weight.T).requires_grad_()}
+        source["logits"] = source["logits"].view(N, V)  # not a leaf, and no copy of one
+        gradients = 0 if kind == "logits in place" else 4 * N * V
+    else:
+        source = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_("frozen" not in kind)}
+        # the weight's is summed in float32 and then scaled into its own dtype
+        gradients = 4 * (2 * N * D + (0 if "frozen" in kind else 2 * V * D))
+    stream = TokenStream(targets=targets, sample=sample, **source)
+    leaf = source.get("logits", hidden)
+    advantages = torch.linspace(-1, 1, 8)
+
+    def step() -> None:
+        loss = grpo_loss([stream], advantages, inplace=kind == "logits in place", impl="native").loss
+        torch.autograd.grad(loss, [t for t in source.values() if t.requires_grad])
+
+    chunk = 0 if leaf is not hidden else linear_logprobs.CHUNK_BYTES
+    per_token = 4 * N * 40
+    assert chunk + gradients / 2 <= peak_bytes(step) <= gradients + 1.5 * chunk + per_token
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_normaliser_of_the_whole_step_is_passed_on(loss_type: LossType) -> None:
     options = {**options_for(loss_type), "beta": 0.1, "entropy_coef": 0.1}
@@ -693,3 +726,78 @@ def test_bad_input_is_named(stream: TokenStream, advantages: Tensor, options: di
 def test_streams_of_one_name_would_lose_metrics() -> None:
     with pytest.raises(ValueError, match=r"streams need names of their own.*got \['text', 'text'\]"):
         grpo_loss([STREAM, STREAM], ONES)
+
+
+TRUE_SHAPES = [(4608, 16384, 4096), (2048, 102400, 4096), (4608, 16384, 2048), (2048, 102400, 2048)]  # N, V, D
+
+
+def true_stream(N: int, V: int, D: int) -> TokenStream:
+    generator = torch.Generator("cuda").manual_seed(0)
+    kwargs = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    return TokenStream(
+        targets=torch.randint(0, V, (N,), device="cuda", generator=generator),
+        sample=torch.arange(N, device="cuda") * 8 // N,
+        hidden=torch.randn(N, D, **kwargs).requires_grad_(),
+        weight=(2 * torch.randn(V, D, **kwargs) / math.sqrt(D)).requires_grad_(),
+        ref_logprob=torch.full((N,), -math.log(V), device="cuda"),
+    )
+
+
+@gpu
+@pytest.mark.parametrize(("N", "V", "D"), TRUE_SHAPES)
+class TestTrueShapes:
+    def test_no_worse_than_the_reference(self, N: int, V: int, D: int) -> None:
+        stream = true_stream(N, V, D)
+        advantages = torch.linspace(-1, 1, 8, device="cuda")
+        gt = outcome(converted([stream], torch.float64), advantages.double(), beta=0.01, impl="torch")
+        eager = outcome(converted([stream], torch.bfloat16), advantages, beta=0.01, impl="torch")
+        ours = outcome(converted([stream], torch.bfloat16), advantages, beta=0.01, impl="triton")
+        for name, value in ours.items():
+            relative = 2 * BFLOAT16_ROUNDING if "gradient" in name else 1e-4
+            assert_no_worse(name, value, eager[name], gt[name], relative, 1e-6, elementwise="gradient" not in name)
+
+    def test_peak_memory(self, N: int, V: int, D: int) -> None:
+        stream, advantages = true_stream(N, V, D), torch.linspace(-1, 1, 8, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        grpo_loss([stream], advantages, beta=0.01, impl="triton").loss.backward()
+        gradients = 2 * 2 * N * D + 2 * V * D + 4 * V * D  # hidden's twice, the weight's, and its float32 sums
+        assert torch.cuda.max_memory_allocated() - before <= gradients + 110 * 2**20
+
+
+@gpu
+def test_nothing_waits_for_the_device_and_nothing_compiles_again() -> None:
+    """Other lengths, temperatures, weights and bounds run the kernels that are there."""
+    from triton import knobs
+
+    def step(N: int, beta: float, epsilon: float, temperature: float) -> None:
+        streams = [replace(s, temperature=temperature) for s in prepared[N]]
+        grpo_loss(streams, advantages, beta=beta, epsilon=epsilon, entropy_coef=beta, impl="triton").loss.backward()
+
+    advantages = torch.tensor(ADVANTAGES).cuda()
+    prepared = {
+        N: converted(random_streams(0, torch.bfloat16, [(N, 70)], 5, "normal", False, False, True, True), "cuda")
+        for N in (17, 48, 1000)
+    }
+    step(17, 0.1, 0.2, 0.7)
+    compiled: list[str] = []
+    knobs.compilation.listener = lambda **event: compiled.append(str(event.get("src")))
+    try:
+        with no_host_sync():
+            step(48, 0.2, 0.3, 1.0)
+            step(1000, 0.3, 0.1, 1.3)
+    finally:
+        knobs.compilation.listener = None
+    assert not compiled
+
+
+@gpu
+@pytest.mark.parametrize("logits", [True, False])
+def test_more_rows_than_a_grid_dimension_other_than_the_first_holds(logits: bool) -> None:
+    streams = random_streams(0, torch.float32, [(70_000, 33)], 5, "normal", logits, False, True, False)
+    advantages = torch.tensor(ADVANTAGES).cuda()
+    expected = outcome(converted(streams, "cuda"), advantages, **OPTIONS, impl="torch")
+    ours = outcome(converted(streams, "cuda"), advantages, **OPTIONS, impl="triton")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5, msg=name)

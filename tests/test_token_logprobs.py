@@ -15,7 +15,9 @@ from oracle import (
     TRITON,
     assert_no_worse,
     device,
+    gpu,
     needs_native,
+    no_host_sync,
     poisoned_outputs,
 )
 from torch import Tensor
@@ -258,6 +260,39 @@ def test_overwritten_logits_that_something_else_needs(impl: str) -> None:
     total = token_logprobs(activation, targets, inplace_backward=True, impl=impl).logprob.sum()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (total + other).backward()
+
+
+@gpu
+def test_more_elements_than_a_32_bit_offset_reaches() -> None:
+    N, V = 140_000, 16_384  # 2.3e9 logits, 4.6 GB
+    logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(0, V, (N,), device="cuda")
+    last = logits[-3:].clone()
+    stats = token_logprobs(logits.requires_grad_().view(N, V), targets, inplace_backward=True, impl="triton")
+    expected = run(token_logprobs_ref, last.double(), targets[-3:])
+    torch.testing.assert_close(stats.logprob[-3:].double(), expected[0], rtol=1e-5, atol=1e-5)
+    weights = torch.zeros(N, device="cuda")
+    weights[-3:] = torch.arange(1.0, 4.0, device="cuda").cos()
+    (weights * stats.logprob).sum().backward()
+    p = last.double().softmax(-1)
+    exact = weights[-3:, None] * (torch.nn.functional.one_hot(targets[-3:], V) - p)
+    torch.testing.assert_close(logits.grad[-3:].double(), exact, rtol=BFLOAT16_ROUNDING, atol=1e-7)
+    assert logits.grad[:-3].abs().max() == 0
+
+
+@gpu
+def test_more_rows_than_a_grid_dimension_other_than_the_first_holds() -> None:
+    logits, targets = (x.cuda() for x in make("normal", 70_000, 257, torch.float32))
+    ours = run(token_logprobs, logits, targets, impl="triton")
+    torch.testing.assert_close(ours, run(token_logprobs_ref, logits, targets), rtol=1e-5, atol=1e-5)
+
+
+@gpu
+def test_nothing_waits_for_the_device() -> None:
+    logits, targets = (x.cuda() for x in make("normal", 64, 1000, torch.bfloat16))
+    run(token_logprobs, logits, targets, impl="triton")  # compiles
+    with no_host_sync():
+        run(token_logprobs, logits, targets, impl="triton")
 
 
 def test_float64_gradient_against_finite_differences() -> None:
