@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .dispatch import Impl, choose
 from .group_advantages import group_advantages
-from .grpo_rows import ROWS, TokenOptions, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
+from .grpo_rows import ROWS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
 from .linear_logprobs import check_head, linear_logprobs
 from .token_logprobs import TokenStats, check_logits, check_overwritable, token_logprobs
 
@@ -207,59 +207,51 @@ def token_norm(
     return (1 / num_tokens.clamp(min=1)).expand_as(advantages)
 
 
-def _fused_loss(
-    streams: Sequence[TokenStream],
-    advantages: Tensor,
-    norm: Tensor,
-    entropy_weight: Tensor,
-    options: TokenOptions,
-    cispo: bool,
-    kl: int,
-    inplace: bool,
-    impl: str,
-) -> GRPOLoss:
-    """Loss, gradients and metrics out of one pass over each stream's rows."""
-    loss = advantages.new_zeros(())
+def _fused_loss(streams: Sequence[TokenStream], shared: dict[str, Any], inplace: bool, impl: str) -> GRPOLoss:
+    """Loss, gradients and metrics out of one pass over each stream's rows. `shared`: the `Terms` of all streams."""
+    losses, logprobs = [], []
     metrics: dict[str, Tensor] = {}
-    logprobs = []
-    per_sample = advantages.contiguous(), norm.contiguous(), entropy_weight
     for stream in streams:
-        per_token = [None if t is None else t.float().contiguous() for t in (stream.old_logprob, stream.ref_logprob)]
-        per_token.append(None if stream.sampling_logprob is None else stream.sampling_logprob.float().contiguous())
-        tail = (float(stream.temperature), list(options), cispo, kl)
-        rest = (stream.targets.contiguous(), stream.sample.contiguous(), *per_sample, *per_token, *tail)
-        if stream.logits is not None:
-            inputs = [stream.logits]
-        else:
-            inputs = [t for t in (stream.hidden, stream.weight, stream.bias) if t is not None]
-        needed = [t.requires_grad and torch.is_grad_enabled() for t in inputs]
+        terms = Terms(
+            targets=stream.targets.contiguous(),
+            sample=stream.sample.contiguous(),
+            old=_float32(stream.old_logprob),
+            ref=_float32(stream.ref_logprob),
+            sampling=_float32(stream.sampling_logprob),
+            temperature=float(stream.temperature),
+            **shared,
+        )
+        given = (stream.hidden, stream.weight, stream.bias) if stream.logits is None else (stream.logits,)
+        needed = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in given]
+        inputs = [None if t is None else t.detach() for t in given]
         if stream.logits is None:
-            assert stream.hidden is not None and stream.weight is not None
-            bias = None if stream.bias is None else stream.bias.detach()
-            flags = [*needed, False][:3]
-            rows, *gradients = grpo_linear(stream.hidden.detach(), stream.weight.detach(), bias, *rest, flags, impl)
+            rows, *gradients = grpo_linear(*inputs, *terms, needed, impl)
         elif inplace and needed[0]:
-            rows, gradients = grpo_logits_(stream.logits.detach(), *rest, impl), [stream.logits.detach()]
+            rows, gradients = grpo_logits_(*inputs, *terms, impl), inputs
         else:
-            rows, *gradients = grpo_logits(stream.logits.detach(), *rest, needed[0], impl)
-        part = rows[0].sum()
+            rows, *gradients = grpo_logits(*inputs, *terms, needed[0], impl)
+        loss = rows[0].sum()
         if any(needed):
-            wanted = [(t, g) for t, g, need in zip(inputs, gradients, needed, strict=False) if need]
-            part = attach_gradients(part, *map(list, zip(*wanted, strict=True)), stream.logits is not None, impl)
-        loss = loss + part
-        metrics |= _row_metrics(stream, rows, cispo, kl > 0)
+            leaves, known = ([x for x, need in zip(xs, needed, strict=True) if need] for xs in (given, gradients))
+            loss = attach_gradients(loss, leaves, known, stream.logits is not None, impl)
+        losses.append(loss)
+        metrics |= _row_metrics(stream, rows, terms)
         logprobs.append(rows[1])
-    return GRPOLoss(loss, metrics, tuple(logprobs))
+    return GRPOLoss(torch.stack(losses).sum(), metrics, tuple(logprobs))
 
 
-def _row_metrics(stream: TokenStream, rows: Tensor, cispo: bool, kl: bool) -> dict[str, Tensor]:
+def _float32(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().float().contiguous()
+
+
+def _row_metrics(stream: TokenStream, rows: Tensor, terms: Terms) -> dict[str, Tensor]:
     """The metrics of `grpo_loss_ref` from the fused pass."""
     N = rows.shape[1]
     mean = dict(zip(ROWS, (rows.sum(1) / max(N, 1)).unbind(), strict=True))
     named = {"entropy": mean["entropy"], "clip_ratio/high": mean["clipped_high"]}
-    if kl:
+    if terms.kl:
         named["kl"] = mean["kl"]
-    if not cispo:
+    if not terms.cispo:
         named["clip_ratio/low"] = mean["clipped_low"]
     if stream.sampling_logprob is not None:
         named["sampling_ratio"] = mean["correction"]
@@ -347,18 +339,20 @@ def grpo_loss(
     num_samples = _scalar(len(advantages) if num_samples is None else num_samples, advantages)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     if chosen != "torch" and loss_type != "gspo":
-        cispo = loss_type == "cispo"
-        options = TokenOptions(
-            beta=beta,
-            low=1 - epsilon,
-            high=epsilon_high if cispo else 1 + epsilon_high,
-            delta=math.inf if delta is None else delta,
-            clip_max=importance_sampling_clip_max,
-        )
         norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
-        entropy_weight = entropy_coef / num_tokens.clamp(min=1)
-        kl = int(kl_estimator[1]) if beta else 0
-        return _fused_loss(streams, advantages, norm, entropy_weight, options, cispo, kl, inplace, chosen)
+        shared = {
+            "advantages": advantages.contiguous(),
+            "norm": norm.contiguous(),
+            "entropy_weight": entropy_coef / num_tokens.clamp(min=1),
+            "beta": float(beta),
+            "low": 1 - epsilon,
+            "high": epsilon_high if loss_type == "cispo" else 1 + epsilon_high,
+            "delta": math.inf if delta is None else float(delta),
+            "clip_max": float(importance_sampling_clip_max),
+            "cispo": loss_type == "cispo",
+            "kl": int(kl_estimator[1]) if beta else 0,
+        }
+        return _fused_loss(streams, shared, inplace, chosen)
     return grpo_loss_ref(
         streams,
         advantages,

@@ -142,165 +142,131 @@ def _scale_kernel(p_x, size, p_factor, BLOCK: tl.constexpr):  # type: ignore[no-
             tl.store(p_x + o_x, (b_x * factor).to(p_x.dtype.element_ty), mask=o_x < size)
 
 
-class TokenOptions(NamedTuple):
-    """The run-time numbers of the loss: bounds of the ratio are low = 1 - epsilon and high = 1 + epsilon_high."""
+class Terms(NamedTuple):
+    """What the loss knows of N tokens of S samples, besides their logits. float32 and int64, contiguous."""
 
+    targets: Tensor  # [N]
+    sample: Tensor  # [N]
+    advantages: Tensor  # [S]
+    norm: Tensor  # [S], n_t of a sample's tokens
+    entropy_weight: Tensor  # scalar, entropy_coef / tokens of the step
+    old: Tensor | None  # [N] each
+    ref: Tensor | None
+    sampling: Tensor | None
+    temperature: float
     beta: float
-    low: float
-    high: float
+    low: float  # bounds of the ratio: 1 - epsilon
+    high: float  # 1 + epsilon_high; cispo: epsilon_high
     delta: float
     clip_max: float
+    cispo: bool
+    kl: int  # the estimator's number; 0 without KL
+
+    def part(self, rows: slice) -> Terms:
+        """Those of a slice of the tokens."""
+        per_token = ("targets", "sample", "old", "ref", "sampling")
+        values: dict[str, Any] = {name: getattr(self, name) for name in per_token}
+        return self._replace(**{name: t if t is None else t[rows] for name, t in values.items()})
 
 
-def launch_rows(
-    logits: Tensor,
-    targets: Tensor,
-    sample: Tensor,
-    advantages: Tensor,
-    norm: Tensor,
-    entropy_weight: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    sampling: Tensor | None,
-    temperature: float,
-    options: list[float],
-    cispo: bool,
-    kl: int,
-    impl: str,
-    rows: Tensor,
-    grad: Tensor | None,
-) -> None:
+_TERMS = (
+    "Tensor targets, Tensor sample, Tensor advantages, Tensor norm, Tensor entropy_weight, Tensor? old, Tensor? ref, "
+    "Tensor? sampling, float temperature, float beta, float low, float high, float delta, float clip_max, bool cispo, "
+    "int kl"
+)
+_FIELDS = len(Terms._fields)
+
+
+def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Tensor | None) -> None:
     """Fill rows [len(ROWS), N] and, unless None, grad [N, V], which may be `logits` itself."""
-    N, V = logits.shape
-    optional = {"old": old, "ref": ref if kl else None, "sampling": sampling}
+    t, (N, V) = terms, logits.shape
+    optional = (t.old, t.ref if t.kl else None, t.sampling)
     if impl == "native":
         run = native.function(f"bicot_grpo_rows_{NATIVE_DTYPES[logits.dtype]}", *_NATIVE)
-        pointers = [None if t is None else t.data_ptr() for t in optional.values()]
-        numbers = (ctypes.c_double * 6)(*options, float(entropy_weight))
+        addresses = [None if x is None else x.data_ptr() for x in optional]
+        numbers = (ctypes.c_double * 6)(t.beta, t.low, t.high, t.delta, t.clip_max, float(t.entropy_weight))
         gradient = (None, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
         run(
-            *native_rows(logits, targets, temperature), sample.data_ptr(), advantages.data_ptr(), norm.data_ptr(),
-            *pointers, ctypes.addressof(numbers), cispo, kl, rows.data_ptr(), rows.stride(0), *gradient,
+            *native_rows(logits, t.targets, t.temperature), t.sample.data_ptr(), t.advantages.data_ptr(),
+            t.norm.data_ptr(), *addresses, ctypes.addressof(numbers), t.cispo, t.kl, rows.data_ptr(), rows.stride(0),
+            *gradient,
         )  # fmt: skip
     elif N:
-        present = [sample if t is None else t for t in optional.values()]  # any pointer serves where none is read
+        pointers = [t.norm if x is None else x for x in optional]  # any pointer serves where none is read
         target = logits if grad is None else grad
         _rows_kernel[(N,)](
-            logits, logits.stride(0), targets, V, 1 / temperature, sample, advantages, norm, *present, entropy_weight,
-            *options, rows, rows.stride(0), target, target.stride(0), CISPO=cispo, KL=kl, HAS_OLD=old is not None,
-            HAS_SAMPLING=sampling is not None, GRADIENT=grad is not None, **row_config(logits, target),
+            logits, logits.stride(0), t.targets, V, 1 / t.temperature, t.sample, t.advantages, t.norm, *pointers,
+            t.entropy_weight, t.beta, t.low, t.high, t.delta, t.clip_max, rows, rows.stride(0), target,
+            target.stride(0), CISPO=t.cispo, KL=t.kl, HAS_OLD=t.old is not None, HAS_SAMPLING=t.sampling is not None,
+            GRADIENT=grad is not None, **row_config(logits, target),
         )  # fmt: skip
 
 
-@torch.library.custom_op("bicot::grpo_logits", mutates_args=())
-def grpo_logits(
-    logits: Tensor,
-    targets: Tensor,
-    sample: Tensor,
-    advantages: Tensor,
-    norm: Tensor,
-    entropy_weight: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    sampling: Tensor | None,
-    temperature: float,
-    options: list[float],
-    cispo: bool,
-    kl: int,
-    gradient: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "bicot::grpo_logits",
+    mutates_args=(),
+    schema=f"(Tensor logits, {_TERMS}, bool gradient, str impl) -> (Tensor, Tensor)",
+)
+def grpo_logits(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """-> rows [len(ROWS), N], gradient of the logits (empty unless `gradient`)."""
-    check_targets(targets, logits.shape[1])
+    terms, (gradient, impl) = Terms(*rest[:_FIELDS]), rest[_FIELDS:]
+    check_targets(terms.targets, logits.shape[1])
     logits = unit_columns(logits) if impl == "native" or not gradient else dense_rows(logits)
-    rows = _new_rows(logits)
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else logits.new_empty(0)
-    launch_rows(
-        logits, targets, sample, advantages, norm, entropy_weight, old, ref, sampling, temperature, options, cispo, kl,
-        impl, rows, grad if gradient else None,
-    )  # fmt: skip
+    rows, grad = _fake_logits(logits, *rest)
+    launch_rows(logits, terms, impl, rows, grad if gradient else None)
     return rows, grad
 
 
 @grpo_logits.register_fake
-def _(logits, *inputs):  # type: ignore[no-untyped-def]
-    gradient = inputs[-2]
+def _fake_logits(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    gradient = rest[_FIELDS]
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else logits.new_empty(0)
     return _new_rows(logits), grad
 
 
-@torch.library.custom_op("bicot::grpo_logits_", mutates_args=("logits",))
-def grpo_logits_(
-    logits: Tensor,
-    targets: Tensor,
-    sample: Tensor,
-    advantages: Tensor,
-    norm: Tensor,
-    entropy_weight: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    sampling: Tensor | None,
-    temperature: float,
-    options: list[float],
-    cispo: bool,
-    kl: int,
-    impl: str,
-) -> Tensor:
+@torch.library.custom_op(
+    "bicot::grpo_logits_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {_TERMS}, str impl) -> Tensor"
+)
+def grpo_logits_(logits: Tensor, *rest: Any) -> Tensor:
     """The gradient takes the place of the logits. -> rows [len(ROWS), N]."""
-    check_targets(targets, logits.shape[1])
+    terms, impl = Terms(*rest[:_FIELDS]), rest[_FIELDS]
+    check_targets(terms.targets, logits.shape[1])
     rows = _new_rows(logits)
-    launch_rows(
-        logits, targets, sample, advantages, norm, entropy_weight, old, ref, sampling, temperature, options, cispo, kl,
-        impl, rows, logits,
-    )  # fmt: skip
+    launch_rows(logits, terms, impl, rows, logits)
     return rows
 
 
 @grpo_logits_.register_fake
-def _(logits, *_):  # type: ignore[no-untyped-def]
+def _fake_logits_(logits: Tensor, *rest: Any) -> Tensor:
     return _new_rows(logits)
 
 
-@torch.library.custom_op("bicot::grpo_linear", mutates_args=())
+@torch.library.custom_op(
+    "bicot::grpo_linear",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, {_TERMS}, bool[] needed, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def grpo_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    sample: Tensor,
-    advantages: Tensor,
-    norm: Tensor,
-    entropy_weight: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    sampling: Tensor | None,
-    temperature: float,
-    options: list[float],
-    cispo: bool,
-    kl: int,
-    needed: list[bool],
-    impl: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> rows [len(ROWS), N], gradients of hidden, weight and bias where `needed`, else empty."""
-    check_targets(targets, len(weight))
+    terms, (needed, impl) = Terms(*rest[:_FIELDS]), rest[_FIELDS:]
+    check_targets(terms.targets, len(weight))
     rows = _new_rows(hidden)
     gradients = HeadGradients(hidden, weight, needed)
     for chunk in row_chunks(hidden, weight):
         logits = F.linear(hidden[chunk], weight, bias)
-        per_token = [None if t is None else t[chunk] for t in (old, ref, sampling)]
-        launch_rows(
-            logits, targets[chunk], sample[chunk], advantages, norm, entropy_weight, *per_token, temperature, options,
-            cispo, kl, impl, rows[:, chunk], logits if any(needed) else None,
-        )  # fmt: skip
+        launch_rows(logits, terms.part(chunk), impl, rows[:, chunk], logits if any(needed) else None)
         if any(needed):
-            gradients.add(chunk, logits, _active_rows(rows[-1, chunk], entropy_weight))
+            gradients.add(chunk, logits, _active_rows(rows[-1, chunk], terms.entropy_weight))
         del logits  # before the next chunk's are made
     return rows, *gradients.result()
 
 
 @grpo_linear.register_fake
-def _(hidden, weight, *inputs):  # type: ignore[no-untyped-def]
-    return _new_rows(hidden), *empty_gradients(hidden, weight, inputs[-2])
+def _fake_linear(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_rows(hidden), *empty_gradients(hidden, weight, rest[-2])
 
 
 def _new_rows(like: Tensor) -> Tensor:
@@ -326,7 +292,7 @@ def scale_(x: Tensor, factor: Tensor, impl: str) -> None:
 
 
 @scale_.register_fake
-def _(x, factor, impl):  # type: ignore[no-untyped-def]
+def _fake_scale_(x: Tensor, factor: Tensor, impl: str) -> None:
     return None
 
 
@@ -340,7 +306,7 @@ def attach_gradients(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor]
 
 
 @attach_gradients.register_fake
-def _(loss, *_):  # type: ignore[no-untyped-def]
+def _fake_attach(loss: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(loss)
 
 

@@ -387,7 +387,7 @@ class TestKernels:
         per_sample = (torch.tensor(ADVANTAGES).to(there), torch.full((5,), 0.1).to(there), torch.tensor(0.01).to(there))
         rest = (
             stream.targets, stream.sample, *per_sample, stream.old_logprob, stream.ref_logprob, stream.sampling_logprob,
-            0.7, [0.1, 0.8, 1.2, 2.0, 3.0], False, 3,
+            0.7, 0.1, 0.8, 1.2, 2.0, 3.0, False, 3,
         )  # fmt: skip
         hidden, weight, bias = (t.detach() for t in (stream.hidden, stream.weight, stream.bias))
         logits = torch.nn.functional.linear(hidden, weight, bias)
