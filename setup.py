@@ -15,6 +15,8 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 TEST = ["pytest", "hypothesis", "pytest-benchmark", "tensorboard"]
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
+# The README's trainer overrides a private method of TRL and divides as 1.16 does; 2.0 is announced to remove options.
+TRL = ["trl>=1.16,<2; python_version >= '3.11'"]
 LINT = ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"]
 
 
@@ -68,5 +70,11 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"tensorboard": ["tensorboard"], "wandb": ["wandb"], "trackio": ["trackio"], "dev": TEST + LINT},
+    extras_require={
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
+        "bench": [*TRL, "liger-kernel>=0.8.2; platform_system == 'Linux'"],  # the peers; Liger needs Triton
+        "dev": TEST + TRL + LINT,
+    },
 )

@@ -7,6 +7,7 @@ For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log
                (cispo: stop_gradient(min(ratio_t, epsilon_high))·A_s·lp_t)
     weight_t = min(exp(lpo_t - lps_t), importance_sampling_clip_max), lps the sampler's log-prob; 1 without it
     KL_t     = k1: lp - lpr      k2: (lp - lpr)²/2      k3: exp(lpr - lp) - (lpr - lp) - 1
+               (use_bias_correction_kl: times ratio_t, which makes it the policy's own KL off policy too)
     loss     = Σ_t n_t·(β·KL_t - weight_t·policy_t) - entropy_coef·mean_t(H_t)
 
     n_t = 1 / tokens of the step (dapo, cispo), 1 / tokens of this call (bnpo),
@@ -121,6 +122,7 @@ def grpo_loss_ref(
     beta: float,
     loss_type: LossType,
     kl_estimator: KLEstimator,
+    use_bias_correction_kl: bool,
     epsilon: float,
     epsilon_high: float,
     delta: float | None,
@@ -159,6 +161,7 @@ def grpo_loss_ref(
         if beta:
             assert stream.ref_logprob is not None
             kl = kl_divergence(stat.logprob, stream.ref_logprob, kl_estimator)
+            kl = kl * ratio if use_bias_correction_kl else kl
             token_loss = token_loss + beta * kl
             metrics[f"{stream.name}/kl"] = _mean(kl)
         loss = loss + (token_loss * norm[stream.sample]).sum()
@@ -267,6 +270,7 @@ def grpo_loss(
     beta: float = 0.0,
     loss_type: LossType = "dapo",
     kl_estimator: KLEstimator = "k3",
+    use_bias_correction_kl: bool = False,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
@@ -285,7 +289,8 @@ def grpo_loss(
         rewards_or_advantages: with `group_size`, rewards [S] or [S, R]; without, advantages [S].
         group_size: G, the samples of one prompt.
         beta: weight of the KL to the reference; 0 needs no reference log-probs.
-        loss_type, kl_estimator: see the formulas at the top of this file.
+        loss_type, kl_estimator, use_bias_correction_kl: see the formulas at the top of this file. TRL's default for the
+            last is True; T2I-R1 has the plain k3.
         epsilon, epsilon_high: clip range; `epsilon_high` defaults to `epsilon` (cispo: the bound on the weight, and
             must be given).
         delta: second upper bound of the ratio, or None.
@@ -351,6 +356,7 @@ def grpo_loss(
             "clip_max": float(importance_sampling_clip_max),
             "cispo": loss_type == "cispo",
             "kl": int(kl_estimator[1]) if beta else 0,
+            "correct_kl": use_bias_correction_kl,
         }
         return _fused_loss(streams, shared, inplace, chosen)
     return grpo_loss_ref(
@@ -359,6 +365,7 @@ def grpo_loss(
         beta=beta,
         loss_type=loss_type,
         kl_estimator=kl_estimator,
+        use_bias_correction_kl=use_bias_correction_kl,
         epsilon=epsilon,
         epsilon_high=epsilon_high,
         delta=delta,

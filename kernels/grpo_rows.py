@@ -4,7 +4,7 @@ gradient of the row's logits, while the row is still in cache.
 Formulas: kernels/grpo_loss.py; their derivatives by the log-prob lp, with n the token's normaliser:
 
     d policy = ratio·A where the branch that the minimum takes is not at its bound, else 0;  cispo: min(ratio, high)·A
-    d KL     = k1: 1      k2: -(lpr - lp)      k3: 1 - exp(lpr - lp)
+    d KL     = k1: 1      k2: -(lpr - lp)      k3: 1 - exp(lpr - lp)      (corrected: ratio·(d KL + KL))
     d loss   = n·(β·d KL - weight·d policy)    by the log-prob,    -entropy_coef / tokens    by the entropy
 
 and from there the gradient of the logits is that of kernels/token_logprobs.py: p_j·(a + b·log p_j) + 1[j = t]·label.
@@ -42,13 +42,14 @@ from .token_logprobs import (
 # What is kept of each token, the columns of a [len(ROWS), N] float32 result.
 ROWS = ("loss", "logprob", "entropy", "ratio", "kl", "clipped_low", "clipped_high", "correction", "grad_logprob")
 
-_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 7 + (ctypes.c_int,) * 2 + (ctypes.c_void_p, ctypes.c_int64) * 2
+_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 7 + (ctypes.c_int,) * 3 + (ctypes.c_void_p, ctypes.c_int64) * 2
 
 
 @triton.jit
 def _token_terms(  # type: ignore[no-untyped-def]
     logprob, entropy, advantage, norm, old, ref, sampling, entropy_weight, beta, low, high, delta, clip_max,
-    CISPO: tl.constexpr, KL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLING: tl.constexpr,
+    CISPO: tl.constexpr, KL: tl.constexpr, CORRECT_KL: tl.constexpr, HAS_OLD: tl.constexpr,
+    HAS_SAMPLING: tl.constexpr,
 ):  # fmt: skip
     """-> loss, ratio, kl, clipped_low, clipped_high, correction, d loss / d logprob of one token."""
     before = old if HAS_OLD else logprob
@@ -80,6 +81,8 @@ def _token_terms(  # type: ignore[no-untyped-def]
         else:
             excess = tl.exp(gap) - 1
             kl, kl_slope = excess - gap, -excess
+        if CORRECT_KL:
+            kl, kl_slope = ratio * kl, ratio * (kl_slope + kl)
     loss = norm * (beta * kl - objective) - entropy_weight * entropy
     return loss, ratio, kl, clipped_low, clipped_high, correction, norm * (beta * kl_slope - slope)
 
@@ -89,8 +92,8 @@ def _token_terms(  # type: ignore[no-untyped-def]
 def _rows_kernel(  # type: ignore[no-untyped-def]
     p_logits, stride, p_targets, V, inv_temperature, p_sample, p_advantages, p_norm, p_old, p_ref, p_sampling,
     p_entropy_weight, beta, low, high, delta, clip_max, p_rows, rows_stride, p_grad, grad_stride,
-    CISPO: tl.constexpr, KL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLING: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    CISPO: tl.constexpr, KL: tl.constexpr, CORRECT_KL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLING: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     p_row, target, sample = p_logits + row * stride, tl.load(p_targets + row), tl.load(p_sample + row)
@@ -106,7 +109,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         logprob, entropy, tl.load(p_advantages + sample), tl.load(p_norm + sample),
         tl.load(p_old + row) if HAS_OLD else 0.0, tl.load(p_ref + row) if KL != 0 else 0.0,
         tl.load(p_sampling + row) if HAS_SAMPLING else 0.0, entropy_weight, beta, low, high, delta, clip_max,
-        CISPO, KL, HAS_OLD, HAS_SAMPLING,
+        CISPO, KL, CORRECT_KL, HAS_OLD, HAS_SAMPLING,
     )  # fmt: skip
     p_out = p_rows + row
     tl.store(p_out, loss)
@@ -161,18 +164,19 @@ class Terms(NamedTuple):
     clip_max: float
     cispo: bool
     kl: int  # the estimator's number; 0 without KL
+    correct_kl: bool
 
     def part(self, rows: slice) -> Terms:
         """Those of a slice of the tokens."""
-        per_token = ("targets", "sample", "old", "ref", "sampling")
-        values: dict[str, Any] = {name: getattr(self, name) for name in per_token}
-        return self._replace(**{name: t if t is None else t[rows] for name, t in values.items()})
+        old, ref, sampling = (None if t is None else t[rows] for t in (self.old, self.ref, self.sampling))
+        targets, sample = self.targets[rows], self.sample[rows]
+        return self._replace(targets=targets, sample=sample, old=old, ref=ref, sampling=sampling)
 
 
 _TERMS = (
     "Tensor targets, Tensor sample, Tensor advantages, Tensor norm, Tensor entropy_weight, Tensor? old, Tensor? ref, "
     "Tensor? sampling, float temperature, float beta, float low, float high, float delta, float clip_max, bool cispo, "
-    "int kl"
+    "int kl, bool correct_kl"
 )
 _FIELDS = len(Terms._fields)
 
@@ -186,10 +190,10 @@ def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Ten
         addresses = [None if x is None else x.data_ptr() for x in optional]
         numbers = (ctypes.c_double * 6)(t.beta, t.low, t.high, t.delta, t.clip_max, float(t.entropy_weight))
         gradient = (None, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
+        per_sample = (t.sample.data_ptr(), t.advantages.data_ptr(), t.norm.data_ptr())
         run(
-            *native_rows(logits, t.targets, t.temperature), t.sample.data_ptr(), t.advantages.data_ptr(),
-            t.norm.data_ptr(), *addresses, ctypes.addressof(numbers), t.cispo, t.kl, rows.data_ptr(), rows.stride(0),
-            *gradient,
+            *native_rows(logits, t.targets, t.temperature), *per_sample, *addresses, ctypes.addressof(numbers),
+            t.cispo, t.kl, t.correct_kl, rows.data_ptr(), rows.stride(0), *gradient,
         )  # fmt: skip
     elif N:
         pointers = [t.norm if x is None else x for x in optional]  # any pointer serves where none is read
@@ -197,8 +201,8 @@ def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Ten
         _rows_kernel[(N,)](
             logits, logits.stride(0), t.targets, V, 1 / t.temperature, t.sample, t.advantages, t.norm, *pointers,
             t.entropy_weight, t.beta, t.low, t.high, t.delta, t.clip_max, rows, rows.stride(0), target,
-            target.stride(0), CISPO=t.cispo, KL=t.kl, HAS_OLD=t.old is not None, HAS_SAMPLING=t.sampling is not None,
-            GRADIENT=grad is not None, **row_config(logits, target),
+            target.stride(0), CISPO=t.cispo, KL=t.kl, CORRECT_KL=t.correct_kl, HAS_OLD=t.old is not None,
+            HAS_SAMPLING=t.sampling is not None, GRADIENT=grad is not None, **row_config(logits, target),
         )  # fmt: skip
 
 

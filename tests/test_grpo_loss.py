@@ -60,6 +60,7 @@ def oracle(
     *,
     loss_type: LossType = "dapo",
     kl_estimator: KLEstimator = "k3",
+    use_bias_correction_kl: bool = False,
     beta: float = 0.0,
     epsilon: float = 0.2,
     epsilon_high: float = 0.2,
@@ -105,6 +106,7 @@ def oracle(
         if beta:
             gap = lp - ref
             kl = {"k1": gap, "k2": gap * gap / 2, "k3": (-gap).exp() + gap - 1}[kl_estimator]
+            kl = kl * ratio if use_bias_correction_kl else kl
         norm = {
             "dapo": N,
             "cispo": N,
@@ -179,6 +181,7 @@ def options_for(loss_type: LossType) -> dict[str, Any]:
     return {**OPTIONS, "loss_type": loss_type, "epsilon_high": high}
 
 
+@pytest.mark.parametrize("correct", [False, True], ids=["", "corrected"])
 @pytest.mark.parametrize("sampling", [False, True], ids=["", "sampling"])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3], ids=["", "entropy"])
 @pytest.mark.parametrize("delta", [None, 1.4], ids=["", "delta"])
@@ -192,12 +195,14 @@ def test_equals_the_oracle(
     delta: float | None,
     entropy_coef: float,
     sampling: bool,
+    correct: bool,
 ) -> None:
     check(
         make(old=old, sampling=sampling),
         **options_for(loss_type),
         beta=0.1,
         kl_estimator=kl_estimator,
+        use_bias_correction_kl=correct,
         delta=delta,
         entropy_coef=entropy_coef,
     )
@@ -318,6 +323,7 @@ def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject)
     options: dict[str, Any] = {
         **options_for(loss_type),
         "kl_estimator": draw(st.sampled_from(KL_ESTIMATORS)),
+        "use_bias_correction_kl": draw(st.booleans()),
         "beta": draw(st.sampled_from([0.0, 0.2])),
         "delta": draw(st.sampled_from([None, 1.4])),
         "entropy_coef": draw(st.sampled_from([0.0, 0.3])),
@@ -333,6 +339,9 @@ def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject)
     assert ours.keys() == eager.keys() == gt.keys()
     for name, value in ours.items():
         relative, absolute = KERNEL_TOLERANCE[dtype if "gradient" in name else torch.float32]
+        if value.dtype == torch.bfloat16 and not logits and value.numel():
+            # a GEMM of rounded logit gradients: what cancels in a small element was rounded as large
+            absolute = relative * gt[name].abs().max().item()
         assert_no_worse(name, value, eager[name], gt[name], relative, absolute)
 
 
@@ -387,7 +396,7 @@ class TestKernels:
         per_sample = (torch.tensor(ADVANTAGES).to(there), torch.full((5,), 0.1).to(there), torch.tensor(0.01).to(there))
         rest = (
             stream.targets, stream.sample, *per_sample, stream.old_logprob, stream.ref_logprob, stream.sampling_logprob,
-            0.7, 0.1, 0.8, 1.2, 2.0, 3.0, False, 3,
+            0.7, 0.1, 0.8, 1.2, 2.0, 3.0, False, 3, True,
         )  # fmt: skip
         hidden, weight, bias = (t.detach() for t in (stream.hidden, stream.weight, stream.bias))
         logits = torch.nn.functional.linear(hidden, weight, bias)

@@ -23,7 +23,7 @@ struct Token {
 
 Token token_terms(double logprob, double entropy, double advantage, double norm, const float* old_logprob,
                   const float* ref_logprob, const float* sampling_logprob, int policy, int kl_estimator,
-                  const Options& o) {
+                  bool correct_kl, const Options& o) {
   const double before = old_logprob ? *old_logprob : logprob;
   const double ratio = std::exp(logprob - before);
   double objective, slope;  // and its derivative by the log-prob
@@ -54,6 +54,10 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
       const double excess = std::expm1(gap);
       kl = excess - gap, kl_slope = -excess;
     }
+    if (correct_kl) {
+      kl_slope = ratio * (kl_slope + kl);
+      kl *= ratio;
+    }
   }
   const bool below = policy != kCispo && ratio < o.low && advantage < 0;
   const bool above = ratio > o.high && (policy == kCispo || advantage > 0);
@@ -72,14 +76,15 @@ template <class T>
 void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
                int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
                const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
-               float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {
+               bool correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {
   const Options o = {temperature, options[0], options[1], options[2], options[3], options[4], options[5]};
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
   for (int64_t i = 0; i < N; ++i) {
     const T* x = logits + i * stride;
     const RowStats s = forward_row(x, V, targets[i], 1.0 / temperature);
     const Token token = token_terms(s.logprob, s.entropy, advantages[sample[i]], norm[sample[i]], old ? old + i : nullptr,
-                                    ref ? ref + i : nullptr, sampling ? sampling + i : nullptr, policy, kl_estimator, o);
+                                    ref ? ref + i : nullptr, sampling ? sampling + i : nullptr, policy, kl_estimator,
+                                    correct_kl, o);
     const double kept[] = {token.loss,        token.logprob,      token.entropy,    token.ratio, token.kl,
                            token.clipped_low, token.clipped_high, token.correction, token.grad_logprob};
     for (int64_t k = 0; k < 9; ++k) rows[k * rows_stride + i] = static_cast<float>(kept[k]);
@@ -96,14 +101,14 @@ void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t 
 }  // namespace
 }  // namespace bicot
 
-#define BICOT_GRPO_ROWS(suffix, T)                                                                                     \
-  BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                          \
-      const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,               \
-      int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,            \
-      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, float* rows,       \
-      int64_t rows_stride, T* grad, int64_t grad_stride) {                                                             \
-    bicot::grpo_rows(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,      \
-                     sampling, options, policy, kl_estimator, rows, rows_stride, grad, grad_stride);                   \
+#define BICOT_GRPO_ROWS(suffix, T)                                                                                    \
+  BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                         \
+      const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,              \
+      int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,           \
+      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, int correct_kl,   \
+      float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {                                               \
+    bicot::grpo_rows(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,     \
+                     sampling, options, policy, kl_estimator, correct_kl != 0, rows, rows_stride, grad, grad_stride); \
   }
 
 BICOT_GRPO_ROWS(float32, float)
