@@ -30,8 +30,8 @@ except ImportError:
         """Stands in for `triton` in decorators alone."""
 
         @staticmethod
-        def jit(kernel: Any) -> Any:
-            return kernel
+        def jit(kernel: Any = None, **_: Any) -> Any:
+            return kernel if kernel is not None else lambda kernel: kernel
 
     triton, tl = _NoTriton, None
     HAS_TRITON = INTERPRETED = False

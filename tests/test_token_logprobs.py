@@ -23,7 +23,7 @@ from oracle import (
 from torch import Tensor
 
 from bicot.kernels import native
-from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED
+from bicot.kernels.dispatch import INTERPRETED
 from bicot.kernels.token_logprobs import token_logprobs, token_logprobs_ref
 
 # (relative, absolute): both dtypes' outputs are float32 sums of terms near 1; a bfloat16 gradient is rounded once
@@ -324,12 +324,6 @@ LOGITS_OK, TARGETS_OK = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
 def test_bad_input_is_named(logits: Tensor, targets: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         token_logprobs(logits, targets, **options)
-
-
-@pytest.mark.skipif(INTERPRETED or not HAS_TRITON, reason="Triton can run on a CPU here, or is not installed")
-def test_triton_on_a_cpu_is_an_error() -> None:
-    with pytest.raises(ValueError, match='impl="triton" cannot run here: it needs a CUDA tensor, got cpu'):
-        token_logprobs(LOGITS_OK, TARGETS_OK, impl="triton")
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""The machine code of the kernels, compiled ahead of time; and that the test helper sees bad code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
+
+from bicot.kernels import group_advantages, grpo_rows, token_logprobs
+from bicot.kernels.dispatch import tl, triton
+
+pytestmark = needs_compiler
+
+
+@triton.jit
+def _center(p_x, p_y, N, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    o = tl.arange(0, B)
+    m = o < N
+    b_x = tl.load(p_x + o, m, other=0).to(tl.float32)
+    tl.store(p_y + o, b_x - tl.sum(b_x, 0) / N, m)
+
+
+def _compile(
+    arch: int, divisible: tuple[str, ...] = ("p_x", "p_y", "N"), B: int = 4096, num_warps: int = 4
+) -> Compiled:
+    signature = {"p_x": "*bf16", "p_y": "*bf16", "N": "i32"}
+    return compile_kernel(_center, signature, {"B": B}, divisible=divisible, num_warps=num_warps, arch=arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+class TestHelper:
+    def test_passes_clean_code(self, arch: int) -> None:
+        code = _compile(arch)
+        assert_clean(code)
+        assert code.load_widths == code.store_widths == {16}
+        assert 16 < code.registers < 128 and code.shared > 0 and f".target sm_{arch}" in code.ptx
+
+    def test_sees_narrow_accesses(self, arch: int) -> None:
+        assert _compile(arch, ("p_x", "p_y")).load_widths == {2}  # N may end within a vector
+        assert _compile(arch, ("p_x", "N")).store_widths == {2}
+
+    def test_sees_a_spill(self, arch: int) -> None:
+        spilling = _compile(arch, B=16384, num_warps=1)  # 512 values a thread, which has 255 registers
+        assert spilling.stack > 0 and spilling.count("LDL") > 0
+        with pytest.raises(AssertionError, match="bytes of stack"):
+            assert_clean(spilling)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("scale", "normalize"), [("group", False), ("batch", False), ("none", False), ("batch", True)])
+@pytest.mark.parametrize(("G", "R"), [(8, 3), (1024, 8)])
+def test_group_advantages(G: int, R: int, scale: str, normalize: bool, arch: int) -> None:
+    pointers = {"p_rewards": "*fp32", "p_weights": "*fp32", "p_advantages": "*fp32", "p_finite": "*u8"}
+    launch = group_advantages.launch_config(G, R)
+    options = {name: launch.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    code = compile_kernel(
+        group_advantages._group_advantages_kernel,
+        pointers | {"P": "i32", "eps": "fp32"},  # the number of samples is not compiled in
+        {"G": G, "R": R, "SCALE": scale, "NORMALIZE": normalize, **launch},
+        divisible=pointers,
+        arch=arch,
+        **options,
+    )
+    assert_clean(code)
+    assert code.registers <= 65536 // (32 * options["num_warps"])
+    if G == 8:  # 3 rewards a sample leave no wider load
+        assert code.load_widths == {4} and max(code.store_widths) == 8 and code.registers <= 64
+
+
+INTEGERS = ("V", "stride", "grad_stride", "rows_stride")
+ROW_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "token_logprobs": (token_logprobs._forward_kernel, {}),
+    "token_logprobs_backward": (token_logprobs._backward_kernel, {}),
+    "grpo_rows": (
+        grpo_rows._rows_kernel,
+        {"CISPO": False, "KL": 3, "CORRECT_KL": True, "HAS_OLD": True, "HAS_SAMPLING": True, "GRADIENT": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "V", [16384, 16385]
+)  # 102400 compiles to the first: a multiple of 16 is all that is known of V
+@pytest.mark.parametrize("name", ROW_KERNELS)
+def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
+    """Whatever V is, a row travels 16 bytes at a time, and four programs or more share a multiprocessor."""
+    kernel, constants = ROW_KERNELS[name]
+    config = token_logprobs.row_config(torch.empty(2, V, dtype=dtype))
+    options = {option: config.pop(option) for option in ("num_warps", "enable_fp_fusion")}
+    element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    types = {"p_logits": element, "p_grad": element, "p_targets": "*i64", "p_sample": "*i64", "p_lse": "*fp64"}
+    types |= dict.fromkeys(INTEGERS, "i32")
+    types |= dict.fromkeys(("inv_temperature", "beta", "low", "high", "delta", "clip_max"), "fp32")
+    constants = constants | config
+    signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
+    unknown = {p.name for p in kernel.params if p.do_not_specialize}
+    divisible = {n for n in signature if n.startswith("p_") or (V % 16 == 0 and n in INTEGERS)} - unknown
+    code = compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **options)
+    assert_clean(code)
+    assert code.registers <= 64
+    vectors = config["BLOCK"] * dtype.itemsize // 16 // (32 * options["num_warps"])  # of a block, for each thread
+    assert sum(n for opcode, n in code.opcodes.items() if opcode.startswith("LDG") and ".128" in opcode) >= vectors
+    # 2 bytes at a time: the target's logit, and what lies outside the 16-byte boundaries
+    narrow_loads = sum(n for opcode, n in code.opcodes.items() if opcode.startswith("LDG") and "U16" in opcode)
+    narrow_stores = sum(n for opcode, n in code.opcodes.items() if opcode.startswith("STG") and "U16" in opcode)
+    assert narrow_loads <= (1 if V % 16 == 0 else 3) and narrow_stores <= (0 if V % 16 == 0 else 2)
+    if "p_grad" in signature:
+        assert 16 in code.store_widths
+
+
+def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
+    """Lengths, and where a slice of tokens begins, are not compiled in. Triton compiles no float in."""
+    free = {p.name for p in grpo_rows._rows_kernel.params if p.do_not_specialize}
+    assert free >= {"p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_rows", "rows_stride"}
+    constants = {p.name for p in grpo_rows._rows_kernel.params if p.is_constexpr}
+    assert constants == {"CISPO", "KL", "CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "GRADIENT", "BLOCK", "ALIGNED"}
