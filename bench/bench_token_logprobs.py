@@ -1,88 +1,100 @@
-"""token_logprobs on the CPU: the C++ kernel against eager PyTorch and torch.compile, forward and forward + backward.
+"""token_logprobs: log-prob and entropy from logits, forward and forward + backward.
 
-python -m bicot.bench.bench_token_logprobs [--threads 2] [--repeats 15] [--output FILE.json]
-GB/s counts the floor: the logits once forward; twice, and the gradient once, with backward.
+python -m bicot.bench.bench_token_logprobs [--device cpu|cuda] [--output FILE.json]
+Floor: the logits are read once forward; with backward they are read twice and their gradient is written once.
+The backward pass is that of Σ logprob + 0.01·Σ entropy.
 """
 
-import argparse
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.token_logprobs import TokenStats, token_logprobs, token_logprobs_ref
-from .harness import finish, hardware, quantiles_ms
+from ..kernels.token_logprobs import token_logprobs, token_logprobs_ref
+from .harness import IN_PLACE, Case, Outputs, Provider, compiled, expect, kernel, main, short
 
-SHAPES = [(4096, 16384), (512, 102400)]
-DTYPES = [torch.float32, torch.bfloat16]
-Provider = Callable[[Tensor, Tensor], TokenStats]
+SHAPES = {"cpu": [(4096, 16384), (512, 102400)], "cuda": [(4608, 16384), (2048, 102400)]}
+DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
+Formula = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def eager(logits: Tensor, targets: Tensor) -> TokenStats:
+class Inputs(NamedTuple):
+    logits: Tensor
+    targets: Tensor
+
+
+def inputs(N: int, V: int, dtype: torch.dtype, device: str) -> Inputs:
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(N, V, generator=generator, device=device) * 3
+    return Inputs(logits.to(dtype), torch.randint(0, V, (N,), generator=generator, device=device))
+
+
+def eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logp = logits.float().log_softmax(-1)
-    return TokenStats(logp.gather(-1, targets[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1))
+    return logp.gather(-1, targets[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
-def native(logits: Tensor, targets: Tensor) -> TokenStats:
-    return token_logprobs(logits, targets, impl="native")
+def trl(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    if logits.is_cuda:
+        from trl import kernels  # the Triton kernel that trl.trainer calls, without what else trl.trainer imports
+
+        return kernels.selective_log_softmax_and_entropy(logits, targets)
+    from trl.trainer import utils
+
+    return utils.selective_log_softmax_and_entropy(logits, targets)
 
 
-def forward(provider: Provider, logits: Tensor, targets: Tensor) -> None:
-    with torch.no_grad():
-        provider(logits, targets)
+def forward(formula: Formula) -> Callable[[Inputs], Outputs]:
+    return torch.no_grad()(lambda x: formula(x.logits, x.targets))
 
 
-def forward_backward(provider: Provider, logits: Tensor, targets: Tensor) -> None:
-    leaf = logits.detach().requires_grad_()
-    stats = provider(leaf, targets)
-    (stats.logprob.sum() + 0.01 * stats.entropy.sum()).backward()
+def with_backward(formula: Formula) -> Callable[[Inputs], Outputs]:
+    def run(x: Inputs) -> Outputs:
+        leaf = x.logits.detach().requires_grad_()
+        logits = leaf.view_as(leaf)  # what overwrites its logits refuses a leaf
+        logprob, entropy = formula(logits, x.targets)
+        (grad,) = torch.autograd.grad(logprob.sum() + 0.01 * entropy.sum(), logits)
+        return logprob, entropy, grad
+
+    return run
 
 
-def check(provider: Provider, logits: Tensor, targets: Tensor) -> None:
-    """A speed is never reported for a wrong result."""
-    few = slice(0, 8)
-    gt = token_logprobs_ref(logits[few].double(), targets[few])
-    ours = provider(logits[few], targets[few])
-    torch.testing.assert_close(ours, TokenStats(gt.logprob.float(), gt.entropy.float()), atol=2e-4, rtol=2e-5)
+def case(N: int, V: int, dtype: torch.dtype, backward: bool, device: str) -> Case:
+    impl = kernel(device)
+    wrap = with_backward if backward else forward
 
+    def truth(x: Inputs) -> Callable[[Outputs], float]:
+        return expect(wrap(token_logprobs_ref)(x._replace(logits=x.logits.double())))
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", help="also write the JSON to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    providers: dict[str, Provider] = {
-        "native": native,
-        "eager": eager,
-        "compile": torch.compile(token_logprobs_ref, dynamic=False),
+    providers = {
+        "ours": Provider(wrap(partial(token_logprobs, impl=impl)), f'impl="{impl}"'),
+        "eager": Provider(wrap(eager)),
+        "torch.compile": Provider(wrap(compiled(token_logprobs_ref))),
+        "TRL": Provider(wrap(trl), "its Triton kernel" if device == "cuda" else "row by row, in the logits' dtype"),
     }
-    machine = hardware()
-    print(" | ".join(f"{name} {value}" for name, value in machine.items()))
-    rows = []
-    for N, V in SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        logits32 = torch.randn(N, V, generator=generator) * 3
-        targets = torch.randint(0, V, (N,), generator=generator)
-        for dtype in DTYPES:
-            logits = logits32.to(dtype)
-            torch.compiler.reset()  # past its recompile limit torch.compile would silently time eager
-            for provider in providers.values():
-                check(provider, logits, targets)
-            for step, passes in ((forward, 1), (forward_backward, 3)):
-                runs = {name: partial(step, provider, logits, targets) for name, provider in providers.items()}
-                times = quantiles_ms(runs, arguments.repeats)
-                print(f"\n{step.__name__} [{N}, {V}] {dtype}  (ms p20 / p50 / p80)")
-                for name, (p20, p50, p80) in times.items():
-                    gbps = passes * logits.nbytes / p50 / 1e6
-                    ratio = p50 / times["native"][1]
-                    print(f"  {name:8}{p20:9.1f}{p50:9.1f}{p80:9.1f}  {gbps:7.2f} GB/s  native is {ratio:.2f}x")
-                    row = {"pass": step.__name__, "N": N, "V": V, "dtype": str(dtype), "provider": name}
-                    rows.append(row | {"ms": [round(t, 3) for t in (p20, p50, p80)], "gbps": round(gbps, 2)})
-    finish({"bench": "token_logprobs", **machine, "rows": rows}, arguments.output)
+    if backward:
+        in_place = wrap(partial(token_logprobs, impl=impl, inplace_backward=True))
+        providers["ours, in place"] = Provider(in_place, IN_PLACE, lambda x: x._replace(logits=x.logits.clone()))
+    return Case(
+        {"pass": "forward + backward" if backward else "forward", "N": N, "V": V, "dtype": short(dtype)},
+        dtype,
+        partial(inputs, N, V, dtype, device),
+        truth,
+        providers,
+        bytes=(3 if backward else 1) * N * V * dtype.itemsize,
+    )
+
+
+def cases(device: str, tiny: bool) -> list[Case]:
+    shapes = [(16, 384)] if tiny else SHAPES[device]
+    every = product(shapes, DTYPES[device], (False, True))
+    return [case(N, V, dtype, backward, device) for (N, V), dtype, backward in every]
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main("token_logprobs", __doc__, cases))

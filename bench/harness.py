@@ -1,46 +1,313 @@
-"""What every bench shares: interleaved timing, the machine it ran on, and one JSON object as the last line."""
+"""What the kernel benches share: command line, check before timing, timer, ceilings, and one JSON object as the output.
 
+A bench is a list of cases. A case says what every provider is given, what is true (in float64) and how many bytes or
+FLOPs no implementation can do without: its floor, at this machine's measured copy bandwidth and matrix product rate.
+Bytes count the tensors that must be read and written once; caches are not counted on.
+
+    {"bench", "about", "command", <machine>, "device", "ceilings": {"copy_gbps", "gemm_tflops": {dtype}},
+     "rows": [{"case", "provider", "ms": [p20, p50, p80], "gbps" | "tflops", "floor_pct", "peak_mib", "error", "note"}],
+     "skipped" and "failed": [{"case", "provider", "reason"}]}
+
+peak_mib is what one run allocates at most, its results included (null on a CPU); error is `relative_error`. A provider
+that cannot run here is in "skipped"; one that raises or is wrong is in "failed", has no time, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from ..kernels.dispatch import Impl
+
+Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
+
+# Of `relative_error`. bfloat16: eight bits, and logits that a head rounds to them before the softmax.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+IN_PLACE = "overwrites the logits with their gradient"
+FLUSH_BYTES, FLUSHES = 2**28, 16  # several times the L2 cache of any GPU; together about a millisecond on a large one
 
 
-def quantiles_ms(runs: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """p20, p50 and p80 of each, interleaved so that a busy machine slows them all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+class Unavailable(Exception):
+    """A provider cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`run` is timed on what `prepare` makes of the case's inputs: a fresh copy where `run` overwrites its input."""
+
+    run: Callable[[Any], Outputs]
+    note: str = ""
+    prepare: Callable[[Any], Any] | None = None
+
+    def given(self, inputs: Any) -> Any:
+        return self.prepare(inputs) if self.prepare else inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """`truth(inputs)` gives the function that measures a provider's error; `bytes` or `flops` is the floor, if any."""
+
+    labels: dict[str, Any]
+    dtype: torch.dtype
+    inputs: Callable[[], Any]
+    truth: Callable[[Any], Callable[[Outputs], float]]
+    providers: dict[str, Provider]
+    bytes: int = 0
+    flops: int = 0
+
+    def check(self, provider: Provider, inputs: Any, error_of: Callable[[Outputs], float]) -> float:
+        """The provider's error; AssertionError beyond the tolerance, and for NaN."""
+        error = error_of(provider.run(provider.given(inputs)))
+        assert error <= TOLERANCE[self.dtype], f"error {error:.2g} beyond {TOLERANCE[self.dtype]}"
+        return error
+
+
+def label(labels: Mapping[str, Any]) -> str:
+    """A case in a few words: numbers with their names, words without."""
+    return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in labels.items())
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def kernel(device: str) -> Impl:
+    """Our implementation for this device, by name: one that cannot run is an error and never another one's time."""
+    return "triton" if device == "cuda" else "native"
+
+
+def notes(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def gpu_only(tensor: Tensor) -> None:
+    if not tensor.is_cuda:
+        raise Unavailable("its kernel needs a GPU")
+
+
+def relative_error(outputs: Outputs, expected: Sequence[Tensor]) -> float:
+    """The largest over the outputs of ‖x - true‖ / ‖true‖ and max|x - true| / max|true|. NaN gives NaN."""
+    errors = []
+    for x, true in zip(outputs, expected, strict=True):
+        if x is not None:
+            difference = x.detach().double().reshape(true.shape) - true
+            for norm in (torch.linalg.vector_norm, lambda t: t.abs().amax()):
+                errors.append(norm(difference) / norm(true).clamp(min=1e-30))
+    return float(torch.stack(errors).amax())
+
+
+def expect(expected: Outputs) -> Callable[[Outputs], float]:
+    return functools.partial(relative_error, expected=[t.detach() for t in expected if t is not None])
+
+
+def times_ms(runs: Mapping[str, tuple[Provider, Any]], repeats: int, device: str) -> dict[str, list[float]]:
+    """All times of each, interleaved so that a busy machine slows them all alike; the first round warms up.
+
+    On a GPU the time is that between two events on the device, after the L2 cache was flushed. The flushing also keeps
+    the device busy while the host queues the run, so that launches are not timed unless they outlast it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    on_gpu = device == "cuda"
+    flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
     for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first warms up and compiles
-                seconds[name].append(time.perf_counter() - start)
-    deciles = {name: statistics.quantiles(values, n=10) for name, values in seconds.items()}
-    return {name: [1e3 * cuts[i] for i in (1, 4, 7)] for name, cuts in deciles.items()}
+        for name, (provider, inputs) in runs.items():
+            given = provider.given(inputs)
+            if on_gpu:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                for _ in range(FLUSHES):
+                    flush.zero_()
+                start.record()
+                provider.run(given)
+                end.record()
+                torch.cuda.synchronize()
+                ms = start.elapsed_time(end)
+            else:
+                begin = time.perf_counter()
+                provider.run(given)
+                ms = 1e3 * (time.perf_counter() - begin)
+            if repeat:
+                times[name].append(ms)
+    return times
 
 
-def hardware() -> dict[str, str | int]:
+def quantiles(times: Sequence[float]) -> list[float]:
+    """p20, p50 and p80."""
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return [deciles[i] for i in (1, 4, 7)]
+
+
+def _best_ms(run: Callable[[], Tensor], device: str) -> float:
+    return min(times_ms({"": (Provider(lambda _: [run()]), None)}, 10, device)[""])
+
+
+def peak_mib(provider: Provider, inputs: Any, device: str) -> float | None:
+    """The most that one run allocates beyond what is there, in MiB."""
+    if device != "cuda":
+        return None
+    given = provider.given(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    provider.run(given)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+@functools.cache
+def copy_gbps(device: str, tiny: bool) -> float:
+    """GB/s of one large copy, read and written bytes counted; the best of ten."""
+    source = torch.ones(2**20 if tiny else 2**28, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_ms(lambda: target.copy_(source), device) / 1e6
+
+
+@functools.cache
+def gemm_tflops(device: str, dtype: torch.dtype, tiny: bool) -> float:
+    """TFLOP/s of one large square matrix product of random numbers; the best of ten."""
+    size = 256 if tiny else 8192 if device == "cuda" else 2048
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _best_ms(lambda: a @ a, device) / 1e9
+
+
+def hardware(device: str = "cpu") -> dict[str, Any]:
+    """Machine, versions and commit (BICOT_COMMIT names it where the files are no git repository)."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return {
+    described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
+    machine: dict[str, Any] = {
         "cpu": models[0] if models else platform.processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        "commit": os.environ.get("BICOT_COMMIT") or described,
     }
+    if device == "cuda":
+        import triton
+
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        machine |= {"gpu": torch.cuda.get_device_name(), "driver": driver, "triton": triton.__version__}
+    return machine
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
 
 
 def finish(result: dict[str, Any], output: str | None) -> None:
     """Print the result as the last line, and write it to the file `output` if given."""
+    save(result, output)
+    print(json.dumps(result))
+
+
+def save(result: dict[str, Any], output: str | None) -> None:
     if output:
         Path(output).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+
+
+def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny: bool) -> None:
+    """Check every provider of one case, time those that are right, and add them to the result."""
+    torch.compiler.reset()  # past its recompile limit torch.compile would silently time eager
+    inputs = case.inputs()
+    error_of = case.truth(inputs)
+    right: dict[str, tuple[float, float | None]] = {}
+    for name, provider in case.providers.items():
+        try:
+            right[name] = case.check(provider, inputs, error_of), peak_mib(provider, inputs, device)
+        except (ImportError, Unavailable, torch.OutOfMemoryError) as problem:
+            result["skipped"].append({"case": case.labels, "provider": name, "reason": str(problem).split("\n")[0]})
+        except Exception as problem:  # recorded, and the bench ends non-zero; the others' times are still good
+            reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
+            result["failed"].append({"case": case.labels, "provider": name, "reason": reason})
+    del error_of
+    times = times_ms({name: (case.providers[name], inputs) for name in right}, repeats, device)
+
+    floor_ms, unit, work = 0.0, "gbps", case.bytes / 1e6
+    if case.bytes:
+        rate = result["ceilings"]["copy_gbps"] = round(copy_gbps(device, tiny), 1)
+        floor_ms = case.bytes / rate / 1e6
+    if case.flops:
+        rate = round(gemm_tflops(device, case.dtype, tiny), 3)
+        result["ceilings"].setdefault("gemm_tflops", {})[short(case.dtype)] = rate
+        floor_ms, unit, work = case.flops / rate / 1e9, "tflops", case.flops / 1e9
+    for name, values in times.items():
+        ms, (error, peak) = quantiles(values), right[name]
+        row: dict[str, Any] = {"case": case.labels, "provider": name, "ms": [round(t, 4) for t in ms]}
+        row[unit] = round(work / ms[1], 3) if work else None
+        row["floor_pct"] = round(100 * floor_ms / ms[1], 1) if work else None
+        row["peak_mib"] = None if peak is None else round(peak, 1)
+        result["rows"].append(row | {"error": float(f"{error:.1e}"), "note": case.providers[name].note})
+
+
+def _print_case(case: Case, result: dict[str, Any]) -> None:
+    print(f"\n{label(case.labels)}")
+    rows = [row for row in result["rows"] if row["case"] is case.labels]
+    ours = next((row["ms"][1] for row in rows if row["provider"] == "ours"), float("nan"))
+    for row in rows:
+        rates = [f"{row[unit]:8.2f} {unit}" for unit in ("gbps", "tflops") if row.get(unit) is not None]
+        rates += [f"{row['floor_pct']:5.1f} % of floor"] if row["floor_pct"] is not None else []
+        rates += [f"{row['peak_mib']:8.0f} MiB"] if row["peak_mib"] is not None else []
+        ms = "".join(f"{t:10.3f}" for t in row["ms"])
+        print(f"  {row['provider']:24}{ms} ms  {'  '.join(rates)}  {row['ms'][1] / ours:.2f} of ours")
+    for kind in ("skipped", "failed"):
+        for entry in result[kind]:
+            if entry["case"] is case.labels:
+                print(f"  {entry['provider']:24}{kind}: {entry['reason']}")
+
+
+def main(name: str, doc: str | None, cases: Callable[[str, bool], list[Case]]) -> int:
+    """Run a bench from its command line; the exit status. `doc`: "name: what", a blank, its command, its floor."""
+    what, _, _, *floor = (doc or "").strip().splitlines()
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--repeats", type=int, help="timed runs of each provider (15 on a CPU, 50 on a GPU)")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small shapes, two runs, nothing compiled: walks the code, measures nothing"
+    )
+    parser.add_argument("--output", help="also write the JSON to this file")
+    arguments = parser.parse_args()
+    device, tiny = arguments.device, arguments.tiny
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    torch.set_num_threads(arguments.threads)
+    if tiny:
+        torch.compiler.set_stance("force_eager")  # compiling would take far longer than all that runs
+    repeats = arguments.repeats or (2 if tiny else 50 if device == "cuda" else 15)
+    if repeats < 2:
+        parser.error("--repeats: quantiles need two or more")
+    machine = hardware(device)
+    print(" | ".join(f"{key} {value}" for key, value in machine.items()))
+    what = what.removeprefix(f"{name}: ")
+    about = " ".join([what[0].upper() + what[1:], *floor])
+    command = f"python -m bicot.bench.bench_{name} --device {device}"
+    result: dict[str, Any] = {"bench": name, "about": about, "command": command, **machine, "device": device}
+    result |= {"ceilings": {}, "rows": [], "skipped": [], "failed": []}
+    for case in cases(device, tiny):
+        _measure(case, result, repeats, device, tiny)
+        _print_case(case, result)
+        save(result, arguments.output)  # what is measured stays should a later case outlast its time limit
+    print("\nceilings", result["ceilings"])
+    finish(result, arguments.output)
+    return 1 if result["failed"] else 0

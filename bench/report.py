@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .harness import label
+
+UNITS = {"gbps": "GB/s", "tflops": "TFLOP/s"}
 HERE = Path(__file__).resolve().parent
 
 
@@ -16,7 +19,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def number(x: float) -> str:
+    """Three significant digits, and no exponent."""
+    return f"{x:.0f}" if abs(x) >= 100 else f"{x:#.3g}".rstrip(".")
+
+
 def machine(result: dict[str, Any]) -> str:
+    if "gpu" in result:
+        versions = ", ".join(f"{name} {result[name]}" for name in ("driver", "torch", "triton", "commit"))
+        return f"{result['gpu']}, {versions}"
     return (
         f"{result['cpu']} ({result['isa']}), {result['threads']} threads, torch {result['torch']}, "
         f"commit {result['commit']}"
@@ -56,41 +67,65 @@ the training steps.
 """
 
 
-def token_logprobs(result: dict[str, Any]) -> str:
-    cases: dict[str, dict[str, dict[str, Any]]] = {}
+def cells(row: dict[str, Any], ours: float | None) -> list[str]:
+    """Of one provider: all columns after the case. `ours` is the median that others are compared with."""
+    p20, p50, p80 = row["ms"]
+    achieved = [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
+    return [
+        row["provider"],
+        f"{number(p50)} [{number(p20)} to {number(p80)}]",
+        *(achieved or [""]),
+        "" if row["floor_pct"] is None else f"{row['floor_pct']:.0f}",
+        "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
+        f"{row['error']:.0e}",
+        "" if ours is None or row["provider"] == "ours" else f"{p50 / ours:.2f}×",
+    ]
+
+
+def kernel(result: dict[str, Any]) -> str:
+    """The section of any kernel bench: one table without its empty columns, then what was noted of the providers."""
+    cases: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
-        case = f"{row['pass']} [{row['N']}, {row['V']}] {row['dtype'].removeprefix('torch.')}"
-        cases.setdefault(case, {})[row["provider"]] = row
+        cases.setdefault(label(row["case"]), []).append(row)
+    header = ["case", "provider", "ms", "achieved", "% of floor", "peak MiB", "error", "ours is"]
     rows = []
     for case, providers in cases.items():
-        cells = [case]
-        for row in (providers[provider] for provider in ("native", "eager", "compile")):
-            p20, p50, p80 = row["ms"]
-            ratio = f"{p50 / providers['native']['ms'][1]:.1f}×"
-            note = f"{row['gbps']:.1f} GB/s" if row["provider"] == "native" else ratio
-            cells.append(f"{p50:.0f} [{p20:.0f} to {p80:.0f}], {note}")
-        rows.append(cells)
-    header = ["case", "C++ ms", "eager ms, C++ is", "torch.compile ms, C++ is"]
-    return f"""## token_logprobs on the CPU
+        ours = next((row["ms"][1] for row in providers if row["provider"] == "ours"), None)
+        rows += [[case if row is providers[0] else "", *cells(row, ours)] for row in providers]
+    shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
 
-`python -m bicot.bench.bench_token_logprobs --output bench/results/token_logprobs_cpu.json` on {machine(result)}.
-Medians [p20 to p80] of interleaved runs; log-prob and entropy of every row; GB/s of the bytes that must move. Eager
-is unsteady on this machine (see its spread): torch.compile is the better yardstick.
+    ceilings = [f"copy {number(rate)} GB/s" for rate in [result["ceilings"].get("copy_gbps")] if rate]
+    ceilings += [f"{name} {number(rate)} TFLOP/s" for name, rate in result["ceilings"].get("gemm_tflops", {}).items()]
+    remarks = [(row["provider"], row["note"]) for row in result["rows"] if row["note"]]
+    for kind, words in (("skipped", "not run"), ("failed", "FAILED")):
+        remarks += [(entry["provider"], f"{words}: {entry['reason']}") for entry in result[kind]]
+    measured = f" Ceilings: {', '.join(ceilings)}." if ceilings else ""
+    listed = "\n".join(f"- {provider}: {remark}" for provider, remark in dict.fromkeys(remarks))
+    return f"""## {result["bench"]} on {result.get("gpu", "the CPU")}
 
-{table(header, rows)}
+`{result["command"]}` on {machine(result)}.
+{result["about"]} Medians [p20 to p80] of interleaved runs.{measured}
+
+{table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])}
+
+{listed}
 """
 
 
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"toy_seeds": toy_seeds, "token_logprobs": token_logprobs}
+KERNELS = ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"toy_seeds": toy_seeds, **dict.fromkeys(KERNELS, kernel)}
+
+
+def render(folder: Path) -> str:
+    """RESULTS.md from the JSON files in `folder`."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    results.sort(key=lambda result: (list(SECTIONS).index(result["bench"]), result.get("device", "")))
+    body = "\n".join(SECTIONS[result["bench"]](result) for result in results)
+    return f"# Results\n\nGenerated by `python -m bicot.bench.report` from bench/results; do not edit.\n\n{body}"
 
 
 def main() -> None:
-    results = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("*.json"))]
-    results.sort(key=lambda result: list(SECTIONS).index(result["bench"]))
-    body = "\n".join(SECTIONS[result["bench"]](result) for result in results)
-    (HERE / "RESULTS.md").write_text(
-        f"# Results\n\nGenerated by `python -m bicot.bench.report` from bench/results; do not edit.\n\n{body}"
-    )
+    (HERE / "RESULTS.md").write_text(render(HERE / "results"))
 
 
 if __name__ == "__main__":
