@@ -1,22 +1,52 @@
-"""cfg_sample against plain Python floats: the exact distribution, the token that u chooses, Philox by its vectors."""
+"""cfg_sample against plain Python floats: the exact distribution, the token that u chooses, Philox by its vectors; and
+all implementations against each other: the same tokens, bit for bit."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from oracle import IMPLEMENTATIONS, KERNELS, NATIVE, assert_no_worse, device, gpu, no_host_sync, poisoned_outputs
 from torch import Tensor
 
 from bicot.kernels import cfg_sample as module
-from bicot.kernels.cfg_sample import cfg_sample, philox_uniform
+from bicot.kernels.cfg_sample import Draw, cfg_sample, cfg_sample_ref, philox_uniform
+from bicot.kernels.dispatch import INTERPRETED
+
+# the interpreter's NumPy warns of -inf - -inf, which a masked token is
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 # absolute, of a log-prob: a float32 log-sum-exp of terms near 1; float64 is there for the tests of the formula
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5}
 INF = math.inf
 U_MIN, U_MAX = 2**-25, 1 - 2**-25  # what 24 bits can hold
+COUNTER_OF_U = {U_MIN: 14883995, U_MAX: 38471471}  # under seed 0
+EXAMPLES = 12 if INTERPRETED else 150
+DTYPES = [torch.bfloat16] if INTERPRETED else [torch.float32, torch.bfloat16]  # where other tests have both
+
+
+def few(count: int) -> int:
+    """The interpreter takes 15 ms for a row, and 50 to truncate it."""
+    return min(count, 6) if INTERPRETED else count
+
+
+@pytest.fixture(autouse=True)
+def _poison_outputs() -> Iterator[None]:
+    with poisoned_outputs():
+        yield
+
+
+def sample(impl: str, cond: Tensor, uncond: Tensor | None, **options: object) -> Draw:
+    """cfg_sample where `impl` runs, the results back here."""
+    there = {key: x.to(device(impl)) if isinstance(x, Tensor) else x for key, x in options.items()}
+    logits = (x if x is None else x.to(device(impl)) for x in (cond, uncond))
+    return Draw(*(x.cpu() for x in cfg_sample(*logits, **there, impl=impl)))
 
 
 def philox4x32(counter: list[int], key: list[int]) -> list[int]:
@@ -136,7 +166,8 @@ NO_GUIDANCE: tuple[None, float] = (None, 1.0)
 UNCOND = [c - 0.4 * d for c, d in zip(normal(40), normal(40, seed=1), strict=True)]  # w = 5 makes about normal(40)·2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("cond", "uncond", "guidance", "temperature", "top_k", "top_p"),
     [
@@ -166,14 +197,19 @@ def test_draws_follow_the_exact_distribution(
     top_k: int,
     top_p: float,
     dtype: torch.dtype,
+    impl: str,
 ) -> None:
     rows, others = (None if x is None else torch.tensor(x).to(dtype) for x in (cond, uncond))
     z = guided_logits(rows.tolist(), None if others is None else others.tolist(), guidance)
-    expand = [None if x is None else x.expand(N_DRAWS // (len(cond) // 1000 + 1), -1) for x in (rows, others)]
+    N = few(N_DRAWS // (len(cond) // 1000 + 1))
+    expand = [None if x is None else x.expand(N, -1) for x in (rows, others)]
     options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    token = cfg_sample(*expand, **options, seed=11, offset=torch.arange(len(expand[0]))).token
+    token = sample(impl, *expand, **options, seed=11, offset=torch.arange(N)).token
     assert token.dtype == torch.int64
-    assert_drawn_from(token, distribution(z, temperature, top_k, top_p))
+    if N > 100:
+        assert_drawn_from(token, distribution(z, temperature, top_k, top_p))
+    else:  # too few for a test of their distribution
+        assert torch.equal(token, sample("torch", *expand, **options, seed=11, offset=torch.arange(N)).token)
 
 
 def test_the_chi_square_finds_a_wrong_temperature() -> None:
@@ -193,7 +229,8 @@ def rows(draw: st.DrawFn) -> tuple[list[float], list[float] | None, float]:
     return draw(values), draw(st.none() | values), draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]))
 
 
-@settings(deadline=None, max_examples=150)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=EXAMPLES)
 @given(
     rows(),
     st.sampled_from([0.3, 0.7, 1.0, 1.9]),
@@ -203,7 +240,7 @@ def rows(draw: st.DrawFn) -> tuple[list[float], list[float] | None, float]:
     st.integers(0, 2**63 - 1),
 )
 def test_draws_the_token_that_u_chooses(
-    row: tuple, temperature: float, top_k: int, top_p: float, seed: int, offset: int
+    impl: str, row: tuple, temperature: float, top_k: int, top_p: float, seed: int, offset: int
 ) -> None:
     cond, uncond, guidance = row
     z = guided_logits(cond, uncond, guidance)
@@ -211,7 +248,7 @@ def test_draws_the_token_that_u_chooses(
     assume(all(abs(mass - top_p) > 1e-5 for mass in masses_before(z, temperature, top_k)))
     tensors = [None if x is None else torch.tensor([x]) for x in (cond, uncond)]
     options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    draw = cfg_sample(*tensors, **options, seed=seed, offset=torch.tensor([offset]))
+    draw = sample(impl, *tensors, **options, seed=seed, offset=torch.tensor([offset]))
 
     token = int(draw.token)
     q = distribution(z, temperature, top_k, top_p)
@@ -222,19 +259,34 @@ def test_draws_the_token_that_u_chooses(
     assert draw.logp_cond.item() == pytest.approx(log_softmax(cond, temperature, token), abs=TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("u", [0.0, U_MIN, U_MAX, math.nextafter(1.0, 0.0)])
-@pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.89}])
-def test_extreme_u_draws_a_possible_token(u: float, truncation: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "philox_uniform", lambda seed, offset: torch.full(offset.shape, u, dtype=torch.float64))
+def assert_end_is_drawn(impl: str, u: float, truncation: dict, seed: int, offset: Tensor) -> None:
     ends_masked = [-INF] * 3 + normal(30) + [-INF] * 3
     ends_impossible = [-2000.0] * 3 + normal(30) + [-2000.0] * 3  # probability underflows to 0
     for z in (ends_masked, ends_impossible, normal(30), [0.0] * 30, PEAKED, [0.0]):
-        draw = cfg_sample(torch.tensor([z]), None, **truncation, seed=0, offset=torch.zeros(1, dtype=torch.int64))
+        draw = sample(impl, torch.tensor([z]), None, **truncation, seed=seed, offset=offset)
         q = distribution(z, 1.0, truncation.get("top_k", 0), truncation.get("top_p", 1.0))
         possible = [v for v, p in enumerate(q) if p > 0]
         assert int(draw.token) in possible and draw.logp_guided.isfinite()
         end = possible[0 if u < 0.5 else -1]
         assert int(draw.token) == end or q[end] < 1e-7  # which u's 24 bits may pass by
+
+
+TRUNCATIONS = [{}, {"top_k": 5}, {"top_p": 0.89}]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("u", COUNTER_OF_U)
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_extreme_u_draws_a_possible_token(truncation: dict, u: float, impl: str) -> None:
+    assert uniform(0, COUNTER_OF_U[u]) == u
+    assert_end_is_drawn(impl, u, truncation, 0, torch.tensor([COUNTER_OF_U[u]]))
+
+
+@pytest.mark.parametrize("u", [0.0, math.nextafter(1.0, 0.0)])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_u_beyond_24_bits_draws_a_possible_token(truncation: dict, u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "philox_uniform", lambda seed, offset: torch.full(offset.shape, u, dtype=torch.float64))
+    assert_end_is_drawn("torch", u, truncation, 0, torch.zeros(1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("V", [1, 2, 16384, 16385, 102400])
@@ -244,9 +296,181 @@ def test_a_flat_row_maps_u_onto_the_vocabulary(V: int, monkeypatch: pytest.Monke
         inside += [(V // 2, 0.0), (V - 1, 0.0)]
     us = torch.tensor([(k + part) / V for k, part in inside], dtype=torch.float64)
     monkeypatch.setattr(module, "philox_uniform", lambda seed, offset: us)
-    draw = cfg_sample(torch.full((len(us), V), -3.5), None, seed=0, offset=torch.arange(len(us)))
+    draw = cfg_sample(torch.full((len(us), V), -3.5), None, seed=0, offset=torch.arange(len(us)), impl="torch")
     assert draw.token.tolist() == [k for k, _ in inside]
     torch.testing.assert_close(draw.logp_cond, torch.full((len(us),), -math.log(V)))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("V", [1, 4097, 2**17 - 1] if INTERPRETED else [1, 2, 4095, 4097, 16385, 102400, 2**17 - 1])
+def test_every_counter_and_key_draws_from_a_flat_row_what_its_u_says(V: int, impl: str) -> None:
+    words = [0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1, -(2**63), *COUNTER_OF_U.values(), *range(100, few(130))]
+    for seed in (0, -1, 2**40 + 7):
+        offset = torch.tensor(words)
+        draw = sample(impl, torch.full((1, V), -3.5).expand(len(words), -1), None, seed=seed, offset=offset)
+        # every weight is equal, so token = floor(u·V) without any rounding
+        assert draw.token.tolist() == [int(uniform(seed, o) * 2**25) * V >> 25 for o in words]
+        torch.testing.assert_close(draw.logp_cond, torch.full((len(words),), -math.log(V)))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict]:
+    """cond, uncond and options: any dtype and strides; masks that leave a token; ties, zeros of both signs."""
+    B, V = draw(st.integers(1, 2 if INTERPRETED else 5)), draw(st.integers(1, 70) | st.integers(1000, 2100))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    step, spread, masked = draw(st.sampled_from([0, 0.5, 2])), draw(st.sampled_from([0.1, 3, 40])), draw(st.booleans())
+
+    def logits() -> Tensor:
+        # of a wider matrix, so that rows start anywhere between multiples of 16 bytes
+        x = spread * torch.randn(2 * B, V + 7, generator=generator)
+        if step:
+            x = (x / step).round() * step  # -0.0 too
+        if masked:
+            x[torch.rand(x.shape, generator=generator) < 0.3] = -INF
+            x[:, 3] = 0
+        x = x.to(dtype)
+        views: list[Callable[[Tensor], Tensor]] = [
+            lambda x: x[:B, :V].contiguous(),
+            lambda x: x[::2, 3 : 3 + V],
+            lambda x: x[:B, 3 : 3 + V].T.contiguous().T,
+            lambda x: x[:1, 3 : 3 + V].expand(B, -1),
+        ]
+        return views[view if not masked else max(view, 1)](x)
+
+    view = draw(st.integers(0, 3))
+    options = {
+        "guidance": draw(st.sampled_from([1.0, 5.0, 0.0, 0.5, 3.3, -1.0, 1e30])),
+        "temperature": draw(st.sampled_from([1.0, 0.7, 0.0, 1.9, 100.0, 0.01, 1e-320])),
+        "top_k": draw(st.just(0) | st.integers(1, 80)),
+        "top_p": draw(st.just(1.0) | st.floats(0.01, 1.0) | st.sampled_from([5e-324, 1e-9, 1 - 2**-53])),
+        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "offset": torch.tensor(draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=B, max_size=B))),
+    }
+    return logits(), draw(st.sampled_from([None, logits()])), options
+
+
+def finite(z: Tensor) -> bool:
+    return bool(z.amax(-1).isfinite().all())
+
+
+def mixed(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+    """Guided logits in the dtype of `cond`."""
+    if uncond is None or guidance == 1:
+        return cond
+    z = uncond + guidance * (cond - uncond)
+    return z.masked_fill((cond == -INF) | (uncond == -INF), -INF)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@settings(deadline=None, max_examples=2 * EXAMPLES)
+@given(problems())
+def test_draws_what_the_reference_draws(impl: str, problem: tuple) -> None:
+    cond, uncond, options = problem
+    assume(finite(mixed(cond.float(), uncond if uncond is None else uncond.float(), options["guidance"])))
+    before = [x if x is None else x.clone() for x in (cond, uncond)]
+    ours, expected = sample(impl, cond, uncond, **options), sample("torch", cond, uncond, **options)
+    assert torch.equal(ours.token, expected.token)
+    for x, y in zip(
+        ours[1:], expected[1:], strict=True
+    ):  # of 1e4 at the lowest temperatures, where float32 has 3 digits
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-5)
+    assert all(x is y is None or torch.equal(x, y) for x, y in zip(before, (cond, uncond), strict=True))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("V", [4097, 102400] if INTERPRETED else [4096, 4097, 16384, 102400])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_draws_what_the_reference_draws_from_true_vocabularies(dtype: torch.dtype, V: int, impl: str) -> None:
+    B = 1 if INTERPRETED else 6
+    cond, uncond = (3 * torch.randn(B, V, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (1, 2))
+    truncations = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.95}, {"temperature": 0.0}]
+    for guidance in (1.0, 5.0):
+        for truncation in truncations[guidance == 5 :: 2] if INTERPRETED else truncations:
+            options = {"guidance": guidance, **truncation, "seed": 3, "offset": torch.arange(B)}
+            ours, expected = sample(impl, cond, uncond, **options), sample("torch", cond, uncond, **options)
+            assert torch.equal(ours.token, expected.token)
+            torch.testing.assert_close(ours[1:], expected[1:], rtol=1e-6, atol=1e-5)
+
+
+class TestRounding:
+    """Draws that one rounding more or less in the logits or the weights would change."""
+
+    @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_weights(self, temperature: float, impl: str) -> None:
+        # Two tokens, of weights 2^40 and w. The second is drawn where (2r + 1)·(2^40 + w) >= 2^65: its logit is put
+        # there, and at the twelve floats around.
+        cases, expected, counter = [], [], 0
+        scale = torch.tensor(math.log2(math.e) / temperature).float()
+        while len(cases) < 13 * (5 if INTERPRETED else 300):
+            counter += 1
+            odd = int(uniform(0, counter) * 2**25)
+            if odd <= 2**24:
+                continue
+            boundary = torch.tensor(math.log2(2**25 / odd - 1)) / scale
+            logits = boundary.view(torch.int32) + torch.arange(-6, 7, dtype=torch.int32)
+            for x in logits.view(torch.float32):
+                d = float(x * scale)
+                cases.append((counter, float(x)))
+                expected.append(odd * (2**40 + exact_weight(d)) >= 2**65)
+        offset, x = torch.tensor([c for c, _ in cases]), torch.tensor([x for _, x in cases])
+        z = torch.full((len(cases), 40), -INF)
+        z[:, 11], z[:, 29] = 0.0, x
+        assert 0.2 < sum(expected) / len(expected) < 0.8
+        draw = sample(impl, z, None, temperature=temperature, seed=0, offset=offset)
+        assert draw.token.tolist() == [29 if second else 11 for second in expected]
+
+    @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("second", [29, 5000])  # in the block of the first, and in another
+    def test_a_threshold_that_falls_between_two_tokens(self, second: int, impl: str) -> None:
+        # at the largest u, floor((2r + 1)·(2^40 + w) / 2^25) = 2^40 + w - 32769 for these w
+        temperature = math.log2(math.e)  # so that d is the difference of two logits
+        for w in (32767, 32768, 32769, 32770):
+            d = float32(math.log2(w + 0.5) - 40)
+            assert exact_weight(d) == w
+            z = torch.full((1, 6000), -INF)
+            z[:, 11], z[:, second] = 0.0, d
+            offset = torch.tensor([COUNTER_OF_U[U_MAX]])
+            token = sample(impl, z, None, temperature=temperature, seed=0, offset=offset).token
+            assert int(token) == (second if w >= 32769 else 11)
+
+    @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}])
+    def test_guided_logits(self, options: dict, impl: str) -> None:
+        # 3·c - 2·u is the same for both tokens before rounding: what is drawn is what rounding makes the larger one
+        B = 20 if INTERPRETED else 300
+        generator = torch.Generator().manual_seed(0)
+        c, u, t = (torch.randn(B, generator=generator) for _ in range(3))
+        cond, uncond = torch.full((B, 40), -INF), torch.full((B, 40), -INF)
+        cond[:, 11], uncond[:, 11], cond[:, 29], uncond[:, 29] = c, u, c + 2 * t, u + 3 * t
+        # float64 holds these sums and products exactly enough that one more rounding gives the float32 ones
+        difference = (cond.double() - uncond.double()).float().double()
+        separate = ((3 * difference).float().double() + uncond.double()).float()[:, [11, 29]]
+        fused = (3 * difference + uncond.double()).float()[:, [11, 29]]
+        assert not torch.equal(separate.argmax(1), fused.argmax(1))
+        draw = sample(impl, cond, uncond, guidance=3.0, **options, seed=0, offset=torch.arange(B))
+        assert draw.token.tolist() == [[11, 29][i] for i in separate.argmax(1).tolist()]
+
+
+def float32(x: float) -> float:
+    return float(torch.tensor(x, dtype=torch.float64).float())
+
+
+def exact_weight(d: float) -> int:
+    """floor(2^40·2^d) as the documentation has it: each product and sum rounded to float32 on its own."""
+    n = round(d)
+    r = float32(d - n)
+    p = float32(0.000154531634)
+    for c in (0.00133908633, 0.00961808302, 0.0555035695, 0.240226507, 0.693147182, 1.0):
+        p = float32(float32(p * r) + float32(c))
+    return math.floor(p * 2.0 ** (n + 40))
+
+
+def test_the_weight_is_two_to_the_d() -> None:
+    for d in (0.0, -0.3, -0.5, -1.0, -7.77, -39.9, -41.0, -200.0):
+        assert exact_weight(d) == pytest.approx(2 ** (40 + d), rel=1.3e-7, abs=1)
+        assert module._weigh(torch.tensor(d)).item() == exact_weight(d)
 
 
 def grid(B: int, V: int, seed: int = 0) -> Tensor:
@@ -254,31 +478,34 @@ def grid(B: int, V: int, seed: int = 0) -> Tensor:
     return torch.randint(-4, 5, (B, V), generator=torch.Generator().manual_seed(seed)) / 2
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 class TestGreedy:
     @pytest.mark.parametrize("temperature", [0.5, 0.7, 1.0, 3.0])
-    def test_top_k_1_is_argmax_even_where_tied(self, temperature: float) -> None:
-        z = grid(64, 50)
+    def test_top_k_1_is_argmax_even_where_tied(self, temperature: float, impl: str) -> None:
+        B = few(64)
+        z = grid(B, 50)
         first = [row.index(max(row)) for row in z.tolist()]
-        draw = cfg_sample(z, None, temperature=temperature, top_k=1, seed=5, offset=torch.arange(64))
+        draw = sample(impl, z, None, temperature=temperature, top_k=1, seed=5, offset=torch.arange(B))
         assert draw.token.tolist() == first
-        tiny = cfg_sample(z, None, temperature=temperature, top_p=1e-9, seed=5, offset=torch.arange(64))
+        tiny = sample(impl, z, None, temperature=temperature, top_p=1e-9, seed=5, offset=torch.arange(B))
         assert tiny.token.tolist() == first
 
     @pytest.mark.parametrize("temperature", [0.7, 0.9, 1.1, 1.3])
-    def test_top_k_1_tells_neighbouring_floats_apart(self, temperature: float) -> None:
+    def test_top_k_1_tells_neighbouring_floats_apart(self, temperature: float, impl: str) -> None:
         # times 1 / temperature many of these pairs round to one float
-        low = 1.5 + torch.rand(500, generator=torch.Generator().manual_seed(0)) / 2
+        low = 1.5 + torch.rand(few(500), generator=torch.Generator().manual_seed(0)) / 2
         pairs = torch.stack([low, torch.nextafter(low, torch.tensor(9.0))], dim=1)
-        draw = cfg_sample(pairs, None, temperature=temperature, top_k=1, seed=0, offset=torch.arange(500))
+        draw = sample(impl, pairs, None, temperature=temperature, top_k=1, seed=0, offset=torch.arange(len(low)))
         assert draw.token.eq(1).all()
 
-    def test_temperature_0_is_argmax_of_the_guided_logits(self) -> None:
-        cond, uncond = grid(64, 50), grid(64, 50, seed=1)
+    def test_temperature_0_is_argmax_of_the_guided_logits(self, impl: str) -> None:
+        B = few(64)
+        cond, uncond = grid(B, 50), grid(B, 50, seed=1)
         expected = []
         for c, u in zip(cond.tolist(), uncond.tolist(), strict=True):
             z = guided_logits(c, u, 5.0)
             expected.append(z.index(max(z)))
-        draw = cfg_sample(cond, uncond, guidance=5.0, temperature=0.0, seed=0, offset=torch.arange(64))
+        draw = sample(impl, cond, uncond, guidance=5.0, temperature=0.0, seed=0, offset=torch.arange(B))
         assert draw.token.tolist() == expected
         assert expected != cond.argmax(-1).tolist()
         for row, token in enumerate(expected):
@@ -288,12 +515,15 @@ class TestGreedy:
             assert draw.logp_guided[row].item() == pytest.approx(logp, abs=1e-5)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("V", [1, 33, 1000])
-def test_log_probs_are_those_of_the_whole_distributions(V: int, dtype: torch.dtype) -> None:
+def test_log_probs_are_those_of_the_whole_distributions(V: int, dtype: torch.dtype, impl: str) -> None:
+    if dtype == torch.float64 and impl != "torch":
+        pytest.skip("float64 is PyTorch's")
     cond, uncond = (torch.tensor([normal(V, seed=10 * s + i) for i in range(4)]).to(dtype) for s in (1, 2))
     options = {"guidance": 5.0, "temperature": 0.8, "top_k": 3, "top_p": 0.9}
-    draw = cfg_sample(cond, uncond, **options, seed=1, offset=torch.arange(4))
+    draw = sample(impl, cond, uncond, **options, seed=1, offset=torch.arange(4))
     assert draw.logp_cond.dtype == draw.logp_guided.dtype == torch.promote_types(dtype, torch.float32)
     for row, token in enumerate(draw.token.tolist()):
         c, u = cond[row].tolist(), uncond[row].tolist()
@@ -302,100 +532,284 @@ def test_log_probs_are_those_of_the_whole_distributions(V: int, dtype: torch.dty
         assert draw.logp_guided[row].item() == pytest.approx(logp, abs=4 * TOLERANCE[dtype])  # w widens the rounding
 
 
-def test_a_row_draws_the_same_wherever_and_with_whomever() -> None:
+LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: 3 * x,
+    "peaked": lambda x: x + 60 * (torch.arange(x.shape[1]) == x.shape[1] // 2),
+    "flat": lambda x: 1e-3 * x,
+    "negative": lambda x: -x.abs() - 20,
+    "offset": lambda x: x + 1e4,
+    "negative offset": lambda x: x - 1e4,
+    "tied": lambda x: x.round(),
+    "masked": lambda x: x.masked_fill((x < -1) & (torch.arange(x.shape[1]) > 0), -INF),
+    "wide": lambda x: 1e4 * x,
+    "last": lambda x: x + 30 * (torch.arange(x.shape[1]) == x.shape[1] - 1),
+}
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [33, 4097] if INTERPRETED else [1, 33, 4097])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_log_probs_are_no_worse_than_the_references(kind: str, V: int, dtype: torch.dtype, impl: str) -> None:
+    B, generator = 1 if INTERPRETED else 5, torch.Generator().manual_seed(0)
+    cond, uncond = (LOGITS[kind](torch.randn(B, V, generator=generator)).to(dtype) for _ in range(2))
+    for guidance, temperature in ((1.0, 1.0), (5.0, 0.7), (5.0, 0.0)):
+        options = (guidance, temperature, 0, 1.0, 2, torch.arange(B))
+        eager = cfg_sample_ref(cond, uncond, *options)
+        named = dict(zip(("guidance", "temperature", "top_k", "top_p", "seed", "offset"), options, strict=True))
+        ours = sample(impl, cond, uncond, **named)
+        assert torch.equal(ours.token, eager.token)
+        # float64 may draw another token: the log-probs of this one
+        wide = [mixed(cond.double(), uncond.double(), w) / (temperature or 1.0) for w in (1.0, guidance)]
+        gt = [z.log_softmax(-1).gather(-1, ours.token[:, None])[:, 0] for z in wide]
+        assert_no_worse("logp_cond", ours.logp_cond, eager.logp_cond, gt[0], 1e-6, 1e-6)
+        assert_no_worse("logp_guided", ours.logp_guided, eager.logp_guided, gt[1], 1e-6, 1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_row_draws_the_same_wherever_and_with_whomever(impl: str) -> None:
     cond, uncond = (torch.tensor([normal(1000, seed=10 * s + i) for i in range(9)]) for s in (1, 2))
     offset = torch.arange(9) * 977 + (3 << 32)
     options = {"guidance": 3.0, "temperature": 0.9, "top_k": 300, "top_p": 0.99, "seed": 4}
-    together = cfg_sample(cond, uncond, **options, offset=offset)
+    together = sample(impl, cond, uncond, **options, offset=offset)
     assert len(set(together.token.tolist())) > 4
     for order in ([8, 3, 5, 1, 0, 2, 4, 7, 6], [4], [6, 6, 2]):
-        apart = cfg_sample(cond[order], uncond[order], **options, offset=offset[order])
+        apart = sample(impl, cond[order], uncond[order], **options, offset=offset[order])
         assert all(torch.equal(a, t[order]) for a, t in zip(apart, together, strict=True))
 
 
-def test_seed_and_offset_decide_the_draw() -> None:
-    z, offset = torch.zeros(64, 5000), torch.arange(64)
-    one, again = (cfg_sample(z, None, seed=s, offset=offset).token for s in (9, torch.tensor(9)))
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_seed_and_offset_decide_the_draw(impl: str) -> None:
+    B = few(64)
+    z, offset = torch.zeros(B, 5000), torch.arange(B)
+    one, again = (sample(impl, z, None, seed=s, offset=offset).token for s in (9, torch.tensor(9)))
     assert torch.equal(one, again)
     for seed, counters in ((10, offset), (9 + (1 << 32), offset), (9, offset + 64), (9, offset + (1 << 32))):
-        other = cfg_sample(z, None, seed=seed, offset=counters).token
-        assert (one == other).sum() <= 2  # of 64, each by a chance of 1 in 5000
+        other = sample(impl, z, None, seed=seed, offset=counters).token
+        assert (one == other).sum() <= 2  # each by a chance of 1 in 5000
 
 
-def test_guidance_1_is_the_conditional_draw() -> None:
-    cond, uncond = (torch.tensor([normal(100, seed=10 * s + i) for i in range(20)]) for s in (1, 2))
-    uncond[:, ::7] = -INF
-    options = {"temperature": 0.8, "top_p": 0.9, "seed": 2, "offset": torch.arange(20)}
-    alone = cfg_sample(cond, None, **options)
-    assert all(map(torch.equal, cfg_sample(cond, uncond, guidance=1.0, **options), alone))
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_guidance_1_is_the_conditional_draw(impl: str) -> None:
+    cond, uncond = (torch.tensor([normal(100, seed=10 * s + i) for i in range(few(20))]) for s in (1, 2))
+    uncond[:, ::7], uncond[:, 1], uncond[2] = -INF, math.nan, -INF  # none of which is read
+    options = {"temperature": 0.8, "top_p": 0.9, "seed": 2, "offset": torch.arange(few(20))}
+    alone = sample(impl, cond, None, **options)
+    assert all(map(torch.equal, sample(impl, cond, uncond, guidance=1.0, **options), alone))
     assert torch.equal(alone.logp_cond, alone.logp_guided)
-    assert not torch.equal(cfg_sample(cond, cond.flip(0), guidance=2.0, **options).token, alone.token)
+    assert not torch.equal(sample(impl, cond, cond.flip(0), guidance=2.0, **options).token, alone.token)
 
 
-def test_bfloat16_logits_are_computed_in_float32() -> None:
-    cond, uncond = (torch.tensor([normal(500, seed=10 * s + i) for i in range(20)]).bfloat16() for s in (1, 2))
-    options = {"guidance": 5.0, "temperature": 0.8, "top_k": 50, "seed": 2, "offset": torch.arange(20)}
-    ours, wide = cfg_sample(cond, uncond, **options), cfg_sample(cond.float(), uncond.float(), **options)
-    assert all(map(torch.equal, ours, wide))
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_bfloat16_logits_are_computed_in_float32(impl: str) -> None:
+    cond, uncond = (torch.tensor([normal(500, seed=10 * s + i) for i in range(few(20))]).bfloat16() for s in (1, 2))
+    options = {"guidance": 5.0, "temperature": 0.8, "top_k": 50, "seed": 2, "offset": torch.arange(few(20))}
+    ours, wide = sample(impl, cond, uncond, **options), sample(impl, cond.float(), uncond.float(), **options)
+    assert torch.equal(ours.token, wide.token)
+    torch.testing.assert_close(ours[1:], wide[1:], rtol=0, atol=2e-6)  # sums in another order
 
 
 @pytest.mark.parametrize(("shift_c", "shift_u"), [(1e4, 1e4), (-1e4, -1e4), (1e4, -1e4), (-1e4, 1e4)])
-def test_large_offsets_change_nothing(shift_c: float, shift_u: float) -> None:
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_large_offsets_change_nothing(impl: str, shift_c: float, shift_u: float) -> None:
     # in 64ths, so that float32 holds every sum exactly
-    cond, uncond = ((torch.tensor([normal(100, seed=s + i) for i in range(20)]) * 64).round() / 64 for s in (0, 50))
+    cond, uncond = (
+        (torch.tensor([normal(100, seed=s + i) for i in range(few(20))]) * 64).round() / 64 for s in (0, 50)
+    )
     for guidance in (1.0, 5.0):
-        options = {"guidance": guidance, "seed": 2, "offset": torch.arange(20)}
-        ours, expected = cfg_sample(cond + shift_c, uncond + shift_u, **options), cfg_sample(cond, uncond, **options)
+        options = {"guidance": guidance, "seed": 2, "offset": torch.arange(few(20))}
+        ours = sample(impl, cond + shift_c, uncond + shift_u, **options)
+        expected = sample(impl, cond, uncond, **options)
         assert torch.equal(ours.token, expected.token)
         torch.testing.assert_close(ours[1:], expected[1:], rtol=0, atol=TOLERANCE[torch.float32])
 
 
-def test_a_token_masked_by_either_row_is_never_drawn() -> None:
-    cond, uncond = torch.zeros(500, 6), torch.zeros(500, 6)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_token_masked_by_either_row_is_never_drawn(impl: str) -> None:
+    B = few(500)
+    cond, uncond = torch.zeros(B, 6), torch.zeros(B, 6)
     cond[:, 1], uncond[:, 4], cond[:, 5], uncond[:, 5] = -INF, -INF, -INF, -INF
     for options in ({}, {"top_k": 5}, {"top_p": 0.99}, {"temperature": 0.0}):
         for guidance in (0.0, 0.5, 5.0):
-            draw = cfg_sample(cond, uncond, guidance=guidance, **options, seed=0, offset=torch.arange(500))
+            draw = sample(impl, cond, uncond, guidance=guidance, **options, seed=0, offset=torch.arange(B))
             expected = {0} if "temperature" in options else {0, 2, 3}
             assert set(draw.token.tolist()) == expected and draw.logp_guided.isfinite().all()
 
 
-def test_no_rows() -> None:
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_no_rows(impl: str) -> None:
+    none = torch.empty(0, dtype=torch.int64)
     for uncond in (None, torch.empty(0, 7)):
-        draw = cfg_sample(torch.empty(0, 7), uncond, guidance=5.0, top_k=3, seed=0, offset=torch.empty(0).long())
+        draw = sample(impl, torch.empty(0, 7), uncond, guidance=5.0, top_k=3, seed=0, offset=none)
         assert draw.token.shape == draw.logp_cond.shape == draw.logp_guided.shape == (0,)
 
 
-def test_input_is_left_alone() -> None:
-    cond, uncond = grid(4, 9), grid(4, 9, seed=1)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_input_is_left_alone(impl: str) -> None:
+    cond, uncond = grid(4, 9).to(device(impl)), grid(4, 9, seed=1).to(device(impl))
     before = cond.clone(), uncond.clone()
-    cfg_sample(cond, uncond, guidance=5.0, top_k=3, top_p=0.9, seed=0, offset=torch.arange(4))
+    sample(impl, cond, uncond, guidance=5.0, top_k=3, top_p=0.9, seed=0, offset=torch.arange(4))
     assert torch.equal(cond, before[0]) and torch.equal(uncond, before[1])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("truncation", [{}, {"top_k": 2}, {"top_p": 0.9}])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_logits_that_require_grad_get_none(impl: str) -> None:
+    draw = sample(impl, grid(4, 9).requires_grad_(), None, seed=0, offset=torch.arange(4))
+    assert not draw.logp_cond.requires_grad and not draw.logp_guided.requires_grad
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+def test_threads_change_no_bit(impl: str) -> None:
+    cond, uncond = (torch.randn(7, 16385, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    options = {"guidance": 5.0, "top_k": 300, "top_p": 0.9, "seed": 0, "offset": torch.arange(7)}
+    threads = torch.get_num_threads()
+    try:
+        draws = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            draws.append(sample(impl, cond, uncond, **options))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x, y) for draw in draws[1:] for x, y in zip(draw, draws[0], strict=True))
+
+
+class TestCompiler:
+    @pytest.mark.parametrize("impl", KERNELS)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_opcheck(self, dtype: torch.dtype, impl: str) -> None:
+        cond, uncond = (torch.randn(3, 33, device=device(impl)).to(dtype) for _ in range(2))
+        seed, offset = torch.tensor(5, device=device(impl)), torch.arange(3, device=device(impl))
+        for other, top_k, top_p in ((uncond, 0, 1.0), (None, 4, 0.9)):
+            arguments = (cond, other, 5.0, 0.7, top_k, top_p, seed, offset, impl)
+            torch.library.opcheck(torch.ops.bicot.cfg_sample.default, arguments)
+
+    @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+    def test_compiles_to_one_graph(self, impl: str) -> None:
+        torch._dynamo.reset()  # the implementations before this one count against its recompilations
+        compiled = torch.compile(cfg_sample, fullgraph=True, backend="aot_eager")
+        seed = torch.tensor(3, device=device(impl))
+        for B in (4, 6):  # the second with B unknown to the compiler
+            cond, uncond = (torch.randn(B, 50, device=device(impl)) for _ in range(2))
+            for options in ({}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0}):
+                options |= {"guidance": 5.0, "seed": seed, "offset": torch.arange(B, device=device(impl)), "impl": impl}
+                ours, expected = compiled(cond, uncond, **options), cfg_sample(cond, uncond, **options)
+                assert torch.equal(ours.token, expected.token)
+                torch.testing.assert_close(ours[1:], expected[1:])
+        if device(impl) == "cpu":
+            cond[2, 7] = math.nan
+            with pytest.raises((RuntimeError, ValueError), match="not finite"):
+                compiled(cond, uncond, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0}]
+)
 @pytest.mark.parametrize("bad", [math.nan, INF])
-def test_a_row_that_is_not_finite_is_named(bad: float, truncation: dict, temperature: float) -> None:
-    options = {"temperature": temperature, **truncation, "seed": 0, "offset": torch.arange(4)}
+def test_a_row_that_is_not_finite_is_named(bad: float, options: dict, impl: str) -> None:
+    if device(impl) == "cuda":
+        pytest.skip("an assertion on the device")
+    options = {**options, "seed": 0, "offset": torch.arange(4)}
     good, broken = torch.zeros(4, 9), torch.zeros(4, 9)
     broken[2, 8] = bad
     with pytest.raises(ValueError, match="^cond logits of row 2 are not finite"):
-        cfg_sample(broken, None, **options)
+        sample(impl, broken, None, **options)
     with pytest.raises(ValueError, match="^cond logits of row 2 are not finite"):
-        cfg_sample(broken, good, guidance=5.0, **options)
+        sample(impl, broken, good, guidance=5.0, **options)
     with pytest.raises(ValueError, match="^uncond logits of row 2 are not finite"):
-        cfg_sample(good, broken, guidance=5.0, **options)
+        sample(impl, good, broken, guidance=5.0, **options)
+    good[2, 8] = -INF  # which hides it from the guided logits
+    with pytest.raises(ValueError, match="^uncond logits of row 2 are not finite"):
+        sample(impl, good, broken, guidance=5.0, **options)
+    with pytest.raises(ValueError, match="^cond logits of row 2 are not finite"):
+        sample(impl, broken, good, guidance=5.0, **options)
 
 
-def test_a_row_without_a_token_is_named() -> None:
-    options = {"seed": 0, "offset": torch.arange(2)}
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "top_p": 0.9}, {"temperature": 0.0}])
+def test_a_row_without_a_token_is_named(options: dict, impl: str) -> None:
+    if device(impl) == "cuda":
+        pytest.skip("an assertion on the device")
+    options = {**options, "seed": 0, "offset": torch.arange(2)}
     masked, left, right = torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 4)
     masked[1], left[1, :2], right[1, 2:] = -INF, -INF, -INF
     with pytest.raises(ValueError, match="cond logits of row 1 .*every token masked"):
-        cfg_sample(masked, None, **options)
+        sample(impl, masked, None, **options)
+    with pytest.raises(ValueError, match="uncond logits of row 1 .*every token masked"):
+        sample(impl, left, masked, guidance=5.0, **options)
     with pytest.raises(ValueError, match="guided logits of row 1 .*every token masked"):
-        cfg_sample(left, right, guidance=5.0, **options)
+        sample(impl, left, right, guidance=5.0, **options)
+    with pytest.raises(ValueError, match="guided logits of row 0 .*not finite"):  # the mix overflows
+        sample(impl, torch.full((2, 4), 3e38), torch.full((2, 4), -3e38), guidance=5.0, **options)
+
+
+@gpu
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_bad_row_is_an_assertion_on_a_gpu(bad: str, impl: str) -> None:
+    for value, fails in (("1.0", False), (bad, True)):
+        script = f"""
+import torch
+from bicot.kernels.cfg_sample import cfg_sample
+z = torch.zeros(4, 9, device="cuda")
+z[2, 8] = float("{value}")
+cfg_sample(z, z.flip(0), guidance=5.0, seed=0, offset=torch.arange(4, device="cuda"), impl="{impl}")
+torch.cuda.synchronize()
+"""
+        # in a process of its own: a device-side assertion leaves CUDA unusable
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert (result.returncode != 0) == fails, result.stderr
+        assert ("device-side assert" in result.stderr) == fails
+
+
+@gpu
+def test_a_cuda_graph_draws_anew_with_each_replay() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    cond, uncond = torch.randn(2, 16, 16384, device="cuda", generator=generator).bfloat16()
+    seed, offset = torch.tensor(3, device="cuda"), torch.arange(16, device="cuda")
+    for options in ({}, {"top_k": 50, "top_p": 0.9}, {"temperature": 0.0}):
+        options |= {"guidance": 5.0, "seed": seed, "offset": offset, "impl": "triton"}
+        cfg_sample(cond, uncond, **options)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            draw = cfg_sample(cond, uncond, **options)
+        for step in range(3):
+            seed.fill_(step)
+            offset.add_(1)
+            graph.replay()
+            expected = cfg_sample(cond, uncond, **options)
+            assert all(map(torch.equal, draw, expected))
+
+
+@gpu
+def test_nothing_waits_for_the_device_and_nothing_compiles_again() -> None:
+    from triton import knobs
+
+    def step(B: int, V: int, seed: int, guidance: float, temperature: float, top_k: int, top_p: float) -> None:
+        cond, uncond = torch.randn(2, B, V, device="cuda").bfloat16()
+        options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        cfg_sample(cond, uncond, **options, seed=seed, offset=torch.arange(B, device="cuda"), impl="triton")
+
+    step(16, 16384, 0, 5.0, 1.0, 50, 0.9)
+    compiled: list[str] = []
+    knobs.compilation.listener = lambda **event: compiled.append(str(event.get("src")))
+    try:
+        with no_host_sync():
+            step(7, 102400, 1, 3.0, 0.7, 1, 1e-9)
+            step(300, 256, 2**40, 0.0, 1.3, 16, 0.5)
+    finally:
+        knobs.compilation.listener = None
+    assert not compiled
+
+
+@gpu
+def test_more_elements_than_a_32_bit_offset_reaches() -> None:
+    B, V = 24_000, 102_400  # 2.5e9 logits, 4.9 GB
+    cond = torch.randn(B, V, device="cuda", dtype=torch.bfloat16)
+    ours = cfg_sample(cond, None, seed=0, offset=torch.arange(B, device="cuda"), impl="triton")
+    last = cfg_sample(cond[-3:], None, seed=0, offset=torch.arange(B - 3, B, device="cuda"), impl="torch")
+    assert torch.equal(ours.token[-3:], last.token)
+    torch.testing.assert_close(ours.logp_cond[-3:], last.logp_cond, rtol=1e-6, atol=1e-5)
 
 
 Z, OFFSET = torch.zeros(2, 5), torch.arange(2)
@@ -416,8 +830,17 @@ Z, OFFSET = torch.zeros(2, 5), torch.arange(2)
         (Z, None, OFFSET, {"top_p": 1.1}, "out of range: .*top_p=1.1"),
         (Z, None, OFFSET, {"top_p": math.nan}, "out of range: .*top_p=nan"),
         (Z, Z, OFFSET, {"guidance": math.nan}, r"out of range: guidance=nan \(finite\)"),
+        (torch.zeros(2, 2**17), None, OFFSET, {}, "a vocabulary has 1 to 131071 tokens, got V = 131072"),
+        (torch.zeros(2, 0), None, OFFSET, {}, "a vocabulary has 1 to 131071 tokens, got V = 0"),
+        (Z, Z.bfloat16(), OFFSET, {}, r"must share a floating dtype, got \[torch.float32, torch.bfloat16\]"),
+        (Z.long(), None, OFFSET, {}, r"must share a floating dtype, got \[torch.int64\]"),
+        (Z, None, OFFSET.to("meta"), {}, r"must share a device, got \['cpu', 'meta'\]"),
+        (Z, None, OFFSET, {"seed": torch.zeros(2).long()}, r"seed must be an int or one int64, got \(2,\) torch.int64"),
+        (Z, None, OFFSET, {"seed": torch.tensor(1.0)}, r"seed must be an int or one int64, got \(\) torch.float32"),
+        (Z.double(), None, OFFSET, {"impl": "native"}, 'impl="native" cannot run here'),
+        (Z, None, OFFSET, {"impl": "cuda"}, 'impl must be "auto"'),
     ],
 )
 def test_bad_input_is_named(cond: Tensor, uncond: Tensor | None, offset: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cfg_sample(cond, uncond, **options, seed=0, offset=offset)
+        cfg_sample(cond, uncond, **{"seed": 0, **options}, offset=offset)

@@ -1,0 +1,275 @@
+// Guidance, temperature, top-k, top-p, one draw and both log-probs of each row; the formulas are those of cfg_sample.py.
+// Logits are read from memory once; what follows works on the guided logits of one row, which stay in L2, and the draw
+// looks into one block. This file must be compiled with -ffp-contract=off (CMakeLists.txt): a fused multiply-add would
+// round the weights differently from the other implementations.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "simd.h"
+
+namespace bicot {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // 4 KiB of float32, an eighth of the smallest L1; also bounds float32 summation error
+constexpr int64_t kBlocks = 128;  // of a row: V < 2^17
+constexpr int64_t kSerial = 32768;  // fewer logits than this cost less than waking a second thread
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// 2^40 * 2^d, truncated. e is 0 or a normal float32 in [2^-126, 1], so its bits hold the mantissa and the shift.
+BICOT_INLINE int64_t weigh(float z, float top, float scale) {
+  const uint32_t bits = bits_from_float(exp2_nonpositive((z - top) * scale));
+  const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
+  const uint32_t shift = 127u - (bits >> 23);
+  return static_cast<int64_t>((mantissa << 17) >> (shift < 63u ? shift : 63u));
+}
+
+struct Mix {
+  float top, top_c;
+  double sum_c;  // sum of 2^((c - top_c) * scale); 0 without guidance
+  bool good;
+};
+
+// The guided logits z of a row, their maximum, and the softmax sum of the conditional ones.
+template <class T>
+BICOT_INLINE Mix mix_row(const T* c, const T* u, int64_t V, float guidance, float scale, float* z) {
+  Mix row = {-kInf, -kInf, 0, true};
+  float buffer[kBlock];
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
+    float top = -kInf, top_c = -kInf;
+    int32_t bad = 0;
+    if (!u) {
+      for (int64_t j = 0; j < n; ++j) z[begin + j] = load(c + begin + j);
+    } else {
+#pragma omp simd reduction(max : top_c) reduction(| : bad)
+      for (int64_t j = 0; j < n; ++j) {
+        const float x = load(c + begin + j), y = load(u + begin + j);
+        const float mixed = y + guidance * (x - y);
+        z[begin + j] = (x < y ? x : y) == -kInf ? -kInf : mixed;
+        buffer[j] = x;
+        bad |= !(x < kInf) | !(y < kInf);  // true for NaN
+        top_c = x > top_c ? x : top_c;
+      }
+      if (top_c > row.top_c) {
+        row.sum_c *= std::exp2((static_cast<double>(row.top_c) - top_c) * scale);  // 0 at first: 2^-inf
+        row.top_c = top_c;
+      }
+      if (row.top_c > -kInf) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < n; ++j) sum += exp2_nonpositive((buffer[j] - row.top_c) * scale);
+        row.sum_c += sum;
+      }
+    }
+#pragma omp simd reduction(max : top) reduction(| : bad)
+    for (int64_t j = 0; j < n; ++j) {
+      const float x = z[begin + j];
+      bad |= !(x < kInf);
+      top = x > top ? x : top;
+    }
+    row.top = top > row.top ? top : row.top;
+    if (bad) row.good = false;
+  }
+  row.good = row.good && row.top > -kInf;
+  return row;
+}
+
+// target_clones does not apply to templates: one plain function for each dtype.
+BICOT_CLONES Mix mix(const float* c, const float* u, int64_t V, float guidance, float scale, float* z) {
+  return mix_row(c, u, V, guidance, scale, z);
+}
+BICOT_CLONES Mix mix(const bfloat16* c, const bfloat16* u, int64_t V, float guidance, float scale, float* z) {
+  return mix_row(c, u, V, guidance, scale, z);
+}
+
+// The weight of each block, and of the row.
+BICOT_CLONES int64_t weigh_row(const float* z, int64_t V, float top, float scale, int64_t* blocks) {
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < V; begin += kBlock) {
+    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
+    int64_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += weigh(z[begin + j], top, scale);
+    *blocks++ = sum;
+    total += sum;
+  }
+  return total;
+}
+
+struct Probe {
+  int64_t measure;
+  float next, previous;  // the smallest logit >= the pivot, the largest below it
+};
+
+// The number of the logits >= pivot, or their weight.
+BICOT_CLONES Probe count_above(const float* z, int64_t V, float pivot) {
+  int32_t count = 0;
+  float next = kInf, previous = -kInf;
+#pragma omp simd reduction(+ : count) reduction(min : next) reduction(max : previous)
+  for (int64_t j = 0; j < V; ++j) {
+    const float up = z[j] >= pivot ? z[j] : kInf, down = z[j] >= pivot ? -kInf : z[j];
+    count += z[j] >= pivot;
+    next = up < next ? up : next;
+    previous = down > previous ? down : previous;
+  }
+  return {count, next, previous};
+}
+BICOT_CLONES Probe weigh_above(const float* z, int64_t V, float pivot, float top, float scale) {
+  int64_t mass = 0;
+  float next = kInf, previous = -kInf;
+#pragma omp simd reduction(+ : mass) reduction(min : next) reduction(max : previous)
+  for (int64_t j = 0; j < V; ++j) {
+    const float up = z[j] >= pivot ? z[j] : kInf, down = z[j] >= pivot ? -kInf : z[j];
+    mass += weigh(z[j] >= pivot ? z[j] : -kInf, top, scale);
+    next = up < next ? up : next;
+    previous = down > previous ? down : previous;
+  }
+  return {mass, next, previous};
+}
+
+// Mask every logit below `cut`, and of those equal to it all but the first `ties`.
+BICOT_CLONES void keep(float* z, int64_t V, float cut, int64_t ties) {
+  int64_t begin = 0;
+  for (; ties > 0 && begin < V; begin += kBlock) {
+    float* block = z + begin;
+    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
+    int32_t equal = 0;
+#pragma omp simd reduction(+ : equal)
+    for (int64_t j = 0; j < n; ++j) {
+      equal += block[j] == cut;
+      block[j] = block[j] < cut ? -kInf : block[j];
+    }
+    ties -= equal;
+    for (int64_t j = n; ties < 0;)  // the last of them go again
+      if (block[--j] == cut) block[j] = -kInf, ++ties;
+  }
+#pragma omp simd
+  for (int64_t j = begin; j < V; ++j) z[j] = z[j] <= cut ? -kInf : z[j];
+}
+
+// An integer that orders like x; 0 for both zeros.
+int64_t key(float x) {
+  const int64_t bits = static_cast<int32_t>(bits_from_float(x));
+  return bits < 0 ? INT32_MIN - bits : bits;
+}
+float value(int64_t key) { return float_from_bits(static_cast<uint32_t>(key < 0 ? INT32_MIN - key : key)); }
+
+struct Selected {
+  float cut;
+  int64_t above;
+};
+
+// The largest logit x for which the logits >= x number (or weigh) at least `limit`, and the number (or weight) of those
+// above it. Bisection: measure(>= lo) >= limit > measure(>= hi). Each step moves lo or hi to a logit of the row, so it
+// ends when one value is left. The first steps halve the interval of values, which is quick for the logits of a model;
+// the rest halve that of keys, which is never slow.
+template <class Measure>
+Selected select(float top, int64_t limit, Measure measure) {
+  int64_t lo = key(-kInf), hi = key(top) + 1, above = 0;
+  for (int step = 0; hi - lo > 1; ++step) {
+    const int64_t middle = step < 16 ? key(0.5f * value(lo) + 0.5f * value(hi - 1)) : (lo + hi) >> 1;
+    const Probe probe = measure(value(std::min(std::max(middle, lo + 1), hi - 1)));
+    if (probe.measure >= limit) {
+      lo = key(probe.next);
+    } else {
+      hi = key(probe.previous) + 1;
+      above = probe.measure;
+    }
+  }
+  return {value(lo), above};
+}
+
+// 24 random bits.
+uint32_t philox(uint64_t seed, uint64_t counter) {
+  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ key0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ key1;
+    c3 = static_cast<uint32_t>(a);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c0 >> 8;
+}
+
+struct Options {
+  float guidance;
+  double inverse_temperature;
+  float scale;
+  bool greedy;
+  int64_t top_k;
+  double top_p;
+};
+
+// A token out of a row of weight `total`; `blocks` holds the weight of each block. Masks what truncation drops.
+int64_t draw(float* z, int64_t V, float top, const Options& o, int64_t total, int64_t* blocks, int64_t r) {
+  if (o.top_k) {
+    const Selected s = select(top, o.top_k, [=](float pivot) { return count_above(z, V, pivot); });
+    keep(z, V, s.cut, o.top_k - s.above);
+    total = weigh_row(z, V, top, o.scale, blocks);
+  }
+  if (o.top_p < 1) {
+    // below the total: top_p <= 1 - 2^-53 takes off at least what rounding the total to a double may have added
+    const int64_t limit = std::max(static_cast<int64_t>(static_cast<double>(total) * o.top_p), int64_t{1});
+    const Selected s = select(top, limit, [=](float pivot) { return weigh_above(z, V, pivot, top, o.scale); });
+    const int64_t weight = weigh(s.cut, top, o.scale);
+    keep(z, V, s.cut, (limit - s.above + weight - 1) / weight);
+    total = weigh_row(z, V, top, o.scale, blocks);
+  }
+  const int64_t odd = 2 * r + 1;
+  int64_t rest = odd * (total >> 25) + (odd * (total & 0x1ffffff) >> 25), v = 0;
+  for (; *blocks <= rest; v += kBlock) rest -= *blocks++;
+  while ((rest -= weigh(z[v], top, o.scale)) >= 0) ++v;
+  return v;
+}
+
+template <class T>
+void sample(const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_stride, int64_t B, int64_t V,
+            const Options& o, int64_t seed, const int64_t* offset, int64_t* token, float* logp_cond, float* logp_guided,
+            int num_threads) {
+#pragma omp parallel num_threads(num_threads) if (B * V > kSerial)
+  {
+    const std::unique_ptr<float[]> z(new float[V]);
+    int64_t blocks[kBlocks];
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < B; ++i) {
+      const T* c = cond + i * cond_stride;
+      const Mix row = mix(c, uncond ? uncond + i * uncond_stride : nullptr, V, o.guidance, o.scale, z.get());
+      token[i] = 0;
+      logp_cond[i] = logp_guided[i] = std::numeric_limits<float>::quiet_NaN();
+      if (!row.good) continue;
+      const int64_t total = weigh_row(z.get(), V, row.top, o.scale, blocks);
+      const int64_t v = o.greedy ? std::find(z.get(), z.get() + V, row.top) - z.get()
+                                 : draw(z.get(), V, row.top, o, total, blocks, philox(seed, offset[i]));
+      const double logp = (static_cast<double>(z[v]) - row.top) * o.inverse_temperature - std::log(total * 0x1p-40);
+      token[i] = v;
+      logp_guided[i] = static_cast<float>(logp);
+      logp_cond[i] = uncond ? static_cast<float>((static_cast<double>(load(c + v)) - row.top_c) * o.inverse_temperature -
+                                                 std::log(row.sum_c))
+                            : logp_guided[i];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bicot
+
+// `uncond` may be null, top_k is below V and 0 for none; a row without an answer gets token 0 and NaN log-probs.
+#define BICOT_CFG_SAMPLE(suffix, T)                                                                                    \
+  BICOT_EXPORT void bicot_cfg_sample_##suffix(                                                                         \
+      const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_stride, int64_t B, int64_t V,                \
+      float guidance, double inverse_temperature, float scale, int greedy, int64_t top_k, double top_p,                \
+      const int64_t* seed, const int64_t* offset, int64_t* token, float* logp_cond, float* logp_guided,                \
+      int num_threads) {                                                                                               \
+    bicot::sample(cond, cond_stride, uncond, uncond_stride, B, V,                                                      \
+                  {guidance, inverse_temperature, scale, greedy != 0, top_k, top_p}, *seed, offset, token, logp_cond,  \
+                  logp_guided, num_threads);                                                                           \
+  }
+
+BICOT_CFG_SAMPLE(float32, float)
+BICOT_CFG_SAMPLE(bfloat16, bicot::bfloat16)
