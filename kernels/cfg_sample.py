@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,7 +229,7 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     cond = cond if cond.stride(1) == 1 else cond.contiguous()
     uncond = uncond if uncond is None or uncond.stride(1) == 1 else uncond.contiguous()
-    draw = Draw(*_fake(cond, uncond, guidance, temperature, top_k, top_p, seed, offset, impl))
+    draw = Draw(*_fake(cond))
     launch = cfg_sample_triton.launch if impl == "triton" else _native
     top_k = top_k if top_k < cond.shape[1] else 0
     options = (guidance, *_scales(temperature), temperature == 0, top_k, top_p)
@@ -239,17 +239,7 @@ def _op(
 
 
 @_op.register_fake
-def _fake(
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    offset: Tensor,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(cond: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     token = cond.new_empty(cond.shape[0], dtype=torch.int64)
     return token, torch.empty_like(token, dtype=torch.float32), torch.empty_like(token, dtype=torch.float32)
 

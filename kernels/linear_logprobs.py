@@ -96,7 +96,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprob, entropy (float32) and lse (float64, for the backward pass)."""
     check_targets(targets, len(weight))
-    outputs = _fake_forward(hidden, weight, bias, targets, temperature, impl)
+    outputs = _fake_forward(hidden)
     for rows in row_chunks(hidden, weight):
         logits = F.linear(hidden[rows], weight, bias)
         launch_forward(logits, targets[rows], temperature, impl, *(t[rows] for t in outputs))
@@ -105,9 +105,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _fake_forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     logprob = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     return logprob, torch.empty_like(logprob), torch.empty_like(logprob, dtype=torch.float64)
 
@@ -138,19 +136,9 @@ def _backward(
 
 @_backward.register_fake
 def _fake_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    needed: list[bool],
-    impl: str,
+    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(hidden, weight, needed)
+    return empty_gradients(hidden, weight, rest[-2])
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -272,15 +272,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logprob, entropy (float32) and lse (float64, for the backward pass)."""
     check_targets(targets, logits.shape[1])
-    outputs = _fake_forward(logits, targets, temperature, inplace_backward, impl)
+    outputs = _fake_forward(logits)
     launch_forward(logits, targets, temperature, impl, *outputs)
     return outputs
 
 
 @_forward.register_fake
-def _fake_forward(
-    logits: Tensor, targets: Tensor, temperature: float, inplace_backward: bool, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     logprob = logits.new_empty(logits.shape[0], dtype=torch.float32)
     return logprob, torch.empty_like(logprob), torch.empty_like(logprob, dtype=torch.float64)
 
@@ -303,16 +301,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _fake_backward(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    impl: str,
-) -> Tensor:
+def _fake_backward(grad_logprob: Tensor, grad_entropy: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
