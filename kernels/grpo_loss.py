@@ -91,8 +91,8 @@ class TokenStream:
 class GRPOLoss(NamedTuple):
     """loss: scalar; metrics: device scalars, means over each stream's tokens (0 for none); logprobs: [N] a stream.
 
-    The gradients are computed with the loss. Those of logits are scaled in place by the loss's own gradient when it
-    arrives, so a second backward pass is an error.
+    The fused pass computes the gradients with the loss; its backward pass only scales them, in place, so a second one
+    through the same loss is an error.
     """
 
     loss: Tensor
@@ -236,7 +236,7 @@ def _fused_loss(streams: Sequence[TokenStream], shared: dict[str, Any], inplace:
         loss = rows[0].sum()
         if any(needed):
             leaves, known = ([x for x, need in zip(xs, needed, strict=True) if need] for xs in (given, gradients))
-            loss = attach_gradients(loss, leaves, known, stream.logits is not None, impl)
+            loss = attach_gradients(loss, leaves, known, impl)
         losses.append(loss)
         metrics |= _row_metrics(stream, rows, terms)
         logprobs.append(rows[1])

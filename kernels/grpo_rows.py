@@ -301,10 +301,10 @@ def _fake_scale_(x: Tensor, factor: Tensor, impl: str) -> None:
 
 
 @torch.library.custom_op("bicot::attach_gradients", mutates_args=())
-def attach_gradients(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor], overwrite: bool, impl: str) -> Tensor:
+def attach_gradients(loss: Tensor, inputs: list[Tensor], gradients: list[Tensor], impl: str) -> Tensor:
     """The loss, whose backward pass hands each input its gradient, already known, times the loss's own.
 
-    With `overwrite` the gradients are scaled in place (so a second backward pass is an error).
+    The gradients are scaled in place, so a second backward pass is an error.
     """
     return loss.clone()
 
@@ -315,24 +315,17 @@ def _fake_attach(loss: Tensor, *rest: Any) -> Tensor:
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, tensors, gradients, ctx.overwrite, ctx.impl = inputs
+    _, tensors, gradients, ctx.impl = inputs
     ctx.dtypes = [t.dtype for t in tensors]
     ctx.save_for_backward(*gradients)
 
 
 def _scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-    gradients = list(ctx.saved_tensors)
-    if ctx.overwrite:
-        for gradient in gradients:
-            scale_(gradient, grad_loss, ctx.impl)
-        results = [gradient.detach() for gradient in gradients]
-    else:
-        # one rounding, and no copy in float32: a float32 sum times the factor goes straight to the input's dtype
-        results = [
-            torch.mul(gradient, grad_loss, out=torch.empty_like(gradient, dtype=dtype))
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-    return None, results, [None] * len(results), None, None
+    gradients = ctx.saved_tensors
+    for gradient in gradients:
+        scale_(gradient, grad_loss, ctx.impl)
+    scaled = [gradient.detach().to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)]
+    return None, scaled, [None] * len(scaled), None
 
 
 attach_gradients.register_autograd(_scaled_gradients, setup_context=_save_gradients)

@@ -52,8 +52,8 @@ class HeadGradients:
     def __init__(self, hidden: Tensor, weight: Tensor, needed: list[bool]) -> None:
         self.hidden, self.weight, self.needed = hidden, weight, needed
         self.grad_hidden, self.grad_weight, self.grad_bias = empty_gradients(hidden, weight, needed)
-        self.grad_weight.zero_()
         self.grad_bias.zero_()
+        self.first = True
 
     def add(self, rows: slice, grad_logits: Tensor, active: Tensor | None = None) -> None:
         """Take in a chunk. `active` are the rows of it whose gradient is not zero: the others skip the GEMMs."""
@@ -67,15 +67,18 @@ class HeadGradients:
             else:
                 target.zero_()[active] = grad_logits @ self.weight
         if self.needed[1]:
+            into, beta = self.grad_weight, 0 if self.first else 1  # the first chunk overwrites
             if grad_logits.is_cuda and grad_logits.dtype != torch.float32:
-                into = self.grad_weight
-                torch.addmm(into, grad_logits.T, hidden, out_dtype=torch.float32, out=into)
+                torch.addmm(into, grad_logits.T, hidden, out_dtype=torch.float32, beta=beta, out=into)
             else:
-                self.grad_weight.addmm_(grad_logits.T.float(), hidden.float())
+                into.addmm_(grad_logits.T.float(), hidden.float(), beta=beta)
+            self.first = False
         if self.needed[2]:
             self.grad_bias += grad_logits.sum(0, dtype=torch.float32)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.first:  # no rows at all
+            self.grad_weight.zero_()
         return self.grad_hidden, self.grad_weight, self.grad_bias
 
 

@@ -77,6 +77,7 @@ void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t 
                int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
                const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
                bool correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {
+  if (grad && grad != logits) prefer_huge_pages(grad, N * grad_stride * sizeof(T));
   const Options o = {temperature, options[0], options[1], options[2], options[3], options[4], options[5]};
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
   for (int64_t i = 0; i < N; ++i) {

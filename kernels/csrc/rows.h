@@ -5,6 +5,10 @@
 #include <cmath>
 #include <limits>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "simd.h"
 
 namespace bicot {
@@ -14,6 +18,18 @@ constexpr int64_t kSerial = 32768;  // fewer logits than this cost less than wak
 constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// A hint before a large new buffer is first written: page faults of 4 KiB would cost more than the pass over the rows.
+inline void prefer_huge_pages(void* buffer, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(buffer) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(buffer) + bytes) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)buffer, (void)bytes;
+#endif
+}
 
 struct RowStats {
   float logprob, entropy;

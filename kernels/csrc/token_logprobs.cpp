@@ -20,6 +20,7 @@ template <class T>
 void backward(const T* logits, int64_t row_stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
               int num_threads, const float* grad_logprob, const float* grad_entropy, const double* lse,
               const float* entropy, T* grad_logits, int64_t grad_stride) {
+  if (grad_logits != logits) prefer_huge_pages(grad_logits, N * grad_stride * sizeof(T));
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
   for (int64_t i = 0; i < N; ++i)
     backward_row(logits + i * row_stride, grad_logits + i * grad_stride, V, targets[i], 1.0 / temperature,
