@@ -100,6 +100,8 @@ def kernel(result: dict[str, Any]) -> str:
     for kind, words in (("skipped", "not run"), ("failed", "FAILED")):
         remarks += [(entry["provider"], f"{words}: {entry['reason']}") for entry in result[kind]]
     measured = f" Ceilings: {', '.join(ceilings)}." if ceilings else ""
+    if any((row["floor_pct"] or 0) > 100 for row in result["rows"]):
+        measured += " What mostly reads can pass the rate of a copy, and so 100 %."
     listed = "\n".join(f"- {provider}: {remark}" for provider, remark in dict.fromkeys(remarks))
     return f"""## {result["bench"]} on {result.get("gpu", "the CPU")}
 
