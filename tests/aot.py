@@ -71,6 +71,7 @@ def compile_kernel(
     num_stages: int = 3,
     arch: int = 90,
     enable_fp_fusion: bool = True,
+    maxnreg: int | None = None,
 ) -> Compiled:
     """Compile `kernel` (decorated by @triton.jit) as its launch would.
 
@@ -80,7 +81,7 @@ def compile_kernel(
         divisible: run-time arguments that are multiples of 16: pointers that torch allocated (they are aligned), and
             integers such as V = 16384. A launch tells the compiler so by itself, unless the kernel says
             `do_not_specialize`.
-        num_warps, num_stages, enable_fp_fusion: as given at the launch.
+        num_warps, num_stages, enable_fp_fusion, maxnreg: as given at the launch.
         arch: 80 (A100), 90 (H100, H200), ...
     """
     import triton
@@ -101,6 +102,7 @@ def compile_kernel(
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
     )
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    options |= {} if maxnreg is None else {"maxnreg": maxnreg}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import group_advantages, grpo_rows, token_logprobs
+from bicot.kernels import cfg_sample_triton, group_advantages, grpo_rows, token_logprobs
 from bicot.kernels.dispatch import tl, triton
 
 pytestmark = needs_compiler
@@ -118,3 +118,29 @@ def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
     assert free >= {"p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_rows", "rows_stride"}
     constants = {p.name for p in grpo_rows._rows_kernel.params if p.is_constexpr}
     assert constants == {"CISPO", "KL", "CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "GRADIENT", "BLOCK", "ALIGNED"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
+@pytest.mark.parametrize(
+    ("guided", "greedy", "top_k", "top_p"),
+    [(True, False, False, False), (False, False, True, False), (True, False, True, True), (True, True, False, False)],
+    ids=["guided", "top-k", "guided top-k top-p", "greedy"],
+)
+def test_cfg_sample(guided: bool, greedy: bool, top_k: bool, top_p: bool, element: str, arch: int) -> None:
+    kernel = cfg_sample_triton.cfg_sample_kernel
+    constants = {"GUIDED": guided, "GREEDY": greedy, "TOP_K": top_k, "TOP_P": top_p, "BLOCK": cfg_sample_triton.BLOCK}
+    types = {"p_cond": element, "p_uncond": element, "p_seed": "*i64", "p_offset": "*i64", "p_token": "*i64"}
+    types |= dict.fromkeys(("p_logp_cond", "p_logp_guided"), "*fp32") | {"top_k": "i32", "top_p_bits": "i64"}
+    types |= dict.fromkeys(("V", "cond_stride", "uncond_stride"), "i32")
+    signature = {n: types.get(n, "fp32") for n in kernel.arg_names if n not in constants}
+    divisible = {n for n in signature if n.startswith("p_")} | {"V", "cond_stride", "uncond_stride"}
+    limit = {"maxnreg": 168} if top_p else {}
+    code = compile_kernel(
+        kernel, signature, constants, divisible=divisible, num_warps=8, arch=arch, enable_fp_fusion=False, **limit
+    )
+    assert_clean(code)
+    assert 16 in code.load_widths
+    if not greedy:  # the weights of the draw: each operation rounded, as the other implementations do
+        assert "0f3F317218" in code.ptx, "the polynomial's coefficient ln 2 is in the code"
+    assert "fma.rn.f32" not in code.ptx
