@@ -59,7 +59,7 @@ def toy_seeds(result: dict[str, Any]) -> str:
 
 `python -m bicot.bench.toy_seeds --output bench/results/toy_seeds.json{options}` on {machine(result)}.
 Mean reward of {runs[0]["before"]["samples"]} samples of held-out prompts, before → after training; seconds are those of
-the training steps.
+the training steps. {result.get("note", "")}
 
 {table(header, rows)}
 

@@ -362,6 +362,28 @@ def mixed(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
     return z.masked_fill((cond == -INF) | (uncond == -INF), -INF)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("z", "top_k", "top_p", "kept"),
+    [
+        ([0.0] * 10, 4, 1.0, [0, 1, 2, 3]),
+        ([0.0] * 10, 0, 0.35, [0, 1, 2, 3]),
+        ([0.0] * 10, 4, 0.6, [0, 1, 2]),  # of what top-k left, not of the whole
+        ([0.0] * 10, 4, 0.5, [0, 1]),  # exactly half: nothing stays beyond it
+        ([-0.0, 0.0, 0.5, -0.0, 0.0], 3, 1.0, [0, 1, 2]),  # both zeros are one
+        ([0.0, -0.0, 0.5, 0.0, -0.0], 4, 0.75, [0, 1, 2]),
+        ([-1.0, 0.0, -1.0, 0.0, -1.0], 4, 0.99, [0, 1, 2, 3]),
+        ([-1.0, 0.0, -1.0, 0.0, -1.0], 4, 0.7, [1, 3]),
+        ([-INF, 0.0, -INF, -INF], 3, 0.9, [1]),
+    ],
+)
+def test_truncation_of_ties(z: list[float], top_k: int, top_p: float, kept: list[int], impl: str) -> None:
+    B = 20 if INTERPRETED else 200
+    options = {"top_k": top_k, "top_p": top_p, "seed": 0, "offset": torch.arange(B)}
+    draw = sample(impl, torch.tensor(z).expand(B, -1), None, **options)
+    assert draw.token.unique().tolist() == kept
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 @settings(deadline=None, max_examples=2 * EXAMPLES)
 @given(problems())
@@ -601,8 +623,11 @@ def test_guidance_1_is_the_conditional_draw(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_bfloat16_logits_are_computed_in_float32(impl: str) -> None:
-    cond, uncond = (torch.tensor([normal(500, seed=10 * s + i) for i in range(few(20))]).bfloat16() for s in (1, 2))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_logits_are_computed_in_float32(dtype: torch.dtype, impl: str) -> None:
+    if dtype == torch.float16 and impl == "native":
+        pytest.skip("the C++ kernel takes no float16")
+    cond, uncond = (torch.tensor([normal(500, seed=10 * s + i) for i in range(few(20))]).to(dtype) for s in (1, 2))
     options = {"guidance": 5.0, "temperature": 0.8, "top_k": 50, "seed": 2, "offset": torch.arange(few(20))}
     ours, wide = sample(impl, cond, uncond, **options), sample(impl, cond.float(), uncond.float(), **options)
     assert torch.equal(ours.token, wide.token)
