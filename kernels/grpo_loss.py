@@ -333,6 +333,8 @@ def grpo_loss(
         advantages = group_advantages(rewards_or_advantages, group_size)
     if advantages.ndim != 1:
         raise ValueError(f"advantages must be [S], got {tuple(advantages.shape)}; for rewards give group_size too")
+    if advantages.device != streams[0].features.device:
+        raise ValueError(f"advantages are on {advantages.device}, the streams on {streams[0].features.device}")
     # counts of tokens need float32; the kernels take no more
     wide = torch.promote_types(advantages.dtype, torch.float32) if chosen == "torch" else torch.float32
     advantages = advantages.detach().to(wide)

@@ -711,6 +711,7 @@ ONES = torch.ones(2)
         (STREAM, ONES, {"loss_type": "cispo"}, "loss_type='cispo' clips its weights at epsilon_high: give it"),
         (STREAM, ONES, {"beta": 0.1}, "beta=0.1 needs ref_logprob in stream 'text'"),
         (STREAM, torch.ones(2, 3), {}, r"advantages must be \[S\], got \(2, 3\); for rewards give group_size too"),
+        (STREAM, ONES.to("meta"), {}, "advantages are on meta, the streams on cpu"),
         (STREAM, torch.ones(3), {"group_size": 2}, "3 rewards cannot be split into groups of group_size=2"),
         (replace(STREAM, logits=None), ONES, {}, "stream 'text' needs either logits, or hidden and weight"),
         (replace(STREAM, hidden=torch.ones(3, 4)), ONES, {}, "stream 'text' needs either logits, or hidden and weight"),
