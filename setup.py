@@ -17,6 +17,9 @@ TEST = ["pytest", "hypothesis", "pytest-benchmark", "tensorboard"]
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
 # The README's trainer overrides a private method of TRL and divides as 1.16 does; 2.0 is announced to remove options.
 TRL = ["trl>=1.16,<2; python_version >= '3.11'"]
+PEFT = ["peft>=0.18,<1"]
+# ZeRO's marks on parameters (ds_id, _hp_mapping) are its internals: another minor version is tried first
+DEEPSPEED = ["deepspeed>=0.19,<0.20; platform_system == 'Linux'"]
 LINT = ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"]
 
 
@@ -75,6 +78,8 @@ setup(
         "wandb": ["wandb"],
         "trackio": ["trackio"],
         "bench": [*TRL, "liger-kernel>=0.8.2; platform_system == 'Linux'"],  # the peers; Liger needs Triton
-        "dev": TEST + TRL + LINT,
+        "peft": PEFT,  # LoRA
+        "deepspeed": DEEPSPEED,  # ZeRO
+        "dev": TEST + TRL + PEFT + DEEPSPEED + LINT,
     },
 )

@@ -47,8 +47,9 @@ PLUGIN
 
 failed=()
 step() { # name, seconds, command
-    local name=$1 limit=$2 begin=$SECONDS status
+    local name=$1 limit=$2 left=$((590 - SECONDS)) begin=$SECONDS status
     shift 2
+    ((limit <= left)) || limit=$((left > 1 ? left : 1))
     printf '\n===== %s\n' "$name"
     timeout "$limit" "$@"
     status=$?
@@ -60,7 +61,7 @@ cd "$root" || exit 2
 tests=("$python" -m pytest -q -rs -p skip_missing -p no:cacheprovider -m "gpu or triton")
 [[ $device == cuda ]] || tests+=(--collect-only)
 step tests 200 "${tests[@]}"
-for bench in token_logprobs:60 linear_logprobs:110 grpo_loss:150 cfg_sample:40 group_advantages:30; do
+for bench in token_logprobs:60 linear_logprobs:110 grpo_loss:150 cfg_sample:40 group_advantages:30 rollout:180; do
     name=${bench%:*}
     step "$name" "${bench#*:}" \
         "$python" -m "bicot.bench.bench_$name" --device "$device" "${options[@]}" --output "$out/$name.json"

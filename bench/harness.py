@@ -8,8 +8,10 @@ Bytes count the tensors that must be read and written once; caches are not count
      "rows": [{"case", "provider", "ms": [p20, p50, p80], "gbps" | "tflops", "floor_pct", "peak_mib", "error", "note"}],
      "skipped" and "failed": [{"case", "provider", "reason"}]}
 
-peak_mib is what one run allocates at most, its results included (null on a CPU); error is `relative_error`. A provider
-that cannot run here is in "skipped"; one that raises or is wrong is in "failed", has no time, and the exit status is 1.
+ms, gbps and tflops are of one step where a case has steps; what steps make adds "makes" and "per_s" to a row. peak_mib
+is what one run allocates at most, its results included (null on a CPU); error is `relative_error`. A provider that
+cannot run here, or a case that does not fit, is in "skipped"; a provider that raises or is wrong is in "failed", has no
+time, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -46,11 +49,15 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """`run` is timed on what `prepare` makes of the case's inputs: a fresh copy where `run` overwrites its input."""
+    """`run` is timed on what `prepare` makes of the case's inputs: a fresh copy where `run` overwrites its input.
+
+    `checked` is checked in the place of a `run` that draws at random: the same but for the draw.
+    """
 
     run: Callable[[Any], Outputs]
     note: str = ""
     prepare: Callable[[Any], Any] | None = None
+    checked: Callable[[Any], Outputs] | None = None
 
     def given(self, inputs: Any) -> Any:
         return self.prepare(inputs) if self.prepare else inputs
@@ -58,7 +65,12 @@ class Provider:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """`truth(inputs)` gives the function that measures a provider's error; `bytes` or `flops` is the floor, if any."""
+    """`truth(inputs)` gives the function that measures a provider's error; `bytes` or `flops` is the floor, if any.
+
+    A run of `steps` steps is reported by the step: times, the floor, and of what it `makes` how many (name, number).
+    `tolerance` of the error is that of the dtype unless given.
+    `seconds` limits the timed runs of all providers together, which are three each at the least.
+    """
 
     labels: dict[str, Any]
     dtype: torch.dtype
@@ -67,11 +79,16 @@ class Case:
     providers: dict[str, Provider]
     bytes: int = 0
     flops: int = 0
+    steps: int = 1
+    makes: tuple[str, float] | None = None
+    tolerance: float | None = None
+    seconds: float = math.inf
 
     def check(self, provider: Provider, inputs: Any, error_of: Callable[[Outputs], float]) -> float:
         """The provider's error; AssertionError beyond the tolerance, and for NaN."""
-        error = error_of(provider.run(provider.given(inputs)))
-        assert error <= TOLERANCE[self.dtype], f"error {error:.2g} beyond {TOLERANCE[self.dtype]}"
+        error = error_of((provider.checked or provider.run)(provider.given(inputs)))
+        tolerance = TOLERANCE[self.dtype] if self.tolerance is None else self.tolerance
+        assert error <= tolerance, f"error {error:.2g} beyond {tolerance}"
         return error
 
 
@@ -117,8 +134,12 @@ def expect(expected: Outputs) -> Callable[[Outputs], float]:
     return functools.partial(relative_error, expected=[t.detach() for t in expected if t is not None])
 
 
-def times_ms(runs: Mapping[str, tuple[Provider, Any]], repeats: int, device: str) -> dict[str, list[float]]:
+def times_ms(
+    runs: Mapping[str, tuple[Provider, Any]], repeats: int, device: str, seconds: float = math.inf
+) -> dict[str, list[float]]:
     """All times of each, interleaved so that a busy machine slows them all alike; the first round warms up.
+
+    No round begins after `seconds`, but for the first three.
 
     On a GPU the time is that between two events on the device, after the L2 cache was flushed. The flushing also keeps
     the device busy while the host queues the run, so that launches are not timed unless they outlast it.
@@ -126,7 +147,10 @@ def times_ms(runs: Mapping[str, tuple[Provider, Any]], repeats: int, device: str
     times: dict[str, list[float]] = {name: [] for name in runs}
     on_gpu = device == "cuda"
     flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
+    end_of_rounds = time.perf_counter() + seconds
     for repeat in range(repeats + 1):
+        if repeat > 3 and time.perf_counter() > end_of_rounds:
+            break
         for name, (provider, inputs) in runs.items():
             given = provider.given(inputs)
             if on_gpu:
@@ -143,6 +167,7 @@ def times_ms(runs: Mapping[str, tuple[Provider, Any]], repeats: int, device: str
                 begin = time.perf_counter()
                 provider.run(given)
                 ms = 1e3 * (time.perf_counter() - begin)
+            del given  # before the next one is made: there may be no room for two
             if repeat:
                 times[name].append(ms)
     return times
@@ -229,7 +254,12 @@ def save(result: dict[str, Any], output: str | None) -> None:
 def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny: bool) -> None:
     """Check every provider of one case, time those that are right, and add them to the result."""
     torch.compiler.reset()  # past its recompile limit torch.compile would silently time eager
-    inputs = case.inputs()
+    try:
+        inputs = case.inputs()
+    except (Unavailable, torch.OutOfMemoryError) as problem:
+        reason = str(problem).split("\n")[0]
+        result["skipped"] += [{"case": case.labels, "provider": name, "reason": reason} for name in case.providers]
+        return
     error_of = case.truth(inputs)
     right: dict[str, tuple[float, float | None]] = {}
     for name, provider in case.providers.items():
@@ -241,7 +271,7 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
             reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
             result["failed"].append({"case": case.labels, "provider": name, "reason": reason})
     del error_of
-    times = times_ms({name: (case.providers[name], inputs) for name in right}, repeats, device)
+    times = times_ms({name: (case.providers[name], inputs) for name in right}, repeats, device, case.seconds)
 
     floor_ms, unit, work = 0.0, "gbps", case.bytes / 1e6
     if case.bytes:
@@ -252,11 +282,13 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         result["ceilings"].setdefault("gemm_tflops", {})[short(case.dtype)] = rate
         floor_ms, unit, work = case.flops / rate / 1e9, "tflops", case.flops / 1e9
     for name, values in times.items():
-        ms, (error, peak) = quantiles(values), right[name]
+        ms, (error, peak) = [t / case.steps for t in quantiles(values)], right[name]
         row: dict[str, Any] = {"case": case.labels, "provider": name, "ms": [round(t, 4) for t in ms]}
         row[unit] = round(work / ms[1], 3) if work else None
         row["floor_pct"] = round(100 * floor_ms / ms[1], 1) if work else None
         row["peak_mib"] = None if peak is None else round(peak, 1)
+        if case.makes:
+            row |= {"makes": case.makes[0], "per_s": float(f"{1e3 * case.makes[1] / ms[1]:.4g}")}
         result["rows"].append(row | {"error": float(f"{error:.1e}"), "note": case.providers[name].note})
 
 
@@ -265,7 +297,8 @@ def _print_case(case: Case, result: dict[str, Any]) -> None:
     rows = [row for row in result["rows"] if row["case"] is case.labels]
     ours = next((row["ms"][1] for row in rows if row["provider"] == "ours"), float("nan"))
     for row in rows:
-        rates = [f"{row[unit]:8.2f} {unit}" for unit in ("gbps", "tflops") if row.get(unit) is not None]
+        rates = [f"{row['per_s']:8.3g} {row['makes']}/s"] if "makes" in row else []
+        rates += [f"{row[unit]:8.2f} {unit}" for unit in ("gbps", "tflops") if row.get(unit) is not None]
         rates += [f"{row['floor_pct']:5.1f} % of floor"] if row["floor_pct"] is not None else []
         rates += [f"{row['peak_mib']:8.0f} MiB"] if row["peak_mib"] is not None else []
         ms = "".join(f"{t:10.3f}" for t in row["ms"])

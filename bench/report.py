@@ -70,11 +70,12 @@ the training steps. {result.get("note", "")}
 def cells(row: dict[str, Any], ours: float | None) -> list[str]:
     """Of one provider: all columns after the case. `ours` is the median that others are compared with."""
     p20, p50, p80 = row["ms"]
-    achieved = [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
+    achieved = [f"{number(row['per_s'])} {row['makes']}/s"] if "makes" in row else []
+    achieved += [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
     return [
         row["provider"],
         f"{number(p50)} [{number(p20)} to {number(p80)}]",
-        *(achieved or [""]),
+        ", ".join(achieved),
         "" if row["floor_pct"] is None else f"{row['floor_pct']:.0f}",
         "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
         f"{row['error']:.0e}",
@@ -114,7 +115,7 @@ def kernel(result: dict[str, Any]) -> str:
 """
 
 
-KERNELS = ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
+KERNELS = ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample", "rollout"]
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"toy_seeds": toy_seeds, **dict.fromkeys(KERNELS, kernel)}
 
 

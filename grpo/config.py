@@ -19,6 +19,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..kernels.group_advantages import Combine, Scale
 from ..kernels.grpo_loss import KLEstimator, LossType
+from ..model.engine import KVDtype
 from ..model.policy import PUBLISHED_FREEZE
 from ..model.prompts import ChatTemplate
 
@@ -74,6 +75,9 @@ class Config:
         image_top_p: of the picture.
         cfg_weight: classifier-free guidance of the picture, 1 = none.
         rollout_max_rows: most rows of one decode step (a guided picture takes two).
+        rollout_kv_gib: limit of the KV cache in GiB, kept for the whole run; null = half of a GPU's free memory at the
+            first rollout. Less makes smaller chunks.
+        rollout_kv_dtype: auto = that of the weights; fp8 = half the memory and traffic of bfloat16, at a small error.
         rewards: what scores the pictures.
         reward_weights: one for each of rewards.names, null = all 1.
         scale_rewards: what centred rewards are divided by.
@@ -135,6 +139,8 @@ class Config:
     image_top_p: float = 1.0
     cfg_weight: float = 5.0
     rollout_max_rows: int = 256
+    rollout_kv_gib: float | None = None
+    rollout_kv_dtype: KVDtype = "auto"
 
     rewards: RewardConfig = field(default_factory=RewardConfig)
     reward_weights: list[float] | None = None
@@ -181,6 +187,9 @@ class Config:
         _require(
             self.num_generations >= 2, "num_generations", self.num_generations, "at least 2: one alone has no advantage"
         )
+        _require(self.rollout_max_rows >= 1, "rollout_max_rows", self.rollout_max_rows, "at least 1")
+        kv_gib = self.rollout_kv_gib
+        _require(kv_gib is None or kv_gib > 0, "rollout_kv_gib", kv_gib, "above 0, or null")
         for name in ("temperature", "image_temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
         for name in ("beta", "learning_rate", "entropy_coef", "top_k", "image_top_k", "sample_steps", "warmup_steps"):

@@ -82,7 +82,13 @@ class Trainer:
         self.encoder = self.policy.prompt_encoder(self.settings.prompts)
         for example in [*self.examples, *self.heldout]:
             self.encoder.plan_ids(example.prompt, config.max_completion_length)  # raises before anything is spent
-        self.engine = RolloutEngine(self.policy, self.encoder, max_rows=config.rollout_max_rows)
+        self.engine = RolloutEngine(
+            self.policy,
+            self.encoder,
+            max_rows=config.rollout_max_rows,
+            kv_dtype=config.rollout_kv_dtype,
+            kv_bytes=None if config.rollout_kv_gib is None else int(config.rollout_kv_gib * 2**30),
+        )
         self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
         self.step, self.seconds = load_state(checkpoint, self.optimizer) if checkpoint else (0, 0.0)
         if ranks.main:

@@ -1,35 +1,60 @@
 """The rollout engine: prompts in; plans, image tokens, their log-probs and the pictures out, chunk by chunk.
 
-Shapes: B prompts of a chunk, G samples each, S = B·G samples, T image tokens, V a head's vocabulary. Both stages read
-the policy's own parameters, so a rollout follows the latest optimizer step.
+Both stages read the policy's own parameters, so a rollout follows the latest optimizer step. All plans are written in
+one batch, as far as rows and memory go, before the pictures are drawn in chunks: a picture takes two rows and T = 576
+steps, a plan one row and fewer than a hundred, and each step reads all weights whatever its rows. (Drawing the first
+pictures while the last plans are written takes as many steps, and each of those reads both heads.)
 
 Each draw is keyed by (seed, sample, stage, position): a sample's tokens do not depend on its chunk or on the other
 samples in it.
+
+Shapes: S samples of a chunk, T image tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.cfg_sample import Draw, cfg_sample
-from .cache import SlotCache
-from .packed import Packed, right_pad
-from .policy import Head, Policy
+from .decoder import Decoder
+from .graphs import StepGraphs
+from .kv import KVPool
+from .packed import Packed
+from .policy import Policy
 from .prompts import PromptEncoder
 from .settings import Sampling
+from .stages import ImageStage, PlanStage, Row
+from .weights import Weights
 
-_IMAGE_STAGE = 1 << 31  # added to the position, so that the two stages of a sample never share a counter
+KVDtype = Literal["auto", "fp8"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase: its name, and its begin and end, as CUDA events on a GPU and as wall-clock seconds on a CPU."""
+
+    name: str
+    start: Any
+    end: Any
+
+    @property
+    def seconds(self) -> float:
+        """Waits for the phase to end."""
+        if isinstance(self.start, float):
+            return self.end - self.start
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
 
 
 @dataclass(frozen=True)
 class RolloutChunk:
-    """S samples, whole groups, in the order of the prompts.
+    """S consecutive samples, in the order of the prompts.
 
     Args:
         prompts: Packed int64, stage-1 prompt ids.
@@ -41,7 +66,7 @@ class RolloutChunk:
         image_tokens: [S, T] int64.
         image_logprobs, guided_logprobs: [S, T] float32, under the conditional and the guided distribution.
         images: [S, 3, H, W] float32 in [0, 1].
-        seconds: wall time of "plan", "draw" and "decode".
+        spans: what "plan", "draw" and "decode" took; the plans of several chunks are one phase, of the first.
     """
 
     prompts: Packed
@@ -54,13 +79,21 @@ class RolloutChunk:
     image_logprobs: Tensor
     guided_logprobs: Tensor
     images: Tensor
-    seconds: dict[str, float]
+    spans: tuple[Span, ...]
 
     def __len__(self) -> int:
         return len(self.plan_texts)
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase; waits for the device."""
+        totals: dict[str, float] = {}
+        for span in self.spans:
+            totals[span.name] = totals.get(span.name, 0.0) + span.seconds
+        return totals
+
     def __getitem__(self, rows: slice) -> RolloutChunk:
-        """Contiguous samples; `seconds` stays that of the whole."""
+        """Contiguous samples; `spans` stay those of the whole."""
         return RolloutChunk(**{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)})
 
     @classmethod
@@ -70,39 +103,85 @@ class RolloutChunk:
         return cls(**{name: _join(column) for name, column in columns.items()})
 
 
-def _rows(value, rows: slice):  # type: ignore[no-untyped-def]
-    return value if isinstance(value, dict) else value[rows]
+def _rows(value: Any, rows: slice) -> Any:
+    return value if isinstance(value, tuple) else value[rows]
 
 
-def _join(column: list):  # type: ignore[type-arg, no-untyped-def]
+def _join(column: list[Any]) -> Any:
     first = column[0]
-    if isinstance(first, dict):
-        return {key: sum(value[key] for value in column) for key in first}
-    if isinstance(first, list):
-        return [item for value in column for item in value]
+    if isinstance(first, (list, tuple)):
+        return type(first)(item for value in column for item in value)
     return Packed.cat(column) if isinstance(first, Packed) else torch.cat(column)
 
 
+@dataclass
+class _Sample:
+    """One sample on its way: its prompt (ids shared with its group), then its plan, then the prompt of its picture."""
+
+    number: int
+    prompt: str
+    prompt_ids: list[int]
+    plan: list[int] = field(default_factory=list)
+    plan_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    text: str = ""
+    image_ids: list[int] = field(default_factory=list)
+
+
 class RolloutEngine:
-    """Samples plans and pictures from a policy.
+    """Samples plans and pictures from a policy; on a GPU, on streams of its own.
+
+    Building one makes the q, k, v and the gate, up weights of each layer views of common tensors: the same Parameter
+    objects with the same values.
 
     Args:
-        policy: whose weights are read at every call.
+        policy: whose weights are followed.
         encoder: writes the prompts of both stages.
-        max_rows: most rows of one decode step; a sample takes one, and in the guided image stage two. The samples of
-            one prompt stay together, so a group larger than this runs on its own.
+        max_rows: most rows of one decode step; a sample takes one, and in the guided image stage two.
+        max_context: most positions of a row; None = the model's.
+        cuda_graphs: whether each decode step is one CUDA graph; "auto" = on a GPU.
+        kv_dtype: "auto" = the policy's dtype; "fp8" = float8_e4m3fn with a scale for each token and head.
+        kv_bytes: limit of the KV cache; None = half of a GPU's free memory. Chunks are as large as it allows.
+
+    Raises:
+        ValueError: CUDA graphs without a GPU, an fp8 cache on one that cannot convert it, or a model that the engine
+            cannot decode.
     """
 
-    def __init__(self, policy: Policy, encoder: PromptEncoder, *, max_rows: int = 256) -> None:
-        self.policy = policy
-        self.encoder = encoder
-        self.max_rows = max_rows
+    def __init__(
+        self,
+        policy: Policy,
+        encoder: PromptEncoder,
+        *,
+        max_rows: int = 256,
+        max_context: int | None = None,
+        cuda_graphs: bool | Literal["auto"] = "auto",
+        kv_dtype: KVDtype = "auto",
+        kv_bytes: int | None = None,
+    ) -> None:
+        self.policy, self.encoder, self.max_rows, self.device = policy, encoder, max_rows, policy.device
+        on_gpu = self.device.type == "cuda"
+        if cuda_graphs is True and not on_gpu:
+            raise ValueError(f"cuda_graphs=True needs a policy on a GPU; this one is on {self.device}")
+        if kv_dtype == "fp8" and on_gpu and torch.cuda.get_device_capability(self.device) < (8, 9):
+            raise ValueError('kv_dtype="fp8" needs a GPU of compute capability 8.9 or more; use "auto"')
+        self.weights = Weights(policy)
+        dtype = torch.float8_e4m3fn if kv_dtype == "fp8" else policy.dtype
+        self.pool = KVPool(policy.config.text_config, dtype, self.device, kv_bytes)
+        self.decoder = Decoder(policy, self.weights, self.pool, max_context or policy.max_context)
+        self.graphs = StepGraphs(on_gpu if cuda_graphs == "auto" else cuda_graphs)
+        self.plan_stage: PlanStage | None = None
+        self.image_stage: ImageStage | None = None
+        self.decode_stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self.picture_stream = torch.cuda.Stream(self.device) if on_gpu else None
 
     @torch.no_grad()
     def generate(
         self, prompts: Sequence[str], group_size: int, sampling: Sampling, seed: int, first_sample: int = 0
     ) -> Iterator[RolloutChunk]:
         """Yield chunks that together hold `group_size` samples of every prompt, in order.
+
+        A chunk is ready for the stream that is current when it is yielded. On a GPU the next chunk is drawn while the
+        pictures of this one are decoded, and while the caller works on it.
 
         Args:
             prompts: raw prompts.
@@ -112,170 +191,168 @@ class RolloutEngine:
             first_sample: number of the first sample; a rank that generates a later part of a step starts there.
 
         Raises:
-            ValueError: an empty or too long prompt (named), before anything is sampled; logits that are not finite.
+            ValueError: an empty prompt, or one too long for the context or the KV cache (named), before anything is
+                sampled; a plan that leaves no room for the picture; logits that are not finite.
         """
-        room = sampling.max_completion_length
-        plan_prompts = [self.encoder.plan_ids(prompt, room) for prompt in prompts]
-        rows_per_sample = 1 if sampling.cfg_weight == 1 else 2
-        per_chunk = max(1, self.max_rows // (group_size * rows_per_sample))
-        for start in range(0, len(prompts), per_chunk):
-            part = slice(start, start + per_chunk)
-            first = first_sample + start * group_size
-            yield self._chunk(prompts[part], plan_prompts[part], group_size, sampling, seed, first)
+        limit = sampling.max_completion_length
+        asked = [self.encoder.plan_ids(prompt, limit) for prompt in prompts]
+        samples = [_Sample(0, prompts[i], ids) for i, ids in enumerate(asked) for _ in range(group_size)]
+        for number, sample in enumerate(samples, first_sample):
+            sample.number = number
+        if self.decode_stream:
+            self.decode_stream.wait_stream(torch.cuda.current_stream(self.device))  # the optimizer may still be writing
+        with self._on(self.decode_stream, self.picture_stream):
+            if self.weights.refresh():
+                self.graphs.clear()
+        rows_per_image = 1 if sampling.cfg_weight == 1 else 2
+        most = max(1, self.max_rows // rows_per_image)
+
+        def plan_slots(part: Sequence[_Sample]) -> int:
+            prompts = {id(sample.prompt_ids): len(sample.prompt_ids) - 1 for sample in part}
+            return sum(prompts.values()) + len(part) * limit
+
+        def image_slots(part: Sequence[_Sample]) -> int:
+            lengths = [len(sample.image_ids) - 1 for sample in part]
+            shared = max(lengths) if rows_per_image == 2 else 0
+            return sum(lengths) + shared + len(part) * rows_per_image * self.policy.num_image_tokens
+
+        for batch in self._parts(samples, self.max_rows, plan_slots):
+            with self._on(self.decode_stream):
+                clock = _Clock(self.device)
+                self._write_plans(batch, sampling, seed)
+                spans = [clock.lap("plan")]
+            for part in self._parts(batch, most, image_slots):
+                with self._on(self.decode_stream):
+                    clock = _Clock(self.device)
+                    drawn = self._draw(part, rows_per_image, sampling, seed)
+                    spans.append(clock.lap("draw"))
+                with self._on(self.picture_stream, self.decode_stream):
+                    clock = _Clock(self.device)
+                    images = self.weights.image_decoder(drawn[0])
+                    spans.append(clock.lap("decode"))
+                yield self._chunk(part, drawn, images, tuple(spans))
+                spans = []
+
+    def _on(
+        self, stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None = None
+    ) -> AbstractContextManager[Any]:
+        """Work on `stream`, behind what `after` has been given; nothing of either without a GPU."""
+        if stream and after:
+            stream.wait_stream(after)
+        return torch.cuda.stream(stream) if stream else nullcontext()
+
+    def _parts(
+        self, samples: Sequence[_Sample], most: int, slots: Callable[[Sequence[_Sample]], int]
+    ) -> Iterator[Sequence[_Sample]]:
+        """Consecutive samples, as many at a time as `most` and the KV cache, which grows for them, allow."""
+        starts = range(0, len(samples), most)
+        if self.pool.reserve(max((slots(samples[start : start + most]) for start in starts), default=0)):
+            self.graphs.clear()
+        for sample in samples:
+            if slots([sample]) > self.pool.capacity:
+                raise ValueError(
+                    f"a prompt does not fit the KV cache: it needs {slots([sample])} tokens and {self.pool.capacity} "
+                    f"fit, at {self.pool.bytes_per_token} bytes a token; raise kv_bytes, lower max_completion_length, "
+                    f"or shorten it: {sample.prompt[:120]!r}"
+                )
+        start = 0
+        while start < len(samples):
+            stop = start + 1
+            while stop < min(start + most, len(samples)) and slots(samples[start : stop + 1]) <= self.pool.capacity:
+                stop += 1
+            yield samples[start:stop]
+            start = stop
+
+    def _write_plans(self, samples: Sequence[_Sample], sampling: Sampling, seed: int) -> None:
+        """Stage 1: fill in the plan of each sample. A prompt is prefilled once, for all of its group."""
+        limit = sampling.max_completion_length
+        if self.plan_stage is None or self.plan_stage.length != limit:
+            self.graphs.clear()
+            self.plan_stage = PlanStage(self.decoder, self.graphs, self.max_rows, 1, limit)
+        self.pool.reset()
+        prompts = {id(sample.prompt_ids): sample.prompt_ids for sample in samples}
+        starts = {key: self.pool.take(len(ids) - 1) for key, ids in prompts.items()}
+        self.decoder.prefill([ids[:-1] for ids in prompts.values()], list(starts.values()))
+        rows = [
+            Row(starts[id(s.prompt_ids)], len(s.prompt_ids) - 1, self.pool.take(limit), 0, s.number) for s in samples
+        ]
+        eos = self.policy.tokenizer.eos_token_id
+        plans, logprobs = self.plan_stage.run(rows, [s.prompt_ids[-1] for s in samples], eos, sampling, seed)
+        for sample, plan, logprob in zip(samples, plans, logprobs, strict=True):
+            sample.plan, sample.plan_logprobs = plan, logprob
+            sample.text = self.encoder.decode_plan(plan)
+            sample.image_ids = self.encoder.image_ids(sample.prompt, sample.text, self.policy.num_image_tokens)
+
+    def _draw(
+        self, samples: Sequence[_Sample], rows_per_image: int, sampling: Sampling, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage 2 -> tokens, conditional and guided log-probs, each [S, T].
+
+        The unconditional row of length n reads BOS and n - 2 pads before `<begin_of_image>`: the beginning of the
+        longest such prefix, which is written once for all of them.
+        """
+        length = self.policy.num_image_tokens
+        stage = self.image_stage
+        if stage is None or stage.rows_per_sample != rows_per_image:
+            self.graphs.clear()
+            most = max(1, self.max_rows // rows_per_image)
+            stage = self.image_stage = ImageStage(self.decoder, self.graphs, most, rows_per_image, length)
+        self.pool.reset()
+        prompts = [s.image_ids[:-1] for s in samples]
+        starts = [self.pool.take(len(prompt) + length) for prompt in prompts]
+        rows = [Row(0, 0, start, len(p), s.number) for s, p, start in zip(samples, prompts, starts, strict=True)]
+        unconditional = []
+        if rows_per_image == 2:
+            longest = max(map(len, prompts))
+            shared = self.pool.take(longest)
+            unconditional = [Row(shared, len(p), self.pool.take(length), 0, 0) for p in prompts]
+            prompts.append(self.encoder.unconditional_ids(longest + 1)[:-1])
+            starts.append(shared)
+        self.decoder.prefill(prompts, starts)
+        return stage.run(rows, unconditional, self.encoder.boi_token_id, sampling, seed)
 
     def _chunk(
-        self,
-        prompts: Sequence[str],
-        plan_prompts: list[list[int]],
-        group_size: int,
-        sampling: Sampling,
-        seed: int,
-        first_sample: int,
+        self, samples: Sequence[_Sample], drawn: tuple[Tensor, Tensor, Tensor], images: Tensor, spans: tuple[Span, ...]
     ) -> RolloutChunk:
-        policy, device = self.policy, self.policy.device
-        samples = torch.arange(len(prompts) * group_size, device=device) + first_sample
-        clock = _Clock(device)
-        plans, plan_logprobs = self._write_plans(plan_prompts, group_size, sampling, seed, samples)
-        clock.lap("plan")
-        eos = policy.tokenizer.eos_token_id
-        texts = [self.encoder.decode_plan(plan) for plan in plans]
-        image_prompts = [
-            self.encoder.image_ids(prompts[s // group_size], text, policy.num_image_tokens)
-            for s, text in enumerate(texts)
-        ]
-        tokens, logp, guided = self._draw_images(image_prompts, sampling, seed, samples)
-        clock.lap("draw")
-        images = policy.decode_images(tokens)
-        clock.lap("decode")
+        """The samples as a chunk that the current stream may use."""
+        if self.decode_stream and self.picture_stream:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.decode_stream)
+            current.wait_stream(self.picture_stream)
+            drawn[0].record_stream(self.picture_stream)
+            for tensor in (*drawn, images, *(s.plan_logprobs for s in samples)):
+                tensor.record_stream(current)
+        eos = self.policy.tokenizer.eos_token_id
+        tokens, logp, guided = drawn
         return RolloutChunk(
-            prompts=Packed.of([ids for ids in plan_prompts for _ in range(group_size)], device),
-            plans=Packed.of(plans, device),
-            plan_logprobs=Packed.of(plan_logprobs, device),
-            plan_texts=texts,
-            truncated=torch.tensor([plan[-1] != eos for plan in plans], device=device),
-            image_prompts=Packed.of(image_prompts, device),
+            prompts=Packed.of([s.prompt_ids for s in samples], self.device),
+            plans=Packed.of([s.plan for s in samples], self.device),
+            plan_logprobs=Packed.of([s.plan_logprobs for s in samples], self.device),
+            plan_texts=[s.text for s in samples],
+            truncated=torch.tensor([s.plan[-1] != eos for s in samples], device=self.device),
+            image_prompts=Packed.of([s.image_ids for s in samples], self.device),
             image_tokens=tokens,
             image_logprobs=logp,
             guided_logprobs=guided,
             images=images,
-            seconds=clock.seconds,
+            spans=spans,
         )
-
-    def _write_plans(
-        self, prompts: list[list[int]], group_size: int, sampling: Sampling, seed: int, samples: Tensor
-    ) -> tuple[list[list[int]], list[Tensor]]:
-        """Stage 1. Each prompt is prefilled once; its keys and values are then copied to its G samples."""
-        policy, device = self.policy, self.policy.device
-        eos = policy.tokenizer.eos_token_id
-        limit = sampling.max_completion_length
-        cache, hidden = self._prefill(prompts, limit)
-        groups = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-        cache.take(groups)
-        hidden = hidden[groups]
-        running = torch.arange(len(samples), device=device)  # the samples still writing; finished ones leave the batch
-        tokens = torch.full((len(samples), limit), eos, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(len(samples), limit, device=device)
-        lengths = torch.full((len(samples),), limit, device=device)
-        for t in range(limit):
-            draw = cfg_sample(
-                _logits(hidden, policy.text_head),
-                None,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                seed=seed,
-                offset=(samples[running] << 32) + t,
-            )
-            tokens[running, t], logprobs[running, t] = draw.token, draw.logp_cond.float()
-            ended = draw.token == eos
-            lengths[running[ended]] = t + 1
-            if ended.any():
-                going = ended.logical_not().nonzero()[:, 0]
-                running, token = running[going], draw.token[going]
-                cache.take(going)
-            else:
-                token = draw.token
-            if not len(running) or t + 1 == limit:
-                break
-            hidden = self._step(cache, policy.embed_text(token[:, None]))
-        ends = lengths.tolist()
-        plans = [row[:end] for row, end in zip(tokens.tolist(), ends, strict=True)]
-        return plans, [row[:end] for row, end in zip(logprobs, ends, strict=True)]
-
-    def _draw_images(
-        self, prompts: list[list[int]], sampling: Sampling, seed: int, samples: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Stage 2 -> tokens, conditional and guided log-probs, each [S, T]. Rows are [conditional; unconditional]."""
-        policy = self.policy
-        guided = sampling.cfg_weight != 1
-        rows = prompts + [self.encoder.unconditional_ids(len(p)) for p in prompts] if guided else prompts
-        cache, hidden = self._prefill(rows, policy.num_image_tokens)
-        draws: list[Draw] = []
-        for t in range(policy.num_image_tokens):
-            logits = _logits(policy.image_features(hidden), policy.image_head)
-            cond, uncond = logits.chunk(2) if guided else (logits, None)
-            draw = cfg_sample(
-                cond,
-                uncond,
-                guidance=sampling.cfg_weight,
-                temperature=sampling.image_temperature,
-                top_k=sampling.image_top_k,
-                top_p=sampling.image_top_p,
-                seed=seed,
-                offset=(samples << 32) + _IMAGE_STAGE + t,
-            )
-            draws.append(draw)
-            if t + 1 < policy.num_image_tokens:
-                embeds = policy.embed_image(draw.token[:, None])
-                hidden = self._step(cache, embeds.repeat(2, 1, 1) if guided else embeds)
-        tokens, logp, logp_guided = (torch.stack(column, dim=1) for column in zip(*draws, strict=True))
-        return tokens, logp.float(), logp_guided.float()
-
-    def _prefill(self, prompts: list[list[int]], room: int) -> tuple[SlotCache, Tensor]:
-        """Run prompts of any lengths -> their cache, with `room` more tokens a row, and last hidden states [B, D]."""
-        policy, device = self.policy, self.policy.device
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        num_layers = policy.config.text_config.num_hidden_layers
-        cache = SlotCache(num_layers, int(lengths.max()) + room, device)
-        cache.prefill(lengths)
-        hidden = policy.decoder(
-            inputs_embeds=policy.embed_text(right_pad(prompts, device)),
-            position_ids=cache.slots,
-            past_key_values=cache,
-            use_cache=True,
-        )[0]
-        return cache, hidden[torch.arange(len(prompts), device=device), lengths.to(device) - 1]
-
-    def _step(self, cache: SlotCache, embeds: Tensor) -> Tensor:
-        """One more token a row: embeds [rows, 1, D] -> hidden [rows, D]."""
-        cache.advance()
-        return self.policy.decoder(
-            inputs_embeds=embeds,
-            position_ids=cache.slots,
-            attention_mask=cache.mask(),
-            past_key_values=cache,
-            use_cache=True,
-        )[0][:, 0]
-
-
-def _logits(features: Tensor, head: Head) -> Tensor:
-    return F.linear(features, head.weight, head.bias)
 
 
 class _Clock:
-    """Wall seconds between laps, the device's queue included."""
+    """Begins with itself; `lap` ends a phase. Times the current stream of a GPU without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
+        self.on_gpu = device.type == "cuda"
         self.start = self._now()
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def lap(self, name: str) -> None:
-        now = self._now()
-        self.seconds[name] = now - self.start
-        self.start = now
+    def lap(self, name: str) -> Span:
+        start, self.start = self.start, self._now()
+        return Span(name, start, self.start)

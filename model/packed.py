@@ -64,6 +64,12 @@ class Packed:
         return torch.repeat_interleave(self.lengths).to(self.values.device)
 
 
+def upload(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A tensor of the host, or lists of integers, on the device, without waiting for what the device is doing."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
     """[S, longest] int64 with zeros behind the shorter rows.
 

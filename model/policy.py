@@ -127,12 +127,6 @@ class Policy:
         rows = torch.arange(num_samples, device=self.device)[:, None]
         return self.image_features(hidden[rows, predicting].flatten(0, 1))
 
-    @torch.no_grad()
-    def decode_images(self, tokens: Tensor, chunk: int = 32) -> Tensor:
-        """Image tokens [S, T] int64 -> pictures [S, 3, H, W] float32 in [0, 1], `chunk` pictures at a time."""
-        decoded = [self.model.model.vqmodel.decode(part) for part in tokens.split(chunk)]
-        return torch.cat(decoded).float().add(1).div(2).clamp(0, 1)
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer files."""
         self.model.save_pretrained(folder)

@@ -1,12 +1,18 @@
-"""The sampler against transformers, and against itself in other batches."""
+"""The engine against transformers, and against itself in other batches, chunks and caches."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
+from oracle import gpu, no_host_sync
 from tiny import tiny_policy
+from torch import Tensor
 from transformers import DynamicCache
 
+from bicot.model import stages
 from bicot.model.engine import RolloutChunk, RolloutEngine
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
@@ -15,24 +21,40 @@ from bicot.model.settings import Sampling
 FORMAT = PromptFormat("t2i_r1", "", "plan {}")
 PROMPTS = ["a red circle", "two blue square and a circle of w1 w2 w3", "w3"]
 TOLERANCE = 1e-4  # float32 log-probs, cached decode against one teacher-forced forward
-MODELS = [{"kv_heads": 4}, {"kv_heads": 2, "vocab": 67, "codes": 41}, {"kv_heads": 1, "seed": 3}]
+MODELS = [
+    {"kv_heads": 4},
+    {"kv_heads": 2, "vocab": 67, "codes": 41},
+    {"kv_heads": 1, "seed": 3, "biased": True},
+    {"kv_heads": 4, "seed": 1, "tied": True},
+]
 
 
 def rollout(
-    policy: Policy, prompts: list[str], group_size: int, sampling: Sampling, max_rows: int = 512
+    policy: Policy, prompts: list[str], group_size: int, sampling: Sampling, max_rows: int = 512, **options: Any
 ) -> RolloutChunk:
-    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=max_rows)
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=max_rows, **options)
     return RolloutChunk.cat(list(engine.generate(prompts, group_size, sampling, seed=11)))
 
 
+def assert_same(a: RolloutChunk, b: RolloutChunk) -> None:
+    """The same tokens, and log-probs up to the rounding of differently shaped products."""
+    assert torch.equal(a.plans.offsets, b.plans.offsets) and torch.equal(a.plans.values, b.plans.values)
+    assert torch.equal(a.image_tokens, b.image_tokens)
+    for name in ("image_logprobs", "guided_logprobs"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(a.plan_logprobs.values, b.plan_logprobs.values, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 33])
 @pytest.mark.parametrize("options", MODELS)
-def test_greedy_tokens_equal_transformers(options: dict[str, int]) -> None:
+def test_greedy_tokens_equal_transformers(options: dict[str, Any], count: int) -> None:
     policy = tiny_policy(**options)
     sampling = Sampling(max_completion_length=20, temperature=0, image_temperature=0, cfg_weight=3.0)
-    chunk = rollout(policy, PROMPTS, 1, sampling)
+    prompts = [f"{PROMPTS[i % 3]} {'w4 ' * (i % 7)}w{i}" for i in range(count)]
+    chunk = rollout(policy, prompts, 1, sampling)
     model, tokenizer = policy.model, policy.tokenizer
     model.generation_config.generation_kwargs = {"boi_token_id": tokenizer.boi_token_id}
-    for s in range(len(PROMPTS)):
+    for s in range(0, count, 8):  # each alone, unpadded; 0, 8, 16, 24 and 32 are of all lengths
         prompt = torch.tensor([chunk.prompts.tolist()[s]])
         text = model.generate(
             prompt,
@@ -58,7 +80,7 @@ def test_greedy_tokens_equal_transformers(options: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("options", MODELS)
-def test_recorded_logprobs_equal_teacher_forcing(options: dict[str, int]) -> None:
+def test_recorded_logprobs_equal_teacher_forcing(options: dict[str, Any]) -> None:
     """Each sample alone, unpadded, through the whole transformers model, at the sampling temperatures."""
     policy = tiny_policy(**options)
     w = 2.5
@@ -94,14 +116,183 @@ def test_training_forward_equals_recorded_logprobs(policy: Policy) -> None:
     torch.testing.assert_close(logp, chunk.image_logprobs, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("max_rows", [1, 12, 13])
+@pytest.mark.parametrize("max_rows", [1, 5, 12, 13])
 @pytest.mark.parametrize("cfg_weight", [1.0, 3.0])
 def test_tokens_do_not_depend_on_the_chunk(policy: Policy, max_rows: int, cfg_weight: float) -> None:
     sampling = Sampling(max_completion_length=10, cfg_weight=cfg_weight)
-    whole, parts = (rollout(policy, PROMPTS, 3, sampling, rows) for rows in (512, max_rows))
-    assert torch.equal(whole.plans.values, parts.plans.values)
-    assert torch.equal(whole.image_tokens, parts.image_tokens)
-    torch.testing.assert_close(whole.guided_logprobs, parts.guided_logprobs, atol=TOLERANCE, rtol=0)
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=max_rows)
+    parts = list(engine.generate(PROMPTS, 3, sampling, seed=11))
+    assert max(map(len, parts)) == max(1, max_rows // (1 if cfg_weight == 1 else 2)) or max_rows > 9
+    assert_same(RolloutChunk.cat(parts), rollout(policy, PROMPTS, 3, sampling))
+
+
+def test_tokens_do_not_depend_on_the_company(policy: Policy) -> None:
+    sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT))
+    whole = RolloutChunk.cat(list(engine.generate(PROMPTS, 3, sampling, seed=11)))
+    alone = RolloutChunk.cat(list(engine.generate(PROMPTS[1:2], 3, sampling, seed=11, first_sample=3)))
+    assert_same(alone, whole[3:6])
+    again = RolloutChunk.cat(list(engine.generate(PROMPTS, 3, sampling, seed=11)))
+    assert_same(again, whole)  # the same buffers, used before
+
+
+def test_little_kv_memory_makes_smaller_chunks(policy: Policy) -> None:
+    sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
+    encoder = policy.prompt_encoder(FORMAT)
+    roomy = RolloutEngine(policy, encoder)
+    whole = list(roomy.generate(PROMPTS, 3, sampling, seed=11))
+    assert len(whole) == 1
+    for tokens in (90, 160, 400):
+        tight = RolloutEngine(policy, encoder, kv_bytes=tokens * roomy.pool.bytes_per_token)
+        parts = list(tight.generate(PROMPTS, 3, sampling, seed=11))
+        assert len(parts) > 1 and tight.pool.slots <= tokens
+        assert_same(RolloutChunk.cat(parts), whole[0])
+
+
+def test_a_prompt_that_the_cache_cannot_hold_is_named(policy: Policy) -> None:
+    encoder = policy.prompt_encoder(FORMAT)
+    engine = RolloutEngine(policy, encoder, kv_bytes=45 * RolloutEngine(policy, encoder).pool.bytes_per_token)
+    sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
+    with pytest.raises(ValueError, match=r"does not fit the KV cache: it needs \d+ tokens and 44 fit.* 'w1 w1"):
+        next(engine.generate(["a", "w1 " * 40], 2, sampling, seed=0))
+    with pytest.raises(ValueError, match="does not fit the KV cache.*lower max_completion_length"):
+        next(engine.generate(["a red circle and a blue square"], 2, sampling, seed=0))  # its plan fits, the picture not
+
+
+def test_rows_that_fill_a_bucket_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets of 16, and looks at finished plans that come late, as on a GPU."""
+
+    class LateLook:
+        def __init__(self, device: torch.device, rows: int) -> None:
+            self.asked: list[bool] = []
+
+        def next(self, running: Tensor, step: int) -> list[bool] | None:
+            if step % 3:
+                return None
+            seen, self.asked = self.asked, running.tolist()
+            return seen or None
+
+        def forget(self) -> None:
+            self.asked = []
+
+    sampling = Sampling(max_completion_length=40, cfg_weight=2.0)
+    exact = rollout(policy, PROMPTS, 8, sampling)
+    assert len(set(exact.plans.lengths.tolist())) > 5 and exact.plans.lengths.min() < 10, "plans end at many times"
+    monkeypatch.setattr(stages.Stage, "bucket", lambda self, samples: -(-samples // 16) * 16)
+    monkeypatch.setattr(stages, "_Look", LateLook)
+    assert_same(rollout(policy, PROMPTS, 8, sampling), exact)
+
+
+def test_draws_follow_the_distribution_of_transformers() -> None:
+    """Chi-square of the first plan token, and of the first image token after one and the same plan."""
+    policy = tiny_policy(scale=100.0)
+    encoder = policy.prompt_encoder(FORMAT)
+    count, w = 6000, 5.0
+    sampling = Sampling(max_completion_length=1, top_k=0, temperature=10.0, cfg_weight=w, image_temperature=0.9)
+    engine = RolloutEngine(policy, encoder, max_rows=512)
+    tokens = RolloutChunk.cat(list(engine.generate(PROMPTS[:1], count, sampling, seed=5)))
+    prompt = tokens.prompts.tolist()[0]
+    logits = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1]
+    assert chi_square_p(tokens.plans.values, (logits / 10).softmax(-1)) > 1e-3
+    ids = tokens.image_prompts.tolist()
+    usual = Counter(map(tuple, ids)).most_common(1)[0][0]
+    same = [s for s in range(count) if tuple(ids[s]) == usual]
+    assert len(same) > 300
+    rows = torch.tensor([ids[same[0]], encoder.unconditional_ids(len(ids[same[0]]))])
+    cond, uncond = policy.model.model.generation_head(policy.decoder(inputs_embeds=policy.embed_text(rows))[0][:, -1])
+    expected = ((uncond + w * (cond - uncond)) / 0.9).softmax(-1)
+    assert chi_square_p(tokens.image_tokens[same, 0], expected) > 1e-3
+    assert chi_square_p(tokens.image_tokens[same, 0], cond.softmax(-1)) < 1e-3, "the test can tell distributions apart"
+
+
+def chi_square_p(drawn: Tensor, probabilities: Tensor) -> float:
+    """The p-value of `drawn`; tokens expected fewer than five times are one."""
+    counts = torch.bincount(drawn, minlength=len(probabilities)).double()
+    expected = probabilities.detach().double() * len(drawn)
+    rare = expected < 5
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-9)
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+
+
+def test_an_fp8_cache_stays_close(policy: Policy) -> None:
+    """Log-probs of the tokens that it draws, against teacher forcing with exact keys and values."""
+    sampling = Sampling(max_completion_length=12, cfg_weight=2.0)
+    errors = {}
+    for kv_dtype in ("auto", "fp8"):
+        chunk = rollout(policy, PROMPTS, 4, sampling, kv_dtype=kv_dtype)
+        features = policy.image_hidden(chunk.image_prompts.tolist(), chunk.image_tokens)
+        logits = features @ policy.image_head.weight.T + policy.image_head.bias
+        exact = logits.log_softmax(-1).gather(1, chunk.image_tokens.view(-1, 1)).view_as(chunk.image_logprobs)
+        errors[kv_dtype] = (chunk.image_logprobs - exact).abs()
+    assert errors["auto"].max() < TOLERANCE
+    assert 1e-4 < errors["fp8"].mean() < 0.02 and errors["fp8"].max() < 0.2
+
+
+def test_bfloat16_logprobs_are_near_those_of_training() -> None:
+    """Cached bfloat16 decoding against the bfloat16 forward of transformers: as near as that is to float32."""
+    policy, exact = tiny_policy(scale=4.0), tiny_policy(scale=4.0)
+    policy.model.bfloat16()
+    exact.model.load_state_dict(policy.model.state_dict())
+    chunk = rollout(policy, PROMPTS, 8, Sampling(max_completion_length=12, cfg_weight=2.0))
+
+    def forced(model: Policy) -> Tensor:
+        features = model.image_hidden(chunk.image_prompts.tolist(), chunk.image_tokens)
+        logits = torch.nn.functional.linear(features, model.image_head.weight, model.image_head.bias).float()
+        return logits.log_softmax(-1).gather(1, chunk.image_tokens.view(-1, 1)).view_as(chunk.image_logprobs)
+
+    truth = forced(exact)
+    ours, theirs = ((logp - truth).abs().mean() for logp in (chunk.image_logprobs, forced(policy)))
+    assert ours < 1.5 * theirs < 0.05
+
+
+def test_cuda_graphs_need_a_gpu(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="cuda_graphs=True needs a policy on a GPU"):
+        RolloutEngine(policy, policy.prompt_encoder(FORMAT), cuda_graphs=True)
+
+
+@gpu
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_graphs_draw_what_eager_steps_draw(kv_dtype: str) -> None:
+    policy = tiny_policy()
+    policy.model.cuda()
+    sampling = Sampling(max_completion_length=40, cfg_weight=2.0)
+    eager, graphed = (
+        rollout(policy, PROMPTS, 5, sampling, cuda_graphs=graphs, kv_dtype=kv_dtype) for graphs in (False, True)
+    )
+    assert_same(eager, graphed)
+    if kv_dtype == "auto":
+        on_cpu = rollout(tiny_policy(), PROMPTS, 5, sampling)
+        assert torch.equal(graphed.image_tokens.cpu(), on_cpu.image_tokens)
+
+
+@gpu
+def test_the_image_loop_never_waits_for_the_device() -> None:
+    policy = tiny_policy()
+    policy.model.cuda()
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT))
+    sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
+    first = next(engine.generate(PROMPTS, 4, sampling, seed=1))  # captures
+    stage, graphs = engine.image_stage, engine.graphs
+    run = graphs.run
+
+    def watched(*args: Any) -> None:
+        with no_host_sync():
+            run(*args)
+
+    graphs.run = watched  # type: ignore[method-assign]
+    second = next(engine.generate(PROMPTS, 4, sampling, seed=1))
+    assert stage is engine.image_stage and torch.equal(first.image_tokens, second.image_tokens)
+
+
+@gpu
+def test_too_large_a_cache_becomes_a_smaller_one() -> None:
+    policy = tiny_policy()
+    policy.model.cuda()
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), kv_bytes=2**50, max_rows=2**20)
+    assert engine.pool.reserve(2**40)  # more than any GPU has
+    assert 0 < engine.pool.capacity < 2**40
 
 
 def test_samples_differ_within_a_group_and_between_seeds(policy: Policy) -> None:

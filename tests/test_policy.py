@@ -40,15 +40,6 @@ def test_freeze_prefix_that_matches_nothing(tmp_path: Path) -> None:
         load_policy(tmp_path, freeze=["vision"])
 
 
-def test_decode_images_in_chunks_is_the_same() -> None:
-    policy = tiny_policy()
-    tokens = torch.randint(0, 37, (5, 16))
-    whole = policy.decode_images(tokens)
-    torch.testing.assert_close(whole, policy.decode_images(tokens, chunk=2))
-    raw = policy.model.model.vqmodel.decode(tokens)
-    torch.testing.assert_close(whole, ((raw + 1) / 2).clamp(0, 1))
-
-
 @pytest.mark.parametrize(
     ("template", "plan", "image"),
     [

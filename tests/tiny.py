@@ -41,9 +41,20 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def tiny_policy(
-    *, kv_heads: int = 4, vocab: int = 61, codes: int = 37, seed: int = 0, scale: float = 8.0, context: int = 128
+    *,
+    kv_heads: int = 4,
+    vocab: int = 61,
+    codes: int = 37,
+    seed: int = 0,
+    scale: float = 8.0,
+    context: int = 128,
+    tied: bool = False,
+    biased: bool = False,
 ) -> Policy:
-    """A Janus of a few thousand weights: 2 layers, 4 heads of 8, 16 image tokens. `scale` widens its logits."""
+    """A Janus of a few thousand weights: 2 layers, 4 heads of 8, 16 image tokens. `scale` widens its logits.
+
+    `tied`: lm_head shares the input embeddings; `biased`: all layers of the body have a (random) bias.
+    """
     torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=vocab,
@@ -56,7 +67,9 @@ def tiny_policy(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        tie_word_embeddings=False,
+        attention_bias=biased,
+        mlp_bias=biased,
+        tie_word_embeddings=tied,
     )
     vision = JanusVisionConfig(
         hidden_size=16,
@@ -78,13 +91,16 @@ def tiny_policy(
         image_token_embed_dim=32,
     )
     config = JanusConfig(
-        text_config=text, vision_config=vision, vq_config=vq, image_token_id=4, tie_word_embeddings=False
+        text_config=text, vision_config=vision, vq_config=vq, image_token_id=4, tie_word_embeddings=tied
     )
     config._attn_implementation = "sdpa"
     model = JanusForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in (model.lm_head.weight, model.model.generation_head.vision_head.weight):
             parameter.mul_(scale)
+        for name, parameter in model.model.language_model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(PUBLISHED_FREEZE))
     return Policy(model, tiny_tokenizer(vocab))

@@ -1,0 +1,257 @@
+"""rollout: a decode step of the image and of the text stage of a rollout, ours against transformers'.
+
+python -m bicot.bench.bench_rollout [--device cpu|cuda] [--output FILE.json]
+The toy, and random weights at true shapes. Image rows are pairs, conditional and unconditional, with guidance 5; a text
+row is a sample, eight share a prompt, and none ends early. A run begins near the middle of its stage, from keys and
+values that are random and the same for all; prefill is not timed. Floor: layers, last norm and head, and the keys and
+values of all rows, a shared prefix once. Checked: the tokens of a greedy run and the log-probs that ours records,
+against transformers' teacher forcing, as a share of the distance from a row's largest logit to its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..model.engine import KVDtype, RolloutEngine
+from ..model.policy import Policy
+from ..model.prompts import PromptFormat
+from ..model.settings import Sampling
+from ..model.stages import ImageStage, PlanStage, Row
+from .harness import Case, Outputs, Provider, Unavailable, main, short
+from .models import SHAPES, policy_of
+
+GUIDANCE, GROUP, SEED = 5.0, 8, 7
+NO_EOS = -1  # no token ends a plan
+# bfloat16 rounds in every layer, and guidance multiplies what it rounded: 0.04 at Janus-Pro-1B's shapes. A context that
+# misses one of 440 tokens gives 0.4 and more. fp8 rounds more, but only what the run itself writes.
+EXACT, ROUNDED = 1e-4, 8e-2
+
+
+class Stage(NamedTuple):
+    """A row has `prompt` tokens before it and writes `length`; top_k 0 = all."""
+
+    name: str
+    prompt: int
+    length: int
+    top_k: int = 0
+
+    def tokens(self, samples: int, written: float) -> float:
+        """In the cache, when each row has written so many."""
+        if self.name == "image":
+            return (samples + 1) * self.prompt + 2 * samples * written
+        return -(-samples // GROUP) * self.prompt + samples * written
+
+
+IMAGE, TEXT = Stage("image", 160, 576), Stage("text", 200, 80, top_k=50)
+TOY_IMAGE, TOY_TEXT = Stage("image", 28, 64), Stage("text", 16, 40)
+TINY_IMAGE, TINY_TEXT = Stage("image", 9, 12), Stage("text", 7, 8, top_k=5)
+
+
+class Inputs(NamedTuple):
+    """Rows whose keys and values lie in the engine's pool, and the stage that continues them."""
+
+    engine: RolloutEngine
+    decode: ImageStage | PlanStage
+    stage: Stage
+    rows: Sequence[Row]
+    unconditional: Sequence[Row]
+    steps: int
+
+    @property
+    def policy(self) -> Policy:
+        return self.engine.policy
+
+    @property
+    def is_image(self) -> bool:
+        return self.stage.name == "image"
+
+    def head(self, hidden: Tensor) -> Tensor:
+        model = self.policy.model
+        return model.model.generation_head(hidden) if self.is_image else model.lm_head(hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[S, L] drawn tokens -> [R, L, D]."""
+        return self.policy.embed_image(tokens.repeat(2, 1)) if self.is_image else self.policy.embed_text(tokens)
+
+    def first_ids(self, rows: int, length: int) -> Tensor:
+        """[rows, length] of `<begin_of_image>`, which every row of either stage reads first."""
+        return torch.full((rows, length), self.policy.tokenizer.boi_token_id, device=self.policy.device)
+
+    def first_embeds(self) -> Tensor:
+        return self.policy.embed_text(self.first_ids(len(self.rows) + len(self.unconditional), 1))
+
+
+def inputs(
+    model: str, dtype: torch.dtype, device: str, kv: KVDtype, stage: Stage, samples: int, drawn: int, steps: int
+) -> Inputs:
+    policy = policy_of(model, dtype, device, steps)
+    engine = RolloutEngine(policy, policy.prompt_encoder(PromptFormat()), kv_dtype=kv, kv_bytes=2**50)
+    pool, own = engine.pool, drawn + steps
+    needed = int(stage.tokens(samples, own))
+    pool.reserve(needed)
+    if pool.capacity < needed:
+        raise Unavailable(f"of the {needed} tokens of its KV cache {pool.capacity} fit")
+    unconditional: list[Row] = []
+    decode: ImageStage | PlanStage
+    if stage.name == "image":
+        rows = [Row(0, 0, pool.take(stage.prompt + own), stage.prompt + drawn, s) for s in range(samples)]
+        shared = pool.take(stage.prompt)
+        unconditional = [Row(shared, stage.prompt, pool.take(own), drawn, s) for s in range(samples)]
+        decode = ImageStage(engine.decoder, engine.graphs, samples, 2, steps)
+    else:
+        prompts = [pool.take(stage.prompt) for _ in range(0, samples, GROUP)]
+        rows = [Row(prompts[s // GROUP], stage.prompt, pool.take(own), drawn, s) for s in range(samples)]
+        decode = PlanStage(engine.decoder, engine.graphs, samples, 1, steps)
+    torch.manual_seed(1)
+    for layer in range(pool.layers):
+        keys, values, *scales = pool.layer(layer)
+        for cache in (keys, values):
+            cache.copy_(torch.randn(cache.shape, dtype=dtype, device=device))
+        for scale in scales:
+            if scale is not None:
+                scale.fill_(1)
+    return Inputs(engine, decode, stage, rows, unconditional, steps)
+
+
+@torch.no_grad()
+def ours(x: Inputs, *, greedy: bool = False) -> Outputs:
+    """Tokens, their log-probs, and in the image stage their guided log-probs, each [S, T]."""
+    temperature, boi = float(not greedy), x.policy.tokenizer.boi_token_id
+    if isinstance(x.decode, ImageStage):
+        sampling = Sampling(image_temperature=temperature, image_top_k=x.stage.top_k, cfg_weight=GUIDANCE)
+        return x.decode.run(x.rows, x.unconditional, boi, sampling, SEED)
+    sampling = Sampling(temperature=temperature, top_k=x.stage.top_k)
+    plans, logprobs = x.decode.run(x.rows, [boi] * len(x.rows), NO_EOS, sampling, SEED)
+    return torch.tensor(plans, device=x.policy.device), torch.stack(logprobs)
+
+
+def prefilled(x: Inputs) -> tuple[Inputs, DynamicCache]:
+    """The inputs, and a copy of all rows' keys and values as transformers wants them (the scales of fp8 are 1)."""
+    spans = [((r.prefix_start, r.prefix_length), (r.start, r.length)) for r in (*x.rows, *x.unconditional)]
+    slots = [[slot for start, length in row for slot in range(start, start + length)] for row in spans]
+    index, cache = torch.tensor(slots, device=x.policy.device), DynamicCache()
+    for layer in range(x.engine.pool.layers):
+        keys, values = (pool[index].to(x.policy.dtype).transpose(1, 2) for pool in x.engine.pool.layer(layer)[:2])
+        cache.update(keys.contiguous(), values.contiguous(), layer)
+    return x, cache
+
+
+def guided(logits: Tensor) -> Tensor:
+    cond, uncond = logits.chunk(2)
+    return uncond + GUIDANCE * (cond - uncond)
+
+
+@torch.no_grad()
+def loop(given: tuple[Inputs, DynamicCache], *, greedy: bool = False) -> Outputs:
+    x, cache = given
+    embeds, tokens = x.first_embeds(), []
+    for _ in range(x.steps):
+        logits = x.head(x.policy.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0][:, -1])
+        logits = guided(logits) if x.is_image else logits
+        if x.stage.top_k:
+            logits = logits.masked_fill(logits < logits.topk(x.stage.top_k).values[:, -1:], -torch.inf)
+        tokens.append(logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1))
+        embeds = x.embed(tokens[-1])
+    return (torch.cat(tokens, 1),)
+
+
+def generate(given: tuple[Inputs, DynamicCache], *, greedy: bool = False) -> Outputs:
+    x, cache = given
+    settings, tokenizer = x.policy.model.generation_config, x.policy.tokenizer
+    settings.eos_token_id, settings.guidance_scale = None, GUIDANCE
+    settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    settings.generation_kwargs = {"boi_token_id": tokenizer.boi_token_id}
+    options: dict[str, Any] = {} if greedy else {"top_k": x.stage.top_k}
+    context = x.rows[0].prefix_length + x.rows[0].length
+    settings.max_length = context + 1 + x.steps
+    ids = x.first_ids(len(x.rows), context + 1)  # of those that the cache holds, the number alone matters
+    options |= {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "do_sample": not greedy}
+    if x.is_image:
+        return (x.policy.model.generate(ids[:, -1:], generation_mode="image", **options),)
+    return (x.policy.model.generate(ids, **options)[:, context + 1 :],)
+
+
+def truth(x: Inputs) -> Callable[[Outputs], float]:
+    @torch.no_grad()
+    def error_of(outputs: Outputs) -> float:
+        tokens, *recorded = outputs
+        assert tokens is not None and tokens.shape == (len(x.rows), x.steps), "not one token a sample and step"
+        embeds = torch.cat([x.first_embeds(), x.embed(tokens[:, :-1])], 1)
+        hidden = x.policy.decoder(inputs_embeds=embeds, past_key_values=prefilled(x)[1], use_cache=True)[0]
+        logits = x.head(hidden).float()
+        drawn_from = guided(logits) if x.is_image else logits
+        errors = []
+        for z, logprob in zip((logits[: len(tokens)], drawn_from), (*recorded, None, None), strict=False):
+            largest, chosen = z.amax(-1), z.gather(-1, tokens[..., None])[..., 0]
+            scale = largest - z.mean(-1)
+            if logprob is not None:
+                errors.append((logprob - (chosen - z.logsumexp(-1))).abs() / scale)
+            if z is drawn_from:
+                errors.append((largest - chosen) / scale)
+        return float(torch.stack(errors).amax())
+
+    return error_of
+
+
+def floor_bytes(model: str, itemsize: int, stage: Stage, samples: int, written: float, fp8: bool) -> int:
+    """Of a step in which each row has written so many tokens, this one included."""
+    shape, image = SHAPES[model], stage.name == "image"
+    weights = shape.layer_weights + (shape.image_head_weights if image else shape.text_head_weights)
+    per_token = 2 * shape.layers * (shape.hidden + 4 * shape.heads if fp8 else shape.hidden * itemsize)
+    return weights * itemsize + int(per_token * stage.tokens(samples, written))
+
+
+def case(
+    model: str, dtype: torch.dtype, device: str, stage: Stage, rows: int, steps: int, kv: KVDtype = "auto"
+) -> Case:
+    """The `steps` in the middle of a stage; with fp8 ours alone, since transformers has no such cache."""
+    image, fp8 = stage.name == "image", kv == "fp8"
+    samples, drawn = rows // 2 if image else rows, (stage.length - steps) // 2
+    labels = {"model": model, "stage": stage.name, "rows": rows, "context": stage.prompt + drawn, "steps": steps}
+    labels |= {"dtype": short(dtype)} | ({"kv": "fp8 KV"} if fp8 else {})
+    providers = {"ours": Provider(ours, checked=partial(ours, greedy=True))}
+    if not fp8:
+        note = "transformers' decoder with a DynamicCache, as the published T2I-R1 code draws"
+        providers["generate"] = Provider(generate, "transformers'", prefilled, partial(generate, greedy=True))
+        providers["eager"] = Provider(loop, note, prefilled, partial(loop, greedy=True))
+    return Case(
+        labels,
+        dtype,
+        partial(inputs, model, dtype, device, kv, stage, samples, drawn, steps),
+        truth,
+        providers,
+        bytes=floor_bytes(model, dtype.itemsize, stage, samples, drawn + (steps + 1) / 2, fp8),
+        steps=steps,
+        makes=("images", samples / stage.length) if image else ("tokens", samples),
+        tolerance=EXACT if dtype == torch.float32 and not fp8 else ROUNDED,
+        seconds=2 if device == "cuda" else 12,
+    )
+
+
+def cases(device: str, tiny: bool) -> list[Case]:
+    """Few steps where a step takes long; on a CPU two layers of the true width."""
+    if tiny:
+        small = partial(case, "tiny", torch.float32, device, steps=4)
+        return [small(TINY_IMAGE, 6), small(TINY_TEXT, 9), small(TINY_IMAGE, 4, kv="fp8")]
+    if device == "cpu":
+        toy = partial(case, "toy", torch.float32, device)
+        wide = partial(case, "Janus-Pro-1B of 2 layers", torch.bfloat16, device, steps=16)
+        true = [wide(stage, rows) for stage in (IMAGE, TEXT) for rows in (2, 16)]
+        return [toy(TOY_IMAGE, 128, 64), toy(TOY_TEXT, 64, 40), *true]
+    found = []
+    for model in ("Janus-Pro-1B", "Janus-Pro-7B"):
+        of = partial(case, model, torch.bfloat16, device, steps=16)
+        found += [of(IMAGE, rows) for rows in (2, 16, 64, 128, 256)]
+        found += [of(IMAGE, rows, kv="fp8") for rows in (64, 256)]
+        found += [of(TEXT, rows) for rows in (16, 128)]
+    return found
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("rollout", __doc__, cases))

@@ -1,0 +1,104 @@
+"""Policies for benches: the toy, and random weights at true shapes, made on the device without a download."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForImageTextToText, JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+
+from ..model.policy import Policy, load_policy
+from .harness import Unavailable
+
+TOY = Path(__file__).resolve().parent.parent / "model" / "assets" / "toy"
+TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=1, pad_token_id=2, boi_token_id=3)
+
+
+class Shape(NamedTuple):
+    """Of the language model and its two heads; heads are all of their own keys and values."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    vocab: int
+    codes: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Of all layers and the last norm."""
+        D = self.hidden
+        return self.layers * (4 * D * D + 3 * D * self.intermediate + 2 * D) + D
+
+    @property
+    def text_head_weights(self) -> int:
+        return self.hidden * self.vocab
+
+    @property
+    def image_head_weights(self) -> int:
+        return self.hidden * (self.hidden + 1) + (self.hidden + 1) * self.codes
+
+
+SHAPES = {
+    "toy": Shape(128, 4, 4, 384, 58, 64),
+    "tiny": Shape(32, 2, 4, 48, 61, 37),
+    "Janus-Pro-1B of 2 layers": Shape(2048, 2, 16, 5632, 102400, 16384),
+    "Janus-Pro-1B": Shape(2048, 24, 16, 5632, 102400, 16384),
+    "Janus-Pro-7B": Shape(4096, 30, 32, 11008, 102400, 16384),
+}
+
+
+def _random_model(shape: Shape, dtype: torch.dtype, device: str, num_image_tokens: int) -> Any:
+    """Picture coder and vision tower are tiny; a picture has `num_image_tokens` tokens."""
+    text = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        initializer_range=shape.hidden**-0.5,  # logits of unit size at any width
+    )
+    vision = JanusVisionConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=2,
+        projection_dim=shape.hidden,
+        num_image_tokens=num_image_tokens,
+    )
+    vq = JanusVQVAEConfig(
+        num_embeddings=shape.codes,
+        latent_channels=32,
+        base_channels=32,
+        channel_multiplier=[1, 1],
+        num_res_blocks=1,
+        projection_dim=shape.hidden,
+        image_token_embed_dim=shape.hidden,
+    )
+    config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+@lru_cache(maxsize=1)
+def policy_of(name: str, dtype: torch.dtype, device: str, num_image_tokens: int) -> Policy:
+    """The policy `name` of `SHAPES`; the toy's pictures have 64 tokens whatever is asked for.
+
+    Raises:
+        Unavailable: its weights do not fit the GPU.
+    """
+    if name == "toy":
+        return load_policy(TOY, dtype=dtype, device=device)
+    shape = SHAPES[name]
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what the case before has left
+    needed = dtype.itemsize * (shape.layer_weights + 2 * shape.text_head_weights + 2 * shape.image_head_weights)
+    if device == "cuda" and needed > (free := torch.cuda.mem_get_info()[0]):
+        raise Unavailable(f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free")
+    return Policy(_random_model(shape, dtype, device, num_image_tokens), TOKENIZER)

@@ -1,0 +1,40 @@
+// silu(gate) * up for each row of gate_up [N, 2 I], whose first I columns are the gate.
+#include "simd.h"
+
+namespace bicot {
+namespace {
+
+constexpr int64_t kSerial = 32768;  // fewer elements than this cost less than waking a second thread
+
+template <class T>
+BICOT_INLINE void silu_row(const T* gate, const T* up, T* out, int64_t I) {
+#pragma omp simd
+  for (int64_t j = 0; j < I; ++j) {
+    const float g = load(gate + j);
+    const float e = exp2_nonpositive((g < 0 ? g : -g) * 1.44269504f);  // e^-|g|: never overflows
+    store(out + j, rounded(gate, (g < 0 ? g * e : g) / (1.0f + e)) * load(up + j));
+  }
+}
+
+// target_clones does not apply to templates: one plain function for each dtype.
+BICOT_CLONES void row(const float* gate, const float* up, float* out, int64_t I) { silu_row(gate, up, out, I); }
+BICOT_CLONES void row(const bfloat16* gate, const bfloat16* up, bfloat16* out, int64_t I) {
+  silu_row(gate, up, out, I);
+}
+
+template <class T>
+void rows(const T* gate_up, T* out, int64_t N, int64_t I, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (N * I > kSerial)
+  for (int64_t i = 0; i < N; ++i) row(gate_up + i * 2 * I, gate_up + i * 2 * I + I, out + i * I, I);
+}
+
+}  // namespace
+}  // namespace bicot
+
+#define BICOT_SILU_MUL(suffix, T)                                                                              \
+  BICOT_EXPORT void bicot_silu_mul_##suffix(const T* gate_up, T* out, int64_t N, int64_t I, int num_threads) { \
+    bicot::rows(gate_up, out, N, I, num_threads);                                                              \
+  }
+
+BICOT_SILU_MUL(float32, float)
+BICOT_SILU_MUL(bfloat16, bicot::bfloat16)

@@ -1,0 +1,313 @@
+"""Attention of one query a sequence over keys and values that lie in a pool of slots, forward only.
+
+Row r's j-th key is slot `prefix_start + j` for j < prefix_length, else `start + j - prefix_length`: a prefix that rows
+may share, then the row's own. Query head h reads key and value head h // (Hq // Hkv):
+
+    out_rh = Σ_j p_rhj·v_j,   p_rh = softmax_j(scale · q_rh·k_j)
+
+In a pool of float8_e4m3fn, k_j = key_scale_j · stored, and v_j alike: one float32 scale for each token and head. It
+multiplies the score, or the probability, and not E numbers.
+
+Shapes: q [R, Hq, E], keys and values [P, Hkv, E], scales [P, Hkv], the output [R, Hq·E], what is of a row [R].
+Floor: the keys and values of each row are read once, 2·Hkv·E numbers a key; 4·Hq·E FLOPs a key. PyTorch gathers every
+row into a rectangle first: it reads them, writes them, and reads them again with the padding.
+
+Source: the partial softmaxes of split keys are put together as in Flash-Decoding (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .dispatch import NATIVE_DTYPES, Impl, choose, tl, triton
+from .rope_kv_write import FP8, _converts_fp8
+
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+_NATIVE = (_POINTER, _INTEGER, *(_POINTER,) * 8, *(_INTEGER,) * 5, ctypes.c_double, ctypes.c_int, *(_POINTER,) * 2)
+_ROWS = ("prefix_start", "prefix_length", "start", "length")
+_LOG2E = 1.4426950408889634
+_MAX_DIM = 256
+_MAX_SPLITS = 64
+_SPLIT_KEYS = 128  # fewer keys than this are not worth a program of their own
+
+
+def decode_attention_ref(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_start: Tensor,
+    prefix_length: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scale: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
+    """The formula above in plain PyTorch, on rows gathered into a rectangle; float64 in, float64 out.
+
+    The rectangle is as wide as the longest row, which the host has to know: it waits for a GPU. torch.compile, which
+    cannot ask, makes it P wide.
+    """
+    R, Hq, E = q.shape
+    P, Hkv, _ = keys.shape
+    total = prefix_length + length
+    width = P if torch.compiler.is_compiling() or not R else int(total.amax())
+    j = torch.arange(width, device=q.device)
+    inside = j < total[:, None]
+    slots = j + torch.where(j < prefix_length[:, None], prefix_start[:, None], (start - prefix_length)[:, None])
+    slots = slots.where(inside, 0)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (pool[slots].to(wide) for pool in (keys, values))  # [R, width, Hkv, E]
+    if key_scales is not None and value_scales is not None:
+        k, v = k * key_scales[slots][..., None], v * value_scales[slots][..., None]
+    scores = torch.einsum("rhge,rjhe->rhgj", q.view(R, Hkv, Hq // Hkv, E).to(wide), k) * scale
+    p = scores.masked_fill(~inside[:, None, None], -torch.inf).softmax(-1)
+    v = v.masked_fill(~inside[..., None, None], 0)  # slot 0 may hold anything, and 0·NaN is NaN
+    return torch.einsum("rhgj,rjhe->rhge", p, v).reshape(R, Hq * E).to(q.dtype)
+
+
+@triton.jit
+def _attend_kernel(  # type: ignore[no-untyped-def]
+    p_q, q_stride, p_keys, p_values, p_key_scales, p_value_scales, p_prefix_start, p_prefix_length, p_start, p_length,
+    p_out, p_top, p_sum, scale, HKV: tl.constexpr, G: tl.constexpr, E: tl.constexpr, GB: tl.constexpr,
+    EB: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One program: one row and GB of the G queries of a key head, over the row's keys or one split of them.
+
+    Each of the T keys of a tile has a running softmax of its own, so that threads exchange nothing in the loop but the
+    sum over E; the T are put together at its end. A thread keeps 16 bytes of a key, and a query of so few numbers would
+    leave a tensor core idle.
+
+    Without SPLIT it writes the output [R, Hq, E]; else, of each split, top and sum [R, Hq, splits], and the sum of
+    values [R, Hq, splits, E].
+    """
+    BLOCKS: tl.constexpr = (G + GB - 1) // GB
+    row, block, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kv = block // BLOCKS
+    prefix_length = tl.load(p_prefix_length + row)
+    total = (prefix_length + tl.load(p_length + row)).to(tl.int32)
+    prefix_start = tl.load(p_prefix_start + row)
+    start = tl.load(p_start + row) - prefix_length
+    share = tl.cdiv(tl.cdiv(total, tl.num_programs(2)), T) * T
+    begin = split * share
+    end = tl.minimum(begin + share, total)
+
+    o_g = block % BLOCKS * GB + tl.arange(0, GB)[:, None, None]
+    o_t = tl.arange(0, T)[None, :, None]
+    o_e = tl.arange(0, EB)[None, None, :]
+    o_head = row * (HKV * G) + kv * G + o_g  # of the output
+    m_q = (o_g < G) & (o_e < E)
+    b_q = tl.load(p_q + row * q_stride + (kv * G + o_g) * E + o_e, m_q, other=0).to(tl.float32) * scale
+    # finite, so that no difference of two is NaN: a key that is not there has a score of -inf, and adds nothing
+    b_top = tl.full([GB, T, 1], -3.4e38, tl.float32)
+    b_sum = tl.zeros([GB, T, 1], tl.float32)
+    b_acc = tl.zeros([GB, T, EB], tl.float32)
+    for first in range(begin, end, T):
+        j = first + o_t
+        m_j = j < end
+        o_key = (tl.where(j < prefix_length, prefix_start, start) + j) * HKV + kv
+        m = m_j & (o_e < E)
+        b_k = tl.load(p_keys + o_key * E + o_e, m, other=0.0).to(tl.float32)
+        b_v = tl.load(p_values + o_key * E + o_e, m, other=0.0).to(tl.float32)
+        b_s = tl.sum(b_q * b_k, 2, keep_dims=True)
+        if p_key_scales is not None:
+            b_s *= tl.load(p_key_scales + o_key, m_j, other=0)
+        b_s = tl.where(m_j, b_s, float("-inf"))
+        b_new = tl.maximum(b_top, b_s)
+        b_rescale = tl.exp2(b_top - b_new)
+        b_p = tl.exp2(b_s - b_new)
+        b_sum = b_sum * b_rescale + b_p
+        if p_value_scales is not None:
+            b_p *= tl.load(p_value_scales + o_key, m_j, other=0)
+        b_acc = b_acc * b_rescale + b_p * b_v
+        b_top = b_new
+    b_max = tl.max(b_top, 1, keep_dims=True)
+    b_weight = tl.exp2(b_top - b_max)
+    b_total = tl.sum(b_sum * b_weight, 1, keep_dims=True)
+    b_out = tl.sum(b_acc * b_weight, 1, keep_dims=True)
+    if SPLIT:
+        o_part = o_head * tl.num_programs(2) + split
+        tl.store(p_top + o_part, b_max, o_g < G)
+        tl.store(p_sum + o_part, b_total, o_g < G)
+        tl.store(p_out + o_part * E + o_e, b_out, m_q)
+    else:
+        tl.store(p_out + o_head * E + o_e, (b_out / b_total).to(p_out.dtype.element_ty), m_q)
+
+
+@triton.jit
+def _combine_kernel(  # type: ignore[no-untyped-def]
+    p_top, p_sum, p_part, p_out, E: tl.constexpr, EB: tl.constexpr, SPLITS: tl.constexpr
+):
+    """One program puts the splits of one row's head together. One without keys has the lowest top, and sums of 0."""
+    head = tl.program_id(0).to(tl.int64)
+    o_s = head * SPLITS + tl.arange(0, SPLITS)
+    o_e = tl.arange(0, EB)
+    b_top = tl.load(p_top + o_s)
+    b_weight = tl.exp2(b_top - tl.max(b_top, 0))
+    b_total = tl.sum(tl.load(p_sum + o_s) * b_weight, 0)
+    b_part = tl.load(p_part + o_s[:, None] * E + o_e[None, :], o_e[None, :] < E, other=0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / b_total
+    tl.store(p_out + head * E + o_e, b_out.to(p_out.dtype.element_ty), o_e < E)
+
+
+def launch_config(G: int, E: int) -> dict[str, Any]:
+    """Tiles of 4096 keys' numbers times queries, 32 a thread. Programs that take other queries find the keys in L2."""
+    GB, EB = min(triton.next_power_of_2(G), 4), triton.next_power_of_2(E)
+    return {"GB": GB, "EB": EB, "T": max(4096 // (GB * EB), 4), "num_warps": 4, "enable_fp_fusion": True}
+
+
+def num_splits(programs: int, P: int, processors: int) -> int:
+    """A power of two: enough programs for 4 on each multiprocessor, if a row as long as the pool has keys for them."""
+    wanted = min(triton.cdiv(4 * processors, programs), triton.cdiv(P, _SPLIT_KEYS), _MAX_SPLITS)
+    return int(triton.next_power_of_2(max(wanted, 1)))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _launch(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_start: Tensor,
+    prefix_length: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scale: float,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    impl: str,
+) -> Tensor:
+    R, Hq, E = q.shape
+    P, Hkv, _ = keys.shape
+    out = q.new_empty(R, Hq * E)
+    rows = (prefix_start, prefix_length, start, length)
+    if impl == "native":
+        fp8 = "" if key_scales is None else "_float8"
+        run = native.function(f"bicot_decode_attention_{NATIVE_DTYPES[q.dtype]}{fp8}", *_NATIVE)
+        pointers = (x if x is None else x.data_ptr() for x in (keys, values, key_scales, value_scales, *rows))
+        outside = _INTEGER()
+        run(
+            q.data_ptr(), q.stride(0), *pointers, R, Hq, Hkv, E, P, scale, torch.get_num_threads(), out.data_ptr(),
+            ctypes.byref(outside),
+        )  # fmt: skip
+        if (r := outside.value) < R:
+            lies = ", ".join(f"{name} {int(x[r])}" for name, x in zip(_ROWS, rows, strict=True))
+            raise IndexError(f"row {r} has no key, or one outside the {P} slots of the pool: {lies}")
+    elif R:
+        config = launch_config(Hq // Hkv, E)
+        blocks = Hkv * triton.cdiv(Hq // Hkv, config["GB"])
+        splits = num_splits(R * blocks, P, _processors(q.device))
+        part = top = sums = out
+        if splits > 1:
+            part = q.new_empty(R * Hq * splits * E, dtype=torch.float32)
+            top, sums = q.new_empty(2, R * Hq * splits, dtype=torch.float32)
+        _attend_kernel[(R, blocks, splits)](
+            q, q.stride(0), keys, values, key_scales, value_scales, *rows, part, top, sums, scale * _LOG2E, Hkv,
+            Hq // Hkv, E, SPLIT=splits > 1, **config,
+        )  # fmt: skip
+        if splits > 1:
+            _combine_kernel[(R * Hq,)](
+                top, sums, part, out, E, config["EB"], splits, num_warps=4, enable_fp_fusion=True
+            )
+    return out
+
+
+def _fake(q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
+
+
+# `custom_op` would cost 15 µs a call where this costs 2
+torch.library.define("bicot::decode_attention", torch.library.infer_schema(_launch, mutates_args=()))
+torch.library.impl("bicot::decode_attention", "default", _launch)
+torch.library.register_fake("bicot::decode_attention", _fake)
+_op = torch.ops.bicot.decode_attention.default
+
+
+def _check(q: Tensor, pools: tuple[Tensor | None, ...], rows: tuple[Tensor, ...]) -> None:
+    keys, values, key_scales, value_scales = pools
+    assert keys is not None and values is not None
+    if q.ndim != 3 or not 0 < q.shape[2] <= _MAX_DIM or not q.is_floating_point():
+        raise ValueError(f"q must be [R, Hq, E] floating point, E up to {_MAX_DIM}, got {[*q.shape]} {q.dtype}")
+    R, Hq, E = q.shape
+    if keys.ndim != 3 or keys.shape[2] != E or values.shape != keys.shape or not keys.shape[1] or Hq % keys.shape[1]:
+        raise ValueError(
+            f"keys and values must be [P, Hkv, {E}], Hkv a divisor of {Hq}, got {[*keys.shape]} and {[*values.shape]}"
+        )
+    if (key_scales is None) != (value_scales is None):
+        raise ValueError("key_scales and value_scales go together")
+    dtype = q.dtype if key_scales is None else FP8
+    if keys.dtype != dtype or values.dtype != dtype:
+        scaled = "without" if key_scales is None else "with"
+        raise ValueError(f"keys and values {scaled} scales must be {dtype}, got {keys.dtype} and {values.dtype}")
+    for scales in (key_scales, value_scales):
+        if scales is not None and (scales.shape != keys.shape[:2] or scales.dtype != torch.float32):
+            raise ValueError(f"scales must be {[*keys.shape[:2]]} float32, got {[*scales.shape]} {scales.dtype}")
+    for name, x in zip(_ROWS, rows, strict=True):
+        if x.shape != (R,) or x.dtype != torch.int64:
+            raise ValueError(f"{name} must be [{R}] int64, got {[*x.shape]} {x.dtype}")
+    if q.numel() and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1)):
+        raise ValueError(f"only the rows of q may be strided, got strides {q.stride()}")
+    for t in (*pools, *rows):
+        if t is not None and (t.device != q.device or not t.is_contiguous()):
+            raise ValueError(f"all but q must be contiguous on {q.device}, got strides {t.stride()} on {t.device}")
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_start: Tensor,
+    prefix_length: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scale: float | None = None,
+    *,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Attention of one query a row over its prefix and its own keys in the pool. Not differentiable.
+
+    What the launches are depends on shapes alone: a CUDA graph can replay them while the rows change.
+
+    Args:
+        q: [R, Hq, E] floating point, E up to 256. Its rows may be strided, as a slice of q, k and v together is.
+        keys, values: [P, Hkv, E], Hkv a divisor of Hq, of q's dtype, or float8_e4m3fn with scales.
+        prefix_start, prefix_length: [R] int64, the slots of the keys that come first; a length may be 0.
+        start, length: [R] int64, those of the row's own. A row has one key at least.
+        scale: of the scores; default E ** -0.5.
+        key_scales, value_scales: [P, Hkv] float32, what the numbers of a token's head are multiplied by.
+        impl: "triton" (CUDA; a float8 pool needs a GPU of compute capability 8.9), "native" (C++ on the CPU, float32
+            or bfloat16), "torch", or "auto", the first that can run. Computed in float32, or float64 for float64.
+
+    All tensors are on one device, and all but q contiguous.
+
+    Returns:
+        [R, Hq·E], dtype of q.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
+        IndexError: a row without a key or with one outside the pool, from the C++ kernel. On a GPU nothing looks: it
+            would cost a launch.
+        RuntimeError: q wants a gradient, or `impl="native"` and the C++ library is missing.
+
+    Source: Flash-Decoding (Dao et al., 2023).
+    """
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise RuntimeError("decode_attention is forward only: call it under torch.no_grad()")
+    rows = (prefix_start, prefix_length, start, length)
+    _check(q, (keys, values, key_scales, value_scales), rows)
+    if key_scales is not None and impl == "auto" and q.is_cuda and not _converts_fp8(q.device):
+        impl = "torch"
+    chosen = choose(impl, q.device, q.dtype)
+    scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    if chosen == "torch":
+        return decode_attention_ref(q, keys, values, *rows, scale, key_scales, value_scales)
+    return _op(q, keys, values, *rows, scale, key_scales, value_scales, chosen)

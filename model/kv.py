@@ -1,0 +1,87 @@
+"""The KV cache: one pool of token slots a layer, allocated once, out of which rows take contiguous segments.
+
+A row reads a prefix that others may share and a segment of its own (see kernels/decode_attention.py), so sharing,
+leaving and regrouping move no keys or values. P slots, H key/value heads, E head dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARE_OF_FREE = 0.5  # of a GPU's free memory: the optimizer's moments and the activations come later
+SCRATCH = 0  # the slot where rows that pad a batch write
+
+
+class KVPool:
+    """Keys and values of every layer; grows on demand up to its limit, and stays that large for the run.
+
+    Args:
+        config: of the Llama body.
+        dtype: of keys and values; `torch.float8_e4m3fn` stores them with one float32 scale a token and head.
+        max_bytes: the limit; None = half of a GPU's memory that is free when it grows (no limit on a CPU).
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, max_bytes: int | None) -> None:
+        self.layers, self.heads = config.num_hidden_layers, config.num_key_value_heads
+        self.dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.dtype, self.device, self.max_bytes = dtype, device, max_bytes
+        self.scaled = dtype == torch.float8_e4m3fn
+        scale_bytes = 4 if self.scaled else 0
+        self.bytes_per_token = 2 * self.layers * self.heads * (self.dim * dtype.itemsize + scale_bytes)
+        self._allocate(0)
+
+    def _allocate(self, slots: int) -> None:
+        self.slots = slots
+        shape = (self.layers, 2, slots, self.heads)
+        self._pool = torch.empty(*shape, self.dim, dtype=self.dtype, device=self.device)
+        self._scales = torch.empty(shape if self.scaled else 0, dtype=torch.float32, device=self.device)
+        self.reset()
+
+    def reset(self) -> None:
+        """Give all segments back."""
+        self._next = SCRATCH + 1
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit."""
+        return max(0, self.slots - SCRATCH - 1)
+
+    def reserve(self, tokens: int) -> bool:
+        """Give all segments back; grow towards `tokens` as far as memory allows -> whether the pool has moved."""
+        self.reset()
+        if tokens <= self.capacity:
+            return False
+        limit = self.max_bytes
+        if limit is None and self.device.type == "cuda":
+            cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            free = torch.cuda.mem_get_info(self.device)[0] + cached + self.slots * self.bytes_per_token
+            limit = int(SHARE_OF_FREE * free)
+        slots = tokens + SCRATCH + 1
+        slots = slots if limit is None else min(slots, limit // self.bytes_per_token)
+        if slots <= self.slots:
+            return False
+        self._allocate(0)  # the old pool first, or both would have to fit
+        while True:
+            try:
+                self._allocate(slots)
+                return True
+            except torch.OutOfMemoryError:  # less than the limit: the engine makes its chunks smaller
+                slots //= 2
+                if not slots:
+                    raise
+
+    def take(self, tokens: int) -> int:
+        """A segment of `tokens` slots -> its first slot."""
+        start, self._next = self._next, self._next + tokens
+        assert self._next <= self.slots, "the engine plans its chunks by `capacity`"
+        return start
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """keys, values [P, H, E], and their scales [P, H] of an fp8 pool."""
+        keys, values = self._pool[index]
+        if not self.scaled:
+            return keys, values, None, None
+        return keys, values, self._scales[index, 0], self._scales[index, 1]

@@ -1,0 +1,252 @@
+"""The two stages of a rollout on the device: rows that decode together, step by step.
+
+Everything a step reads or writes keeps its address, so that a step can be one CUDA graph. Rows are described by numbers
+on the device: a row that leaves, or a group that shares its prompt, moves numbers and no keys or values.
+
+Shapes: R rows of a step, S samples, L tokens of a sample (a plan's limit, or a picture's T), D hidden.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.cfg_sample import Draw, cfg_sample
+from .decoder import Decoder
+from .graphs import StepGraphs
+from .kv import SCRATCH
+from .packed import upload
+from .settings import Sampling
+
+# The numbers of a row. LENGTH, OUTPUT and COUNTER grow by ADVANCE at every step: by 1, or by 0 where a row only fills
+# its batch.
+PREFIX_START, PREFIX_LENGTH, START, LENGTH, OUTPUT, COUNTER, ADVANCE = range(7)
+
+POLL = 8  # steps between looks at which plans have ended, each look at the flags of the one before
+_BUCKETS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+IMAGE_STAGE = 1 << 31  # added to the position, so that the two stages of a sample never share a counter
+
+
+class Row(NamedTuple):
+    """Where a row's tokens lie before the first step, and the number of its sample."""
+
+    prefix_start: int
+    prefix_length: int
+    start: int
+    length: int
+    sample: int
+
+
+class Stage:
+    """Buffers of one stage and its step.
+
+    Args:
+        decoder: the forward pass.
+        graphs: what runs the step.
+        samples: most samples of a step.
+        rows_per_sample: 2 where each sample has an unconditional row too.
+        length: L.
+    """
+
+    def __init__(self, decoder: Decoder, graphs: StepGraphs, samples: int, rows_per_sample: int, length: int) -> None:
+        self.decoder, self.weights, self.graphs = decoder, decoder.weights, graphs
+        self.device = decoder.cos.device
+        self.samples, self.rows_per_sample, self.length = samples, rows_per_sample, length
+        rows = self.bucket(samples) * rows_per_sample
+        self.x = torch.zeros(rows, self.weights.embed_text.tensor.shape[1], dtype=decoder.cos.dtype, device=self.device)
+        self.numbers = torch.zeros(7, rows, dtype=torch.int64, device=self.device)
+        self.running = torch.zeros(rows, dtype=torch.bool, device=self.device)
+        self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
+        # one place more than S·L, where rows that only fill their batch write
+        self.tokens = torch.zeros(samples * length + 1, dtype=torch.int64, device=self.device)
+        self.logp_cond = torch.zeros(samples * length + 1, device=self.device)
+        self.logp_guided = torch.zeros(samples * length + 1, device=self.device)
+
+    def bucket(self, samples: int) -> int:
+        """Samples of the step that takes `samples`: each bucket has one graph."""
+        if not self.graphs.enabled:
+            return samples
+        at = bisect_left(_BUCKETS, samples)
+        return _BUCKETS[at] if at < len(_BUCKETS) else -(-samples // 256) * 256
+
+    def _begin(self, rows: Sequence[Row], first_row: int, counter: int) -> None:
+        """Set the numbers of `rows`, from `first_row` of the buffers on, and fill their bucket."""
+        table = torch.zeros(7, len(rows), dtype=torch.int64)
+        table[:OUTPUT] = torch.tensor([row[:OUTPUT] for row in rows]).T
+        table[OUTPUT] = torch.arange(len(rows)) * self.length
+        table[COUNTER] = torch.tensor([(row.sample << 32) + counter for row in rows])
+        table[ADVANCE] = 1
+        end = first_row + len(rows)
+        self.numbers[:, first_row:end] = upload(table, self.device)
+        self.running[first_row:end] = True
+        self._fill(end, first_row + self.bucket(len(rows)))
+
+    def _fill(self, begin: int, end: int) -> None:
+        """Rows that only fill a batch write to the scratch slot, read it, and draw into the place nobody reads."""
+        idle = self.numbers[:, begin:end]
+        idle.zero_()
+        idle[START] = SCRATCH
+        idle[OUTPUT] = len(self.tokens) - 1
+        self.x[begin:end] = 0
+        self.running[begin:end] = False
+
+    def _hidden(self, rows: int) -> Tensor:
+        """[R, D] after one token of each row."""
+        numbers = self.numbers[:, :rows]
+        return self.decoder.step(self.x[:rows], *numbers[: LENGTH + 1])
+
+    def _record(self, draw: Draw, rows: int) -> None:
+        """Keep what the first rows drew, and count it for all."""
+        at = self.numbers[OUTPUT, : len(draw.token)]
+        self.tokens.index_copy_(0, at, draw.token)
+        self.logp_cond.index_copy_(0, at, draw.logp_cond.float())
+        self.logp_guided.index_copy_(0, at, draw.logp_guided.float())
+        self.numbers[LENGTH:ADVANCE, :rows] += self.numbers[ADVANCE, :rows]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.weights.embed_text.tensor)
+
+    def _drawn(self, column: Tensor, samples: int) -> Tensor:
+        """[S, L] of an output buffer."""
+        return column[: samples * self.length].view(samples, self.length)
+
+    @property
+    def _state(self) -> list[Tensor]:
+        return [self.x, self.numbers, self.running]
+
+
+class PlanStage(Stage):
+    """Writes plans: a row a sample; rows that have ended leave the batch."""
+
+    def run(
+        self, rows: Sequence[Row], last_tokens: Sequence[int], eos: int, sampling: Sampling, seed: int
+    ) -> tuple[list[list[int]], list[Tensor]]:
+        """Decode until every row has drawn `eos` or L tokens -> plans up to and with their first EOS, and log-probs.
+
+        Args:
+            rows: their samples, all keys and values but the last prompt token's written.
+            last_tokens: that token of each row.
+        """
+        self.seed.fill_(seed)
+        self.x[: len(rows)] = self._embed(upload(last_tokens, self.device))
+        self._begin(rows, 0, counter=0)
+        count, look = len(rows), _Look(self.device, len(self.running))
+        for t in range(self.length):
+            size = self.bucket(count)
+            key = ("plan", size, eos, sampling)
+            self.graphs.run(key, lambda size=size: self._step(size, eos, sampling), self._state)  # type: ignore[misc]
+            running = look.next(self.running[:count], t)
+            if running is None or all(running):
+                continue
+            going = [row for row, runs in enumerate(running) if runs]
+            if not going:
+                break
+            if self.bucket(len(going)) < size:
+                self._keep(going)
+                count = len(going)
+                look.forget()
+        tokens = self._drawn(self.tokens, len(rows)).tolist()
+        ends = [row.index(eos) + 1 if eos in row else len(row) for row in tokens]
+        logprobs = self._drawn(self.logp_cond, len(rows)).clone()
+        plans = [row[:end] for row, end in zip(tokens, ends, strict=True)]
+        return plans, [row[:end] for row, end in zip(logprobs, ends, strict=True)]
+
+    def _step(self, rows: int, eos: int, sampling: Sampling) -> None:
+        draw = cfg_sample(
+            self.weights.text_head(self._hidden(rows)),
+            None,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=self.seed,
+            offset=self.numbers[COUNTER, :rows],
+        )
+        self._record(draw, rows)
+        self.running[:rows] &= draw.token != eos
+        self.x[:rows] = self._embed(draw.token)
+
+    def _keep(self, going: list[int]) -> None:
+        index = upload(going, self.device)
+        for tensor in (self.x, self.running):
+            tensor[: len(going)] = tensor[index]
+        self.numbers[:, : len(going)] = self.numbers[:, index]
+        self._fill(len(going), self.bucket(len(going)))
+
+
+class ImageStage(Stage):
+    """Draws pictures: with guidance two rows a sample, [conditional; unconditional] halves of a batch."""
+
+    def run(
+        self, rows: Sequence[Row], unconditional: Sequence[Row], boi: int, sampling: Sampling, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw T tokens of every sample -> tokens, conditional and guided log-probs, each [S, T].
+
+        Args:
+            rows: the samples, all keys and values but `<begin_of_image>`'s written.
+            unconditional: the same without their prompts; empty = no guidance.
+            boi: the token that begins a picture.
+        """
+        samples = len(rows)
+        size = self.bucket(samples)
+        step_rows = 2 * size if unconditional else size
+        self.seed.fill_(seed)
+        self.x[:step_rows] = self.weights.embed_text.tensor[boi]
+        for half, part in enumerate((rows, unconditional)):
+            if part:
+                self._begin(part, half * size, IMAGE_STAGE)
+        key = ("image", size, step_rows, sampling)
+        for _ in range(self.length):
+            self.graphs.run(key, lambda: self._step(size, step_rows, sampling), self._state)
+        columns = (self.tokens, self.logp_cond, self.logp_guided)
+        tokens, logp, guided = (self._drawn(column, samples).clone() for column in columns)
+        return tokens, logp, guided
+
+    def _step(self, samples: int, rows: int, sampling: Sampling) -> None:
+        logits = self.weights.image_head(self.weights.image_features(self._hidden(rows)))
+        draw = cfg_sample(
+            logits[:samples],
+            logits[samples:] if rows > samples else None,
+            guidance=sampling.cfg_weight,
+            temperature=sampling.image_temperature,
+            top_k=sampling.image_top_k,
+            top_p=sampling.image_top_p,
+            seed=self.seed,
+            offset=self.numbers[COUNTER, :samples],
+        )
+        self._record(draw, rows)
+        self.x[:rows].view(-1, samples, self.x.shape[1])[:] = F.embedding(draw.token, self.weights.embed_image)
+
+
+class _Look:
+    """Which rows still run, without stalling a GPU: each look returns the flags that the look before it asked for."""
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu:
+            self.flags = torch.empty(rows, dtype=torch.bool, pin_memory=True)
+            self.copied = torch.cuda.Event()
+        self.pending = 0
+
+    def next(self, running: Tensor, step: int) -> list[bool] | None:
+        """Flags of the rows after an earlier step, or None if it is not time to look."""
+        if not self.on_gpu:
+            return running.tolist()
+        if step % POLL:
+            return None
+        seen = None
+        if self.pending:
+            self.copied.synchronize()  # asked for POLL steps ago: those behind it keep the device busy
+            seen = self.flags[: self.pending].tolist()
+        self.flags[: len(running)].copy_(running, non_blocking=True)
+        self.copied.record()
+        self.pending = len(running)
+        return seen
+
+    def forget(self) -> None:
+        """The rows have moved: what was asked for means other rows."""
+        self.pending = 0

@@ -1,0 +1,236 @@
+"""What the decode engine reads of a policy, one tensor for each matrix product, always the newest values.
+
+A matrix that decoding wants whole (q, k and v stacked; gate and up stacked) is spread over several modules. For each,
+`refresh` finds the cheapest way that keeps up with training:
+
+shared   The parameters become views of one tensor. Whoever writes a parameter (an optimizer, a checkpoint) writes what
+         decoding reads: nothing is copied, then or later. Parameters that already lie side by side, as in the flat
+         buffers of DeepSpeed's ZeRO-1 and 2, are read where they are.
+copied   anew by every refresh, in place: W + Σ B·A·scaling of LoRA modules (PEFT), parameters that DeepSpeed's ZeRO-3
+         shards, and those that lie apart in storage that is not theirs.
+
+Copies keep their addresses, so that captured CUDA graphs stay valid. Modules are found by name at every refresh: one
+that PEFT wraps later counts. D is the hidden size, V a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .policy import Policy
+from .vq import ImageDecoder
+
+
+class Weights:
+    """The policy's decoder layers, embeddings, heads and picture decoder.
+
+    Args:
+        policy: read now, and at every `refresh`. Its `model` is the transformers module, which PEFT may have adapted
+            and DeepSpeed sharded, before or after.
+
+    Raises:
+        ValueError: a body that is not Llama's, or adapters that are not plain LoRA.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        config = policy.config.text_config
+        if config.model_type != "llama" or config.hidden_act != "silu":
+            raise ValueError(
+                f"the language model is a {config.model_type!r} with {config.hidden_act!r}; the engine decodes Janus's "
+                "Llama with 'silu'"
+            )
+        self.policy = policy
+        self._kind = (policy.device, policy.dtype)
+        self._sources: list[Joined] = []
+        self.embed_text = self.read("weight", "model.language_model.embed_tokens")
+        self.layers = [Layer(self, f"model.language_model.layers.{i}") for i in range(config.num_hidden_layers)]
+        self.norm = self.read("weight", "model.language_model.norm")
+        self.text_head = Linear(self, "lm_head")
+        self._image_projection = Linear(self, "model.generation_head.proj_out")
+        self.image_head = Linear(self, "model.generation_head.vision_head")
+        self._codes = self.read("weight", "model.generation_embeddings")
+        depth = len(policy.model.model.generation_aligner.hidden_layers)
+        names = ["fc1", *(f"hidden_layers.{i}" for i in range(depth))]
+        self._aligner = [Linear(self, f"model.generation_aligner.{name}") for name in names]
+        # not the policy's own module: ZeRO-3 counts its calls, and ranks call it as often as their chunks need
+        self._activation = ACT2FN[policy.config.vq_config.hidden_act]
+        self.image_decoder = ImageDecoder(policy)
+        self.embed_image: Any = None  # [codes, D]: what each image token is to the language model
+        self.refresh()
+
+    def read(self, attribute: str, *names: str) -> Joined:
+        """The attribute of the modules so named, from the next refresh on."""
+        self._sources.append(Joined(self.policy, attribute, names))
+        return self._sources[-1]
+
+    def image_features(self, hidden: Tensor) -> Tensor:
+        """[R, D] hidden -> [R, D], the input of `image_head`."""
+        return self._activation(self._image_projection(hidden))
+
+    @torch.no_grad()
+    def refresh(self) -> bool:
+        """Take over what training has written. Under ZeRO-3 all ranks call this together.
+
+        Returns:
+            Whether a tensor has moved, which makes captured graphs invalid: only after the parameters themselves have.
+
+        Raises:
+            ValueError: the policy has another device or dtype than before.
+        """
+        kind = (self.policy.device, self.policy.dtype)
+        if kind != self._kind:
+            raise ValueError(f"the policy was {self._kind} and is {kind} now: build its RolloutEngine after that")
+        moved = [source.refresh() for source in self._sources]
+        vq = self.policy.model.model.vqmodel
+        with whole(vq.parameters()):
+            self.image_decoder.refresh(vq, _value)
+        table = self._aligner[0](self._codes.tensor)
+        for layer in self._aligner[1:]:
+            table = layer(self._activation(table))
+        self.embed_image = table if self.embed_image is None else self.embed_image.copy_(table)
+        return any(moved)
+
+
+class Joined:
+    """The rows of one attribute of one or more modules, as one tensor: `.tensor`, None where the modules have none."""
+
+    def __init__(self, policy: Policy, attribute: str, names: Sequence[str]) -> None:
+        self.policy, self.attribute, self.names = policy, attribute, names
+        self.tensor: Any = None
+        self.copied = False
+
+    def refresh(self) -> bool:
+        """Bring `tensor` up to date -> whether it has moved."""
+        modules = [self.policy.model.get_submodule(name) for name in self.names]
+        parameters = [getattr(module, self.attribute) for module in modules]
+        if parameters[0] is None:
+            return False
+        shared = self._shared(parameters) if not any(map(_is_adapted, modules)) else None
+        before, copied_before = self.tensor, self.copied
+        self.copied = shared is None
+        if shared is not None:
+            self.tensor = shared
+            return before is None or before.data_ptr() != shared.data_ptr()
+        with whole(p for module in modules for p in module.parameters()):
+            values = [_value(module, self.attribute) for module in modules]
+            rows = [len(value) for value in values]
+            if not copied_before:  # what was shared is the policy's own
+                self.tensor = parameters[0].new_empty(sum(rows), *values[0].shape[1:])
+            for part, value in zip(self.tensor.split(rows), values, strict=True):
+                part.copy_(value)
+        return not copied_before
+
+    def _shared(self, parameters: Sequence[Tensor]) -> Tensor | None:
+        """The parameters as one view of the storage they have, or get; None where that is not ours to give."""
+        if any(not isinstance(p, nn.Parameter) or hasattr(p, "ds_id") for p in parameters):
+            return None  # PEFT computes it; or ZeRO-3, where storage comes and goes
+        shared = _side_by_side(parameters)
+        if shared is None and all(_is_alone(parameter, self.tensor) for parameter in parameters):
+            shared = _move_together(parameters)
+        return shared
+
+
+class Linear:
+    """weight [out, in] and bias [out] or None of one or more nn.Linear with the same input, their outputs stacked."""
+
+    def __init__(self, weights: Weights, *names: str) -> None:
+        self._weight, self._bias = weights.read("weight", *names), weights.read("bias", *names)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight.tensor
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._bias.tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self._weight.tensor, self._bias.tensor)
+
+
+class Layer:
+    """One block of Llama, as its transformers module has it."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.attention_norm = weights.read("weight", f"{name}.input_layernorm")
+        self.qkv = Linear(weights, *(f"{name}.self_attn.{which}_proj" for which in "qkv"))
+        self.out = Linear(weights, f"{name}.self_attn.o_proj")
+        self.mlp_norm = weights.read("weight", f"{name}.post_attention_layernorm")
+        self.gate_up = Linear(weights, f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")
+        self.down = Linear(weights, f"{name}.mlp.down_proj")
+
+
+@contextmanager
+def whole(parameters: Iterable[Any]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has sharded are complete on every rank."""
+    # those that it keeps complete are left alone: leaving the context would shard them
+    sharded = [p for p in parameters if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
+    if not sharded:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(sharded):
+        yield
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has put an adapter around the module. (A copy that trains in its place is found by itself.)"""
+    return hasattr(module, "get_base_layer")
+
+
+def _is_alone(parameter: Tensor, joined: Tensor | None) -> bool:
+    """Whether nobody else has views of the parameter's storage, which is its own or that of an earlier `joined`."""
+    storage = parameter.untyped_storage()
+    moved = joined is not None and joined.untyped_storage().data_ptr() == storage.data_ptr()
+    size = (joined if moved else parameter).nbytes  # type: ignore[union-attr]
+    return storage.nbytes() == size and not hasattr(parameter, "_hp_mapping")  # ZeRO-1 or 2, with one in a flat buffer
+
+
+def _value(module: nn.Module, name: str) -> Tensor:
+    """The value of a parameter of `module` or below it, with the active adapters of a LoRA module."""
+    owner, _, attribute = name.rpartition(".")
+    module = module.get_submodule(owner)
+    value = getattr(module, attribute)  # of the base, if there is an adapter
+    if not _is_adapted(module):
+        return value
+    adapted: Any = module
+    if adapted.merged and adapted.disable_adapters:
+        adapted.unmerge()  # as its own forward does
+    if adapted.merged or adapted.disable_adapters:
+        return value
+    names = [name for name in adapted.active_adapters if name in getattr(adapted, "scaling", ())]
+    if not hasattr(adapted, "lora_A") or any(name in adapted.lora_variant for name in names):
+        raise ValueError(f"{type(module)}: rollouts merge plain LoRA adapters, and no other kind (such as DoRA)")
+    if attribute == "weight":
+        deltas = [adapted.get_delta_weight(name) for name in names]
+    else:
+        deltas = [adapted.lora_B[name].bias * adapted.scaling[name] for name in names if adapted.lora_bias[name]]
+    return value.float() + sum(delta.float() for delta in deltas)
+
+
+def _side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
+    """The parameters as one view, if each begins where the one before it ends."""
+    first = parameters[0].detach()
+    for left, right in pairwise(parameters):
+        adjacent = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        if not adjacent or left.storage_offset() + left.numel() != right.storage_offset():
+            return None
+    if not all(parameter.is_contiguous() for parameter in parameters):
+        return None
+    return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def _move_together(parameters: Sequence[Tensor]) -> Tensor:
+    """Copy the parameters into one tensor, and make them views of it."""
+    joined = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters]), strict=True):
+        parameter.data = part
+    return joined

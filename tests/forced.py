@@ -1,0 +1,54 @@
+"""What transformers computes for the tokens of a rollout: the measure of whether the engine follows the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.policy import Policy
+from bicot.model.prompts import PromptFormat
+from bicot.model.settings import Sampling
+
+PROMPTS = ["a red circle", "two blue square and a circle of w1 w2 w3", "w3"]
+TOLERANCE = 1e-4  # float32 log-probs and pixels
+GREEDY = Sampling(max_completion_length=6, temperature=0, image_temperature=0, cfg_weight=1.0)
+
+
+def engine_of(policy: Policy, max_rows: int = 256) -> RolloutEngine:
+    return RolloutEngine(policy, policy.prompt_encoder(PromptFormat("t2i_r1", "", "plan {}")), max_rows=max_rows)
+
+
+def greedy(engine: RolloutEngine, prompts: Sequence[str] = PROMPTS) -> RolloutChunk:
+    return RolloutChunk.cat(list(engine.generate(prompts, 1, GREEDY, seed=0)))
+
+
+def numbers(chunk: RolloutChunk) -> Tensor:
+    """All that depends on the weights, flat, float32."""
+    columns = (chunk.plan_logprobs.values, chunk.image_logprobs, chunk.images, chunk.plans.values, chunk.image_tokens)
+    return torch.cat([column.flatten().float() for column in columns])
+
+
+@torch.no_grad()
+def gap(chunk: RolloutChunk, policy: Policy) -> float:
+    """Largest difference of a greedy rollout's log-probs and pictures from transformers' own, each sample alone.
+
+    Infinite where a token is not the one that transformers' greedy `generate` would draw.
+    """
+    pictures = policy.model.model.vqmodel.decode(chunk.image_tokens)
+    differences = [chunk.images - ((pictures + 1) / 2).clamp(0, 1)]
+    for s, plan_logprobs in enumerate(chunk.plan_logprobs.rows()):
+        prompt, plan = chunk.prompts.tolist()[s], torch.tensor(chunk.plans.tolist()[s])
+        text = policy.model(input_ids=torch.tensor([[*prompt, *plan.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        ids, tokens = chunk.image_prompts.tolist()[s], chunk.image_tokens[s]
+        embeds = torch.cat([policy.embed_text(torch.tensor(ids)), policy.embed_image(tokens)])
+        hidden = policy.decoder(inputs_embeds=embeds[None])[0][0, len(ids) - 1 : -1]
+        image = policy.model.model.generation_head(hidden)
+        for logits, drawn, recorded in ((text, plan, plan_logprobs), (image, tokens, chunk.image_logprobs[s])):
+            if not torch.equal(logits.argmax(-1), drawn):
+                return math.inf
+            differences.append(recorded - logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0])
+    return max(difference.abs().max().item() for difference in differences)

@@ -1,0 +1,516 @@
+"""decode_attention against a loop over heads and keys, its kernels against the reference in float64, what a row may not
+see, the error of float8 pools, and the machine code of the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import (
+    BFLOAT16_ROUNDING,
+    IMPLEMENTATIONS,
+    INTERPRETED,
+    KERNELS,
+    NATIVE,
+    TRITON,
+    assert_no_worse,
+    device,
+    gpu,
+    no_host_sync,
+    poisoned_outputs,
+)
+from torch import Tensor
+
+from bicot.kernels import decode_attention as module
+from bicot.kernels.decode_attention import _op, decode_attention
+from bicot.kernels.rope_kv_write import FP8, quantize_fp8
+
+# Relative, of the norm and of each element: sums in another order, and a rounding that the reference has too.
+RELATIVE = {torch.float32: 2e-6, torch.bfloat16: BFLOAT16_ROUNDING if INTERPRETED else 2**-9, torch.float16: 2**-11}
+ABSOLUTE = 1e-6  # of values near 1
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(1, 1, 8), (4, 4, 32), (6, 2, 20), (2, 2, 128), (8, 1, 64), (3, 3, 80), (2, 1, 256)]  # Hq, Hkv, E
+# prefix_length and length of rows: one key on either side, tiles of 128 that end before, at and after a segment's end
+ROWS = [(0, 1), (1, 0), (5, 1), (0, 37), (37, 16), (37, 91), (37, 0), (0, 128), (1, 128), (37, 263)]
+INF = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def _poison_outputs() -> Iterator[None]:
+    with poisoned_outputs():
+        yield
+
+
+@dataclass
+class Pool:
+    """What one call takes, in its order. Slots that belong to no row hold NaN."""
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    prefix_start: Tensor
+    prefix_length: Tensor
+    start: Tensor
+    length: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+
+    def run(self, impl: str, scale: float | None = None) -> Tensor:
+        there = [None if x is None else x.to(device(impl)) for x in vars(self).values()]
+        *given, key_scales, value_scales = there
+        if not self.q.is_contiguous():  # a copy to a GPU loses the strides
+            given[0] = there[0].repeat(1, 2, 1)[:, : self.q.shape[1]]
+        return decode_attention(*given, scale, key_scales=key_scales, value_scales=value_scales, impl=impl).cpu()
+
+    def double(self) -> Pool:
+        """Float64, scales multiplied in."""
+        k, v = self.keys.double(), self.values.double()
+        if self.key_scales is not None and self.value_scales is not None:
+            k, v = k * self.key_scales[..., None].double(), v * self.value_scales[..., None].double()
+        return replace(self, q=self.q.double(), keys=k, values=v, key_scales=None, value_scales=None)
+
+    def to_fp8(self) -> Pool:
+        k, key_scales = quantize_fp8(self.keys)
+        v, value_scales = quantize_fp8(self.values)
+        return replace(self, keys=k, values=v, key_scales=key_scales, value_scales=value_scales)
+
+    def slots(self, r: int) -> list[int]:
+        segments = ((self.prefix_start[r], self.prefix_length[r]), (self.start[r], self.length[r]))
+        return [int(first) + i for first, n in segments for i in range(int(n))]
+
+
+def pool(
+    Hq: int,
+    Hkv: int,
+    E: int,
+    dtype: torch.dtype = torch.float32,
+    rows: Sequence[tuple[int, int]] = ROWS,
+    *,
+    seed: int = 0,
+    spread: float = 2.0,
+) -> Pool:
+    """Rows share the prefix at slot 3; their own slots lie behind it in shuffled order, with gaps."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix_length, length = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
+    R, widest = len(rows), int(prefix_length.max()) if rows else 0
+    start, end = torch.empty(R, dtype=torch.int64), 3 + widest + 2
+    for r in torch.randperm(R, generator=generator).tolist():
+        start[r], end = end, end + int(length[r]) + 1
+    used = torch.zeros(end, dtype=torch.bool)
+    used[3 : 3 + widest] = True
+    for r in range(R):
+        used[int(start[r]) : int(start[r] + length[r])] = True
+    keys, values = torch.randn(2, end, Hkv, E, generator=generator)
+    keys[~used] = values[~used] = torch.nan
+    q = (spread * torch.randn(R, Hq + 2 * Hkv, E, generator=generator))[:, :Hq]  # as a slice of q, k and v
+    return Pool(
+        q.to(dtype), keys.to(dtype), values.to(dtype), torch.full((R,), 3), prefix_length.clone(), start, length.clone()
+    )
+
+
+def few(rows: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    return [row for row in rows if sum(row) < 64] + [(37, 91)] if INTERPRETED else rows
+
+
+def compare(p: Pool, impl: str, scale: float | None = None) -> None:
+    ours, eager, gt = p.run(impl, scale), p.run("torch", scale), p.double().run("torch", scale)
+    assert_no_worse("out", ours, eager, gt, RELATIVE[p.q.dtype], ABSOLUTE)
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("Hq", "Hkv", "E"), SHAPES)
+def test_the_reference_is_a_loop(Hq: int, Hkv: int, E: int, scale: float | None) -> None:
+    p = pool(Hq, Hkv, E, torch.float64)
+    out = p.run("torch", scale).view(len(ROWS), Hq, E)
+    for r in range(len(ROWS)):
+        for h in range(Hq):
+            k, v = (x[p.slots(r), h // (Hq // Hkv)] for x in (p.keys, p.values))
+            weights = (k @ p.q[r, h] * (E**-0.5 if scale is None else scale)).exp()
+            torch.testing.assert_close(out[r, h], weights @ v / weights.sum(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Hq", "Hkv", "E"), SHAPES)
+def test_kernels(Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl: str) -> None:
+    p = pool(Hq, Hkv, E, dtype, few(ROWS))
+    compare(p, impl)
+    assert torch.equal(p.run(impl), p.run(impl))
+
+
+@pytest.mark.parametrize("impl", [TRITON])
+def test_float16(impl: str) -> None:
+    compare(pool(4, 4, 32, torch.float16, few(ROWS)), impl, scale=0.5)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Hq", "Hkv", "E"), SHAPES[1:5])
+def test_a_float8_pool(Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl: str) -> None:
+    """Exact in what it stores: scales far apart, and folded into the right scores and probabilities."""
+    p = pool(Hq, Hkv, E, dtype, few(ROWS))
+    magnitude = torch.logspace(-3, 1, len(p.keys))[:, None, None]
+    p.keys, p.values = p.keys * torch.rand(len(p.keys), Hkv, 1), p.values * magnitude
+    compare(p.to_fp8(), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_every_code_of_float8(side: str, impl: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    finite = codes.float().isfinite()
+    reads_nan = not (impl == "triton" and INTERPRETED)  # as a GPU does; the interpreter takes it for 480
+    seen = finite | reads_nan
+    if side == "values":  # of the only key
+        p = pool(1, 1, 256, rows=[(0, 1)])
+        values, ones = codes.expand(len(p.keys), 1, 256).contiguous(), torch.ones(len(p.keys), 1)
+        out = replace(p, keys=torch.zeros_like(values), values=values, key_scales=ones, value_scales=ones * 0.5).run(
+            impl
+        )
+        expected = (codes.float() * 0.5)[seen]
+        torch.testing.assert_close(out[0, seen], expected, rtol=0, atol=0, equal_nan=True)
+        return
+    # a score of c / |c| against one of 0: with the values 1 and 0 the output is its probability
+    p = pool(1, 1, 16, rows=[(0, 2)] * 256)
+    keys, values = (torch.zeros(len(p.keys), 1, 16) for _ in range(2))
+    keys[p.start, 0, 5] = codes.float()
+    values[p.start] = 1
+    q = torch.zeros(256, 1, 16)
+    q[:, 0, 5] = torch.where(finite & (codes.float() != 0), 1 / codes.float().abs(), 1.0)
+    p = replace(p, q=q, keys=keys.to(FP8), values=values.to(FP8))
+    p = replace(p, key_scales=torch.ones(len(keys), 1), value_scales=torch.ones(len(keys), 1))
+    expected = codes.float().sign().sigmoid()
+    torch.testing.assert_close(p.run(impl, 1.0)[finite, 0], expected[finite], rtol=1e-6, atol=0)
+    assert not reads_nan or p.run(impl, 1.0)[~finite].isnan().all()
+
+
+def fp8_error(p: Pool) -> float:
+    """Relative, of an attention over a float8 pool against that over the exact one, both in float64."""
+    exact = p.double().run("torch")
+    return float((p.to_fp8().double().run("torch") - exact).norm() / exact.norm())
+
+
+def test_the_error_of_float8() -> None:
+    """One scale a token and head: 3 bits of mantissa are an error of 2^-4 at most and about 2^-5.3 of each number.
+
+    An outlier of a channel is 30 times the rest here, as keys of models have them: float8 keeps its mantissa whatever
+    the scale is, so that what is small beside the outlier stays as precise.
+    """
+    rows = [(160, 300)] * 16
+    flat, peaked = pool(4, 4, 128, rows=rows, spread=1.0), pool(4, 4, 128, rows=rows, spread=4.0)
+    outliers = pool(4, 4, 128, rows=rows, spread=1.0)
+    outliers.keys[..., [7, 40]] *= 30
+    outliers.q[..., [7, 40]] /= 30
+    errors = [fp8_error(p) for p in (flat, peaked, outliers)]
+    print("float8 pool, relative error of the output (flat, peaked, outliers):", *(f"{e:.4f}" for e in errors))
+    for error, bound in zip(errors, (0.039, 0.07, 0.039), strict=True):
+        assert 0.85 * bound < error < bound
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_shared_prefix_is_like_ones_own(impl: str) -> None:
+    p = pool(4, 2, 32, rows=[(37, 16), (37, 91), (37, 1)])
+    keys, values, start = [], [], []
+    for r in range(3):
+        start.append(sum(map(len, keys)))
+        keys.append(p.keys[p.slots(r)])
+        values.append(p.values[p.slots(r)])
+    zero = torch.zeros(3, dtype=torch.int64)
+    own = replace(
+        p,
+        keys=torch.cat(keys),
+        values=torch.cat(values),
+        prefix_start=zero + 10**12,  # of a prefix of no keys: not looked at
+        prefix_length=zero,
+        start=torch.tensor(start),
+        length=p.prefix_length + p.length,
+    )
+    assert torch.equal(p.run(impl), own.run(impl))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_row_alone_is_the_row_of_a_batch(impl: str) -> None:
+    p = pool(4, 4, 32, rows=few(ROWS))
+    together = p.run(impl)
+    for r in range(len(p.q)):
+        rows = {name: getattr(p, name)[r : r + 1] for name in ("q", *module._ROWS)}
+        alone = replace(p, **rows).run(impl)[0]
+        # on a GPU fewer rows are split into more parts, which are summed in another order
+        torch.testing.assert_close(
+            alone, together[r], rtol=1e-5 if impl == "triton" else 0, atol=1e-6 * (impl == "triton")
+        )
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+def test_threads_change_nothing(impl: str) -> None:
+    for p in (pool(6, 3, 64), pool(6, 3, 64, rows=[(37, 900)])):
+        threads, results = torch.get_num_threads(), []
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(p.run(impl))
+        torch.set_num_threads(threads)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("offset", [1e4, -1e4, 3e37])
+def test_scores_far_from_zero(offset: float, impl: str) -> None:
+    """All equal: the mean of the values. One far above the rest: its value. Scores rise or fall along the row."""
+    n = 40 if INTERPRETED else 300
+    p = pool(1, 1, 16, rows=[(0, n)])
+    p.q[:] = 0
+    p.q[..., 0] = 1
+    own = p.slots(0)
+    p.keys[own] = offset
+    mean = p.values[own].mean(0)[0]
+    torch.testing.assert_close(p.run(impl, 1.0)[0], mean, rtol=1e-5, atol=1e-6)
+    for winner in (0, 1, n // 2, n - 1):
+        p.keys[own] = -abs(offset)
+        p.keys[own[winner]] = abs(offset)
+        torch.testing.assert_close(p.run(impl, 1.0)[0], p.values[own[winner], 0], rtol=1e-6, atol=1e-7)
+    ramp = torch.linspace(-200, 200, n)
+    for scores in (ramp, -ramp):
+        p.keys[own, 0, 0] = scores
+        expected = scores.double().softmax(0) @ p.values[own, 0].double()
+        torch.testing.assert_close(p.run(impl, 1.0)[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_a_key_of_minus_infinity_is_masked_and_nan_shows(impl: str) -> None:
+    p = pool(1, 1, 16, rows=[(2, 60), (2, 3)])
+    p.q[:] = 1
+    for slot in p.slots(0)[:33] + p.slots(1)[-1:]:
+        p.keys[slot] = -INF
+    out = p.run(impl)
+    for r in range(2):
+        seen = [s for s in p.slots(r) if p.keys[s, 0, 0] > -INF]
+        expected = (p.keys[seen, 0].double().sum(-1) / 4).softmax(0) @ p.values[seen, 0].double()
+        torch.testing.assert_close(out[r].double(), expected, rtol=1e-5, atol=1e-5)
+    p.keys[p.slots(0)[40]] = torch.nan
+    out = p.run(impl)
+    assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+@settings(deadline=None, max_examples=3 if INTERPRETED else 60)
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 150)).filter(any), min_size=1, max_size=6),
+    st.sampled_from([(1, 1), (2, 2), (6, 2)]),
+    st.sampled_from([2, 16, 18, 33, 64]),
+    st.integers(0, 100),
+)
+@pytest.mark.parametrize("impl", KERNELS)
+def test_any_rows(impl: str, rows: list[tuple[int, int]], heads: tuple[int, int], E: int, seed: int) -> None:
+    compare(pool(*heads, E, rows=rows, seed=seed), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_no_rows(impl: str) -> None:
+    assert pool(4, 2, 32, rows=[]).run(impl).shape == (0, 128)
+
+
+@pytest.mark.parametrize("impl", [TRITON])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_splits(dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More splits than a row has tiles leave some without a key."""
+    for fp8 in (False, True):
+        p = pool(2, 2, 64, dtype, [(0, 1), (37, 91), (0, 263)])
+        for processors in (1, 2, 10**4):
+            monkeypatch.setattr(module, "_processors", lambda _, n=processors: n)
+            monkeypatch.setattr(module, "_SPLIT_KEYS", 16)
+            compare(p.to_fp8() if fp8 else p, impl)
+    assert module.num_splits(6, len(p.keys), 10**4) == 32
+
+
+def test_num_splits_depends_on_shapes_and_not_on_lengths() -> None:
+    assert module.num_splits(2048, 10**6, 132) == 1  # every multiprocessor is busy
+    assert module.num_splits(2 * 16, 2 * 736, 132) == 16  # 17 wanted, of 12 times 128 keys
+    assert module.num_splits(1, 100, 132) == 1  # too few keys
+    assert module.num_splits(1, 10**9, 10**4) == 64
+    for programs in range(1, 600, 7):
+        n = module.num_splits(programs, 10**5, 132)
+        assert n & (n - 1) == 0 and (n == 64 or n * programs >= 4 * 132)
+
+
+def changed(**changes: Any) -> Pool:
+    return replace(pool(4, 2, 32), **changes)
+
+
+LONG = torch.ones(len(ROWS), dtype=torch.int64)
+POOL = torch.zeros(900, 2, 32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(10, 4, 31)}, r"keys and values must be \[P, Hkv, 31\]"),
+        ({"q": torch.zeros(10, 3, 32)}, "divisor of 3"),
+        ({"q": torch.zeros(10, 4, 300)}, "E up to 256"),
+        ({"q": torch.zeros(10, 4, 32, dtype=torch.int64)}, "floating"),
+        ({"q": torch.zeros(10, 32, 4).mT}, "strided"),
+        ({"values": POOL[:5]}, "keys and values must be"),
+        ({"keys": POOL.bfloat16(), "values": POOL.bfloat16()}, "without scales must be torch.float32"),
+        ({"keys": POOL.to(FP8), "values": POOL.to(FP8)}, "without scales must be torch.float32"),
+        ({"keys": POOL, "values": POOL, "key_scales": POOL[..., 0]}, "go together"),
+        (
+            {"keys": POOL, "values": POOL, "key_scales": POOL[..., 0], "value_scales": POOL[..., 0]},
+            "with scales must be",
+        ),
+        ({"start": LONG.int()}, r"start must be \[10\] int64"),
+        ({"prefix_length": LONG[:3]}, r"prefix_length must be \[10\] int64"),
+        ({"length": LONG.repeat(2)[::2]}, "contiguous"),
+        ({"keys": POOL.mT.contiguous().mT, "values": POOL}, "contiguous"),
+    ],
+)
+def test_bad_inputs(changes: dict[str, Any], message: str) -> None:
+    p = changed(**changes)
+    with pytest.raises(ValueError, match=message):
+        decode_attention(*list(vars(p).values())[:7], key_scales=p.key_scales, value_scales=p.value_scales)
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+@pytest.mark.parametrize(
+    "change",
+    ["start -1", "start 1000000", f"start {2**63 - 1}", "prefix_start -2", "length 100000", "length -1", "length 0"],
+)
+def test_rows_outside_the_pool(change: str, impl: str) -> None:
+    p = pool(2, 2, 16, rows=[(2, 3), (2, 4), (2, 5)])
+    name, value = change.split()[0], int(change.split()[1])
+    getattr(p, name)[1] = value
+    if value == 0:
+        p.prefix_length[1] = 0
+    with pytest.raises(IndexError, match=rf"row 1 has no key, or one outside .* {change}"):
+        p.run(impl)
+
+
+def test_float64_is_pytorchs_and_no_gradient_flows() -> None:
+    p = pool(2, 2, 16, torch.float64)
+    assert torch.equal(p.run("auto"), p.run("torch"))
+    with pytest.raises(RuntimeError, match="forward only"):
+        replace(p, q=p.q.clone().requires_grad_()).run("auto")
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_op_and_torch_compile(fp8: bool, impl: str) -> None:
+    p = pool(4, 2, 32, rows=[(5, 1), (0, 40)])
+    p = p.to_fp8() if fp8 else p
+    arguments = list(vars(p).values())
+    checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks += [] if fp8 else ["test_schema"]  # which multiplies, and PyTorch multiplies no float8
+    torch.library.opcheck(_op, (*arguments[:7], 0.2, *arguments[7:], impl), test_utils=checks)
+    scales = {"key_scales": p.key_scales, "value_scales": p.value_scales}
+    compiled = torch.compile(
+        lambda *a: decode_attention(*a, **scales, impl=impl) + 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(*arguments[:7]), p.run(impl) + 1)
+
+
+def test_torch_compile_of_the_reference() -> None:
+    p = pool(4, 2, 32, rows=[(5, 1), (0, 40)])
+    compiled = torch.compile(lambda *a: decode_attention(*a, impl="torch"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*list(vars(p).values())[:7]), p.run("torch"), rtol=1e-5, atol=1e-6)
+
+
+@gpu
+def test_a_cuda_graph_replays_other_rows() -> None:
+    """No wait for the device, and nothing of the rows is baked into the launches."""
+    p = pool(4, 4, 64, torch.bfloat16)
+    given = [x.cuda() for x in list(vars(p).values())[:7]]
+    decode_attention(*given)
+    with no_host_sync():
+        decode_attention(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(*given)
+    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(1))
+    for x, there in zip((p.prefix_start, p.prefix_length, p.start, p.length), given[3:], strict=True):
+        there.copy_(x[order])
+    graph.replay()
+    expected = replace(p, **{name: getattr(p, name)[order] for name in module._ROWS})
+    assert_no_worse("out", out.cpu(), expected.run("torch"), expected.double().run("torch"), 2**-9, ABSOLUTE)
+
+
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", FP8: "*fp8e4nv"}
+
+
+def compile_attend(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, arch: int) -> Compiled:
+    config = module.launch_config(G, E)
+    options = {name: config.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    constants = {"HKV": Hkv, "G": G, "E": E, "SPLIT": split, **config}
+    activation = "*bf16" if dtype == FP8 else TYPES[dtype]
+    types = {"p_q": activation, "p_keys": TYPES[dtype], "p_values": TYPES[dtype], "p_top": "*fp32", "p_sum": "*fp32"}
+    types |= {"p_out": "*fp32" if split else activation}
+    types |= dict.fromkeys(("p_prefix_start", "p_prefix_length", "p_start", "p_length"), "*i64")
+    scales = ("p_key_scales", "p_value_scales")
+    if dtype == FP8:
+        types |= dict.fromkeys(scales, "*fp32")
+    else:
+        constants |= dict.fromkeys(scales)
+    return compile_kernel(
+        module._attend_kernel,
+        types | {"q_stride": "i32", "scale": "fp32"},
+        constants,
+        divisible=[*types, "q_stride"],
+        arch=arch,
+        **options,
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "Hkv", "G", "E"),
+    [
+        (torch.bfloat16, 16, 1, 128),
+        (torch.float32, 16, 1, 128),
+        (FP8, 16, 1, 128),
+        (torch.bfloat16, 4, 1, 32),
+        (torch.bfloat16, 8, 4, 128),
+        (torch.bfloat16, 2, 16, 256),
+    ],
+)
+def test_machine_code(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, arch: int) -> None:
+    """16 bytes of keys and values at a time, and nothing through shared memory in the loop."""
+    if dtype == FP8 and arch < 89:
+        pytest.skip("converts no float8")
+    code = compile_attend(dtype, Hkv, G, E, split, arch)
+    assert_clean(code)
+    assert code.registers <= 128  # four programs or more on a multiprocessor
+    config = module.launch_config(G, E)
+    vectors = 2 * config["T"] * config["EB"] * dtype.itemsize // 16 // (32 * config["num_warps"])
+    assert sum(n for name, n in code.opcodes.items() if name.startswith("LDG") and ".128" in name) >= vectors
+    # The loop is what lies between the first and the last wide load and ends with a branch backwards.
+    lines = code.sass.splitlines()
+    wide = [i for i, line in enumerate(lines) if "LDG.E.128" in line]
+    end = next(i for i in range(wide[-1], len(lines)) if " BRA " in lines[i])
+    loop = "\n".join(lines[wide[-vectors] : end])
+    assert "SHFL" in loop and "MUFU.EX2" in loop
+    assert not any(name in loop for name in ("BAR.SYNC", "STS", "LDS"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_machine_code_of_the_combination(arch: int) -> None:
+    pointers = {"p_top": "*fp32", "p_sum": "*fp32", "p_part": "*fp32", "p_out": "*bf16"}
+    for splits in (2, 64):
+        code = compile_kernel(
+            module._combine_kernel, pointers, {"E": 128, "EB": 128, "SPLITS": splits}, divisible=pointers, num_warps=4,
+            arch=arch,
+        )  # fmt: skip
+        assert_clean(code)
+        assert splits == 2 or 16 in code.load_widths
+        assert code.registers <= 128
+
+
+def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
+    constants = {
+        p.name for kernel in (module._attend_kernel, module._combine_kernel) for p in kernel.params if p.is_constexpr
+    }
+    assert constants == {"HKV", "G", "E", "GB", "EB", "T", "SPLIT", "SPLITS"}

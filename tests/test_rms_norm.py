@@ -1,0 +1,137 @@
+"""rms_norm against transformers' LlamaRMSNorm, and its kernels against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import (
+    BFLOAT16_ROUNDING,
+    IMPLEMENTATIONS,
+    INTERPRETED,
+    KERNELS,
+    NATIVE,
+    assert_no_worse,
+    device,
+    poisoned_outputs,
+)
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from bicot.kernels.rms_norm import _op, rms_norm, rms_norm_ref
+
+EPS = 1e-6
+# Float32: the order of the sum. Bfloat16: every rounding is where the reference has it, three of them.
+RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 3 * BFLOAT16_ROUNDING if INTERPRETED else 2**-12}
+DTYPES = list(RELATIVE)
+SHAPES = [(1, 1), (3, 7), (2, 2048), (5, 1000), (33, 128), (2, 513)]
+
+
+def inputs(N: int, D: int, dtype: torch.dtype, to: str = "cpu", scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and residual; every column has its own weight and level, so that none can stand for another."""
+    generator = torch.Generator().manual_seed(N + D)
+    x, residual = torch.randn(2, N, D, generator=generator) * scale
+    x = x + scale * torch.linspace(-1, 1, D)
+    weight = torch.linspace(0.5, 1.5, D) + torch.randn(D, generator=generator) / 10
+    return x.to(to, dtype), weight.to(to, dtype), residual.to(to, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])  # the first is of the size of eps
+def test_the_reference_is_transformers_bit_for_bit(scale: float, dtype: torch.dtype) -> None:
+    x, weight, residual = inputs(9, 96, dtype, scale=scale)
+    layer = LlamaRMSNorm(96, EPS).to(dtype)
+    layer.weight.data = weight
+    with torch.no_grad():
+        assert torch.equal(rms_norm_ref(x, weight, EPS), layer(x))
+        expected = residual + x
+        assert torch.equal(rms_norm_ref(x, weight, EPS, residual), layer(expected))
+    assert torch.equal(residual, expected)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("N", "D"), SHAPES)
+def test_kernels(N: int, D: int, added: bool, dtype: torch.dtype, impl: str) -> None:
+    for scale in (1.0, 1e-3, 1e4):
+        x, weight, residual = inputs(N, D, dtype, device(impl), scale)
+        wide = residual.double() if added else None
+        gt = rms_norm_ref(x.double(), weight.double(), EPS, wide)
+        theirs, ours = (residual.clone() if added else None for _ in range(2))
+        eager = rms_norm_ref(x, weight, EPS, theirs)
+        before = x.clone()
+        with poisoned_outputs():
+            out = rms_norm(x, weight, EPS, ours, impl=impl)
+        assert_no_worse("out", out, eager, gt, RELATIVE[dtype], 1e-7)
+        if ours is not None and theirs is not None and wide is not None:
+            assert_no_worse("residual", ours, theirs, wide, BFLOAT16_ROUNDING if INTERPRETED else 0.0, 0.0)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+def test_rounds_where_transformers_rounds(impl: str) -> None:
+    """With a rounding left out, a quarter of all elements would differ."""
+    x, weight, residual = inputs(33, 513, torch.bfloat16)
+    ours, theirs = residual.clone(), residual.clone()
+    same = rms_norm(x, weight, EPS, ours, impl=impl) == rms_norm_ref(x, weight, EPS, theirs)
+    assert torch.equal(ours, theirs) and same.float().mean() > 0.999
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_alone(impl: str, dtype: torch.dtype) -> None:
+    """Rows of zeros are zeros, a row's NaN is its own, and a row has the same bits alone and among others."""
+    x, weight, _ = inputs(4, 96, dtype, device(impl))
+    x[1], x[2, 40] = 0, torch.nan
+    out = rms_norm(x, weight, EPS, impl=impl)
+    assert (out[1] == 0).all() and out[2].isnan().all() and not out[[0, 3]].isnan().any()
+    assert torch.equal(rms_norm(x[3:], weight, EPS, impl=impl), out[3:])
+    assert torch.equal(rms_norm(x.T.contiguous().T, weight, EPS, impl=impl)[3:], out[3:])
+    assert rms_norm(x[:0], weight, EPS, x[:0].clone(), impl=impl).shape == (0, 96)
+
+
+@pytest.mark.parametrize("impl", [NATIVE])
+def test_threads_do_not_change_the_bits(impl: str) -> None:
+    x, weight, residual = inputs(128, 2048, torch.float32)
+    threads, outputs = torch.get_num_threads(), []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        ours = residual.clone()
+        outputs.append(torch.stack([rms_norm(x, weight, EPS, ours, impl=impl), ours]))
+    torch.set_num_threads(threads)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("added", [False, True])
+def test_op(added: bool, impl: str) -> None:
+    x, weight, residual = inputs(3, 16, torch.float32, device(impl))
+    torch.library.opcheck(_op, (x, weight, EPS, residual if added else None, impl))
+
+
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+def test_compiles_whole(impl: str) -> None:
+    x, weight, residual = inputs(3, 16, torch.float32)
+    ours, expected = residual.clone(), residual.clone()
+
+    def layer(x: Tensor, residual: Tensor) -> Tensor:
+        return rms_norm(x * 2, weight, EPS, residual, impl=impl) + residual  # type: ignore[arg-type]
+
+    out = torch.compile(layer, fullgraph=True)(x, ours)
+    torch.testing.assert_close(out, layer(x, expected), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_errors(impl: str) -> None:
+    x, weight, residual = inputs(4, 6, torch.float32, device(impl))
+    for bad in ((x[0], weight), (x, weight[:5]), (x, weight.bfloat16()), (x, weight.to("meta"))):
+        with pytest.raises(ValueError, match=r"x must be \[N, D\] and weight \[D\]"):
+            rms_norm(*bad, EPS, impl=impl)
+    for other in (residual[:3], residual.bfloat16(), residual.to("meta")):
+        with pytest.raises(ValueError, match="residual must be like x"):
+            rms_norm(x, weight, EPS, other, impl=impl)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        rms_norm(x, weight, EPS, torch.zeros(6, 4, device=x.device).T, impl=impl)
+    with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
+        rms_norm(x, weight.clone().requires_grad_(), EPS, impl=impl)

@@ -1,0 +1,405 @@
+"""The engine's view of the policy's weights: shared wherever it can be, and the newest in every rollout."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forced import TOLERANCE, engine_of, gap, greedy, numbers
+from tiny import ROOT, tiny_policy
+from torch import Tensor, nn
+
+from bicot.grpo.config import Config, RewardConfig
+from bicot.grpo.optim import MasterAdamW
+from bicot.model.policy import Policy, load_policy
+from bicot.model.weights import Weights
+
+MODELS = [{}, {"kv_heads": 1, "biased": True}, {"kv_heads": 2, "tied": True}]
+CONFIG = Config(rewards=RewardConfig("scene"), learning_rate=0.02, warmup_steps=0)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def addresses(weights: Weights) -> list[int]:
+    tensors = [source.tensor for source in weights._sources] + [weights.embed_image]
+    tensors += list(weights.image_decoder.model.parameters())
+    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
+def copied(weights: Weights) -> list[str]:
+    """The modules whose weights are copies."""
+    return [name for source in weights._sources if source.copied for name in source.names]
+
+
+def scramble(policy: Policy, seed: int = 0) -> None:
+    """Change every parameter, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.add_(noise, alpha=0.1 * parameter.float().std(correction=0).item() + 1e-3)
+
+
+def text_loss(policy: Policy) -> Tensor:
+    """Uses every part of the language model."""
+    return policy.model(input_ids=torch.tensor([[0, 8, 9, 10, 11]])).logits.log_softmax(-1)[0, :, 3].sum()
+
+
+# shared storage
+
+
+@pytest.mark.parametrize("options", MODELS)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_decoding_reads_the_parameters_themselves(options: dict[str, Any], loaded: bool, tmp_path: Path) -> None:
+    policy = tiny_policy(**options)
+    if loaded:
+        policy.save_pretrained(tmp_path)
+        policy = load_policy(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([[0, 8, 9, 10]])
+    parameters, logits = dict(policy.model.named_parameters()), policy.model(input_ids=ids).logits
+    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    weights = Weights(policy)
+    assert copied(weights) == []
+    for name, parameter in policy.model.named_parameters():
+        assert parameter is parameters[name] and torch.equal(parameter, values[name]), name
+    assert torch.equal(policy.model(input_ids=ids).logits, logits)
+    for layer, view in zip(policy.decoder.layers, weights.layers, strict=True):
+        attention, mlp = layer.self_attn, layer.mlp
+        stacks = [
+            (view.qkv, [attention.q_proj, attention.k_proj, attention.v_proj]),
+            (view.gate_up, [mlp.gate_proj, mlp.up_proj]),
+            (view.out, [attention.o_proj]),
+            (view.down, [mlp.down_proj]),
+        ]
+        for stack, modules in stacks:
+            for attribute in ("weight", "bias") if options.get("biased") else ("weight",):
+                begin = getattr(stack, attribute).data_ptr()
+                for module in modules:
+                    parameter = getattr(module, attribute)
+                    assert parameter.data_ptr() == begin
+                    begin += parameter.numel() * parameter.element_size()
+    assert weights.text_head.weight.data_ptr() == policy.text_head.weight.data_ptr()
+    assert weights.embed_text.tensor.data_ptr() == policy.decoder.get_input_embeddings().weight.data_ptr()
+    assert (weights.text_head.weight.data_ptr() == weights.embed_text.tensor.data_ptr()) == bool(options.get("tied"))
+
+
+@pytest.mark.parametrize("options", MODELS)
+def test_a_checkpoint_is_the_same_byte_for_byte(options: dict[str, Any], tmp_path: Path) -> None:
+    policy = tiny_policy(**options)
+    policy.save_pretrained(tmp_path / "before")
+    weights = Weights(policy)
+    policy.save_pretrained(tmp_path / "after")
+    before, after = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("before", "after"))
+    assert before == after
+    loaded = load_policy(tmp_path / "after", dtype=torch.float32)
+    for (name, a), b in zip(policy.model.state_dict().items(), loaded.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert len(weights.layers) == len(loaded.decoder.layers)
+
+
+def adamw_step(policy: Policy) -> None:
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=0.02)
+    text_loss(policy).backward()
+    optimizer.step()
+
+
+def master_step(policy: Policy) -> None:
+    optimizer = MasterAdamW(policy.trainable_parameters(), CONFIG)
+    text_loss(policy).backward()
+    optimizer.collect()
+    optimizer.step(lambda parameters: None)
+
+
+def load_another(policy: Policy) -> None:
+    state = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    for i, name in enumerate(name for name in state if name != "lm_head.weight"):  # may be the embeddings
+        state[name] += 0.05 * torch.randn(state[name].shape, generator=torch.Generator().manual_seed(i))
+    policy.model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("options", MODELS)
+@pytest.mark.parametrize("change", [adamw_step, master_step, load_another, scramble])
+def test_rollouts_follow_what_is_written(options: dict[str, Any], change: Callable[[Policy], None]) -> None:
+    policy = tiny_policy(**options)
+    engine = engine_of(policy)
+    first, places = greedy(engine), addresses(engine.weights)
+    assert gap(first, policy) < TOLERANCE
+    change(policy)
+    assert gap(first, policy) > 100 * TOLERANCE, "the change shows"
+    assert gap(greedy(engine), policy) < TOLERANCE
+    assert engine.weights.refresh() is False and addresses(engine.weights) == places and copied(engine.weights) == []
+
+
+def test_rollouts_follow_bfloat16_weights_and_their_masters() -> None:
+    policy = tiny_policy()
+    policy.model.to(torch.bfloat16)
+    engine = engine_of(policy)
+    first = numbers(greedy(engine))
+    optimizer = MasterAdamW(policy.trainable_parameters(), CONFIG)
+    for _ in range(2):
+        text_loss(policy).backward()
+        optimizer.collect()
+        optimizer.step(lambda parameters: None)
+        now = numbers(greedy(engine))
+        assert torch.equal(now, numbers(greedy(engine_of(copy.deepcopy(policy)))))
+        assert len(now) != len(first) or (now - first).abs().max() > 100 * TOLERANCE
+        first = now
+
+
+@pytest.mark.parametrize("frozen", ["generation_embeddings", "generation_aligner", "generation_head", "vqmodel"])
+def test_rollouts_follow_the_modules_that_usually_stay_frozen(frozen: str) -> None:
+    policy = tiny_policy()
+    engine = engine_of(policy)
+    first = greedy(engine)
+    with torch.no_grad():
+        for parameter in policy.model.get_submodule(f"model.{frozen}").parameters():
+            parameter.add_(torch.rand_like(parameter))
+    assert gap(first, policy) > 100 * TOLERANCE
+    assert gap(greedy(engine), policy) < TOLERANCE
+
+
+def replace_one(policy: Policy) -> None:
+    weight = policy.decoder.layers[1].self_attn.k_proj.weight
+    weight.data = weight.data * 3
+
+
+def replace_parameter(policy: Policy) -> None:
+    mlp = policy.decoder.layers[0].mlp
+    mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.detach() * 3)
+
+
+def replace_module(policy: Policy) -> None:
+    policy.model.lm_head = nn.Linear(32, policy.config.text_config.vocab_size, bias=False)
+
+
+def there_and_back(policy: Policy) -> None:
+    policy.model.double().float()
+    scramble(policy)
+
+
+@pytest.mark.parametrize("move", [replace_one, replace_parameter, replace_module, there_and_back])
+def test_parameters_that_move_are_followed(move: Callable[[Policy], None]) -> None:
+    policy = tiny_policy()
+    engine = engine_of(policy)
+    first = greedy(engine)
+    move(policy)
+    assert gap(first, policy) > 100 * TOLERANCE
+    assert engine.weights.refresh() is True, "captured graphs are invalid"
+    places = addresses(engine.weights)
+    assert engine.weights.refresh() is False and addresses(engine.weights) == places
+    assert copied(engine.weights) == []
+    assert gap(greedy(engine), policy) < TOLERANCE
+
+
+def test_another_dtype_needs_another_engine() -> None:
+    policy = tiny_policy()
+    engine = engine_of(policy)
+    policy.model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="float32.* is .*bfloat16.* now: build its RolloutEngine after that"):
+        greedy(engine)
+
+
+def test_weights_in_storage_of_others_are_copied_and_followed() -> None:
+    """Parameters that are views, with gaps, of a buffer whose owner writes to it: moving them would cut them off."""
+    policy = tiny_policy()
+    attention = policy.decoder.layers[0].self_attn
+    flat = torch.zeros(3, 2000)
+    for row, module in zip(flat, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True):
+        row[:1024] = module.weight.detach().flatten()
+        module.weight.data = row[:1024].view(32, 32)
+    engine = engine_of(policy)
+    first, places = greedy(engine), addresses(engine.weights)
+    assert copied(engine.weights) == [f"model.language_model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    flat.mul_(-2)
+    assert gap(first, policy) > 100 * TOLERANCE
+    assert gap(greedy(engine), policy) < TOLERANCE
+    assert engine.weights.refresh() is False and addresses(engine.weights) == places
+    assert attention.k_proj.weight.data_ptr() == flat[1].data_ptr()
+
+
+def test_other_bodies_are_named() -> None:
+    policy = tiny_policy()
+    policy.config.text_config.hidden_act = "gelu"
+    with pytest.raises(ValueError, match="'llama' with 'gelu'"):
+        Weights(policy)
+
+
+# adapters
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "linears": {"target_modules": LINEARS},
+    "some": {"target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True, "lora_alpha": 3},
+    "ends": {"target_modules": ["o_proj", "lm_head", "embed_tokens"]},
+    "bias": {"target_modules": [*LINEARS, "vision_head"], "lora_bias": True, "bias": "all"},
+    "copies": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "up_proj"]},
+    "rows": {"target_modules": LINEARS, "trainable_token_indices": [0, 8, 9]},
+    "image": {"target_modules": r".*(language_model.*_proj|generation_aligner.*(fc1|\.0)|proj_out|vision_head)"},
+}
+
+
+def adapt(policy: Policy, name: str, seed: int = 0, **more: Any) -> Any:
+    """Adapters that change what the model says from the start, in its place -> the PeftModel."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(seed)
+    adapted = peft.get_peft_model(policy.model, peft.LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[name], **more))
+    assert adapted.get_base_model() is policy.model
+    return adapted
+
+
+def train_adapters(policy: Policy) -> None:
+    """Moves everything that trains, as a step on rewards would, and checks that the base does not."""
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if not p.requires_grad}
+    assert before
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=0.05)
+    features = policy.image_hidden([[0, 8, 9], [0, 8]], torch.arange(32).view(2, 16))
+    loss = text_loss(policy) + policy.model.model.generation_head.vision_head(features).log_softmax(-1)[:, 3].sum()
+    loss.backward()
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in policy.model.named_parameters() if name in before)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_rollouts_follow_adapters(name: str, when: str) -> None:
+    policy = tiny_policy(biased=name == "bias")
+    bare = gap(greedy(engine_of(policy)), policy)
+    assert bare < TOLERANCE
+    engine = engine_of(policy) if when == "before" else None
+    adapted = adapt(policy, name)
+    engine = engine or engine_of(policy)
+    first = greedy(engine)
+    assert gap(first, policy) < TOLERANCE
+    places = addresses(engine.weights)
+    train_adapters(policy)
+    assert gap(first, policy) > 100 * TOLERANCE
+    second = greedy(engine)
+    assert gap(second, policy) < TOLERANCE
+    with adapted.disable_adapter():
+        assert gap(second, policy) > 100 * TOLERANCE
+        without = greedy(engine)
+        assert gap(without, policy) < TOLERANCE
+    assert torch.equal(numbers(greedy(engine)), numbers(second))
+    assert engine.weights.refresh() is False
+    if not {"modules_to_save", "trainable_token_indices"} & ADAPTERS[name].keys():  # off, those lie elsewhere
+        assert addresses(engine.weights) == places
+
+
+def test_what_has_no_adapter_is_not_copied() -> None:
+    policy = tiny_policy()
+    adapt(policy, "copies")
+    weights = Weights(policy)
+    layers = range(policy.config.text_config.num_hidden_layers)
+    assert copied(weights) == [f"model.language_model.layers.{i}.self_attn.{x}_proj" for i in layers for x in "qkv"]
+    head: Any = policy.model.lm_head
+    assert weights.text_head.weight.data_ptr() == head.modules_to_save["default"].weight.data_ptr()
+    with torch.no_grad():
+        assert weights.layers[0].gate_up.weight.data_ptr() == policy.decoder.layers[0].mlp.gate_proj.weight.data_ptr()
+
+
+def test_merged_adapters_count_once() -> None:
+    policy = tiny_policy()
+    adapted = adapt(policy, "linears")
+    engine = engine_of(policy)
+    first, places = numbers(greedy(engine)), addresses(engine.weights)
+    adapted.merge_adapter()
+    torch.testing.assert_close(numbers(greedy(engine)), first, atol=TOLERANCE, rtol=0)
+    with adapted.disable_adapter():  # PEFT takes merged adapters out again when the model is next used
+        without = greedy(engine)
+        assert gap(without, policy) < TOLERANCE
+    torch.testing.assert_close(numbers(greedy(engine)), first, atol=TOLERANCE, rtol=0)
+    assert addresses(engine.weights) == places
+
+
+def test_several_adapters_at_once() -> None:
+    peft = pytest.importorskip("peft")
+    policy = tiny_policy()
+    adapted = adapt(policy, "linears")
+    engine = engine_of(policy)
+    adapted.add_adapter("more", peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
+    seen = [numbers(greedy(engine))]
+    for names in (["more"], ["default", "more"]):
+        adapted.base_model.set_adapter(names)
+        chunk = greedy(engine)
+        assert gap(chunk, policy) < TOLERANCE
+        seen.append(numbers(chunk))
+    assert len({tuple(values.tolist()) for values in seen}) == 3
+
+
+def test_adapters_of_bfloat16_weights_are_added_before_rounding() -> None:
+    policy = tiny_policy()
+    policy.model.to(torch.bfloat16)
+    adapt(policy, "linears")
+    weights = Weights(policy)
+    module: Any = policy.decoder.layers[0].mlp.down_proj
+    delta = module.lora_B.default.weight @ module.lora_A.default.weight * module.scaling["default"]
+    assert delta.dtype == torch.float32
+    merged = (module.base_layer.weight.float() + delta).bfloat16()
+    assert torch.equal(weights.layers[0].down.weight, merged)
+    assert not torch.equal(merged, module.base_layer.weight)
+
+
+def test_other_adapters_are_named() -> None:
+    peft = pytest.importorskip("peft")
+    policy = tiny_policy()
+    adapt(policy, "linears", use_dora=True)
+    with pytest.raises(ValueError, match="plain LoRA adapters, and no other kind"):
+        Weights(policy)
+    policy = tiny_policy()
+    engine = engine_of(policy)
+    peft.get_peft_model(policy.model, peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="plain LoRA adapters, and no other kind"):
+        greedy(engine)
+
+
+# DeepSpeed, two ranks
+
+
+SHARED = ["zero1", "zero2, engine after", "zero2, bfloat16"]
+COPIED = ["zero2, biased", "zero2, a group for each"]
+ZERO3 = ["zero3", "zero3, small ones whole", "zero3, bfloat16", "zero3, adapters"]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank of tests/sharded_rollout.py saw in each case."""
+    pytest.importorskip("deepspeed")
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("sharded")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "tests" / "sharded_rollout.py"), str(folder)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", [*SHARED, *COPIED, *ZERO3])
+def test_rollouts_follow_deepspeed(sharded: list[dict[str, Any]], case: str) -> None:
+    assert set(sharded[0]) == {*SHARED, *COPIED, *ZERO3}
+    for seen in (rank[case] for rank in sharded):
+        if "bfloat16" in case:
+            assert all(seen["equal"]), "bit for bit what an unsharded policy of the same weights gives"
+        else:
+            assert max(seen["gap"]) < TOLERANCE
+        assert min(seen["change"]) > 100 * TOLERANCE, "every step shows"
+        assert not any(seen["moved"][1:]) and seen["addresses"][1:] == seen["addresses"][:-1]
+        assert bool(seen["copied"]) == (case not in SHARED)
+        if case in COPIED:  # no more than the stacks that the flat buffers pull apart
+            assert {name.rpartition(".")[2] for name in seen["copied"]} <= set(LINEARS) - {"o_proj", "down_proj"}
+        if "whole" in case:  # and stays so: a refresh leaves alone what ZeRO-3 holds complete
+            assert seen["sharded"] == ["down_proj", "embed_tokens", "gate_proj", "up_proj"]
+        else:
+            assert ("q_proj" in seen["sharded"] or "base_layer" in seen["sharded"]) == (case in ZERO3)
+
+
+@pytest.mark.parametrize("case", ["zero2, engine after", "zero2, a group for each", "zero3", "zero3, small ones whole"])
+def test_rollouts_change_nothing_about_training(sharded: list[dict[str, Any]], case: str) -> None:
+    """Every way to share the work ends at the same weights, so no rollout came between a trainer and its parameters."""
+    for seen in sharded:
+        torch.testing.assert_close(seen[case]["numbers"], seen["zero1"]["numbers"], atol=TOLERANCE, rtol=0)
