@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, tl, triton
+from .dispatch import FP8, NATIVE_DTYPES, Impl, choose, converts_fp8, forward_only, register, tl, triton
 
-FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 _TINY = torch.finfo(torch.float32).tiny  # a scale below it would be too coarse to divide by: such a head is stored as 0
 _NATIVE = (ctypes.c_void_p,) * 7 + (ctypes.c_int64,) * 6 + (ctypes.c_int, ctypes.c_void_p)
@@ -163,15 +162,7 @@ def _launch(
 
 
 _WRITTEN = ("qkv", "keys", "values", "key_scales", "value_scales")
-# `custom_op` would cost 15 µs a call where this costs 2
-torch.library.define("bicot::rope_kv_write", torch.library.infer_schema(_launch, mutates_args=_WRITTEN))
-torch.library.impl("bicot::rope_kv_write", "default", _launch)
-torch.library.register_fake("bicot::rope_kv_write", lambda *_: None)
-_op = torch.ops.bicot.rope_kv_write.default
-
-
-def _converts_fp8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+_op = register("rope_kv_write", _launch, lambda *_: None, _WRITTEN)
 
 
 def _check(
@@ -244,12 +235,11 @@ def rope_kv_write(
 
     Source: arXiv 2104.09864.
     """
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        raise RuntimeError("rope_kv_write is forward only: call it under torch.no_grad()")
+    forward_only("rope_kv_write", qkv)
     _check(qkv, cos, sin, positions, slots, (keys, values, key_scales, value_scales))
     if key_scales is not None and impl == "native":
         raise ValueError('impl="native" cannot run here: it takes no float8 pool; use impl="torch"')
-    if key_scales is not None and impl == "auto" and not _converts_fp8(qkv.device):
+    if key_scales is not None and impl == "auto" and not converts_fp8(qkv.device):
         impl = "torch"
     chosen = choose(impl, qkv.device, qkv.dtype)
     if chosen == "torch":

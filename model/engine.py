@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import FP8, converts_fp8
 from .decoder import Decoder
 from .graphs import StepGraphs
 from .kv import KVPool
@@ -162,10 +163,10 @@ class RolloutEngine:
         on_gpu = self.device.type == "cuda"
         if cuda_graphs is True and not on_gpu:
             raise ValueError(f"cuda_graphs=True needs a policy on a GPU; this one is on {self.device}")
-        if kv_dtype == "fp8" and on_gpu and torch.cuda.get_device_capability(self.device) < (8, 9):
+        if kv_dtype == "fp8" and on_gpu and not converts_fp8(self.device):
             raise ValueError('kv_dtype="fp8" needs a GPU of compute capability 8.9 or more; use "auto"')
         self.weights = Weights(policy)
-        dtype = torch.float8_e4m3fn if kv_dtype == "fp8" else policy.dtype
+        dtype = FP8 if kv_dtype == "fp8" else policy.dtype
         self.pool = KVPool(policy.config.text_config, dtype, self.device, kv_bytes)
         self.decoder = Decoder(policy, self.weights, self.pool, max_context or policy.max_context)
         self.graphs = StepGraphs(on_gpu if cuda_graphs == "auto" else cuda_graphs)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import FP8
+
 SHARE_OF_FREE = 0.5  # of a GPU's free memory: the optimizer's moments and the activations come later
 SCRATCH = 0  # the slot where rows that pad a batch write
 
@@ -28,7 +30,7 @@ class KVPool:
         self.layers, self.heads = config.num_hidden_layers, config.num_key_value_heads
         self.dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.dtype, self.device, self.max_bytes = dtype, device, max_bytes
-        self.scaled = dtype == torch.float8_e4m3fn
+        self.scaled = dtype == FP8
         scale_bytes = 4 if self.scaled else 0
         self.bytes_per_token = 2 * self.layers * self.heads * (self.dim * dtype.itemsize + scale_bytes)
         self._allocate(0)

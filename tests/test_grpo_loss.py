@@ -343,6 +343,11 @@ def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject)
         if value.dtype == torch.bfloat16 and not logits and value.numel():
             # a GEMM of rounded logit gradients: what cancels in a small element was rounded as large
             absolute += relative * gt[name].abs().max().item()
+        if name.endswith(("/ratio_max", "/kl")):
+            # made of differences of log-probs, of which one of -40 has an ulp of 4e-6
+            logprobs = gt[name.rpartition("/")[0] + "/logprob"].abs()
+            ulp = logprobs.amax().item() * torch.finfo(torch.float32).eps if len(logprobs) else 0.0
+            relative, absolute = relative + ulp, absolute + ulp
         assert_no_worse(name, value, eager[name], gt[name], relative, absolute)
 
 

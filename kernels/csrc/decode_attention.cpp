@@ -1,4 +1,4 @@
-// Attention of one query a row over keys and values in a pool of slots: float32, bfloat16, or float8_e4m3fn with scales.
+// Attention of one query a row over keys and values in a pool of slots: float32, bfloat16, or float8_e4m3fn and scales.
 // A row's tokens are read once, in the order in which they lie: a tile of them, all heads of a token together.
 #include <limits>
 #include <vector>
@@ -15,7 +15,8 @@ struct float8 {  // float8_e4m3fn
 
 namespace {
 
-constexpr int64_t kTile = 128;      // keys at a time: their scores and the sums of all heads stay in L1
+constexpr int64_t kTile = 64;       // keys at a time: their scores stay in L1, their values, prefetched, in L2
+constexpr int64_t kAhead = 8;       // tokens from a key's prefetch to its use
 constexpr int64_t kSerial = 32768;  // fewer numbers of the pool than this cost less than waking a second thread
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -72,6 +73,12 @@ BICOT_INLINE float sum_lanes(const Floats& x) {
   std::memcpy(b, &a[0], sizeof b);
   b[0] += b[1];
   return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+}
+
+// The rows of a pool are short and lie far apart, and the processor's own prefetching starts anew with each.
+template <class T>
+BICOT_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
 // x is padded to whole lanes, y is not.
@@ -132,12 +139,15 @@ BICOT_INLINE void attend(const Q* q, const Pool<T>& pool, const Row& row, int64_
       const int64_t slot = j < row.prefix_length ? row.prefix_start + j : row.start + j - row.prefix_length;
       index[t] = slot * row.Hkv + row.first;
     }
-    for (int64_t t = 0; t < n; ++t)
+    for (int64_t t = 0; t < n; ++t) {
+      prefetch(pool.values + index[t] * E, row.heads * E);
+      if (t + kAhead < n) prefetch(pool.keys + index[t + kAhead] * E, row.heads * E);
       for (int64_t h = 0, at = index[t]; h < H; ++at)
         for (const int64_t end = h + G; h < end; ++h) {
           const float s = dot(query + h * D, pool.keys + at * E, E);
           score[h * kTile + t] = pool.key_scales ? s * pool.key_scales[at] : s;
         }
+    }
     for (int64_t h = 0; h < H; ++h) {
       float* s = score + h * kTile;
       for (int64_t t = n; t < padded(n); ++t) s[t] = -kInf;
@@ -191,7 +201,7 @@ BICOT_ATTEND(bfloat16, float8)
 // The first row that has no key, or one outside the P slots; R if there is none.
 inline int64_t first_outside(const int64_t* prefix_start, const int64_t* prefix_length, const int64_t* start,
                              const int64_t* length, int64_t R, int64_t P) {
-  const auto inside = [P](int64_t from, int64_t n) { return n == 0 || (from >= 0 && n > 0 && n <= P && from <= P - n); };
+  const auto inside = [P](int64_t from, int64_t n) { return n == 0 || (n > 0 && from >= 0 && from <= P - n); };
   for (int64_t r = 0; r < R; ++r)
     if (!inside(prefix_start[r], prefix_length[r]) || !inside(start[r], length[r]) || prefix_length[r] + length[r] == 0)
       return r;
