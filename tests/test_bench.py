@@ -8,7 +8,10 @@ import math
 import os
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +74,42 @@ def test_only_right_results_have_a_time(
     assert row["floor_pct"] == pytest.approx(100 * row["gbps"] / copy_gbps, rel=0.01)
 
 
+def test_steps_rates_and_what_does_not_fit() -> None:
+    def too_large() -> Tensor:
+        raise Unavailable("needs 200 GiB")
+
+    def draw(x: Tensor) -> list[Tensor]:
+        time.sleep(0.02)
+        return [x * torch.rand(4)]
+
+    x = torch.ones(4)
+    drawing = Provider(draw, checked=lambda x: [x * 2])
+    case = Case({"N": 1}, x.dtype, x.clone, lambda x: expect([x * 2]), {"ours": drawing}, steps=10, bytes=10**6)
+    cases = [replace(case, makes=("images", 5)), replace(case, inputs=too_large, labels={"N": 2})]
+    result: dict[str, Any] = {"rows": [], "skipped": [], "failed": [], "ceilings": {"copy_gbps": 10.0}}
+    for each in cases:
+        harness._measure(each, result, 5, "cpu", True)
+    (row,) = result["rows"]
+    assert not result["failed"] and result["skipped"] == [
+        {"case": {"N": 2}, "provider": "ours", "reason": "needs 200 GiB"}
+    ]
+    assert 2 <= row["ms"][1] < 10, "of a step"
+    assert row["makes"] == "images" and row["per_s"] == pytest.approx(5e3 / row["ms"][1], rel=0.02)
+    wrong = replace(case, providers={"ours": replace(drawing, checked=None)})
+    harness._measure(wrong, result, 5, "cpu", True)
+    assert len(result["failed"]) == 1, "what is timed is checked unless something else is given"
+    loose = replace(case, truth=lambda x: lambda outputs: 0.5)
+    with pytest.raises(AssertionError, match="beyond"):
+        loose.check(drawing, x, lambda outputs: 0.5)
+    replace(loose, tolerance=0.6).check(drawing, x, lambda outputs: 0.5)
+
+
+def test_a_time_budget_leaves_three_rounds() -> None:
+    count = []
+    harness.times_ms({"a": (Provider(lambda x: count.append(x) or []), None)}, 50, "cpu", seconds=0)
+    assert len(count) == 4  # one warms up
+
+
 def test_relative_error_sees_one_element() -> None:
     true = torch.linspace(1, 2, 10_000, dtype=torch.float64)
     wrong = true.clone()
@@ -128,7 +167,8 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
         cases = importlib.import_module(f"bicot.bench.bench_{bench}").cases("cpu", True)
         listed = {(harness.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
         assert listed == {(harness.label(case.labels), name) for case in cases for name in case.providers}
-        assert {"ours", "eager", "torch.compile"} <= {row["provider"] for row in result["rows"]}
+        baselines = {"ours", "eager", "generate" if bench == "rollout" else "torch.compile"}
+        assert baselines <= {row["provider"] for row in result["rows"]}
     page = report.render(tmp_path)
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
         f"## {bench} on the CPU" for bench in report.KERNELS
