@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.decode_attention import decode_attention
 from ..kernels.dispatch import Impl
-from ..kernels.rope_kv_write import quantize_fp8
+from ..kernels.kv_pool import quantize_fp8
 from .harness import Case, Outputs, Provider, Unavailable, compiled, expect, kernel, main, short
 
 PREFIX, LONGEST = 160, 736

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import FP8, NATIVE_DTYPES, Impl, choose, converts_fp8, forward_only, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, register, tl, triton
+from .kv_pool import check_pool, converts_fp8
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _NATIVE = (_POINTER, _INTEGER, *(_POINTER,) * 8, *(_INTEGER,) * 5, ctypes.c_double, ctypes.c_int, *(_POINTER,) * 2)
@@ -226,24 +227,14 @@ _op = register("decode_attention", _launch, _fake)
 
 
 def _check(q: Tensor, pools: tuple[Tensor | None, ...], rows: tuple[Tensor, ...]) -> None:
-    keys, values, key_scales, value_scales = pools
+    keys, values, *scales = pools
     assert keys is not None and values is not None
     if q.ndim != 3 or not 0 < q.shape[2] <= _MAX_DIM or not q.is_floating_point():
         raise ValueError(f"q must be [R, Hq, E] floating point, E up to {_MAX_DIM}, got {[*q.shape]} {q.dtype}")
     R, Hq, E = q.shape
-    if keys.ndim != 3 or keys.shape[2] != E or values.shape != keys.shape or not keys.shape[1] or Hq % keys.shape[1]:
-        raise ValueError(
-            f"keys and values must be [P, Hkv, {E}], Hkv a divisor of {Hq}, got {[*keys.shape]} and {[*values.shape]}"
-        )
-    if (key_scales is None) != (value_scales is None):
-        raise ValueError("key_scales and value_scales go together")
-    dtype = q.dtype if key_scales is None else FP8
-    if keys.dtype != dtype or values.dtype != dtype:
-        scaled = "without" if key_scales is None else "with"
-        raise ValueError(f"keys and values {scaled} scales must be {dtype}, got {keys.dtype} and {values.dtype}")
-    for scales in (key_scales, value_scales):
-        if scales is not None and (scales.shape != keys.shape[:2] or scales.dtype != torch.float32):
-            raise ValueError(f"scales must be {[*keys.shape[:2]]} float32, got {[*scales.shape]} {scales.dtype}")
+    check_pool(q.dtype, keys, values, *scales)
+    if keys.shape[2] != E or not keys.shape[1] or Hq % keys.shape[1]:
+        raise ValueError(f"keys and values must be [P, Hkv, {E}], Hkv a divisor of {Hq}, got {[*keys.shape]}")
     for name, x in zip(_ROWS, rows, strict=True):
         if x.shape != (R,) or x.dtype != torch.int64:
             raise ValueError(f"{name} must be [{R}] int64, got {[*x.shape]} {x.dtype}")

@@ -38,17 +38,13 @@ except ImportError:
     triton, tl = _NoTriton, None
     HAS_TRITON = INTERPRETED = False
 
-FP8 = torch.float8_e4m3fn  # of a KV pool
-
 __all__ = [
-    "FP8",
     "HAS_TRITON",
     "INTERPRETED",
     "NATIVE_DTYPES",
     "TRITON_DTYPES",
     "Impl",
     "choose",
-    "converts_fp8",
     "forward_only",
     "register",
     "tl",
@@ -91,11 +87,6 @@ def choose(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
     if impl == "native":
         native.require()
     return impl
-
-
-def converts_fp8(device: torch.device) -> bool:
-    """Whether this is a GPU for which Triton compiles conversions from and to FP8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def register(

@@ -24,18 +24,10 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import FP8, NATIVE_DTYPES, Impl, choose, converts_fp8, forward_only, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, register, tl, triton
+from .kv_pool import check_pool, converts_fp8, quantize_fp8
 
-FP8_MAX = 448.0
-_TINY = torch.finfo(torch.float32).tiny  # a scale below it would be too coarse to divide by: such a head is stored as 0
 _NATIVE = (ctypes.c_void_p,) * 7 + (ctypes.c_int64,) * 6 + (ctypes.c_int, ctypes.c_void_p)
-
-
-def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., E] as float8_e4m3fn and its scales [...] float32, so that x is about stored · scale."""
-    scale = x.float().abs().amax(-1) / FP8_MAX
-    scale = scale.where(scale >= _TINY, 1.0)
-    return (x.float() / scale[..., None]).to(FP8), scale
 
 
 def rope_kv_write_ref(
@@ -168,11 +160,12 @@ _op = register("rope_kv_write", _launch, lambda *_: None, _WRITTEN)
 def _check(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, slots: Tensor, pools: tuple[Tensor | None, ...]
 ) -> None:
-    keys, values, key_scales, value_scales = pools
+    keys, values, *scales = pools
     assert keys is not None and values is not None
-    if keys.ndim != 3 or values.shape != keys.shape or keys.shape[2] % 2 or not 0 < keys.shape[2] <= 256:
-        raise ValueError(f"keys and values must be [P, Hkv, E], E even, got {[*keys.shape]} and {[*values.shape]}")
+    check_pool(qkv.dtype, keys, values, *scales)
     _, kv_heads, E = keys.shape
+    if E % 2 or not 0 < E <= 256:
+        raise ValueError(f"keys and values must be [P, Hkv, E], E even and up to 256, got {[*keys.shape]}")
     if qkv.ndim != 2 or qkv.shape[1] % E or qkv.shape[1] <= 2 * kv_heads * E:
         raise ValueError(f"qkv must be [N, (Hq + 2·{kv_heads})·{E}] for keys {[*keys.shape]}, got {[*qkv.shape]}")
     if cos.ndim != 2 or cos.shape[1] != E // 2 or sin.shape != cos.shape:
@@ -182,15 +175,6 @@ def _check(
     for name, x in (("positions", positions), ("slots", slots)):
         if x.shape != qkv.shape[:1] or x.dtype != torch.int64:
             raise ValueError(f"{name} must be [{len(qkv)}] int64, got {[*x.shape]} {x.dtype}")
-    if (key_scales is None) != (value_scales is None):
-        raise ValueError("key_scales and value_scales go together")
-    dtype = qkv.dtype if key_scales is None else FP8
-    if keys.dtype != dtype or values.dtype != dtype:
-        scaled = "without" if key_scales is None else "with"
-        raise ValueError(f"keys and values {scaled} scales must be {dtype}, got {keys.dtype} and {values.dtype}")
-    for scales in (key_scales, value_scales):
-        if scales is not None and (scales.shape != keys.shape[:2] or scales.dtype != torch.float32):
-            raise ValueError(f"scales must be {[*keys.shape[:2]]} float32, got {[*scales.shape]} {scales.dtype}")
     for t in (qkv, cos, sin, positions, slots, *pools):
         if t is not None and (t.device != qkv.device or not t.is_contiguous()):
             raise ValueError(f"every tensor must be contiguous on {qkv.device}, got strides {t.stride()} on {t.device}")

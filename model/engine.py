@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import FP8, converts_fp8
+from ..kernels.kv_pool import FP8, converts_fp8
 from .decoder import Decoder
 from .graphs import StepGraphs
 from .kv import KVPool

@@ -44,11 +44,15 @@ class StepGraphs:
         before = [tensor.clone() for tensor in state]
         for _ in range(_WARM_UP):
             step()
+            # each time: a second step would write to the next slot, which may be another row's
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
+        return self._record(step)
+
+    def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             step()
         self._memory = self._memory or graph.pool()
-        for tensor, value in zip(state, before, strict=True):
-            tensor.copy_(value)
         return graph

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import FP8
+from ..kernels.kv_pool import FP8
 
 SHARE_OF_FREE = 0.5  # of a GPU's free memory: the optimizer's moments and the activations come later
 SCRATCH = 0  # the slot where rows that pad a batch write

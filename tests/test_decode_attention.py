@@ -29,8 +29,7 @@ from torch import Tensor
 
 from bicot.kernels import decode_attention as module
 from bicot.kernels.decode_attention import _op, decode_attention
-from bicot.kernels.dispatch import FP8
-from bicot.kernels.rope_kv_write import quantize_fp8
+from bicot.kernels.kv_pool import FP8, quantize_fp8
 
 # the interpreter's NumPy warns where the difference of two scores overflows to -inf, as it should
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import DynamicCache
 
 from bicot.model import stages
 from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.graphs import StepGraphs
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import Sampling
@@ -181,6 +184,25 @@ def test_rows_that_fill_a_bucket_change_nothing(policy: Policy, monkeypatch: pyt
     monkeypatch.setattr(stages.Stage, "bucket", lambda self, samples: -(-samples // 16) * 16)
     monkeypatch.setattr(stages, "_Look", LateLook)
     assert_same(rollout(policy, PROMPTS, 8, sampling), exact)
+
+
+def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What surrounds CUDA graphs, without CUDA: a replay runs what was captured first under its key."""
+    captured = []
+
+    def record(self: StepGraphs, step: Callable[[], None]) -> Any:
+        captured.append(step)
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr(StepGraphs, "_record", record)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=40)
+    engine.graphs.enabled = True
+    few = Sampling(max_completion_length=12, cfg_weight=2.0)
+    for sampling in (few, few, Sampling(max_completion_length=40, cfg_weight=1.0), few):
+        chunk = RolloutChunk.cat(list(engine.generate(PROMPTS, 8, sampling, seed=11)))
+        assert_same(chunk, rollout(policy, PROMPTS, 8, sampling))
+    assert 8 < len(captured) < 40, "some buckets of each stage, and none twice for the same buffers"
 
 
 def test_draws_follow_the_distribution_of_transformers() -> None:

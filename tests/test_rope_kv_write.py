@@ -23,7 +23,8 @@ from oracle import (
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bicot.kernels.rope_kv_write import FP8, _op, rope_kv_write
+from bicot.kernels.kv_pool import FP8
+from bicot.kernels.rope_kv_write import _op, rope_kv_write
 
 # One rounding, where the reference has it; before it a fused multiply-add may be the more precise of the two.
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: BFLOAT16_ROUNDING if INTERPRETED else 2**-12}

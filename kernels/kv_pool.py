@@ -1,0 +1,41 @@
+"""What the ops on a pool of keys and values share: its float8 form, and what fits together.
+
+keys and values are [P, Hkv, E], P slots of a token each; in float8_e4m3fn, each token's head has a float32 scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+_TINY = torch.finfo(torch.float32).tiny  # a scale below it would be too coarse to divide by: such a head is stored as 0
+
+
+def converts_fp8(device: torch.device) -> bool:
+    """Whether this is a GPU for which Triton compiles conversions from and to FP8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., E] as float8_e4m3fn and its scales [...] float32, so that x is about stored · scale."""
+    scale = x.float().abs().amax(-1) / FP8_MAX
+    scale = scale.where(scale >= _TINY, 1.0)
+    return (x.float() / scale[..., None]).to(FP8), scale
+
+
+def check_pool(
+    dtype: torch.dtype, keys: Tensor, values: Tensor, key_scales: Tensor | None, value_scales: Tensor | None
+) -> None:
+    """ValueError unless keys and values are [P, Hkv, E] of `dtype`, or float8 with both scales [P, Hkv] float32."""
+    if keys.ndim != 3 or values.shape != keys.shape:
+        raise ValueError(f"keys and values must be [P, Hkv, E], got {[*keys.shape]} and {[*values.shape]}")
+    if (key_scales is None) != (value_scales is None):
+        raise ValueError("key_scales and value_scales go together")
+    scaled, expected = ("without", dtype) if key_scales is None else ("with", FP8)
+    if keys.dtype != expected or values.dtype != expected:
+        raise ValueError(f"keys and values {scaled} scales must be {expected}, got {keys.dtype} and {values.dtype}")
+    for scales in (key_scales, value_scales):
+        if scales is not None and (scales.shape != keys.shape[:2] or scales.dtype != torch.float32):
+            raise ValueError(f"scales must be {[*keys.shape[:2]]} float32, got {[*scales.shape]} {scales.dtype}")
