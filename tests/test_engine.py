@@ -196,13 +196,17 @@ def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: py
 
     monkeypatch.setattr(StepGraphs, "_record", record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(stages, "_BUCKETS", list(range(1, 41)))  # each row that leaves means another graph
     engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=40)
     engine.graphs.enabled = True
-    few = Sampling(max_completion_length=12, cfg_weight=2.0)
-    for sampling in (few, few, Sampling(max_completion_length=40, cfg_weight=1.0), few):
+    for limit in (*range(2, 16), 40, 40):  # rows leave in the last steps too
+        sampling = Sampling(max_completion_length=limit, cfg_weight=2.0 if limit % 3 else 1.0)
         chunk = RolloutChunk.cat(list(engine.generate(PROMPTS, 8, sampling, seed=11)))
         assert_same(chunk, rollout(policy, PROMPTS, 8, sampling))
-    assert 8 < len(captured) < 40, "some buckets of each stage, and none twice for the same buffers"
+    before = len(captured)
+    assert before > 40
+    list(engine.generate(PROMPTS, 8, sampling, seed=11))
+    assert len(captured) == before, "nothing is captured twice"
 
 
 def test_draws_follow_the_distribution_of_transformers() -> None:
