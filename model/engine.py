@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -159,7 +159,9 @@ class RolloutEngine:
         kv_dtype: KVDtype = "auto",
         kv_bytes: int | None = None,
     ) -> None:
-        self.policy, self.encoder, self.max_rows, self.device = policy, encoder, max_rows, policy.device
+        max_context = min(max_context or policy.max_context, policy.max_context)
+        self.encoder = replace(encoder, max_context=min(max_context, encoder.max_context))
+        self.policy, self.max_rows, self.device = policy, max_rows, policy.device
         on_gpu = self.device.type == "cuda"
         if cuda_graphs is True and not on_gpu:
             raise ValueError(f"cuda_graphs=True needs a policy on a GPU; this one is on {self.device}")
@@ -168,7 +170,7 @@ class RolloutEngine:
         self.weights = Weights(policy)
         dtype = FP8 if kv_dtype == "fp8" else policy.dtype
         self.pool = KVPool(policy.config.text_config, dtype, self.device, kv_bytes)
-        self.decoder = Decoder(policy, self.weights, self.pool, max_context or policy.max_context)
+        self.decoder = Decoder(policy, self.weights, self.pool, max_context)
         self.graphs = StepGraphs(on_gpu if cuda_graphs == "auto" else cuda_graphs)
         self.plan_stage: PlanStage | None = None
         self.image_stage: ImageStage | None = None

@@ -65,6 +65,8 @@ class KVPool:
         slots = slots if limit is None else min(slots, limit // self.bytes_per_token)
         if slots <= self.slots:
             return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # other streams may still be reading the old pool
         self._allocate(0)  # the old pool first, or both would have to fit
         while True:
             try:

@@ -56,7 +56,7 @@ class Stage:
     def __init__(self, decoder: Decoder, graphs: StepGraphs, samples: int, rows_per_sample: int, length: int) -> None:
         self.decoder, self.weights, self.graphs = decoder, decoder.weights, graphs
         self.device = decoder.cos.device
-        self.samples, self.rows_per_sample, self.length = samples, rows_per_sample, length
+        self.rows_per_sample, self.length = rows_per_sample, length
         rows = self.bucket(samples) * rows_per_sample
         self.x = torch.zeros(rows, self.weights.embed_text.tensor.shape[1], dtype=decoder.cos.dtype, device=self.device)
         self.numbers = torch.zeros(7, rows, dtype=torch.int64, device=self.device)

@@ -357,3 +357,6 @@ def test_empty_and_too_long_prompts_are_named(policy: Policy) -> None:
         next(engine.generate(["a", "  "], 2, Sampling(max_completion_length=10), seed=0))
     with pytest.raises(ValueError, match=r"prompt too long: .* exceed the context of 128.*w9 w9"):
         next(engine.generate(["w9 " * 130], 2, Sampling(max_completion_length=10), seed=0))
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_context=40)
+    with pytest.raises(ValueError, match=r"prompt too long: .* exceed the context of 40.*w9 w9"):
+        next(engine.generate(["w9 " * 30], 2, Sampling(max_completion_length=10), seed=0))
