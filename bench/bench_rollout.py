@@ -28,8 +28,9 @@ from .models import SHAPES, policy_of
 
 GUIDANCE, GROUP, SEED = 5.0, 8, 7
 NO_EOS = -1  # no token ends a plan
-# bfloat16 rounds in every layer, and guidance multiplies what it rounded: 0.04 at Janus-Pro-1B's shapes. A context that
-# misses one of 440 tokens gives 0.4 and more. fp8 rounds more, but only what the run itself writes.
+# bfloat16 rounds in every layer, and guidance multiplies what it rounded: 0.033 at Janus-Pro-1B's shapes. A context
+# that misses one of 440 tokens gives 0.24 and more, a shared prefix that misses one 0.16 and more. fp8 rounds more, but
+# only what the run itself writes.
 EXACT, ROUNDED = 1e-4, 8e-2
 
 

@@ -75,8 +75,8 @@ class Config:
         image_top_p: of the picture.
         cfg_weight: classifier-free guidance of the picture, 1 = none.
         rollout_max_rows: most rows of one decode step (a guided picture takes two).
-        rollout_kv_gib: limit of the KV cache in GiB, kept for the whole run; null = half of a GPU's free memory at the
-            first rollout. Less makes smaller chunks.
+        rollout_kv_gib: limit of the KV cache in GiB, kept for the whole run; null = half of the GPU memory
+            that is free when it grows. Less makes smaller chunks.
         rollout_kv_dtype: auto = that of the weights; fp8 = half the memory and traffic of bfloat16, at a small error.
         rewards: what scores the pictures.
         reward_weights: one for each of rewards.names, null = all 1.

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, register, tl, triton
-from .kv_pool import check_pool, converts_fp8
+from .dispatch import NATIVE_DTYPES, Impl, forward_only, register, tl, triton
+from .kv_pool import check_pool, choose_for_pool
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _NATIVE = (_POINTER, _INTEGER, *(_POINTER,) * 8, *(_INTEGER,) * 5, ctypes.c_double, ctypes.c_int, *(_POINTER,) * 2)
@@ -289,9 +289,7 @@ def decode_attention(
     forward_only("decode_attention", q)
     rows = (prefix_start, prefix_length, start, length)
     _check(q, (keys, values, key_scales, value_scales), rows)
-    if key_scales is not None and impl == "auto" and q.is_cuda and not converts_fp8(q.device):
-        impl = "torch"
-    chosen = choose(impl, q.device, q.dtype)
+    chosen = choose_for_pool(impl, q.device, q.dtype, fp8=key_scales is not None, native_fp8=True)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
     if chosen == "torch":
         return decode_attention_ref(q, keys, values, *rows, scale, key_scales, value_scales)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import Impl, choose
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 _TINY = torch.finfo(torch.float32).tiny  # a scale below it would be too coarse to divide by: such a head is stored as 0
@@ -23,6 +25,26 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.float().abs().amax(-1) / FP8_MAX
     scale = scale.where(scale >= _TINY, 1.0)
     return (x.float() / scale[..., None]).to(FP8), scale
+
+
+def choose_for_pool(impl: Impl, device: torch.device, dtype: torch.dtype, *, fp8: bool, native_fp8: bool) -> str:
+    """`choose` for an op on activations of `dtype` and a pool that is float8 or of their dtype.
+
+    Triton converts float8 for compute capability 8.9 or more, the C++ of an op with `native_fp8`; "auto" takes PyTorch
+    where the fast implementation does not.
+
+    Raises:
+        ValueError, RuntimeError: as `choose`, and an implementation that cannot take a float8 pool here.
+    """
+    if fp8 and device.type == "cuda" and not converts_fp8(device):
+        obstacle, refused = "this GPU converts no float8", "triton"
+    elif fp8 and device.type != "cuda" and not native_fp8:
+        obstacle, refused = "it takes no float8 pool", "native"
+    else:
+        return choose(impl, device, dtype)
+    if impl == refused:
+        raise ValueError(f'impl="{impl}" cannot run here: {obstacle}; use impl="torch"')
+    return choose("torch" if impl == "auto" else impl, device, dtype)
 
 
 def check_pool(

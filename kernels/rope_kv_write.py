@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, register, tl, triton
-from .kv_pool import check_pool, converts_fp8, quantize_fp8
+from .dispatch import NATIVE_DTYPES, Impl, forward_only, register, tl, triton
+from .kv_pool import check_pool, choose_for_pool, quantize_fp8
 
 _NATIVE = (ctypes.c_void_p,) * 7 + (ctypes.c_int64,) * 6 + (ctypes.c_int, ctypes.c_void_p)
 
@@ -213,19 +213,15 @@ def rope_kv_write(
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        IndexError: a position or slot out of range, on a CPU and before anything is written. On a GPU nothing looks:
-            it would cost a launch.
+        IndexError: a position or slot out of range, from the C++ kernel before anything is written. On a GPU nothing
+            looks: it would cost a launch.
         RuntimeError: qkv wants a gradient, or `impl="native"` and the C++ library is missing.
 
     Source: arXiv 2104.09864.
     """
     forward_only("rope_kv_write", qkv)
     _check(qkv, cos, sin, positions, slots, (keys, values, key_scales, value_scales))
-    if key_scales is not None and impl == "native":
-        raise ValueError('impl="native" cannot run here: it takes no float8 pool; use impl="torch"')
-    if key_scales is not None and impl == "auto" and not converts_fp8(qkv.device):
-        impl = "torch"
-    chosen = choose(impl, qkv.device, qkv.dtype)
+    chosen = choose_for_pool(impl, qkv.device, qkv.dtype, fp8=key_scales is not None, native_fp8=False)
     if chosen == "torch":
         return rope_kv_write_ref(qkv, cos, sin, positions, slots, keys, values, key_scales, value_scales)
     _op(qkv, cos, sin, positions, slots, keys, values, key_scales, value_scales, chosen)

@@ -1,7 +1,7 @@
 """Janus's language model for decoding alone: packed prompts in, their keys and values kept; then a token a row a step.
 
-It reads `Weights` and writes a `KVPool`. A step has nine launches a layer and no shape that depends on a length, so a
-CUDA graph can hold it. R rows, D hidden, N packed prompt tokens.
+It reads `Weights` and writes a `KVPool`. A step has nine or ten launches a layer and no shape that depends on a length,
+so a CUDA graph can hold it. R rows, D hidden, N packed prompt tokens.
 """
 
 from __future__ import annotations
@@ -129,4 +129,4 @@ def _read(cache: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtyp
     """Keys or values at `slots`, out of an fp8 pool as well."""
     if scales is None:
         return cache[slots]
-    return (cache.view(torch.uint8)[slots].view(cache.dtype).float() * scales[slots][..., None]).to(dtype)
+    return (cache[slots].float() * scales[slots][..., None]).to(dtype)

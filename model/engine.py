@@ -199,16 +199,17 @@ class RolloutEngine:
         """
         limit = sampling.max_completion_length
         asked = [self.encoder.plan_ids(prompt, limit) for prompt in prompts]
-        samples = [_Sample(0, prompts[i], ids) for i, ids in enumerate(asked) for _ in range(group_size)]
-        for number, sample in enumerate(samples, first_sample):
-            sample.number = number
+        samples = [
+            _Sample(first_sample + i * group_size + g, prompts[i], ids)
+            for i, ids in enumerate(asked)
+            for g in range(group_size)
+        ]
         if self.decode_stream:
             self.decode_stream.wait_stream(torch.cuda.current_stream(self.device))  # the optimizer may still be writing
         with self._on(self.decode_stream, self.picture_stream):
             if self.weights.refresh():
                 self.graphs.clear()
         rows_per_image = 1 if sampling.cfg_weight == 1 else 2
-        most = max(1, self.max_rows // rows_per_image)
 
         def plan_slots(part: Sequence[_Sample]) -> int:
             prompts = {id(sample.prompt_ids): len(sample.prompt_ids) - 1 for sample in part}
@@ -224,7 +225,7 @@ class RolloutEngine:
                 clock = _Clock(self.device)
                 self._write_plans(batch, sampling, seed)
                 spans = [clock.lap("plan")]
-            for part in self._parts(batch, most, image_slots):
+            for part in self._parts(batch, self._most_images(rows_per_image), image_slots):
                 with self._on(self.decode_stream):
                     clock = _Clock(self.device)
                     drawn = self._draw(part, rows_per_image, sampling, seed)
@@ -243,6 +244,9 @@ class RolloutEngine:
         if stream and after:
             stream.wait_stream(after)
         return torch.cuda.stream(stream) if stream else nullcontext()
+
+    def _most_images(self, rows_per_image: int) -> int:
+        return max(1, self.max_rows // rows_per_image)
 
     def _parts(
         self, samples: Sequence[_Sample], most: int, slots: Callable[[Sequence[_Sample]], int]
@@ -298,7 +302,7 @@ class RolloutEngine:
         stage = self.image_stage
         if stage is None or stage.rows_per_sample != rows_per_image:
             self.graphs.clear()
-            most = max(1, self.max_rows // rows_per_image)
+            most = self._most_images(rows_per_image)
             stage = self.image_stage = ImageStage(self.decoder, self.graphs, most, rows_per_image, length)
         self.pool.reset()
         prompts = [s.image_ids[:-1] for s in samples]

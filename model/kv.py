@@ -1,4 +1,4 @@
-"""The KV cache: one pool of token slots a layer, allocated once, out of which rows take contiguous segments.
+"""The KV cache: one pool of token slots for all layers, out of which rows take contiguous segments.
 
 A row reads a prefix that others may share and a segment of its own (see kernels/decode_attention.py), so sharing,
 leaving and regrouping move no keys or values. P slots, H key/value heads, E head dimensions.

@@ -12,14 +12,16 @@ from bicot.model.engine import RolloutChunk, RolloutEngine
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import Sampling
+from bicot.model.weights import Weights
 
+FORMAT = PromptFormat("t2i_r1", "", "plan {}")
 PROMPTS = ["a red circle", "two blue square and a circle of w1 w2 w3", "w3"]
 TOLERANCE = 1e-4  # float32 log-probs and pixels
 GREEDY = Sampling(max_completion_length=6, temperature=0, image_temperature=0, cfg_weight=1.0)
 
 
 def engine_of(policy: Policy, max_rows: int = 256) -> RolloutEngine:
-    return RolloutEngine(policy, policy.prompt_encoder(PromptFormat("t2i_r1", "", "plan {}")), max_rows=max_rows)
+    return RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=max_rows)
 
 
 def greedy(engine: RolloutEngine, prompts: Sequence[str] = PROMPTS) -> RolloutChunk:
@@ -30,6 +32,18 @@ def numbers(chunk: RolloutChunk) -> Tensor:
     """All that depends on the weights, flat, float32."""
     columns = (chunk.plan_logprobs.values, chunk.image_logprobs, chunk.images, chunk.plans.values, chunk.image_tokens)
     return torch.cat([column.flatten().float() for column in columns])
+
+
+def addresses(weights: Weights) -> list[int]:
+    """Where everything lies that decoding reads."""
+    tensors = [source.tensor for source in weights._sources] + [weights.embed_image]
+    tensors += list(weights.image_decoder.model.parameters())
+    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
+def copied(weights: Weights) -> list[str]:
+    """The modules whose weights are copies."""
+    return [name for source in weights._sources if source.copied for name in source.names]
 
 
 @torch.no_grad()

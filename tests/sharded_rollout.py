@@ -14,10 +14,9 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from forced import PROMPTS, engine_of, gap, greedy, numbers
+from forced import PROMPTS, addresses, copied, engine_of, gap, greedy, numbers
 from tiny import tiny_policy
 
-from bicot.model.engine import RolloutEngine
 from bicot.model.policy import Policy
 
 STEPS = 2
@@ -55,11 +54,6 @@ def unsharded(policy: Policy, case: dict[str, Any]) -> Policy:
     return same
 
 
-def addresses(engine: RolloutEngine) -> list[int]:
-    tensors = [source.tensor for source in engine.weights._sources] + [engine.weights.embed_image]
-    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
-
-
 def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -82,7 +76,7 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     before = None
     for step in range(STEPS + 1):
         seen["moved"].append(engine.weights.refresh())
-        seen["addresses"].append(addresses(engine))
+        seen["addresses"].append(addresses(engine.weights))
         body = policy.decoder.named_parameters()
         seen["sharded"] = sorted({name.split(".")[-2] for name, parameter in body if parameter.numel() == 0})
         chunk, same = greedy(engine, prompts), unsharded(policy, case)
@@ -95,7 +89,7 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
             logits = trainer(input_ids=torch.tensor([[0, 8 + rank, 9, 10, 11]])).logits
             trainer.backward(logits.float().log_softmax(-1)[0, :, 3].sum())
             trainer.step()
-    seen["copied"] = [name for source in engine.weights._sources if source.copied for name in source.names]
+    seen["copied"] = copied(engine.weights)
     seen["numbers"] = numbers(chunk).tolist()
     trainer.destroy()
     return seen

@@ -1,4 +1,4 @@
-"""The machine code of the decoder's kernels around attention, compiled ahead of time."""
+"""The machine code of a decode step's kernels, compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import rms_norm, rope_kv_write, silu_mul
+from bicot.kernels import decode_attention, rms_norm, rope_kv_write, silu_mul
+from bicot.kernels.kv_pool import FP8
 
 pytestmark = needs_compiler
 
@@ -71,3 +72,76 @@ def test_rope_kv_write(Hq: int, Hkv: int, E: int, fp8: bool, dtype: torch.dtype,
     assert code.store_widths == ({4, 8, 16} if fp8 else {16})
     assert code.shared == 0 and code.count("LDS", "STS", "BAR") == 0
     assert ("cvt.rn.satfinite.e4m3x2.f32" in code.ptx) == fp8  # rounded to nearest
+
+
+def compile_attend(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, arch: int) -> Compiled:
+    config = decode_attention.launch_config(G, E)
+    options = {name: config.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    constants = {"HKV": Hkv, "G": G, "E": E, "SPLIT": split, **config}
+    element = "*fp8e4nv" if dtype == FP8 else TYPES[dtype]
+    activation = "*bf16" if dtype == FP8 else TYPES[dtype]
+    types = {"p_q": activation, "p_keys": element, "p_values": element, "p_top": "*fp32", "p_sum": "*fp32"}
+    types |= {"p_out": "*fp32" if split else activation}
+    types |= dict.fromkeys(("p_prefix_start", "p_prefix_length", "p_start", "p_length"), "*i64")
+    scales = ("p_key_scales", "p_value_scales")
+    if dtype == FP8:
+        types |= dict.fromkeys(scales, "*fp32")
+    else:
+        constants |= dict.fromkeys(scales)
+    return compile_kernel(
+        decode_attention._attend_kernel,
+        types | {"q_stride": "i32", "scale": "fp32"},
+        constants,
+        divisible=[*types, "q_stride"],
+        arch=arch,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "Hkv", "G", "E"),
+    [
+        (torch.bfloat16, 16, 1, 128),
+        (torch.float32, 16, 1, 128),
+        (FP8, 16, 1, 128),
+        (torch.bfloat16, 4, 1, 32),
+        (torch.bfloat16, 8, 4, 128),
+        (torch.bfloat16, 2, 16, 256),
+    ],
+)
+def test_decode_attention(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, arch: int) -> None:
+    """16 bytes of keys and values at a time, and nothing through shared memory in the loop."""
+    if dtype == FP8 and arch < 89:
+        pytest.skip("converts no float8")
+    code = compile_attend(dtype, Hkv, G, E, split, arch)
+    assert_clean(code)
+    assert code.registers <= 128  # four programs or more on a multiprocessor
+    config = decode_attention.launch_config(G, E)
+    vectors = 2 * config["T"] * config["EB"] * dtype.itemsize // 16 // (32 * config["num_warps"])
+    assert sum(n for name, n in code.opcodes.items() if name.startswith("LDG") and ".128" in name) >= vectors
+    # The loop is what lies between the first and the last wide load and ends with a branch backwards.
+    lines = code.sass.splitlines()
+    wide = [i for i, line in enumerate(lines) if "LDG.E.128" in line]
+    end = next(i for i in range(wide[-1], len(lines)) if " BRA " in lines[i])
+    loop = "\n".join(lines[wide[-vectors] : end])
+    assert "SHFL" in loop and "MUFU.EX2" in loop
+    assert not any(name in loop for name in ("BAR.SYNC", "STS", "LDS"))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_combining_splits(arch: int) -> None:
+    pointers = {"p_top": "*fp32", "p_sum": "*fp32", "p_part": "*fp32", "p_out": "*bf16"}
+    for splits in (2, 64):
+        code = compile_kernel(
+            decode_attention._combine_kernel,
+            pointers,
+            {"E": 128, "EB": 128, "SPLITS": splits},
+            divisible=pointers,
+            num_warps=4,
+            arch=arch,
+        )
+        assert_clean(code)
+        assert splits == 2 or 16 in code.load_widths
+        assert code.registers <= 128

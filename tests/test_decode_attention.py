@@ -1,5 +1,5 @@
 """decode_attention against a loop over heads and keys, its kernels against the reference in float64, what a row may not
-see, the error of float8 pools, and the machine code of the Triton kernels."""
+see, and the error of float8 pools."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
@@ -437,79 +436,6 @@ def test_a_cuda_graph_replays_other_rows() -> None:
     graph.replay()
     expected = replace(p, **{name: getattr(p, name)[order] for name in module._ROWS})
     assert_no_worse("out", out.cpu(), expected.run("torch"), expected.double().run("torch"), 2**-9, ABSOLUTE)
-
-
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", FP8: "*fp8e4nv"}
-
-
-def compile_attend(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, arch: int) -> Compiled:
-    config = module.launch_config(G, E)
-    options = {name: config.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    constants = {"HKV": Hkv, "G": G, "E": E, "SPLIT": split, **config}
-    activation = "*bf16" if dtype == FP8 else TYPES[dtype]
-    types = {"p_q": activation, "p_keys": TYPES[dtype], "p_values": TYPES[dtype], "p_top": "*fp32", "p_sum": "*fp32"}
-    types |= {"p_out": "*fp32" if split else activation}
-    types |= dict.fromkeys(("p_prefix_start", "p_prefix_length", "p_start", "p_length"), "*i64")
-    scales = ("p_key_scales", "p_value_scales")
-    if dtype == FP8:
-        types |= dict.fromkeys(scales, "*fp32")
-    else:
-        constants |= dict.fromkeys(scales)
-    return compile_kernel(
-        module._attend_kernel,
-        types | {"q_stride": "i32", "scale": "fp32"},
-        constants,
-        divisible=[*types, "q_stride"],
-        arch=arch,
-        **options,
-    )
-
-
-@needs_compiler
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize(
-    ("dtype", "Hkv", "G", "E"),
-    [
-        (torch.bfloat16, 16, 1, 128),
-        (torch.float32, 16, 1, 128),
-        (FP8, 16, 1, 128),
-        (torch.bfloat16, 4, 1, 32),
-        (torch.bfloat16, 8, 4, 128),
-        (torch.bfloat16, 2, 16, 256),
-    ],
-)
-def test_machine_code(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, arch: int) -> None:
-    """16 bytes of keys and values at a time, and nothing through shared memory in the loop."""
-    if dtype == FP8 and arch < 89:
-        pytest.skip("converts no float8")
-    code = compile_attend(dtype, Hkv, G, E, split, arch)
-    assert_clean(code)
-    assert code.registers <= 128  # four programs or more on a multiprocessor
-    config = module.launch_config(G, E)
-    vectors = 2 * config["T"] * config["EB"] * dtype.itemsize // 16 // (32 * config["num_warps"])
-    assert sum(n for name, n in code.opcodes.items() if name.startswith("LDG") and ".128" in name) >= vectors
-    # The loop is what lies between the first and the last wide load and ends with a branch backwards.
-    lines = code.sass.splitlines()
-    wide = [i for i, line in enumerate(lines) if "LDG.E.128" in line]
-    end = next(i for i in range(wide[-1], len(lines)) if " BRA " in lines[i])
-    loop = "\n".join(lines[wide[-vectors] : end])
-    assert "SHFL" in loop and "MUFU.EX2" in loop
-    assert not any(name in loop for name in ("BAR.SYNC", "STS", "LDS"))
-
-
-@needs_compiler
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_machine_code_of_the_combination(arch: int) -> None:
-    pointers = {"p_top": "*fp32", "p_sum": "*fp32", "p_part": "*fp32", "p_out": "*bf16"}
-    for splits in (2, 64):
-        code = compile_kernel(
-            module._combine_kernel, pointers, {"E": 128, "EB": 128, "SPLITS": splits}, divisible=pointers, num_warps=4,
-            arch=arch,
-        )  # fmt: skip
-        assert_clean(code)
-        assert splits == 2 or 16 in code.load_widths
-        assert code.registers <= 128
 
 
 def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:

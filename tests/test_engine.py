@@ -9,21 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from forced import FORMAT, PROMPTS, TOLERANCE
 from oracle import gpu, no_host_sync
 from tiny import tiny_policy
 from torch import Tensor
 from transformers import DynamicCache
 
-from bicot.model import stages
+from bicot.model import decoder, stages
 from bicot.model.engine import RolloutChunk, RolloutEngine
 from bicot.model.graphs import StepGraphs
 from bicot.model.policy import Policy
-from bicot.model.prompts import PromptFormat
 from bicot.model.settings import Sampling
 
-FORMAT = PromptFormat("t2i_r1", "", "plan {}")
-PROMPTS = ["a red circle", "two blue square and a circle of w1 w2 w3", "w3"]
-TOLERANCE = 1e-4  # float32 log-probs, cached decode against one teacher-forced forward
 MODELS = [
     {"kv_heads": 4},
     {"kv_heads": 2, "vocab": 67, "codes": 41},
@@ -125,7 +122,7 @@ def test_tokens_do_not_depend_on_the_chunk(policy: Policy, max_rows: int, cfg_we
     sampling = Sampling(max_completion_length=10, cfg_weight=cfg_weight)
     engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=max_rows)
     parts = list(engine.generate(PROMPTS, 3, sampling, seed=11))
-    assert max(map(len, parts)) == max(1, max_rows // (1 if cfg_weight == 1 else 2)) or max_rows > 9
+    assert max(map(len, parts)) == min(9, max(1, max_rows // (1 if cfg_weight == 1 else 2)))
     assert_same(RolloutChunk.cat(parts), rollout(policy, PROMPTS, 3, sampling))
 
 
@@ -271,6 +268,22 @@ def test_bfloat16_logprobs_are_near_those_of_training() -> None:
     truth = forced(exact)
     ours, theirs = ((logp - truth).abs().mean() for logp in (chunk.image_logprobs, forced(policy)))
     assert ours < 1.5 * theirs < 0.05
+
+
+def test_long_prefills_are_taken_in_passes(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
+    whole = rollout(policy, PROMPTS, 3, sampling)
+    passes, once = [], decoder.Decoder._prefill
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 40)
+    monkeypatch.setattr(decoder.Decoder, "_prefill", lambda self, *a: (passes.append(len(a[0])), once(self, *a)))
+    assert_same(rollout(policy, PROMPTS, 3, sampling), whole)
+    assert len(passes) > 4 and max(passes) > 1
+
+
+def test_a_rotary_embedding_that_changes_with_the_length_is_named(policy: Policy) -> None:
+    policy.decoder.rotary_emb.rope_type = "dynamic"
+    with pytest.raises(ValueError, match="rope_type 'dynamic' changes with the length"):
+        RolloutEngine(policy, policy.prompt_encoder(FORMAT))
 
 
 def test_cuda_graphs_need_a_gpu(policy: Policy) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from forced import TOLERANCE, engine_of, gap, greedy, numbers
+from forced import TOLERANCE, addresses, copied, engine_of, gap, greedy, numbers
 from tiny import ROOT, tiny_policy
 from torch import Tensor, nn
 
@@ -25,17 +25,6 @@ from bicot.model.weights import Weights
 MODELS = [{}, {"kv_heads": 1, "biased": True}, {"kv_heads": 2, "tied": True}]
 CONFIG = Config(rewards=RewardConfig("scene"), learning_rate=0.02, warmup_steps=0)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def addresses(weights: Weights) -> list[int]:
-    tensors = [source.tensor for source in weights._sources] + [weights.embed_image]
-    tensors += list(weights.image_decoder.model.parameters())
-    return [tensor.data_ptr() for tensor in tensors if tensor is not None]
-
-
-def copied(weights: Weights) -> list[str]:
-    """The modules whose weights are copies."""
-    return [name for source in weights._sources if source.copied for name in source.names]
 
 
 def scramble(policy: Policy, seed: int = 0) -> None:
