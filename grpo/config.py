@@ -22,29 +22,10 @@ from ..kernels.grpo_loss import KLEstimator, LossType
 from ..model.engine import KVDtype
 from ..model.policy import PUBLISHED_FREEZE
 from ..model.prompts import ChatTemplate
+from ..rewards.config import RewardConfig
 
 _PATHS = ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path")
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def _words(value: list[str] | str) -> list[str]:
-    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
-
-
-@dataclass
-class RewardConfig:
-    """Which rewards score a picture.
-
-    Args:
-        names: built-in names or dotted paths `package.module:Class`; a list, or one string with commas.
-        monitor: the same, for rewards that are scored and logged but never trained on.
-    """
-
-    names: list[str] | str = field(default_factory=list)
-    monitor: list[str] | str = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.names, self.monitor = _words(self.names), _words(self.monitor)
 
 
 @dataclass
@@ -268,6 +249,11 @@ def parse_config(argv: Sequence[str]) -> Config:
     if not any(word == "--config" or word.startswith("--config=") for word in words):
         words = [f"--config={ROOT / 'configs' / 'toy.yaml'}", *words]
     parser = build_parser("Train a Janus model with BiCoT-GRPO.")
+    for word in words:
+        if single := re.match(r"--rewards\.options\.([^.=]+)\.", word):  # jsonargparse would forget the others
+            parser.error(
+                f"{word}: give all options of one reward, as --rewards.options.{single[1]} '{{path: …, dtype: …}}'"
+            )
     parsed = parser.instantiate(parser.parse_args(words))
     values = {item.name: parsed[item.name] for item in dataclasses.fields(Config)}
     for name in _PATHS:

@@ -16,6 +16,7 @@ from ..model.engine import RolloutChunk, RolloutEngine, Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble
 from .distributed import Ranks
+from .rollout import roll_out
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def evaluate(
     start = ranks.rank * share
     mine = examples[start : start + share]
     samples: list[Sample] = []
-    for chunk in engine.generate([e.prompt for e in mine], num_generations, sampling, seed, start * num_generations):
-        first = len(samples) // num_generations
-        scored = [e for e in mine[first : first + len(chunk) // num_generations] for _ in range(num_generations)]
-        samples += samples_of(chunk, scored, ensemble.submit(chunk.images, scored).result(), ensemble)
+    if mine:
+        first = start * num_generations
+        rollout, each, handle = roll_out(engine, ensemble, mine, num_generations, sampling, seed, first)
+        samples = samples_of(rollout, each, handle.result(), ensemble)
     return ranks.gather(samples)
 
 

@@ -86,7 +86,8 @@ def write_report(
     if metrics:
         sections += [
             _section("Reward", _curves(metrics, ("reward", *_keys(metrics, "reward_by_task/")))),
-            _section("Rewards and monitors", _curves(metrics, _keys(metrics, "rewards/"))),
+            _section("Rewards and monitors", _curves(metrics, _keys(metrics, "rewards/", "/mean"))),
+            _section("Milliseconds of a step that a reward took", _reward_times(metrics)),
             _section("KL to the initial model", _curves(metrics, ("kl", "text/kl", "image/kl"))),
             _section("Entropy (nats a token)", _curves(metrics, ("entropy", "text/entropy", "image/entropy"))),
             _section("Seconds of a step, by phase", _phase_bars(metrics)),
@@ -110,8 +111,8 @@ def write_report(
     )
 
 
-def _keys(metrics: Sequence[Mapping[str, float]], prefix: str) -> tuple[str, ...]:
-    return tuple(sorted({key for row in metrics for key in row if key.startswith(prefix)}))
+def _keys(metrics: Sequence[Mapping[str, float]], prefix: str, suffix: str = "") -> tuple[str, ...]:
+    return tuple(sorted({key for row in metrics for key in row if key.startswith(prefix) and key.endswith(suffix)}))
 
 
 def _section(title: str, content: str) -> str:
@@ -155,13 +156,23 @@ def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str:
         window = max(1, len(values) // 15)
         smooth = [sum(v := values[max(0, i - window + 1) : i + 1]) / len(v) for i in range(len(values))]
         (line,) = axis.plot(
-            steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=re.sub("^reward(s|_by_task)/", "", key)
+            steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=re.sub("^reward(s|_by_task)/|/mean$", "", key)
         )
         axis.plot(steps, values, lw=0.7, alpha=0.25, color=line.get_color())
     if not axis.lines:
         return ""
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return _image(figure, "svg")
+
+
+def _reward_times(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Mean over the steps for each reward, and the share that the rollout hid."""
+    times = {}
+    for key in _keys(metrics, "rewards/", "/milliseconds"):
+        ms, hidden = (sum(row.get(k, 0.0) for row in metrics) / len(metrics) for k in (key, f"{key}_hidden"))
+        name = key.removeprefix("rewards/").removesuffix("/milliseconds")
+        times[name] = f"{ms:.1f} ms, {hidden / ms if ms else 0:.0%} hidden"
+    return _table(times) if times else ""
 
 
 def _phase_bars(metrics: Sequence[Mapping[str, float]]) -> str:

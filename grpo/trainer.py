@@ -22,7 +22,7 @@ from ..model.policy import Policy, load_policy
 from ..model.prompts import PromptFormat
 from ..model.settings import RolloutSettings, Sampling
 from ..rewards.base import Example
-from ..rewards.ensemble import RewardEnsemble, load_reward
+from ..rewards.ensemble import RewardHandle
 from .checkpoint import find_checkpoint, list_checkpoints, load_state, save_checkpoint, truncate_metrics
 from .config import Config
 from .data import load_examples, step_indices
@@ -40,6 +40,7 @@ from .evaluate import (
 )
 from .optim import MasterAdamW
 from .report import draw_grid, pick, write_report
+from .rollout import roll_out
 from .step import reference_logprobs, split, update
 from .tracking import Log
 
@@ -69,11 +70,7 @@ class Trainer:
         self.examples = load_examples(config.train_file)
         self.heldout = load_examples(config.eval_file) if config.eval_file else []
         self.settings = rollout_settings(config)
-        self.ensemble = RewardEnsemble(
-            [load_reward(name) for name in config.rewards.names],
-            config.reward_weights,
-            [load_reward(name) for name in config.rewards.monitor],
-        )
+        self.ensemble = config.rewards.build(config.reward_weights, device=ranks.device, failures=self.output)
         checkpoint = find_checkpoint(config.resume, self.output)
         self.policy = self._load(checkpoint or config.model_name_or_path)
         self.reference = self._load(config.model_name_or_path, reference=True) if config.beta else None
@@ -150,11 +147,15 @@ class Trainer:
         config, ranks = self.config, self.ranks
         start = time.perf_counter()
         examples = self._step_examples()
-        rollout = self._rollout([e.prompt for e in examples])
-        repeated = [e for e in examples for _ in range(config.num_generations)]
+        rollout, repeated, handle = self._roll_out(examples)
         clock = _Phases(rollout.seconds, ranks.device)
+        micro_batches = split(rollout, config)
+        with clock("reference"):
+            reference = (
+                reference_logprobs(self.reference, micro_batches, self.encoder, config) if self.reference else None
+            )
         with clock("reward"):
-            scores = self.ensemble.submit(rollout.images, repeated).result()
+            scores = handle.result()
         everyone = ranks.cat(scores)
         advantages = group_advantages(
             everyone,
@@ -164,11 +165,6 @@ class Trainer:
             combine=config.multi_objective_aggregation,
         )
         mine = advantages[ranks.rank * len(scores) :][: len(scores)].to(ranks.device)
-        micro_batches = split(rollout, config)
-        with clock("reference"):
-            reference = (
-                reference_logprobs(self.reference, micro_batches, self.encoder, config) if self.reference else None
-            )
         learning_rate = self.optimizer.learning_rate
         with clock("train"):
             metrics = update(self.policy, self.optimizer, micro_batches, mine, reference, self.encoder, config, ranks)
@@ -182,6 +178,7 @@ class Trainer:
         self.seconds += elapsed
         return {
             **self._reward_metrics(everyone, ranks.gather([example.task_type for example in repeated])),
+            **self._reward_costs(handle),
             **{key: value.item() for key, value in metrics.items()},
             **self._plan_metrics(rollout),
             "learning_rate": learning_rate,
@@ -196,13 +193,11 @@ class Trainer:
         batch = step_indices(len(self.examples), share * self.ranks.size, self.step, self.config.seed)
         return [self.examples[i] for i in batch[self.ranks.rank * share :][:share]]
 
-    def _rollout(self, prompts: list[str]) -> RolloutChunk:
-        config = self.config
-        seed = config.seed * _SEED_STRIDE + self.step
-        first = self.ranks.rank * len(prompts) * config.num_generations
-        return RolloutChunk.cat(
-            list(self.engine.generate(prompts, config.num_generations, self.settings.sampling, seed, first))
-        )
+    def _roll_out(self, examples: list[Example]) -> tuple[RolloutChunk, list[Example], RewardHandle]:
+        group = self.config.num_generations
+        seed = self.config.seed * _SEED_STRIDE + self.step
+        first = self.ranks.rank * len(examples) * group
+        return roll_out(self.engine, self.ensemble, examples, group, self.settings.sampling, seed, first)
 
     def _reward_metrics(self, scores: Tensor, task_types: list[str]) -> dict[str, float]:
         """Of the whole step: scores [S, R] and task types [S] of all ranks, in rank order."""
@@ -214,9 +209,15 @@ class Trainer:
             "reward": total.nanmean().item(),
             "reward_std": spread.mean().item(),
             "frac_reward_zero_std": (spread == 0).float().mean().item(),
-            **{f"rewards/{name}": scores[:, r].nanmean().item() for r, name in enumerate(self.ensemble.names)},
+            **self.ensemble.metrics(scores),
             **{f"reward_by_task/{task}": mean for task, mean in by_task.items()},
         }
+
+    def _reward_costs(self, handle: RewardHandle) -> dict[str, float]:
+        """Times of this rank, skipped samples of all."""
+        names = [name for name in handle.metrics if name.endswith("/skipped")]
+        skipped = self.ranks.sum(torch.tensor([handle.metrics[name] for name in names], device=self.ranks.device))
+        return {**handle.metrics, **dict(zip(names, skipped.tolist(), strict=True))}
 
     def _plan_metrics(self, rollout: RolloutChunk) -> dict[str, float]:
         vocabulary = self.policy.text_head.weight.shape[0]

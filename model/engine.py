@@ -26,7 +26,7 @@ from ..kernels.kv_pool import FP8, converts_fp8
 from .decoder import Decoder
 from .graphs import StepGraphs
 from .kv import KVPool
-from .packed import Packed
+from .packed import Packed, upload
 from .policy import Policy
 from .prompts import PromptEncoder
 from .settings import Sampling
@@ -174,8 +174,9 @@ class RolloutEngine:
         self.graphs = StepGraphs(on_gpu if cuda_graphs == "auto" else cuda_graphs)
         self.plan_stage: PlanStage | None = None
         self.image_stage: ImageStage | None = None
-        self.decode_stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.picture_stream = torch.cuda.Stream(self.device) if on_gpu else None
+        # before rewards, which work beside them at the default priority
+        self.decode_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
+        self.picture_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
 
     @torch.no_grad()
     def generate(
@@ -336,7 +337,7 @@ class RolloutEngine:
             plans=Packed.of([s.plan for s in samples], self.device),
             plan_logprobs=Packed.of([s.plan_logprobs for s in samples], self.device),
             plan_texts=[s.text for s in samples],
-            truncated=torch.tensor([s.plan[-1] != eos for s in samples], device=self.device),
+            truncated=upload(torch.tensor([s.plan[-1] != eos for s in samples]), self.device),
             image_prompts=Packed.of([s.image_ids for s in samples], self.device),
             image_tokens=tokens,
             image_logprobs=logp,

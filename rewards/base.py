@@ -6,10 +6,13 @@ to that sample's prompt (a missing reward is left out of the advantage; it is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -44,10 +47,48 @@ class Example:
 
 @runtime_checkable
 class Reward(Protocol):
-    """Anything with a `name` and a batched `score`. See CONTRIBUTING for one in 20 lines."""
+    """Anything with a `name` and a batched `score`. See CONTRIBUTING for one in 20 lines.
+
+    It may have two members more:
+
+        applies(example) -> bool    other examples never reach `score`; their score is NaN
+        model: torch.nn.Module      frozen, put on the reward's device, and offloaded between uses if asked for
+    """
 
     name: str
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        """images [S, 3, H, W] in [0, 1], S examples -> [S] float32; NaN = this reward does not apply."""
+        """images [S, 3, H, W] float32 in [0, 1] on the reward's device, S examples -> [S] float32.
+
+        NaN = does not apply; only for rewards without `applies`, with it a NaN is an error as an infinity is.
+        """
         ...
+
+
+class MissingCheckpoint(FileNotFoundError):
+    """A reward's weights are not there; the message says how to get them."""
+
+
+@contextmanager
+def loading(reward: str, path: str | Path, download: str, option: str = "path") -> Iterator[None]:
+    """What transformers raises for files that are not there becomes a MissingCheckpoint.
+
+    Args:
+        reward: its name.
+        path: folder, file or hub id that is being loaded.
+        download: the command that brings the published files.
+        option: of the reward, that takes them.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MissingCheckpoint(
+            f"reward {reward!r} cannot load {str(path)!r}: {error}\n  get the published files with\n"
+            f"    {download}\n  and give their folder or file with rewards.options.{reward}.{option}"
+        ) from error
+
+
+def upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers of the host (nested lists) on the device, without waiting for what the device is doing."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

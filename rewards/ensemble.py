@@ -1,59 +1,63 @@
-"""All rewards of a run behind one call: pictures in, a [S, R] matrix out.
+"""All rewards of a run behind one call: pictures in, a [S, R] matrix out, scored while the policy goes on decoding.
 
-Shapes: S samples, R rewards (those that train first, then the monitored ones), images [S, 3, H, W] in [0, 1].
+With threads (the default on a GPU) `submit` hands the pictures to a thread for each reward and returns: each works on
+CUDA streams of its own, which wait for an event behind the pictures; the caller waits only in `result`. These streams
+have the lowest priority and the engine's a higher one, so that decoding goes first where both have work. Without
+(`serial`, the default on a CPU, where all share the cores) the rewards run one after another in `result`.
+
+Shapes: S samples, R rewards (those that train first, then the monitored ones), images [S, 3, H, W] float32 in [0, 1].
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .base import Example, Reward
+from .worker import OnError, Placement, Scored, Worker
 
-BUILTIN = {
-    "scene": "bicot.rewards.scene:SceneReward",
-    "scene_relation": "bicot.rewards.scene:SceneRelation",
-}
+Schedule = Literal["auto", "serial", "threads"]
 
 
-class RewardError(RuntimeError):
-    """A reward failed: the message names the reward and the prompt."""
-
-
-def load_reward(name: str) -> Reward:
-    """A built-in reward, or `package.module:Class` (called without arguments) or `package.module:instance`.
-
-    Raises:
-        ValueError: the name leads to nothing, or to something that is not a reward.
-    """
-    module_name, colon, attribute = BUILTIN.get(name, name).partition(":")
-    if not colon:
-        raise ValueError(
-            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILTIN))}, your own is package.module:Class"
-        )
-    try:
-        target = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
-    reward = target() if inspect.isclass(target) else target
-    if not isinstance(reward, Reward):
-        raise ValueError(f"reward {name!r} needs a `name` and a `score(images, examples)`; see CONTRIBUTING.md")
-    return reward
-
-
-@dataclass(frozen=True)
 class RewardHandle:
-    """Scores on their way. `result()` gives them, [S, R] float32, NaN = not applicable."""
+    """Scores on their way; `result()` waits for them, and leaves `metrics` behind.
 
-    scores: Tensor
+    Metrics of each reward: `milliseconds` that it worked; `milliseconds_hidden` of these, before the caller's stream
+    had done its own work and nothing was left but to wait; samples `skipped` because it failed on them.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device, chunks: list[list[Callable[[], Scored]]]) -> None:
+        self.names, self.device = names, device
+        self._chunks = chunks  # chunk by chunk, reward by reward
+        self.metrics: dict[str, float] = {}
+
+    @classmethod
+    def cat(cls, handles: Sequence[RewardHandle]) -> RewardHandle:
+        """The samples of all handles, in order."""
+        return cls(handles[0].names, handles[0].device, [jobs for handle in handles for jobs in handle._chunks])
 
     def result(self) -> Tensor:
-        return self.scores
+        """[S, R] float32 on the device of the pictures, NaN = does not apply, or skipped.
+
+        Raises:
+            RewardError: a reward raised, or returned another shape or a score that is not finite.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        asked = time.perf_counter()
+        chunks = [[scored() for scored in jobs] for jobs in self._chunks]
+        for name, of_chunks in zip(self.names, zip(*chunks, strict=True), strict=True):
+            waited = sum(min(scored.seconds, max(0.0, scored.done - asked)) for scored in of_chunks)
+            worked = sum(scored.seconds for scored in of_chunks)
+            self.metrics[f"rewards/{name}/milliseconds"] = 1e3 * worked
+            self.metrics[f"rewards/{name}/milliseconds_hidden"] = 1e3 * (worked - waited)
+            self.metrics[f"rewards/{name}/skipped"] = float(sum(scored.skipped for scored in of_chunks))
+        return torch.cat([torch.stack([scored.values for scored in jobs], dim=1) for jobs in chunks]).to(self.device)
 
 
 class RewardEnsemble:
@@ -63,26 +67,54 @@ class RewardEnsemble:
         rewards: those that train.
         weights: one for each, default 1.
         monitors: scored as well, with weight 0.
+        placements: by a reward's name; one that is not there has the default.
+        device: of the run: where rewards without another placement work.
+        schedule: threads, serial, or auto: threads on a GPU.
+        on_reward_error: raise stops the run; skip leaves the sample without this reward and counts it.
+        failures: folder for the picture that a reward failed on.
+
+    Raises:
+        ValueError: two rewards of one name, a device that is not there, offload of a reward without `model`.
     """
 
     def __init__(
-        self, rewards: Sequence[Reward], weights: Sequence[float] | None = None, monitors: Sequence[Reward] = ()
+        self,
+        rewards: Sequence[Reward],
+        weights: Sequence[float] | None = None,
+        monitors: Sequence[Reward] = (),
+        *,
+        placements: Mapping[str, Placement] | None = None,
+        device: str | torch.device = "cpu",
+        schedule: Schedule = "auto",
+        on_reward_error: OnError = "raise",
+        failures: str | Path = ".",
     ) -> None:
-        self.rewards = [*rewards, *monitors]
-        self.names = [reward.name for reward in self.rewards]
+        every = [*rewards, *monitors]
+        self.names = [reward.name for reward in every]
         twice = {name for name in self.names if self.names.count(name) > 1}
         if twice:
             raise ValueError(f"two rewards have the name {twice.pop()!r}; names must differ, they label the metrics")
         trained = [1.0] * len(rewards) if weights is None else list(weights)
         self.weights = torch.tensor([*trained, *[0.0] * len(monitors)])
+        threads = torch.device(device).type == "cuda" if schedule == "auto" else schedule == "threads"
+        places = placements or {}
+        self.workers = [
+            Worker(
+                reward,
+                places.get(reward.name, Placement()),
+                device=device,
+                threads=threads,
+                on_error=on_reward_error,
+                failures=Path(failures),
+            )
+            for reward in every
+        ]
 
     def submit(self, images: Tensor, examples: Sequence[Example]) -> RewardHandle:
-        """Start scoring S pictures of S examples.
-
-        Raises:
-            RewardError: a reward raised, or returned another shape or an infinite score.
-        """
-        return RewardHandle(torch.stack([self._score(reward, images, examples) for reward in self.rewards], dim=1))
+        """Start scoring S pictures, which the current stream has made or is about to, of S examples."""
+        ready = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
+        jobs = [worker.submit(images, examples, ready) for worker in self.workers]
+        return RewardHandle(self.names, images.device, [jobs])
 
     def total(self, scores: Tensor) -> Tensor:
         """[S, R] -> [S]: the weighted sum of the rewards that apply, NaN where none does."""
@@ -90,28 +122,12 @@ class RewardEnsemble:
         applies = (~scores.isnan() & (weights != 0)).any(1)
         return (scores.nan_to_num(nan=0.0) * weights).sum(1).masked_fill(~applies, torch.nan)
 
-    def _score(self, reward: Reward, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        try:
-            with torch.no_grad():
-                scores = reward.score(images, examples)
-        except Exception as error:
-            raise RewardError(
-                f"reward {reward.name!r} failed on {_culprit(reward, images, examples)}: {error}"
-            ) from error
-        scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device)
-        if scores.shape != (len(examples),):
-            raise RewardError(f"reward {reward.name!r} returned {tuple(scores.shape)} for {len(examples)} pictures")
-        if scores.isinf().any():
-            at = int(scores.isinf().nonzero()[0])
-            raise RewardError(f"reward {reward.name!r} gave {scores[at].item()} for {examples[at].prompt!r}")
-        return scores
-
-
-def _culprit(reward: Reward, images: Tensor, examples: Sequence[Example]) -> str:
-    """The prompt that fails alone; the batch, if each of its prompts succeeds alone."""
-    for s, example in enumerate(examples):
-        try:
-            reward.score(images[s : s + 1], [example])
-        except Exception:  # any: the error itself is already on its way to the user
-            return repr(example.prompt)
-    return f"a batch of {len(examples)} prompts from {examples[0].prompt!r} on, though on none of them alone"
+    def metrics(self, scores: Tensor) -> dict[str, float]:
+        """Of scores [S, R]: mean and unbiased std of each reward over the samples that have it, share that has not."""
+        out = {}
+        for name, column in zip(self.names, scores.cpu().unbind(1), strict=True):
+            there = column[~column.isnan()]
+            out[f"rewards/{name}/mean"] = there.mean().item()
+            out[f"rewards/{name}/std"] = there.std().item() if len(there) > 1 else torch.nan
+            out[f"rewards/{name}/missing"] = 1 - len(there) / len(column)
+        return out

@@ -55,6 +55,13 @@ def test_reward_names_take_a_list_or_words() -> None:
     assert parse_config(["--rewards.names", "a.b:C"]).rewards.names == ["a.b:C"]
 
 
+def test_reward_options_are_given_reward_by_reward() -> None:
+    words = ["--config", str(ROOT / "configs/janus-pro-7b.yaml"), "--rewards.options.hps", "{path: x, micro_batch: 8}"]
+    rewards = parse_config(words).rewards
+    assert rewards.names == ["hps", "git", "grounding"]
+    assert rewards.options == {"hps": {"path": "x", "micro_batch": 8}, "git": {"dtype": "float16"}}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -67,6 +74,7 @@ def test_reward_names_take_a_list_or_words() -> None:
         (["--temperature", "0"], "temperature=0.0 must be above 0"),
         (["--top_p", "0"], "top_p=0.0 must be in (0, 1]"),
         (["--loss_type", "cispo"], "cispo clips its weights at epsilon_high"),
+        (["--rewards.options.hps.path", "x"], "give all options of one reward, as --rewards.options.hps '{path: "),
         (["--reward_weights", "[1, 2]"], "reward_weights has 2 entries for 1 rewards"),
         (["--reward_weights", "[.nan]"], "reward_weights=[nan] must be finite"),
         (["--rollout_max_rows", "0"], "rollout_max_rows=0 must be at least 1"),

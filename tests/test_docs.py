@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny import ROOT
 
 from bicot.grpo.config import Config
 from bicot.rewards.base import Example
-from bicot.rewards.ensemble import load_reward
+from bicot.rewards.config import RewardConfig
 
 README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
 
@@ -30,19 +31,29 @@ def test_kernel_example_runs() -> None:
     assert isinstance(loss, torch.Tensor) and loss.isfinite()
 
 
-def test_reward_example_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("schedule", ["serial", "threads"])
+def test_reward_example_is_a_reward(schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = blocks(CONTRIBUTING)
     assert len(block.splitlines()) <= 20
     (tmp_path / "my_rewards.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
-    reward = load_reward("my_rewards:Brightness")
-    scores = reward.score(torch.full((2, 3, 4, 4), 0.25), [Example("a", "object"), Example("b", "color")])
-    assert scores[0] == 0.25 and scores[1].isnan()
+    (settings,) = re.findall(r"```yaml\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    name = "my_rewards:Brightness"
+    rewards = yaml.safe_load(settings)["rewards"]
+    assert name in rewards["names"] and rewards["options"][name] == {"target": 0.5}
+    config = RewardConfig([name], options={name: rewards["options"][name]}, schedule=schedule)
+    images = torch.full((2, 3, 4, 4), 0.25)
+    scores = config.build().submit(images, [Example("a", "object"), Example("b", "color")]).result()
+    assert scores[0, 0] == 0.75 and scores[1, 0].isnan()
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING])
 def test_options_and_links_exist(text: str) -> None:
-    fields = {field.name for field in dataclasses.fields(Config)} | {"rewards.names", "rewards.monitor", "config"}
+    fields = (
+        {field.name for field in dataclasses.fields(Config)}
+        | {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
+        | {"config"}
+    )
     fields |= {"help", "print_config", "model", "nproc-per-node"}  # of generate.py and torchrun
     assert set(re.findall(r"--([a-z][\w.-]+)", text)) <= fields
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):

@@ -1,0 +1,114 @@
+"""Load every reward of a configuration, score sample pictures, and print what works, how fast, and what is missing.
+
+    python -m bicot.rewards.check configs/janus-pro-7b.yaml
+    python -m bicot.rewards.check my.yaml --device cpu --pictures 8
+
+The pictures are noise: the scores show that a reward works, not that it is right. Exit status 1 if one does not work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from .base import Example, NumeracyInfo, Reward, SpatialInfo
+from .config import RewardConfig
+from .ensemble import RewardEnsemble
+from .worker import Placement
+
+EXAMPLES = (
+    Example("a red apple and a blue bench", "color", ("apple", "bench"), ("red apple", "blue bench")),
+    Example("a dog left of a chair", "spatial", ("dog", "chair"), spatial_info=SpatialInfo("dog", "chair", "left of")),
+    Example("three bottles", "numeracy", ("bottle",), numeracy_info=(NumeracyInfo(3, "bottle"),)),
+    Example("A butterfly is fluttering in the garden.", "non", ("butterfly", "garden")),
+)
+COLUMNS = ("reward", "weights", "dtype", "device", "load s", "ms/picture", *(e.task_type for e in EXAMPLES))
+
+
+def read_config(path: str | Path) -> RewardConfig:
+    """The `rewards` of a run's YAML file. Raises ValueError without any, and for unknown keys."""
+    section = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("rewards")
+    if not section or not section.get("names"):
+        raise ValueError(f"{path} has no rewards.names")
+    unknown = set(section) - {item.name for item in fields(RewardConfig)}
+    if unknown:
+        raise ValueError(f"{path}: rewards has no setting {unknown.pop()!r}")
+    return RewardConfig(**section)
+
+
+def pictures(count: int, device: str) -> Tensor:
+    """[count, 3, 384, 384] in [0, 1]: soft noise, the same every time."""
+    noise = torch.rand(count, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(device)
+    return F.interpolate(noise, (384, 384), mode="bilinear")
+
+
+def try_reward(reward: Reward, place: Placement, count: int, device: str) -> list[str]:
+    """Score `count` pictures twice, time the second -> its columns of the table from "weights" to the scores."""
+    ensemble = RewardEnsemble([reward], placements={reward.name: place}, device=device)
+    images, examples = pictures(count, device), [EXAMPLES[i % len(EXAMPLES)] for i in range(count)]
+    ensemble.submit(images, examples).result()
+    handle = ensemble.submit(images, examples)
+    scores = handle.result()[:, 0].tolist()
+    milliseconds = handle.metrics[f"rewards/{reward.name}/milliseconds"] / count
+    weights = list(reward.model.parameters()) if hasattr(reward, "model") else []
+    return [
+        f"{sum(w.numel() for w in weights) / 1e6:.0f} M" if weights else "–",
+        str(weights[0].dtype).removeprefix("torch.") if weights else "–",
+        str(ensemble.workers[0].device) + (" (offloaded)" if place.offload else ""),
+        f"{milliseconds:.1f}",
+        *("–" if score != score else f"{score:.4f}" for score in scores[: len(EXAMPLES)]),
+    ]
+
+
+def check(config: RewardConfig, count: int, device: str) -> tuple[list[list[str]], dict[str, Exception]]:
+    """-> a row of the table for each reward that works, the error of each that does not."""
+    rows, failed = [], {}
+    for name in [*config.names, *config.monitor]:
+        start = time.perf_counter()
+        try:
+            reward, place = config.load(name)
+            loaded = time.perf_counter() - start
+            weights, dtype, where, *rest = try_reward(reward, place, count, device)
+            rows.append([name, weights, dtype, where, f"{loaded:.1f}", *rest])
+        except Exception as error:  # whatever it is, the user of a check is to see it, and the next reward as well
+            failed[name] = error
+    return rows, failed
+
+
+def table(rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned columns under a header."""
+    lines = [COLUMNS, *rows]
+    widths = [max(len(line[c]) for line in lines) for c in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main() -> None:
+    """See the top of this file."""
+    parser = argparse.ArgumentParser(description="Check the rewards of a configuration.")
+    parser.add_argument("config", help="YAML file of a run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--pictures", type=int, default=len(EXAMPLES), help="how many to score")
+    args = parser.parse_args()
+    try:
+        config = read_config(args.config)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    rows, failed = check(config, max(args.pictures, len(EXAMPLES)), args.device)
+    print(table(rows))
+    for name, problem in failed.items():
+        print(f"\n{name} does not work: {type(problem).__name__}: {problem}", file=sys.stderr)
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Which rewards a run has, and how they are built from names and options."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Example, Reward
+from .ensemble import RewardEnsemble, Schedule
+from .worker import OnError, Placement
+
+BUILTIN = {
+    "hps": "bicot.rewards.hps:HPSReward",
+    "git": "bicot.rewards.git_vqa:GitReward",
+    "grounding": "bicot.rewards.grounding:GroundingReward",
+    "orm": "bicot.rewards.orm:OrmReward",
+    "scene": "bicot.rewards.scene:SceneReward",
+    "scene_relation": "bicot.rewards.scene:SceneRelation",
+}
+_PLACEMENT = tuple(item.name for item in fields(Placement))
+
+
+def _words(value: list[str] | str) -> list[str]:
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+@dataclass
+class RewardConfig:
+    """Which rewards score a picture, and how.
+
+    Args:
+        names: hps, git, grounding, orm, scene, scene_relation, or dotted paths `package.module:Class`; a list, or one
+            string with commas.
+        monitor: the same, for rewards that are scored and logged but never trained on.
+        options: of single rewards, by the name above: device, micro_batch, offload, and the arguments of its class,
+            such as path and dtype.
+        schedule: threads = rewards work while the policy decodes, each in a thread and on CUDA streams of its own;
+            serial = one after another, after that; auto = threads on a GPU, serial on a CPU.
+        on_reward_error: raise = a reward that fails stops the run; skip = its sample is left without that reward, and
+            counted.
+    """
+
+    names: list[str] | str = field(default_factory=list)
+    monitor: list[str] | str = field(default_factory=list)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    schedule: Schedule = "auto"
+    on_reward_error: OnError = "raise"
+
+    def __post_init__(self) -> None:
+        self.names, self.monitor = _words(self.names), _words(self.monitor)
+        known = [*self.names, *self.monitor]
+        for name in self.options:
+            if name not in known and name not in BUILTIN:  # those of a file may be for rewards that are not chosen now
+                near = difflib.get_close_matches(name, [*known, *BUILTIN], n=1) or known
+                raise ValueError(f"rewards.options has {name!r}, which is no reward; did you mean {near[0]!r}?")
+
+    def load(self, name: str) -> tuple[Reward, Placement]:
+        """One of the rewards, with its place."""
+        options = self.options.get(name, {})
+        place = Placement(**{key: value for key, value in options.items() if key in _PLACEMENT})
+        return load_reward(name, **{key: value for key, value in options.items() if key not in _PLACEMENT}), place
+
+    def build(
+        self, weights: Sequence[float] | None = None, *, device: str | torch.device = "cpu", failures: str | Path = "."
+    ) -> RewardEnsemble:
+        """Load every reward. See RewardEnsemble for the arguments, load_reward for what can be wrong."""
+        loaded = {name: self.load(name) for name in [*self.names, *self.monitor]}
+        return RewardEnsemble(
+            [loaded[name][0] for name in self.names],
+            weights,
+            [loaded[name][0] for name in self.monitor],
+            placements={reward.name: place for reward, place in loaded.values()},
+            device=device,
+            schedule=self.schedule,
+            on_reward_error=self.on_reward_error,
+            failures=failures,
+        )
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A function `(images, examples) -> [S]` as a reward."""
+
+    name: str
+    function: Callable[[Tensor, Sequence[Example]], Tensor]
+
+    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        """What the function makes of them."""
+        return self.function(images, examples)
+
+
+def load_reward(name: str, **options: Any) -> Reward:
+    """A built-in reward, or the class, object with `name` and `score`, or scoring function at `package.module:name`.
+
+    Args:
+        options: arguments of the class (of its `from_pretrained`, if it has one); keyword arguments of the function.
+
+    Raises:
+        ValueError: the name leads to nothing, or to something that is not a reward; an option that it does not have.
+        MissingCheckpoint: its weights are not there.
+    """
+    module_name, colon, attribute = BUILTIN.get(name, name).partition(":")
+    if not colon:
+        raise ValueError(
+            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILTIN))}, your own is package.module:Class"
+        )
+    try:
+        target = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
+    is_function = inspect.isfunction(target)
+    if is_function or inspect.isclass(target):
+        make = getattr(target, "from_pretrained", target)
+        try:
+            inspect.signature(make).bind(*[None, None] * is_function, **options)
+        except TypeError as error:
+            raise ValueError(f"reward {name!r}: {error}; it takes {inspect.signature(make)}") from error
+        target = FunctionReward(attribute, functools.partial(target, **options)) if is_function else make(**options)
+    elif options:
+        raise ValueError(f"reward {name!r} is an object, which takes no options: {', '.join(options)}")
+    if not isinstance(target, Reward):
+        raise ValueError(f"reward {name!r} needs a `name` and a `score(images, examples)`; see CONTRIBUTING.md")
+    return target
