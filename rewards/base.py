@@ -6,10 +6,8 @@ to that sample's prompt (a missing reward is left out of the advantage; it is no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,29 +61,6 @@ class Reward(Protocol):
         NaN = does not apply; only for rewards without `applies`, with it a NaN is an error as an infinity is.
         """
         ...
-
-
-class MissingCheckpoint(FileNotFoundError):
-    """A reward's weights are not there; the message says how to get them."""
-
-
-@contextmanager
-def loading(reward: str, path: str | Path, download: str, option: str = "path") -> Iterator[None]:
-    """What transformers raises for files that are not there becomes a MissingCheckpoint.
-
-    Args:
-        reward: its name.
-        path: folder, file or hub id that is being loaded.
-        download: the command that brings the published files.
-        option: of the reward, that takes them.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise MissingCheckpoint(
-            f"reward {reward!r} cannot load {str(path)!r}: {error}\n  get the published files with\n"
-            f"    {download}\n  and give their folder or file with rewards.options.{reward}.{option}"
-        ) from error
 
 
 def upload(values: Sequence[Any], device: torch.device) -> Tensor:

@@ -1,0 +1,77 @@
+"""Loading what was published: all of a model or an error, and where to get what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import cached_file
+
+
+class MissingCheckpoint(FileNotFoundError):
+    """A reward's published files are not there; the message says how to get them."""
+
+
+@contextmanager
+def loading(reward: str, path: str | Path, download: str, option: str = "path") -> Iterator[None]:
+    """What transformers raises for files that are not there becomes a MissingCheckpoint.
+
+    Args:
+        reward: its name.
+        path: folder, file or hub id that is being loaded.
+        download: the command that brings the published files.
+        option: of the reward, which says where they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MissingCheckpoint(
+            f"reward {reward!r} cannot load {str(path)!r}: {error}\n  get the published files with\n"
+            f"    {download}\n  and, if you move them, give their folder or file with rewards.options.{reward}.{option}"
+        ) from error
+
+
+def check_kind(path: str | Path, kind: str) -> None:
+    """Raises ValueError unless the checkpoint at `path` is of model_type `kind`; OSError if it has no config.json."""
+    found = json.loads(Path(str(cached_file(path, "config.json"))).read_text(encoding="utf-8")).get("model_type")
+    if found != kind:
+        raise ValueError(f"{str(path)!r} is a checkpoint of {found!r}, not of {kind!r}")
+
+
+def whole(
+    cls: Any,
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    strict: bool = False,
+    unused: tuple[str, ...] = (),
+    **options: Any,
+) -> Any:
+    """`cls.from_pretrained` -> a frozen model in eval mode, where a weight that is missing is an error, not random.
+
+    Args:
+        cls: a model of transformers.
+        path: folder or hub id.
+        dtype: of the weights.
+        strict: a superfluous weight is an error too.
+        unused: beginnings of names that may be missing or superfluous.
+        options: of from_pretrained.
+
+    Raises:
+        ValueError: names some weights that do not fit.
+    """
+    model, report = cls.from_pretrained(
+        path, dtype=dtype, weights_only=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    names = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    names |= set(report["unexpected_keys"]) if strict else set()
+    if wrong := sorted(name for name in names if not name.startswith(unused)):
+        raise ValueError(
+            f"{str(path)!r} is not the {cls.__name__} that its config.json says: {len(wrong)} weights are missing"
+            f"{', superfluous' * strict} or of another shape, such as {wrong[:3]}"
+        )
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,178 @@
+"""GIT as a judge of attributes and objects: asked "red apple?" about a picture, how much surer is it of yes than no?
+
+    score = mean over the row's questions of P(yes) / (P(yes) + P(no)) = mean of sigmoid(l_yes - l_no)
+
+l are the logits after the question's last token. The questions are the row's attr_nouns, else its nouns, each with a
+question mark. GIT is a prefix language model: its image tokens see each other and no text, so they pass the vision
+tower and the text decoder once, and all questions of the picture follow them as one row, each of which sees the image,
+the shared CLS token and itself. That gives every question what it would get alone; a ragged number of questions costs
+a few padding tokens of the text, and of the head's 30,522 rows only yes and no are used.
+
+Shapes: A pictures with questions, N image tokens, L text tokens, Q questions, D hidden.
+
+FLOPs per image at the published size (420 pixels, N = 901: ViT-L/14 and 6 decoder layers of D = 768): 624 G for the
+vision tower, 92 G for its tokens in the decoder, 0.1 G for each text token.
+
+Source: Wang et al. 2022, "GIT: A Generative Image-to-text Transformer for Vision and Language" (arXiv 2205.14100);
+checkpoint microsoft/git-large-vqav2, asked as T2I-R1 does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache, GitForCausalLM
+from transformers.utils import cached_file
+
+from .base import Example, upload
+from .checkpoints import check_kind, loading, whole
+from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+
+PUBLISHED = "microsoft/git-large-vqav2"
+SKIPPED = ("spatial", "numeracy")  # tasks that the published code does not ask about
+RESAMPLE: dict[int, Any] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+
+
+class GitReward:
+    """P(yes) of GIT over questions about the row's attributes or objects, in [0, 1].
+
+    Args:
+        model: frozen.
+        tokenizer: its own.
+        preprocess: of its pictures.
+        t2i_r1_compat: rows without questions get what the published code pays (0 for spatial and numeracy, 1 for others
+            without nouns) instead of being missing.
+
+    Raises:
+        ValueError: a vocabulary without "yes" and "no".
+    """
+
+    name = "git"
+
+    def __init__(
+        self, model: GitForCausalLM, tokenizer: Any, preprocess: Preprocess, *, t2i_r1_compat: bool = False
+    ) -> None:
+        self.model, self.tokenizer, self.preprocess, self.t2i_r1_compat = model, tokenizer, preprocess, t2i_r1_compat
+        # its attention goes through transformers' interface, but the class does not say so and would get the slow one
+        model.git.image_encoder.config._attn_implementation = "sdpa"
+        self.yes, self.no = (self._known(word) for word in ("yes", "no"))
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path = PUBLISHED, *, dtype: str | torch.dtype = "float32", t2i_r1_compat: bool = False
+    ) -> GitReward:
+        """Load it.
+
+        Args:
+            path: folder or hub id in the published format.
+            dtype: of the model; the probabilities are float32.
+            t2i_r1_compat: see the class.
+
+        Raises:
+            MissingCheckpoint: there are no weights at `path`, or no tokenizer.
+            ValueError: another architecture, another preprocessing, or a vocabulary without "yes" and "no".
+        """
+        with loading(cls.name, path, f"hf download {PUBLISHED}"):
+            check_kind(path, "git")
+            model = whole(GitForCausalLM, path, dtype=dtype)
+            settings = json.loads(Path(str(cached_file(path, "preprocessor_config.json"))).read_text(encoding="utf-8"))
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        return cls(model, tokenizer, clip_preprocess(settings), t2i_r1_compat=t2i_r1_compat)
+
+    def applies(self, example: Example) -> bool:
+        """Whether there is anything to ask, of a task that the published code asks about."""
+        return self.t2i_r1_compat or bool(phrases(example))
+
+    @torch.no_grad()
+    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        """images [S, 3, H, W] in [0, 1] on the model's device, S examples -> [S] float32; NaN without questions."""
+        asked = [s for s, example in enumerate(examples) if phrases(example)]
+        if len(asked) == len(examples):
+            return self._ask(images, examples)
+        published = [float(example.task_type not in SKIPPED) for example in examples]
+        scores = upload(published if self.t2i_r1_compat else [torch.nan] * len(examples), images.device)
+        if asked:
+            rows = upload(asked, images.device)
+            scores[rows] = self._ask(images[rows], [examples[s] for s in asked])
+        return scores
+
+    def _ask(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        """[A, 3, H, W] and A examples with questions -> [A] float32."""
+        git, device = self.model.git, images.device
+        image_AND = git.visual_projection(git.image_encoder(self.preprocess(images)).last_hidden_state)
+        cache = DynamicCache()
+        git.encoder(image_AND, past_key_values=cache)
+
+        tokens, last, share = self._questions(examples)
+        ids, positions, question = upload(tokens, device)
+        # a token sees the image, and of the text before it CLS (question 0) and its own question
+        own = (question[:, None] == 0) | (question[:, None] == question[:, :, None])
+        sees = F.pad(own.tril(), (image_AND.shape[1], 0), value=True)
+        mask = image_AND.new_zeros(sees.shape).masked_fill_(~sees, -torch.inf)[:, None]
+        text_ALD = git.encoder(git.embeddings(ids, positions), attention_mask=mask, past_key_values=cache)[0]
+
+        answers_AQD = text_ALD.take_along_dim(upload(last, device)[..., None], 1).float()
+        weight, bias = (w[self.yes].float() - w[self.no].float() for w in self.model.output.parameters())
+        return ((answers_AQD @ weight + bias).sigmoid() * upload(share, device)).sum(1)
+
+    def _questions(
+        self, examples: Sequence[Example]
+    ) -> tuple[list[list[list[int]]], list[list[int]], list[list[float]]]:
+        """One row for all questions of an example.
+
+        Returns:
+            ids, positions and question numbers [3, A, L]; each question's end and its share in the mean, [A, Q].
+        """
+        wanted = [phrases(example) for example in examples]
+        encoded = iter(self.tokenizer([f"{p}?" for row in wanted for p in row], add_special_tokens=False).input_ids)
+        ids: list[list[int]] = []
+        positions: list[list[int]] = []
+        numbers: list[list[int]] = []
+        last: list[list[int]] = []
+        for row in wanted:
+            questions = [next(encoded) for _ in row]
+            ids.append([self.tokenizer.cls_token_id, *(token for q in questions for token in q)])
+            positions.append([0, *(place for q in questions for place in range(1, len(q) + 1))])
+            numbers.append([0, *(number for number, q in enumerate(questions, 1) for _ in q)])
+            last.append(
+                [end for end, number in enumerate(numbers[-1]) if number and number not in numbers[-1][end + 1 :]]
+            )
+        share = [[1 / len(row)] * len(row) for row in last]
+        return [_padded(ids), _padded(positions), _padded(numbers)], _padded(last), _padded(share)
+
+    def _known(self, word: str) -> int:
+        ids = self.tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            raise ValueError(
+                f"reward 'git': {word!r} must be one known token, but the tokenizer gives {ids}; is it complete?"
+            )
+        return ids[0]
+
+
+def phrases(example: Example) -> tuple[str, ...]:
+    """What to ask about: the attr_nouns, else the nouns; nothing for the tasks that other rewards see better."""
+    return () if example.task_type in SKIPPED else example.attr_nouns or example.nouns
+
+
+def clip_preprocess(settings: dict[str, Any]) -> Preprocess:
+    """A CLIPImageProcessor's preprocessor_config.json. Raises ValueError if it asks for something else."""
+    size, crop = settings.get("size", {}), settings.get("crop_size", {})
+    edge = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size  # pictures are square
+    crop = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
+    plain = all(settings.get(f"do_{what}", True) for what in ("resize", "center_crop", "rescale", "normalize"))
+    if not plain or edge is None or crop != {edge} or settings.get("resample", 3) not in RESAMPLE:
+        raise ValueError(f"reward 'git' cannot prepare pictures as this preprocessor_config.json asks: {settings}")
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+    return Preprocess(edge, tuple(mean), tuple(std), RESAMPLE[settings.get("resample", 3)])
+
+
+def _padded(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """With zeros behind the shorter rows."""
+    longest = max(map(len, rows))
+    return [[*row, *[0] * (longest - len(row))] for row in rows]
