@@ -61,7 +61,7 @@ cd "$root" || exit 2
 tests=("$python" -m pytest -q -rs -p skip_missing -p no:cacheprovider -m "gpu or triton")
 [[ $device == cuda ]] || tests+=(--collect-only)
 step tests 200 "${tests[@]}"
-for bench in rollout:180 decode_attention:40 rms_norm:20 silu_mul:20 rope_kv_write:20 \
+for bench in rollout:180 rewards:90 decode_attention:40 rms_norm:20 silu_mul:20 rope_kv_write:20 \
     token_logprobs:60 linear_logprobs:90 grpo_loss:120 cfg_sample:40 group_advantages:20; do
     name=${bench%:*}
     step "$name" "${bench#*:}" \

@@ -115,7 +115,7 @@ def kernel(result: dict[str, Any]) -> str:
 """
 
 
-KERNELS = ["rollout", "decode_attention", "rms_norm", "silu_mul", "rope_kv_write"]
+KERNELS = ["rollout", "rewards", "decode_attention", "rms_norm", "silu_mul", "rope_kv_write"]
 KERNELS += ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"toy_seeds": toy_seeds, **dict.fromkeys(KERNELS, kernel)}
 

@@ -70,7 +70,11 @@ class RewardConfig:
         return load_reward(name, **{key: value for key, value in options.items() if key not in _PLACEMENT}), place
 
     def build(
-        self, weights: Sequence[float] | None = None, *, device: str | torch.device = "cpu", failures: str | Path = "."
+        self,
+        weights: Sequence[float] | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        failures: str | Path | None = None,
     ) -> RewardEnsemble:
         """Load every reward. See RewardEnsemble for the arguments, load_reward for what can be wrong."""
         loaded = {name: self.load(name) for name in [*self.names, *self.monitor]}

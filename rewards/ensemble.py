@@ -71,7 +71,7 @@ class RewardEnsemble:
         device: of the run: where rewards without another placement work.
         schedule: threads, serial, or auto: threads on a GPU.
         on_reward_error: raise stops the run; skip leaves the sample without this reward and counts it.
-        failures: folder for the picture that a reward failed on.
+        failures: folder for the picture that a reward failed on; None keeps none.
 
     Raises:
         ValueError: two rewards of one name, a device that is not there, offload of a reward without `model`.
@@ -87,7 +87,7 @@ class RewardEnsemble:
         device: str | torch.device = "cpu",
         schedule: Schedule = "auto",
         on_reward_error: OnError = "raise",
-        failures: str | Path = ".",
+        failures: str | Path | None = None,
     ) -> None:
         every = [*rewards, *monitors]
         self.names = [reward.name for reward in every]
@@ -105,7 +105,7 @@ class RewardEnsemble:
                 device=device,
                 threads=threads,
                 on_error=on_reward_error,
-                failures=Path(failures),
+                failures=Path(failures) if failures else None,
             )
             for reward in every
         ]

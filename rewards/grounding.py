@@ -69,12 +69,19 @@ class GroundingReward:
         model.model.encoder.register_forward_pre_hook(_place_tokens, with_kwargs=True)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path = PUBLISHED, **options: Any) -> GroundingReward:
+    def from_pretrained(
+        cls,
+        path: str | Path = PUBLISHED,
+        *,
+        dtype: str | torch.dtype = "float32",
+        threshold: float = THRESHOLD,
+        t2i_r1_compat: bool = False,
+    ) -> GroundingReward:
         """Load it.
 
         Args:
             path: folder or hub id in transformers' format.
-            options: dtype, threshold, t2i_r1_compat; see the class.
+            dtype, threshold, t2i_r1_compat: see the class.
 
         Raises:
             MissingCheckpoint: there are no weights at `path`, or no tokenizer.json.
@@ -87,7 +94,8 @@ class GroundingReward:
             if tokenizer.convert_tokens_to_ids(list(DELIMITERS)) != list(DELIMITERS.values()):
                 raise ValueError(f"{str(path)!r} has no vocabulary of an uncased BERT: {DELIMITERS} are not in it")
             model = whole(GroundingDinoForObjectDetection, path, dtype=torch.float32)
-            return cls(model, tokenizer, _preprocess(path), **options)
+            preprocess = _preprocess(path)
+        return cls(model, tokenizer, preprocess, dtype=dtype, threshold=threshold, t2i_r1_compat=t2i_r1_compat)
 
     def applies(self, example: Example) -> bool:
         """Whether there is anything to look for."""

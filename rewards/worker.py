@@ -74,7 +74,7 @@ class Worker:
         device: the run's.
         threads: whether it works while the caller does.
         on_error: what happens to a sample that it fails on.
-        failures: folder for the picture of such a sample.
+        failures: folder for the picture of such a sample, if it is to be kept.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Worker:
         device: str | torch.device,
         threads: bool,
         on_error: OnError,
-        failures: Path,
+        failures: Path | None,
     ) -> None:
         self.reward, self.micro_batch, self.on_error, self.failures = reward, placement.micro_batch, on_error, failures
         self.device = _device(placement.device or device, reward.name)
@@ -172,15 +172,16 @@ class Worker:
 
     def _lose(self, error: Exception, image: Tensor, example: Example) -> None:
         """Keep the picture that the reward failed on; raise, unless such samples are skipped."""
-        import matplotlib.image  # here, so that scoring needs nothing but torch and transformers
+        kept = ""
+        if self.failures:
+            import matplotlib.image  # here, so that scoring needs nothing but torch and transformers
 
-        path = self.failures / f"failed-{re.sub('[^a-zA-Z0-9_.-]', '_', self.reward.name)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        matplotlib.image.imsave(path, image.float().clamp(0, 1).nan_to_num().permute(1, 2, 0).cpu().numpy())
+            path = self.failures / f"failed-{re.sub('[^a-zA-Z0-9_.-]', '_', self.reward.name)}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            matplotlib.image.imsave(path, image.float().clamp(0, 1).nan_to_num().permute(1, 2, 0).cpu().numpy())
+            kept = f" (picture: {path})"
         if self.on_error == "raise":
-            raise RewardError(
-                f"reward {self.reward.name!r} failed on {example.prompt!r} (picture: {path}): {error}"
-            ) from error
+            raise RewardError(f"reward {self.reward.name!r} failed on {example.prompt!r}{kept}: {error}") from error
 
     def _streams(self, source: torch.device) -> Iterator[torch.cuda.Stream]:
         """One on each GPU that takes part, since a copy between two takes the current stream of both; the reward's own

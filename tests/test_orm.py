@@ -246,6 +246,7 @@ def test_no_folder() -> None:
         ({"architectures": ["CLIPModel"], "model_type": "clip"}, "checkpoint of 'clip', not of 'llava_onevision'"),
         ({"architectures": None, "model_type": None}, "checkpoint of None"),
         ({"architectures": [], "model_type": "llava_onevision", "text_config": {"model_type": "llama"}}, "'llama'"),
+        ({"architectures": [], "model_type": "llava_onevision", "vision_feature_layer": -2}, "has .* -2"),
         ({"intermediate_size": 80}, "another shape.*mlp.down_proj.weight"),
         ({"num_hidden_layers": 3}, "12 weights are missing.*'model.language_model.layers.2.input_layernorm"),
         ({"num_hidden_layers": 1}, "12 weights .*superfluous.*'model.language_model.layers.1.input_layernorm"),

@@ -1,0 +1,433 @@
+"""rewards: the published scorers on a batch of pictures, ours against one picture at a time; and beside a decoding GPU.
+
+python -m bicot.bench.bench_rewards [--device cpu|cuda] [--output FILE.json]
+Random weights at true widths, of all layers on a GPU; eight pictures share a prompt and two phrases to look for.
+Eager is what T2I-R1's code does, on transformers' modules: PIL, one picture, one question, and all logits. A run beside
+the decoder is one of all its steps: ours scores in threads and streams of their own, eager after it. Floor: the FLOPs
+of the models at their published sizes. Checked: scores against eager's without PIL, as a share of their spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from ..rewards.base import Example
+from ..rewards.ensemble import RewardEnsemble, RewardHandle
+from ..rewards.git_vqa import GitReward
+from ..rewards.grounding import GroundingReward
+from ..rewards.hps import HPSReward
+from ..rewards.orm import AFTER, BEFORE, OrmReward
+from ..rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from ..rewards.worker import Placement
+from . import bench_rollout
+from .harness import Case, Outputs, Provider, main, short
+
+# A score that belongs to another picture is off by one spread or so. PIL rounds to 8 bits, half precision everything.
+TOLERANCE = 0.15
+hf: Any = transformers  # its types reject what its classes take
+PUBLISHED_TEMPERATURE = 0.3  # of the ORM's answers
+GROUP = 8
+PROMPTS = [("a red apple and a blue bench", ("red apple", "blue bench")), ("a cat and two dogs", ("cat", "dog"))]
+WORDS = sorted({word for prompt, _ in PROMPTS for word in prompt.split()} | {"yes", "no", "dog", "image", "prompt"})
+
+
+class Scale(NamedTuple):
+    """How much of a published model is run."""
+
+    layers: float  # share of each stack of layers
+    pixels: float  # share of the picture's edge
+    width: float  # share of the widths
+
+
+TRUE, CPU, TINY = Scale(1, 1, 1), Scale(1 / 12, 1, 1), Scale(0, 1 / 8, 0)
+
+
+class Made(NamedTuple):
+    """A reward, its model, and transformers' processor of PIL pictures for it."""
+
+    reward: Any
+    model: Any
+    processor: Any
+
+
+def tokenizer(size: int, special: Sequence[str], template: str) -> PreTrainedTokenizerFast:
+    """Word by word; ids that no word has are not drawn. The first special token is the padding, the last the end."""
+    vocab = {word: i for i, word in enumerate([*special[:-1], "[UNK]", *WORDS, "?", "."])}
+    core = Tokenizer(models.WordLevel(vocab | {special[-1]: size - 1}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ids = [(token, core.token_to_id(token)) for token in special]
+    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=special[0], unk_token="[UNK]", cls_token=special[1], eos_token=special[-1]
+    )
+
+
+def lively(model: nn.Module) -> Any:
+    """Weights that keep the size of what they multiply: initialised as usual, scores hardly depend on the picture."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=1.5 * weight[0].numel() ** -0.5)
+    return model.eval().requires_grad_(False)
+
+
+def hps(scale: Scale, device: str, dtype: torch.dtype) -> Made:
+    def tower(width: int, head: int, layers: int, inner: int) -> dict[str, Any]:
+        width = max(head, int(width * scale.width))
+        return dict(
+            hidden_size=width,
+            num_attention_heads=width // head,
+            intermediate_size=max(head, int(inner * scale.width)),
+            num_hidden_layers=max(1, int(layers * scale.layers)),
+            hidden_act="gelu",
+            projection_dim=1024,
+        )
+
+    words = 49408
+    config = hf.CLIPConfig(
+        text_config=tower(1024, 64, 24, 4096) | dict(vocab_size=words, bos_token_id=words - 2, eos_token_id=words - 1),
+        vision_config=tower(1280, 80, 32, 5120) | dict(patch_size=14, image_size=14 * int(16 * scale.pixels)),
+        projection_dim=1024,
+    )
+    made = tokenizer(words, ["<pad>", "<start>", "<end>"], "<start> $A <end>")
+    model = _model(hf.CLIPModel, config, device, dtype)
+    return Made(HPSReward(model, made), model, square("CLIPImageProcessorPil", config.vision_config.image_size))
+
+
+def git(scale: Scale, device: str, dtype: torch.dtype) -> Made:
+    def width(full: int, head: int = 64) -> dict[str, int]:
+        size = max(head, int(full * scale.width))
+        return dict(hidden_size=size, num_attention_heads=size // head, intermediate_size=4 * size)
+
+    edge = 14 * int(30 * scale.pixels)
+    vision = dict(num_hidden_layers=max(1, int(24 * scale.layers)), image_size=edge, patch_size=14)
+    config = hf.GitConfig(
+        vision_config=vision | width(1024), num_hidden_layers=max(1, int(6 * scale.layers)), **width(768)
+    )
+    made = tokenizer(config.vocab_size, ["[PAD]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]")
+    model = _model(hf.GitForCausalLM, config, device, dtype)
+    reward = GitReward(model, made, Preprocess(edge, CLIP_MEAN, CLIP_STD))
+    return Made(reward, model, square("CLIPImageProcessorPil", edge))
+
+
+def grounding(scale: Scale, device: str, dtype: torch.dtype) -> Made:
+    layers = max(2, int(6 * scale.layers))
+    depths = [max(1, int(depth * scale.layers)) for depth in (2, 2, 6, 2)]
+    config = hf.GroundingDinoConfig(
+        backbone_config=hf.SwinConfig(
+            depths=depths, window_size=7, image_size=224, out_features=["stage2", "stage3", "stage4"]
+        ),
+        text_config=hf.BertConfig(num_hidden_layers=max(1, int(12 * scale.layers))),
+        encoder_layers=layers,
+        decoder_layers=layers,
+        num_queries=900 if scale.pixels == 1 else 20,
+    )
+    made = tokenizer(30522, ["[PAD]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]")
+    fit = Preprocess(int(800 * scale.pixels), IMAGENET_MEAN, IMAGENET_STD, "bilinear", "keep", 1333)
+    model = _model(hf.GroundingDinoForObjectDetection, config, device, dtype)
+    edges = dict(shortest_edge=fit.size, longest_edge=fit.max_size)
+    return Made(GroundingReward(model, made, fit), model, hf.GroundingDinoImageProcessorPil(size=edges))
+
+
+def orm(scale: Scale, device: str, dtype: torch.dtype) -> Made:
+    def of(full: int, multiple: int) -> int:
+        return max(multiple, int(full * scale.width))
+
+    text = hf.Qwen2Config(
+        vocab_size=152064,
+        hidden_size=of(3584, 128),
+        intermediate_size=of(18944, 128),
+        num_hidden_layers=max(1, int(28 * scale.layers)),
+        num_attention_heads=of(3584, 128) // 128,
+        num_key_value_heads=4 if scale.width == 1 else 1,
+        max_position_embeddings=32768,
+    )
+    vision = hf.SiglipVisionConfig(
+        hidden_size=of(1152, 72),
+        intermediate_size=of(4304, 72),
+        num_hidden_layers=max(1, int(26 * scale.layers)),
+        num_attention_heads=of(1152, 72) // 72,
+        image_size=int(384 * scale.pixels),
+        patch_size=14,
+        vision_use_head=False,
+    )
+    config = hf.LlavaOnevisionConfig(vision_config=vision, text_config=text, vision_feature_layer=-1)
+    made = tokenizer(text.vocab_size, ["<pad>", "<|im_end|>"], "$A")
+    model = _model(hf.LlavaOnevisionForConditionalGeneration, config, device, dtype)
+    return Made(OrmReward(model, made), model, square("SiglipImageProcessorPil", vision.image_size))
+
+
+def _model(kind: Any, config: Any, device: str, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # at no moment twice the memory
+    try:
+        with torch.device(device):
+            return lively(kind(config))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def square(kind: str, edge: int) -> Any:
+    size = {"height": edge, "width": edge}
+    sizes = dict(size=size) if kind.startswith("Siglip") else dict(size={"shortest_edge": edge}, crop_size=size)
+    return getattr(transformers, kind)(**sizes, resample=3)
+
+
+def hps_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
+    ids = x.reward.tokenizer([example.prompt], return_tensors="pt").input_ids.to(pixels.device)
+    image = x.model.visual_projection(x.model.vision_model(pixels).pooler_output)
+    text = x.model.text_projection(x.model.text_model(ids).pooler_output)
+    return F.cosine_similarity(image.float(), text.float())[0]
+
+
+def git_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
+    scores, words = [], x.reward.tokenizer
+    for phrase in example.attr_nouns:
+        ids = [words.cls_token_id, *words(f"{phrase}?", add_special_tokens=False).input_ids]
+        logits = x.model(pixel_values=pixels, input_ids=torch.tensor([ids], device=pixels.device)).logits[0, -1]
+        yes, no = logits.float().softmax(-1)[[x.reward.yes, x.reward.no]]
+        scores.append(yes / (yes + no))
+    return torch.stack(scores).mean()
+
+
+def grounding_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
+    """The sum of the phrases' best scores: with random weights hardly anything passes the threshold."""
+    text = x.reward.tokenizer(" . ".join(example.nouns) + ".", return_offsets_mapping=True, return_tensors="pt")
+    chances = x.model(pixels, input_ids=text.input_ids.to(pixels.device)).logits[0].sigmoid()
+    begin, best = 0, []
+    for noun in example.nouns:
+        end = begin + len(noun)
+        tokens = [t for t, (left, right) in enumerate(text.offset_mapping[0].tolist()) if left < end and right > begin]
+        best.append(chances[:, tokens].mean(1).amax())
+        begin = end + len(" . ")
+    return torch.stack(best).sum()
+
+
+def orm_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
+    """The answer is drawn at the published temperature, one word and its end; the score is of the first."""
+    shapes = torch.tensor([pixels.shape[-2:]] * 2)  # as one of two pictures it is not cut into parts
+    seen = x.model.get_image_features(pixels.expand(2, 1, -1, -1, -1), shapes, batch_num_images=[2]).pooler_output[0]
+    ids = x.reward.tokenizer([BEFORE, AFTER.format(example.prompt)], add_special_tokens=False).input_ids
+    before, after = (x.model.get_input_embeddings()(torch.tensor(row, device=pixels.device)) for row in ids)
+    drawn = x.model.generate(
+        inputs_embeds=torch.cat((before, seen, after))[None],
+        do_sample=True,
+        temperature=PUBLISHED_TEMPERATURE,
+        top_k=0,
+        max_new_tokens=2,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    chances = drawn.scores[0][0].float().mul(PUBLISHED_TEMPERATURE).softmax(-1)
+    yes, no = chances[x.reward.tokenizer.convert_tokens_to_ids(["yes", "no"])]
+    return yes / (yes + no)
+
+
+class Judging(NamedTuple):
+    made: Made
+    images: Tensor
+    examples: list[Example]
+    by_one: Callable[[Made, Tensor, Example], Tensor]
+
+
+# name -> makes the reward, scores one picture as published, GFLOP of a picture at the published size
+REWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], int]] = {
+    "hps": (hps, hps_by_one, 334),
+    "git": (git, git_by_one, 716),
+    "grounding": (grounding, grounding_by_one, 506),
+    "orm": (orm, orm_by_one, 11100),
+}
+
+
+def judging(name: str, scale: Scale, samples: int, device: str, dtype: torch.dtype) -> Judging:
+    make, by_one, _ = REWARDS[name]
+    return Judging(make(scale, device, dtype), pictures(samples, device), prompts(samples), by_one)
+
+
+def pictures(samples: int, device: str) -> Tensor:
+    """[S, 3, 384, 384] of soft colours, each picture with its tint."""
+    generator = torch.Generator().manual_seed(1)
+    tint, noise = torch.rand(samples, 3, 1, 1, generator=generator), torch.rand(samples, 3, 6, 6, generator=generator)
+    return F.interpolate((tint * noise).to(device), (384, 384), mode="bilinear")
+
+
+def prompts(samples: int) -> list[Example]:
+    made = [Example(prompt, "color", nouns=phrases, attr_nouns=phrases) for prompt, phrases in PROMPTS]
+    return [made[s // GROUP % len(made)] for s in range(samples)]
+
+
+@torch.no_grad()
+def ours(x: Judging) -> Outputs:
+    return (x.made.reward.score(x.images, x.examples),)
+
+
+@torch.no_grad()
+def found(x: Judging) -> Outputs:
+    """What grounding_by_one gives."""
+    names = [list(example.nouns) for example in x.examples]
+    return (
+        torch.stack([scores.amax(1).sum() for _, scores in x.made.reward.detect(x.images, names)]).to(x.images.device),
+    )
+
+
+@torch.no_grad()
+def one_at_a_time(x: Judging, through_pil: bool = True) -> Outputs:
+    scores, dtype = [], x.made.model.dtype
+    for image, example in zip(x.images.split(1), x.examples, strict=True):
+        if through_pil:
+            from PIL import Image
+
+            array = image[0].mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+            pixels = x.made.processor(Image.fromarray(array), return_tensors="pt").pixel_values
+        else:
+            pixels = x.made.reward.preprocess(image)
+        scores.append(x.by_one(x.made, pixels.to(image.device, dtype), example))
+    return (torch.stack(scores),)
+
+
+def truth(x: Judging) -> Callable[[Outputs], float]:
+    (expected,) = one_at_a_time(x, through_pil=False)
+    assert expected is not None
+    return partial(of_spread, expected=expected)
+
+
+def of_spread(outputs: Outputs, expected: Tensor) -> float:
+    return float((outputs[0] - expected).abs().amax() / expected.std())  # type: ignore[operator]
+
+
+def case(name: str, scale: Scale, samples: int, device: str, dtype: torch.dtype) -> Case:
+    labels = {"reward": name, "pictures": samples, "dtype": short(dtype)}
+    labels |= {"layers": "one layer in twelve"} if scale is CPU else {}
+    eager = "one picture at a time through PIL, as the published T2I-R1 code scores"
+    providers = {"ours": Provider(ours), "eager": Provider(one_at_a_time, eager)}
+    if name == "grounding":  # selects proposals, which the rounding of PIL changes where weights are random
+        providers["ours"] = Provider(ours, checked=found)
+        providers["eager"] = Provider(one_at_a_time, eager, checked=partial(one_at_a_time, through_pil=False))
+    return Case(
+        labels,
+        dtype,
+        partial(judging, name, scale, samples, device, dtype),
+        truth,
+        providers,
+        flops=samples * REWARDS[name][2] * 10**9 if scale is TRUE else 0,
+        makes=("images", samples),
+        tolerance=TOLERANCE,
+        seconds=4 if device == "cuda" else 12,
+    )
+
+
+class Decoding(NamedTuple):
+    """A stretch of the image stage, and pictures of the chunk before it to be scored."""
+
+    decode: bench_rollout.Inputs
+    images: Tensor
+    examples: list[Example]
+    threads: RewardEnsemble
+    serial: RewardEnsemble
+    running: list[RewardHandle]
+
+    def settle(self) -> Decoding:
+        """No reward is at work any more."""
+        while self.running:
+            self.running.pop().result()
+        return self
+
+    def draw(self) -> None:
+        """The decoder's steps, on the engine's stream."""
+        stream = self.decode.engine.decode_stream
+        if stream is None:
+            bench_rollout.ours(self.decode)
+            return
+        current = torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            bench_rollout.ours(self.decode)
+        current.wait_stream(stream)
+
+
+def decoding(
+    scale: Scale, model: str, stage: Any, samples: int, steps: int, device: str, dtype: torch.dtype
+) -> Decoding:
+    rewards = [
+        REWARDS[name][0](scale, device, torch.float32 if name == "grounding" else dtype)[0]
+        for name in ("hps", "git", "grounding")
+    ]
+    drawn = (stage.length - steps) // 2
+    rows = bench_rollout.inputs(model, dtype, device, "auto", stage, samples, drawn, steps)
+    places = {reward.name: Placement(micro_batch=samples) for reward in rewards}
+    threads = RewardEnsemble(rewards, placements=places, device=device, schedule="threads")
+    serial = RewardEnsemble(rewards, placements=places, device=device, schedule="serial")
+    return Decoding(rows, pictures(samples, device), prompts(samples), threads, serial, [])
+
+
+def beside(x: Decoding) -> Outputs:
+    handle = x.threads.submit(x.images, x.examples)
+    x.draw()
+    return (handle.result(),)
+
+
+def after(x: Decoding) -> Outputs:
+    x.draw()
+    return (x.serial.submit(x.images, x.examples).result(),)
+
+
+def alone(x: Decoding) -> Outputs:
+    x.draw()
+    return (None,)
+
+
+def slowed(x: Decoding) -> Outputs:
+    x.running.append(x.threads.submit(x.images, x.examples))
+    x.draw()
+    return (None,)
+
+
+def overlap(scale: Scale, model: str, stage: Any, samples: int, steps: int, device: str, dtype: torch.dtype) -> Case:
+    """What the rewards cost where they can hide: the time of ours beyond `the decoder alone`."""
+
+    def expect(x: Decoding) -> Callable[[Outputs], float]:
+        expected = x.serial.submit(x.images, x.examples).result()
+        return lambda outputs: 0.0 if outputs[0] is None else float((outputs[0] - expected).abs().nan_to_num().amax())
+
+    note = "of the decoder's steps, while the rewards work"
+    return Case(
+        {"reward": "hps, git and grounding beside the decoder", "model": model, "pictures": samples, "steps": steps},
+        dtype,
+        partial(decoding, scale, model, stage, samples, steps, device, dtype),
+        expect,
+        {
+            "ours": Provider(beside, prepare=Decoding.settle),
+            "eager": Provider(after, "rewards after the decoder", prepare=Decoding.settle),
+            "the decoder alone": Provider(alone, prepare=Decoding.settle),
+            "the decoder beside": Provider(slowed, note, prepare=Decoding.settle),
+        },
+        seconds=10,
+    )
+
+
+def cases(device: str, tiny: bool) -> list[Case]:
+    """On a CPU few pictures, and one layer in twelve."""
+    if tiny:
+        small = [case(name, TINY, 3, device, torch.float32) for name in REWARDS]
+        return [*small, overlap(TINY, "tiny", bench_rollout.TINY_IMAGE, 3, 4, device, torch.float32)]
+    if device == "cpu":
+        counts = {"hps": 8, "git": 4, "grounding": 2, "orm": 2}
+        return [case(name, CPU, count, device, torch.float32) for name, count in counts.items()]
+    true = [case(name, TRUE, 32, device, torch.float16) for name in ("hps", "git")]
+    true += [case("grounding", TRUE, 32, device, torch.float32), case("orm", TRUE, 32, device, torch.bfloat16)]
+    return [*true, overlap(TRUE, "Janus-Pro-1B", bench_rollout.IMAGE, 32, 288, device, torch.bfloat16)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main("rewards", __doc__, cases))

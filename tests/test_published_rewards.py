@@ -1,0 +1,154 @@
+"""The published rewards together, loaded by name from small checkpoints: schedules, published prompts, the check."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny import PUBLISHED_PROMPTS, ROOT
+from tiny_git import make_git
+from tiny_grounding import make_grounding
+from tiny_hps import make_hps
+from tiny_orm import make_orm
+from torch import Tensor
+
+from bicot.grpo.data import load_examples
+from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
+from bicot.rewards.check import EXAMPLES as CHECKED
+from bicot.rewards.config import RewardConfig
+from bicot.rewards.ensemble import RewardHandle
+
+NAMES = ["hps", "git", "grounding", "orm"]
+DOWNLOADS = {
+    "hps": "hf download xswu/HPSv2 HPS_v2.1_compressed.pt",
+    "git": "hf download microsoft/git-large-vqav2",
+    "grounding": "hf download IDEA-Research/grounding-dino-tiny",
+    "orm": "hf download CaraJ/ORM-T2I-R1",
+}
+EXAMPLES = [
+    *[Example("a red cat and a dog", "color", ("cat", "dog"), ("red cat", "dog"))] * 3,
+    *[Example("a dog left of a cat", "spatial", ("dog", "cat"), spatial_info=SpatialInfo("dog", "cat", "left of"))] * 3,
+    *[Example("two cats", "numeracy", ("cat",), numeracy_info=(NumeracyInfo(2, "cat"),))] * 2,
+    Example("it rains", "non"),
+]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("rewards")
+    hps = make_hps(folder / "hps")
+    return {
+        "hps": {"path": str(hps), "tokenizer": str(hps.parent / "tokenizer")},
+        "git": {"path": str(make_git(folder / "git"))},
+        "grounding": {"path": str(make_grounding(folder / "grounding"))},
+        "orm": {"path": str(make_orm(folder / "orm")), "dtype": "float32"},
+    }
+
+
+def pictures(count: int, size: int = 48) -> Tensor:
+    generator = torch.manual_seed(3)
+    tint, noise = (torch.rand(count, 3, *edges, generator=generator) for edges in ((1, 1), (size, size)))
+    return tint * (0.5 + 0.5 * noise)
+
+
+@pytest.mark.parametrize("schedule", ["serial", "threads"])
+def test_chunks_micro_batches_and_schedules_change_nothing(options: dict[str, dict[str, Any]], schedule: Any) -> None:
+    images = pictures(len(EXAMPLES))
+    alone = RewardConfig(NAMES, options={name: {**options[name], "micro_batch": 1} for name in NAMES}).build()
+    expected = alone.submit(images, EXAMPLES).result()
+    applies = ~expected.isnan()
+    assert applies.tolist() == [[True] * 4] * 3 + [[True, False, True, True]] * 5 + [[True, False, False, True]]
+    for column in expected.unbind(1):
+        assert column[~column.isnan()].std() > 1e-3
+
+    config = RewardConfig(
+        NAMES,
+        options={name: {**options[name], "micro_batch": 4, "offload": name == "orm"} for name in NAMES},
+        schedule=schedule,
+    )
+    ensemble = config.build()
+    handles = [ensemble.submit(images[a:b], EXAMPLES[a:b]) for a, b in ((0, 4), (4, 5), (5, 9))]
+    torch.testing.assert_close(RewardHandle.cat(handles).result(), expected, rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="the published prompts are not here")
+def test_every_published_prompt_has_a_score_that_depends_on_the_picture(options: dict[str, dict[str, Any]]) -> None:
+    """HPS and GIT on every row, the ORM, which sees every row alike, on one in 40; layouts are in test_layout.py."""
+    examples = load_examples(PUBLISHED_PROMPTS)
+    ensemble = RewardConfig(["hps", "git"], options=options | {"hps": {**options["hps"], "micro_batch": 256}}).build()
+    one, two = (image.expand(len(examples), -1, -1, -1) for image in pictures(2, 28))
+    first, second = (ensemble.submit(images, examples).result() for images in (one, two))
+    assert first.isfinite().any(1).all()
+    assert (first[:, 1].isnan() == torch.tensor([e.task_type in ("spatial", "numeracy") for e in examples])).all()
+    applies = first.isfinite()
+    assert applies.equal(second.isfinite()) and ((first - second).abs()[applies] > 1e-6).all()
+
+    orm = RewardConfig(["orm"], options=options).build()
+    some = examples[::40]
+    first, second = (orm.submit(images[: len(some)], some).result() for images in (one, two))
+    assert ((first - second).abs() > 1e-6).all()
+
+
+def check(config: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bicot.rewards.check", str(config), "--device", "cpu", *more]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=config.parent)
+
+
+def test_check_shows_what_works(options: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"seed": 1, "rewards": {"names": NAMES, "options": options}}))
+    done = check(tmp_path / "my.yaml", "--pictures", "6")
+    assert done.returncode == 0, done.stderr
+    header, *rows = [re.split(r"  +", line.strip()) for line in done.stdout.splitlines()]
+    assert header == ["reward", "weights", "dtype", "device", "load s", "ms/picture", *(e.task_type for e in CHECKED)]
+    assert [row[0] for row in rows] == NAMES
+    for name, _, dtype, device, load, ms, *scores in rows:
+        assert (dtype, device) == ("float32", "cpu") and float(load) > 0 and float(ms) > 0
+        missing = [score == "–" for score in scores]
+        assert missing == ([False, True, True, False] if name == "git" else [False] * 4)
+
+
+def test_check_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def broken(images, examples):\n    raise KeyError('no such noun')\n")
+    names = [*NAMES, "scene", "mine:broken"]
+    rewards = {"names": names, "options": {name: {"path": "/nowhere"} for name in NAMES}}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump({"rewards": rewards}))
+    done = check(tmp_path / "my.yaml")
+    assert done.returncode == 1 and [line.split()[0] for line in done.stdout.splitlines()] == ["reward", "scene"]
+    for name in NAMES:
+        assert f"{name} does not work: MissingCheckpoint: reward {name!r} cannot load '/nowhere'" in done.stderr
+        assert f"    {DOWNLOADS[name]}\n" in done.stderr
+    assert "mine:broken does not work: RewardError: reward 'broken' failed on 'a red apple" in done.stderr
+    assert "no such noun" in done.stderr and not list(tmp_path.glob("*.png")), "it leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\n", "has no rewards.names"),
+        ("rewards: {names: [scene], optoins: {}}\n", "rewards has no setting 'optoins'"),
+        ("rewards: {names: [scene], options: {hsp: {}}}\n", "did you mean 'hps'?"),
+        (None, "No such file"),
+    ],
+)
+def test_check_of_a_bad_file(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "my.yaml").write_text(text)
+    done = check(tmp_path / "my.yaml")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", ["1b", "7b"])
+def test_rewards_of_the_published_configurations(size: str) -> None:
+    """Without their weights, the check of a shipped file gives the commands that bring them."""
+    done = check(ROOT / "configs" / f"janus-pro-{size}.yaml")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for name in ("hps", "git", "grounding"):
+        assert f"    {DOWNLOADS[name]}\n" in done.stderr
