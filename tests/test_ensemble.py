@@ -56,6 +56,11 @@ class Failing(Constant):
         return images[:, 0].mean((1, 2))
 
 
+class FailingWhereItApplies(Failing):
+    def applies(self, example: Example) -> bool:
+        return True
+
+
 class FailingOnBatches(Constant):
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         return torch.zeros(1) if len(examples) == 1 else self.missing  # type: ignore[attr-defined]
@@ -180,8 +185,11 @@ def test_missing_is_an_error_where_a_reward_says_that_it_applies(tmp_path: Path)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_samples_on_which_a_reward_fails_can_be_skipped(schedule: Any, micro_batch: int, tmp_path: Path) -> None:
-    rewards = [Failing("broken"), Red()]
+@pytest.mark.parametrize("kind", [Failing, FailingWhereItApplies])
+def test_samples_on_which_a_reward_fails_can_be_skipped(
+    schedule: Any, micro_batch: int, kind: type[Constant], tmp_path: Path
+) -> None:
+    rewards = [kind("broken"), Red()]
     places = {"broken": Placement(micro_batch=micro_batch)}
     ensemble = RewardEnsemble(
         rewards, placements=places, schedule=schedule, on_reward_error="skip", failures=tmp_path
