@@ -3,12 +3,14 @@
     python -m bicot.rewards.check configs/janus-pro-7b.yaml
     python -m bicot.rewards.check my.yaml --device cpu --pictures 8
 
-The pictures are noise: the scores show that a reward works, not that it is right. Exit status 1 if one does not work.
+It downloads nothing. The pictures are noise: the scores show that a reward works, not that it is right. Exit status 1
+if one does not work.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--pictures", type=int, default=len(EXAMPLES), help="how many to score")
     args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which a reward does
     try:
         config = read_config(args.config)
     except (OSError, ValueError) as error:

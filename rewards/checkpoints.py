@@ -27,6 +27,8 @@ def loading(reward: str, path: str | Path, download: str, option: str = "path") 
         option: of the reward, which says where they are.
     """
     try:
+        if (Path(path).is_absolute() or str(path).startswith(".")) and not Path(path).exists():
+            raise FileNotFoundError("there is no such file or folder")  # transformers would take it for a hub id
         yield
     except OSError as error:
         raise MissingCheckpoint(

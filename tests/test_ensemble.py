@@ -194,9 +194,9 @@ def test_samples_on_which_a_reward_fails_can_be_skipped(
     ensemble = RewardEnsemble(
         rewards, placements=places, schedule=schedule, on_reward_error="skip", failures=tmp_path
     )  # fmt: skip
-    handle = ensemble.submit(IMAGES, EXAMPLES)
+    handle = ensemble.submit(IMAGES, EXAMPLES[::-1])
     red = IMAGES[:, 0].mean((1, 2))
-    expected = torch.stack([torch.tensor([red[0], NAN]), red], 1)
+    expected = torch.stack([torch.tensor([NAN, red[1]]), red], 1)
     torch.testing.assert_close(handle.result(), expected, equal_nan=True)
     assert handle.metrics["rewards/broken/skipped"] == 1 and handle.metrics["rewards/red/skipped"] == 0
     assert (tmp_path / "failed-broken.png").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import PUBLISHED_PROMPTS, ROOT
+from tiny import PUBLISHED_PROMPTS, ROOT, tiny_policy
 from tiny_git import make_git
 from tiny_grounding import make_grounding
 from tiny_hps import make_hps
 from tiny_orm import make_orm
 from torch import Tensor
 
+from bicot.grpo.config import parse_config
 from bicot.grpo.data import load_examples
+from bicot.grpo.trainer import train
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.check import EXAMPLES as CHECKED
 from bicot.rewards.config import RewardConfig
@@ -96,10 +99,40 @@ def test_every_published_prompt_has_a_score_that_depends_on_the_picture(options:
     assert ((first - second).abs() > 1e-6).all()
 
 
+@pytest.mark.parametrize("schedule", ["serial", "threads"])
+def test_a_run_is_trained_by_them(options: dict[str, dict[str, Any]], schedule: str, tmp_path: Path) -> None:
+    tiny_policy(seed=5).save_pretrained(tmp_path / "model")
+    (tmp_path / "plan.txt").write_text("plan {}")
+    rows = [{"prompt": e.prompt, "task_type": e.task_type, "nouns": e.nouns} for e in EXAMPLES]
+    rows[3] |= {"spatial_info": {"obj1": "dog", "obj2": "cat", "locality": "left of"}}
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[3])))
+    settings = dict(
+        model_name_or_path=str(tmp_path / "model"), train_file=str(tmp_path / "train.jsonl"), dtype="float32",
+        reasoning_prompt_path=str(tmp_path / "plan.txt"), output_dir=str(tmp_path / "out"), num_generations=4,
+        max_completion_length=6, rollout_max_rows=6, max_steps=2, learning_rate=1e-2, cfg_weight=2.0,
+        rewards=dict(names=NAMES[:3], monitor=NAMES[3:], options=options, schedule=schedule),
+    )  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    train(parse_config(["--config", str(tmp_path / "run.yaml")]))
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert len(steps) == 2
+    for step in steps:
+        for name, missing in zip(NAMES, (0, 0.5, 0, 0), strict=True):  # git is not asked about the spatial prompt
+            assert step[f"rewards/{name}/missing"] == missing and step[f"rewards/{name}/skipped"] == 0
+            assert 0 <= step[f"rewards/{name}/mean"] <= 1 or name == "hps"
+            worked, hidden = (step[f"rewards/{name}/milliseconds{what}"] for what in ("", "_hidden"))
+            assert 0 <= hidden <= worked and worked > 0 and (schedule == "threads" or hidden < 1e-3)
+        assert step["rewards/hps/std"] > 0 and step["grad_norm"] > 0
+    assert "hidden" in (tmp_path / "out" / "report.html").read_text()
+
+
 def check(config: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bicot.rewards.check", str(config), "--device", "cpu", *more]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=config.parent)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=config.parent)
+    assert "requesting" not in done.stderr, "it downloads nothing"
+    return done
 
 
 def test_check_shows_what_works(options: dict[str, dict[str, Any]], tmp_path: Path) -> None:
