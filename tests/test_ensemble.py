@@ -147,6 +147,12 @@ def test_nothing_is_hidden_in_series() -> None:
     assert handle.metrics["rewards/second/milliseconds_hidden"] == pytest.approx(0, abs=1e-9)
 
 
+def test_scores_are_made_once(schedule: Any) -> None:
+    reward = Red()
+    handle = RewardEnsemble([reward], schedule=schedule).submit(IMAGES, EXAMPLES)
+    assert torch.equal(handle.result(), handle.result()) and len(reward.batches) == 1
+
+
 def test_auto_is_serial_on_a_cpu() -> None:
     assert [worker.thread for worker in RewardEnsemble([Red()]).workers] == [None]
 
@@ -265,6 +271,8 @@ class Brightness:
         return self.scale * images.mean((1, 2, 3))
 ready = Brightness()
 number = 3
+def broken(images, examples):
+    raise KeyError("no such noun")
 def bright(images, examples, *, scale=1.0):
     return scale * images.mean((1, 2, 3))
 """
@@ -293,7 +301,7 @@ def test_rewards_by_dotted_path(module: str) -> None:
             load_reward(name)
 
 
-def test_options(module: str) -> None:
+def test_options(module: str, tmp_path: Path) -> None:
     names = [f"{module}:Brightness", f"{module}:bright"]
     config = RewardConfig(
         ",".join(names), options={names[0]: {"scale": 2.0, "micro_batch": 1}, names[1]: {"scale": 3.0}}
@@ -304,6 +312,10 @@ def test_options(module: str) -> None:
     torch.testing.assert_close(scores, torch.stack([2 * mean, 3 * mean], 1))
     torch.testing.assert_close(ensemble.total(scores), 3.5 * mean)
     assert [worker.micro_batch for worker in ensemble.workers] == [1, 16]
+    config = RewardConfig([f"{module}:broken"], schedule="threads", on_reward_error="skip")
+    ensemble = config.build(failures=tmp_path / "out")
+    assert ensemble.submit(IMAGES, EXAMPLES).result().isnan().all() and ensemble.workers[0].thread
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failed-broken.png"]
     for name, options, message in [
         (names[0], {"size": 1}, r"'ensemble_rewards:Brightness': got an unexpected .*'size'; it takes \(scale=1.0\)"),
         (names[1], {"size": 1}, "'ensemble_rewards:bright': got an unexpected keyword argument 'size'"),

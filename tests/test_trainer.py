@@ -19,6 +19,7 @@ from tiny import ROOT, tiny_policy
 from bicot.grpo.config import parse_config
 from bicot.grpo.trainer import train
 from bicot.model.policy import load_policy
+from bicot.rewards.worker import RewardError
 
 REWARD = """
 class Redness:
@@ -227,3 +228,24 @@ def test_sigterm_finishes_the_step_and_saves(job: Path, tmp_path: Path) -> None:
     last = metrics(tmp_path)[-1]["step"]
     assert (tmp_path / f"checkpoint-{last:06d}" / "trainer_state.pt").is_file()
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == last
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_picture(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "colour_blind.py").write_text(
+        "def colour_blind(images, examples):\n"
+        "    if any('red' in example.prompt for example in examples):\n"
+        "        raise KeyError('red')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    more = ["--rewards.names", "colour_blind:colour_blind", "--eval_file", "null", "--max_steps", "2"]
+    with pytest.raises(
+        RewardError, match="reward 'colour_blind' failed on 'a red circle and w.' .*failed-colour_blind"
+    ):
+        run(job, tmp_path / "stops", *more)
+    assert (tmp_path / "stops" / "failed-colour_blind.png").exists()
+    run(job, tmp_path / "skips", *more, "--rewards.on_reward_error", "skip")
+    for row in metrics(tmp_path / "skips"):
+        assert row["rewards/colour_blind/skipped"] == 16 * row["rewards/colour_blind/missing"] > 0
