@@ -15,6 +15,7 @@ IDEA-Research/grounding-dino-tiny on the hub.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,8 @@ class GroundingReward:
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, W] float32 in [0, 1] on the model's device, S examples -> [S] float32.
 
+        NaN where there is nothing to look for, or where the model's output is not finite.
+
         Raises:
             ValueError: a locality that is not known, a caption that is too long, or a noun without a token.
         """
@@ -113,13 +116,17 @@ class GroundingReward:
         names = [phrases(example, self.compat) for example in examples]
         rows = [s for s, mine in enumerate(names) if mine]  # the others have nothing to look for
         pictures = images if len(rows) == len(names) else images[rows]
-        found: list[dict[str, Tensor]] = [{} for _ in names]
+        found: list[dict[str, Tensor] | None] = [{} for _ in names]
         for s, (boxes, scores) in zip(rows, self.detect(pictures, [names[s] for s in rows]), strict=True):
-            found[s] = detections(names[s], boxes, scores, self.threshold, self.compat)
-        return upload(
-            [layout_score(seen, example, self.compat) for seen, example in zip(found, examples, strict=True)],
-            images.device,
-        )
+            sound = (
+                boxes.isfinite().all() and scores.isfinite().all()
+            )  # else a failure would look like an empty picture
+            found[s] = detections(names[s], boxes, scores, self.threshold, self.compat) if sound else None
+        scored = [
+            math.nan if seen is None else layout_score(seen, example, self.compat)
+            for seen, example in zip(found, examples, strict=True)
+        ]
+        return upload(scored, images.device)
 
     def detect(self, images: Tensor, captions: Sequence[Sequence[str]]) -> list[tuple[Tensor, Tensor]]:
         """Where the model sees each phrase, before any threshold.

@@ -112,6 +112,10 @@ class HPSReward:
             folder = Path(str(cached_file(place, "tokenizer.json"))).parent
             return cls(model, CLIPTokenizer.from_pretrained(folder))
 
+    def applies(self, example: Example) -> bool:
+        """Always, so that a score of NaN is an error."""
+        return True
+
     @torch.no_grad()
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """[S, 3, H, W] in [0, 1], S examples -> [S] float32."""

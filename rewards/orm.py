@@ -119,6 +119,10 @@ class OrmReward:
                 raise FileNotFoundError("it has no tokenizer.json, nor vocab.json and merges.txt")
         return cls(model, tokenizer, temperature=temperature)
 
+    def applies(self, example: Example) -> bool:
+        """Always, so that a score of NaN is an error."""
+        return True
+
     @torch.no_grad()
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, W] in [0, 1] on the model's device, S examples -> [S] float32 in [0, 1]."""

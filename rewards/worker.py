@@ -110,7 +110,7 @@ class Worker:
 
     @torch.no_grad()
     def _run(self, images: Tensor, examples: list[Example], ready: torch.cuda.Event | None) -> Scored:
-        asked = [s for s, example in enumerate(examples) if self.applies is None or self.applies(example)]
+        asked = [s for s, example in enumerate(examples) if self._asks(example)]
         with ExitStack() as stack:
             for stream in self._streams(images.device) if self.thread else ():
                 if ready:
@@ -124,12 +124,20 @@ class Worker:
             values = scores.cpu()  # this thread waits for its own stream, nobody else does
             done = time.perf_counter()
         seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
-        for s in set(asked).difference(lost):
+        for s in sorted(set(asked).difference(lost)):
             if values[s].isinf() or (self.applies and values[s].isnan()):
                 lost.append(s)
                 self._lose(ValueError(f"its score is {values[s].item()}"), images[s], examples[s])
                 values[s] = torch.nan
         return Scored(values, seconds, done, len(lost))
+
+    def _asks(self, example: Example) -> bool:
+        try:
+            return self.applies is None or self.applies(example)
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.reward.name!r} cannot say whether it applies to {example.prompt!r}: {error}"
+            ) from error
 
     def _score(self, images: Tensor, examples: list[Example], asked: list[int]) -> tuple[Tensor, list[int]]:
         """-> scores [S] of the samples `asked`, NaN elsewhere, and those samples that it failed on."""
@@ -196,7 +204,7 @@ class Worker:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
 

@@ -190,6 +190,15 @@ def test_missing_is_an_error_where_a_reward_says_that_it_applies(tmp_path: Path)
         RewardEnsemble([Lost()], failures=tmp_path).submit(IMAGES, EXAMPLES).result()
 
 
+def test_a_reward_that_does_not_know_where_it_applies(schedule: Any) -> None:
+    class Lost(Red):
+        def applies(self, example: Example) -> bool:
+            return len(example.nouns[0]) > 2
+
+    with pytest.raises(RewardError, match="reward 'red' cannot say whether it applies to 'two dogs': tuple index"):
+        RewardEnsemble([Lost()], schedule=schedule).submit(IMAGES, EXAMPLES).result()
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2])
 @pytest.mark.parametrize("kind", [Failing, FailingWhereItApplies])
 def test_samples_on_which_a_reward_fails_can_be_skipped(

@@ -27,6 +27,7 @@ from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.check import EXAMPLES as CHECKED
 from bicot.rewards.config import RewardConfig
 from bicot.rewards.ensemble import RewardHandle
+from bicot.rewards.worker import RewardError
 
 NAMES = ["hps", "git", "grounding", "orm"]
 DOWNLOADS = {
@@ -79,6 +80,18 @@ def test_chunks_micro_batches_and_schedules_change_nothing(options: dict[str, di
     ensemble = config.build()
     handles = [ensemble.submit(images[a:b], EXAMPLES[a:b]) for a, b in ((0, 4), (4, 5), (5, 9))]
     torch.testing.assert_close(RewardHandle.cat(handles).result(), expected, rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_score_that_is_no_number_is_an_error(options: dict[str, dict[str, Any]], name: str) -> None:
+    """Not a reward that does not apply."""
+    ensemble = RewardConfig([name], options=options).build()
+    model: Any = ensemble.workers[0].reward.model  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(torch.nan)
+    with pytest.raises(RewardError, match=f"reward {name!r} failed on 'a red cat and a dog': its score is nan"):
+        ensemble.submit(pictures(1), EXAMPLES[:1]).result()
 
 
 @pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="the published prompts are not here")
