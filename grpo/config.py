@@ -254,12 +254,13 @@ def parse_config(argv: Sequence[str]) -> Config:
             parser.error(
                 f"{word}: give all options of one reward, as --rewards.options.{single[1]} '{{path: …, dtype: …}}'"
             )
-    parsed = parser.instantiate(parser.parse_args(words))
-    values = {item.name: parsed[item.name] for item in dataclasses.fields(Config)}
-    for name in _PATHS:
-        if values[name] is not None and not Path(values[name]).exists() and (ROOT / values[name]).exists():
-            values[name] = str(ROOT / values[name])
+    namespace = parser.parse_args(words)
     try:
+        parsed = parser.instantiate(namespace)
+        values = {item.name: parsed[item.name] for item in dataclasses.fields(Config)}
+        for name in _PATHS:
+            if values[name] is not None and not Path(values[name]).exists() and (ROOT / values[name]).exists():
+                values[name] = str(ROOT / values[name])
         return Config(**values)
     except ValueError as error:
         parser.error(str(error), error)

@@ -57,10 +57,10 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         self.names, self.monitor = _words(self.names), _words(self.monitor)
-        known = [*self.names, *self.monitor]
+        known = [*self.names, *self.monitor, *BUILTIN]  # options in a file may be for rewards that are not chosen now
         for name in self.options:
-            if name not in known and name not in BUILTIN:  # those of a file may be for rewards that are not chosen now
-                near = difflib.get_close_matches(name, [*known, *BUILTIN], n=1) or known
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise ValueError(f"rewards.options has {name!r}, which is no reward; did you mean {near[0]!r}?")
 
     def load(self, name: str) -> tuple[Reward, Placement]:
@@ -127,7 +127,9 @@ def load_reward(name: str, **options: Any) -> Reward:
         try:
             inspect.signature(make).bind(*[None, None] * is_function, **options)
         except TypeError as error:
-            raise ValueError(f"reward {name!r}: {error}; it takes {inspect.signature(make)}") from error
+            raise ValueError(
+                f"reward {name!r}: {error}; it takes {inspect.signature(make)}, and each reward {', '.join(_PLACEMENT)}"
+            ) from error
         target = FunctionReward(attribute, functools.partial(target, **options)) if is_function else make(**options)
     elif options:
         raise ValueError(f"reward {name!r} is an object, which takes no options: {', '.join(options)}")

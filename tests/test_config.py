@@ -74,6 +74,10 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--temperature", "0"], "temperature=0.0 must be above 0"),
         (["--top_p", "0"], "top_p=0.0 must be in (0, 1]"),
         (["--loss_type", "cispo"], "cispo clips its weights at epsilon_high"),
+        (
+            ["--rewards.options", "{scenes: {}}"],
+            "rewards.options has 'scenes', which is no reward; did you mean 'scene'?",
+        ),
         (["--rewards.options.hps.path", "x"], "give all options of one reward, as --rewards.options.hps '{path: "),
         (["--reward_weights", "[1, 2]"], "reward_weights has 2 entries for 1 rewards"),
         (["--reward_weights", "[.nan]"], "reward_weights=[nan] must be finite"),

@@ -326,7 +326,11 @@ def test_options(module: str, tmp_path: Path) -> None:
     assert ensemble.submit(IMAGES, EXAMPLES).result().isnan().all() and ensemble.workers[0].thread
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["failed-broken.png"]
     for name, options, message in [
-        (names[0], {"size": 1}, r"'ensemble_rewards:Brightness': got an unexpected .*'size'; it takes \(scale=1.0\)"),
+        (
+            names[0],
+            {"size": 1},
+            r"'ensemble_rewards:Brightness': got an unexpected .*'size'; it takes \(scale=1.0\), and .* micro_batch",
+        ),
         (names[1], {"size": 1}, "'ensemble_rewards:bright': got an unexpected keyword argument 'size'"),
         (f"{module}:ready", {"scale": 1}, "is an object, which takes no options: scale"),
     ]:
@@ -334,3 +338,5 @@ def test_options(module: str, tmp_path: Path) -> None:
             RewardConfig([name], options={name: options}).build()
     with pytest.raises(ValueError, match="rewards.options has 'scenes', which is no reward; did you mean 'scene'?"):
         RewardConfig("scene", options={"scenes": {}, "hps": {}})
+    with pytest.raises(ValueError, match="rewards.options has 'x', which is no reward"):
+        RewardConfig(options={"x": {}})
