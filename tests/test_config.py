@@ -59,7 +59,8 @@ def test_reward_options_are_given_reward_by_reward() -> None:
     words = ["--config", str(ROOT / "configs/janus-pro-7b.yaml"), "--rewards.options.hps", "{path: x, micro_batch: 8}"]
     rewards = parse_config(words).rewards
     assert rewards.names == ["hps", "git", "grounding"]
-    assert rewards.options == {"hps": {"path": "x", "micro_batch": 8}, "git": {"dtype": "float16"}}
+    others = {"git": {"dtype": "float16"}, "grounding": {"micro_batch": 4}}
+    assert rewards.options == {"hps": {"path": "x", "micro_batch": 8}, **others}
 
 
 @pytest.mark.parametrize(
