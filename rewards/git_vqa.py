@@ -20,7 +20,9 @@ checkpoint microsoft/git-large-vqav2, asked as T2I-R1 does.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,8 @@ class GitReward:
             model = whole(GitForCausalLM, path, dtype=dtype)
             settings = json.loads(Path(str(cached_file(path, "preprocessor_config.json"))).read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(path)
+            if len(tokenizer) <= len(tokenizer.all_special_ids):  # without its files transformers makes one of these
+                raise FileNotFoundError("it has no tokenizer.json, nor vocab.txt")
         return cls(model, tokenizer, clip_preprocess(settings), t2i_r1_compat=t2i_r1_compat)
 
     def applies(self, example: Example) -> bool:
@@ -140,9 +144,7 @@ class GitReward:
             ids.append([self.tokenizer.cls_token_id, *(token for q in questions for token in q)])
             positions.append([0, *(place for q in questions for place in range(1, len(q) + 1))])
             numbers.append([0, *(number for number, q in enumerate(questions, 1) for _ in q)])
-            last.append(
-                [end for end, number in enumerate(numbers[-1]) if number and number not in numbers[-1][end + 1 :]]
-            )
+            last.append(list(accumulate(map(len, questions))))
         share = [[1 / len(row)] * len(row) for row in last]
         return [_padded(ids), _padded(positions), _padded(numbers)], _padded(last), _padded(share)
 
@@ -162,14 +164,15 @@ def phrases(example: Example) -> tuple[str, ...]:
 
 def clip_preprocess(settings: dict[str, Any]) -> Preprocess:
     """A CLIPImageProcessor's preprocessor_config.json. Raises ValueError if it asks for something else."""
-    size, crop = settings.get("size", {}), settings.get("crop_size", {})
-    edge = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size  # pictures are square
-    crop = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
+    edges: set[Any] = set()  # all equal; height and width are to square pictures what the shortest edge is
+    for size in (settings.get("size"), settings.get("crop_size")):
+        edges.update((size.values() or [None]) if isinstance(size, dict) else [size])
     plain = all(settings.get(f"do_{what}", True) for what in ("resize", "center_crop", "rescale", "normalize"))
-    if not plain or edge is None or crop != {edge} or settings.get("resample", 3) not in RESAMPLE:
+    plain &= math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255)
+    if not plain or len(edges) > 1 or None in edges or settings.get("resample", 3) not in RESAMPLE:
         raise ValueError(f"reward 'git' cannot prepare pictures as this preprocessor_config.json asks: {settings}")
     mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
-    return Preprocess(edge, tuple(mean), tuple(std), RESAMPLE[settings.get("resample", 3)])
+    return Preprocess(edges.pop(), tuple(mean), tuple(std), RESAMPLE[settings.get("resample", 3)])
 
 
 def _padded(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:

@@ -163,6 +163,10 @@ def test_files_that_are_missing_or_of_something_else(folder: Path, tmp_path: Pat
         ):
             GitReward.from_pretrained(path)
     make_git(tmp_path)
+    tokenizer = (tmp_path / "tokenizer.json").rename(tmp_path / "moved.json")
+    with pytest.raises(MissingCheckpoint, match="it has no tokenizer.json, nor vocab.txt\n.*\n.*hf download"):
+        GitReward.from_pretrained(tmp_path)
+    tokenizer.rename(tmp_path / "tokenizer.json")
     weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     del weights["git.encoder.layer.2.output.dense.weight"]
     torch.save(weights, tmp_path / "pytorch_model.bin")
@@ -185,6 +189,16 @@ def test_preprocessing_from_the_checkpoint(tmp_path: Path) -> None:
         make_git(tmp_path, image_mean=[0.1, 0.2, 0.3], image_std=[1.0, 1.0, 2.0], resample=2)
     )
     assert made.preprocess == Preprocess(SIZE, (0.1, 0.2, 0.3), (1.0, 1.0, 2.0), "bilinear")
-    for settings in ({"size": {"shortest_edge": 8}, "crop_size": {"height": 6, "width": 6}}, {"size": {}}):
+    good: dict[str, Any] = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    assert clip_preprocess(good) == clip_preprocess({"size": 8, "crop_size": 8}) == Preprocess(8, CLIP_MEAN, CLIP_STD)
+    for bad in (
+        {"crop_size": {"height": 6, "width": 6}},
+        {"size": {"height": 8, "width": 16}},
+        {"size": {}},
+        {"size": None, "crop_size": None},
+        {"do_center_crop": False},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": 0},
+    ):
         with pytest.raises(ValueError, match="cannot prepare pictures as this preprocessor_config.json asks"):
-            clip_preprocess(settings)
+            clip_preprocess(good | bad)

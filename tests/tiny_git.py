@@ -53,7 +53,10 @@ def make_git(folder: Path, size: int = SIZE, **processor: Any) -> Path:
     """Write the model as microsoft/git-large-vqav2 is written."""
     folder.mkdir(parents=True, exist_ok=True)
     model = git_model(size)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    weights = model.state_dict()
+    for part in ("git", "git.image_encoder.vision_model"):  # transformers 4 wrote these, 5 does not
+        weights[f"{part}.embeddings.position_ids"] = model.get_submodule(part).embeddings.position_ids
+    torch.save(weights, folder / "pytorch_model.bin")
     model.config.architectures = ["GitForCausalLM"]
     model.config.save_pretrained(folder)
     git_tokenizer().save_pretrained(folder)
