@@ -3,6 +3,7 @@
     python train.py                                                   # the toy, on CPU, in minutes
     python train.py --max_steps 3 --output_dir OUT                    # a short run
     python train.py --output_dir OUT --resume auto                    # go on from OUT's newest checkpoint
+    python train.py --profile outputs/profile.json                    # where a step's time goes, instead of training
     torchrun --nproc-per-node 8 train.py --config configs/janus-pro-7b.yaml --train_file prompts.jsonl \
         --rewards.names my_package.my_module:MyReward
 
@@ -10,12 +11,24 @@
 """
 
 import sys
+from pathlib import Path
 
 from transformers.utils import logging
 
 from bicot.grpo.config import parse_config
+from bicot.grpo.distributed import Ranks
 from bicot.grpo.trainer import train
 
 if __name__ == "__main__":
     logging.disable_progress_bar()  # one bar is enough
-    train(parse_config(sys.argv[1:]))
+    config = parse_config(sys.argv[1:])
+    if config.profile:
+        from bicot.bench.step_profile import profile
+
+        ranks = Ranks.start()
+        try:
+            profile(config, ranks, Path(config.profile), command=f"python train.py {' '.join(sys.argv[1:])}")
+        finally:
+            ranks.close()
+    else:
+        train(config)

@@ -92,6 +92,7 @@ class Config:
         save_steps: write a checkpoint every so many steps; there is always one at the end.
         save_total_limit: keep that many newest checkpoints, null = all.
         sample_steps: write a grid of samples every so many steps, 0 = never.
+        profile: instead of training, write to this .json where a step's time goes, its picture and trace beside it.
         report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio.
     """
 
@@ -158,6 +159,7 @@ class Config:
     save_steps: int = 400
     save_total_limit: int | None = None
     sample_steps: int = 50
+    profile: str | None = None
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,318 @@
+"""step_profile: a training step's time, phase by phase and stream by stream, and what stands between it and its floor.
+
+python -m bicot.bench.step_profile [--device cpu|cuda] [--steps 3] [--output FILE.json] [-- any setting of train.py]
+A `Trainer` takes real steps: first they are only timed, then as many under torch.profiler. On a CPU a phase's time is
+the host's in the first pass, and its gap the part in which no operator runs. On a GPU it is, in the second pass, the
+time in which its kernels run beside none of an earlier phase, and its gap, in which none runs and the host is in the
+phase; it is busy as long as its kernels run, hidden ones too. Floors: the bytes at the measured rate of a copy, or the
+FLOPs at that of a matrix product, whichever takes longer. FILE.trace.json.gz is for https://ui.perfetto.dev.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, _ExperimentalConfig
+from transformers.utils import logging
+
+from ..grpo.config import Config, parse_config
+from ..grpo.distributed import Ranks
+from ..grpo.trainer import Trainer
+from .harness import copy_gbps, finish, gemm_tflops, hardware, quantiles
+from .power import Sampler
+from .ranges import Charge, Recorder, Segment, Work, attribute, charge, innermost, read_trace
+from .step_work import NO_FLOOR, PHASES, STEP, TARGETS
+
+COMMAND = "python -m bicot.bench.step_profile"
+IDLE = "idle"  # what the results call the time that no phase covers
+WARM_UP = 2
+CLOSE = 0.6  # of the floor's rate: the phase is bound by what the floor is of
+SHORT_US = {"cpu": 20.0, "cuda": 5.0}  # an operator or a kernel that takes less does little but start
+TINY = ["--num_generations", "2", "--per_device_train_batch_size", "2", "--max_completion_length", "6"]
+
+
+def measure(config: Config, ranks: Ranks, steps: int, trace: Path, tiny: bool = False) -> dict[str, Any]:
+    """Profile that many steps of a run with these settings; writes the Chrome `trace`, and nothing else."""
+    device, main = ranks.device.type, threading.get_native_id()
+    on_gpu = device == "cuda"
+    timed, starting, traced = (Recorder(on_gpu) for _ in range(3))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(replace(config, output_dir=folder, resume=None, eval_file=None), ranks)
+        _take(WARM_UP, trainer, Recorder(on_gpu))
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with Sampler(ranks.device) as sampler:
+            _take(steps, trainer, timed)
+        peak = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        every_thread = _ExperimentalConfig(profile_all_threads=True)
+        with torch.profiler.profile(activities=activities, experimental_config=every_thread) as profiler:
+            _take(1, trainer, starting)  # the profiler's own beginning is in it
+            _take(steps, trainer, traced)
+        profiler.export_chrome_trace(str(trace))
+    busy = attribute(traced.ranges, read_trace(trace, [*starting.ranges, *traced.ranges], main), main)
+    alone, profiled = (innermost(r for r in recorder.ranges if r.thread == main) for recorder in (timed, traced))
+    charges, shown = charge(profiled, busy, rank), traced if on_gpu else timed
+    if not on_gpu:  # the times without the profiler; which part of them operators take, it tells
+        gaps = {phase: each.gap / each.total for phase, each in charges.items()}
+        charges = {
+            phase: Charge(each.total, each.total * gaps.get(phase, 1))
+            for phase, each in charge(alone, [], rank).items()
+        }
+    copy, gemm = copy_gbps(device, tiny), gemm_tflops(device, getattr(torch, config.dtype), tiny)
+    rows = phase_rows(charges, busy, shown, steps, device, (copy, gemm))
+    step_ms = [_milliseconds(recorder) for recorder in (timed, traced)]
+    images = config.prompts_per_device * config.num_generations
+    total = sum(each.total for each in charges.values())
+    return {
+        "steps": steps,
+        "images": images * ranks.size,  # of a step
+        "step_ms": [round(ms, 2) for ms in quantiles(step_ms[0])],
+        "profiled_step_ms": [round(ms, 2) for ms in quantiles(step_ms[1])],
+        "images_per_second": float(f"{1e3 * images * ranks.size * steps / sum(step_ms[0]):.4g}"),
+        "covered_pct": round(100 - 100 * charges.get(STEP, Charge()).total / total, 2),
+        "peak_mib": peak,
+        "power": sampler.summary(images * steps),
+        "ceilings": {"copy_gbps": round(copy, 1), "gemm_tflops": {config.dtype: round(gemm, 3)}},
+        "rows": rows,
+        "streams": stream_rows(busy, steps) if on_gpu else {},
+        "missing": [sampler.missing] if sampler.missing else [],
+    }
+
+
+def _take(steps: int, trainer: Trainer, recorder: Recorder) -> None:
+    with recorder.recording(TARGETS):
+        for _ in range(steps):
+            trainer._train_step()
+
+
+def _milliseconds(recorder: Recorder) -> list[float]:
+    return [(r.end - r.start) / 1e3 for r in recorder.ranges if r.name == STEP]
+
+
+def rank(phase: str) -> int:
+    """The place of a phase in a step: each reward after all others, and what is idle last."""
+    return PHASES.index(phase) if phase in PHASES else len(PHASES) + (phase == STEP)
+
+
+def phase_rows(
+    charges: dict[str, Charge],
+    busy: Sequence[Segment],
+    recorder: Recorder,
+    steps: int,
+    device: str,
+    rates: tuple[float, float],
+) -> list[dict[str, Any]]:
+    """A row a phase, in the order of a step; numbers are of one step. `rates`: GB/s of a copy, TFLOP/s of a product."""
+    launches, work_us = Counter(s.phase for s in busy), defaultdict[str, float](float)
+    for segment in busy:
+        work_us[segment.phase] += segment.end - segment.start
+    calls = Counter(r.name for r in recorder.ranges)
+    total = sum(each.total for each in charges.values())
+    rows = []
+    for phase in sorted(charges.keys() | launches.keys(), key=lambda phase: (rank(phase), phase)):
+        each, work = charges.get(phase, Charge()), recorder.work.get(phase)
+        row: dict[str, Any] = {
+            "phase": IDLE if phase == STEP else phase,
+            "ms": round(each.total / steps / 1e3, 3),
+            "pct": round(100 * each.total / total, 2),
+            "calls": calls[phase] / steps,
+            "gap_ms": round(each.gap / steps / 1e3, 3),
+            "busy_ms": round(work_us[phase] / steps / 1e3, 3),
+            "launches": round(launches[phase] / steps, 1),
+            "launch_us": round(work_us[phase] / launches[phase], 1) if launches[phase] else None,
+            "floor_ms": None,
+            "floor_of": None,
+        }
+        if work:
+            ms, of = floor(work, *rates)
+            row |= {"floor_ms": round(ms / steps, 3), "floor_of": of}
+        rows.append(row | {"binds": binds(row, device)})
+    return rows
+
+
+def floor(work: Work, gbps: float, tflops: float) -> tuple[float, str]:
+    """Milliseconds that the work takes at least, and what of it."""
+    return max((work.bytes / gbps / 1e6, "bandwidth"), (work.flops / tflops / 1e9, "compute"))
+
+
+def binds(row: dict[str, Any], device: str) -> str:
+    """What a phase is bound by, in a sentence, from its row."""
+    if row["phase"] == IDLE:
+        return "host: what the program does between the phases"
+    unit, ms = ("kernels" if device == "cuda" else "operators"), row["ms"]
+    hidden = row["busy_ms"] - ms
+    if hidden > ms:
+        return f"hidden: {hidden:.3g} ms of its {unit} run beside an earlier phase"
+    if row["gap_ms"] > ms / 2:
+        return f"host: in {row['gap_ms'] / ms:.0%} of it none of its {unit} runs"
+    reached = row["floor_ms"] / ms if row["floor_ms"] and ms else 0.0
+    if reached >= CLOSE:
+        return f"{row['floor_of']}: {reached:.0%} of the floor's rate"
+    mean = row["launch_us"] or 0.0
+    each = f"{row['launches']:.0f} {unit} of {mean:.{0 if mean >= 100 else 1}f} µs"
+    kind = "launch" if mean < SHORT_US[device] else "work"
+    return f"{kind}: {each}" + (f", {reached:.0%} of the floor's rate ({row['floor_of']})" if reached else "")
+
+
+def stream_rows(busy: Sequence[Segment], steps: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step's kernels on each stream, by phase."""
+    found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for segment in busy:
+        found[segment.stream][IDLE if segment.phase == STEP else segment.phase] += segment.end - segment.start
+    return {
+        stream: {phase: round(us / steps / 1e3, 3) for phase, us in found[stream].items()} for stream in sorted(found)
+    }
+
+
+def profile(
+    config: Config, ranks: Ranks, output: Path | None, steps: int = 3, *, command: str = COMMAND, tiny: bool = False
+) -> dict[str, Any]:
+    """Profile, print the table, and write `output` (.json) with the picture and the trace beside it, on the main rank.
+
+    On other ranks the result is theirs and nothing is written.
+    """
+    main, device = ranks.main, ranks.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        kept = output if output and main else None
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+        trace = kept.with_suffix(".trace.json.gz") if kept else Path(folder) / "trace.json.gz"
+        measured = measure(config, ranks, steps, trace, tiny)
+    what, _, _, *how = (__doc__ or "").strip().splitlines()
+    what = what.removeprefix("step_profile: ")
+    result: dict[str, Any] = {
+        "bench": "step_profile",
+        "about": " ".join([what[0].upper() + what[1:], *how]),
+        "command": command,
+        **hardware(device),
+        "device": device,
+        **measured,
+        "trace": trace.name if kept else None,
+        "picture": None,
+    }
+    if kept:
+        try:
+            draw(result, picture := kept.with_suffix(".svg"))
+            result["picture"] = picture.name
+        except ImportError as error:
+            result["missing"].append(f"the picture: {error}")
+    if main:
+        print(section(result))
+        finish(result, str(kept) if kept else None)
+    return result
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Stacked bars: the step, its floors, and on a GPU the kernels of each stream."""
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    bars = {"step": {row["phase"]: row["ms"] for row in rows}}
+    bars["floors"] = {row["phase"]: row["floor_ms"] or 0.0 for row in rows}
+    bars |= result["streams"]
+    figure = Figure(figsize=(10, 1.8 + 0.4 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    left = dict.fromkeys(bars, 0.0)
+    for i, phase in enumerate(row["phase"] for row in rows):
+        widths = [bar.get(phase, 0.0) for bar in bars.values()]
+        colour = "lightgrey" if phase == IDLE else f"C{i % 10}"
+        axes.barh(
+            list(bars), widths, left=list(left.values()), color=colour, hatch="//" * (i // 10), edgecolor="white",
+            label=phase,
+        )  # fmt: skip
+        left = {name: left[name] + width for name, width in zip(bars, widths, strict=True)}
+    axes.invert_yaxis()
+    axes.set_xlabel("ms of a step")
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
+def section(result: dict[str, Any]) -> str:
+    """The section of RESULTS.md."""
+    from .report import machine, number, table
+
+    gpu = result["device"] == "cuda"
+    header = ["phase", "ms", "%", "calls", "gap ms", *(["busy ms"] if gpu else []), "floor ms", "× floor", "bound by"]
+    lines = []
+    for row in result["rows"]:
+        beyond = f"{row['ms'] / row['floor_ms']:.1f}" if row["floor_ms"] else ""
+        why = "" if row["floor_ms"] or row["phase"] not in NO_FLOOR else f" (no floor: {NO_FLOOR[row['phase']]})"
+        lines.append(
+            [
+                row["phase"],
+                number(row["ms"]),
+                f"{row['pct']:.1f}",
+                f"{row['calls']:.3g}",
+                number(row["gap_ms"]),
+                *([number(row["busy_ms"])] if gpu else []),
+                "" if row["floor_ms"] is None else number(row["floor_ms"]),
+                beyond,
+                row["binds"] + why,
+            ]
+        )
+    p20, p50, p80 = map(number, result["step_ms"])
+    copy, gemm = result["ceilings"]["copy_gbps"], result["ceilings"]["gemm_tflops"]
+    said = [
+        f"A step of {result['images']} images takes {p50} ms [{p20} to {p80}], under the profiler "
+        f"{number(result['profiled_step_ms'][1])}: {number(result['images_per_second'])} images a second. The phases "
+        f"cover {result['covered_pct']:.1f} % of it.",
+        f"Ceilings: copy {number(copy)} GB/s, {', '.join(f'{d} {number(rate)} TFLOP/s' for d, rate in gemm.items())}.",
+    ]
+    if any(row["floor_ms"] and row["floor_ms"] > row["ms"] for row in result["rows"]):
+        said.append("A phase can pass its floor: the ceilings are of one large copy and one square matrix product.")
+    if result["power"]:
+        said.append(f"Power: {', '.join(f'{name} {value}' for name, value in result['power'].items())}.")
+    said += [f"Missing: {missing}." for missing in result["missing"]]
+    streams = "".join(
+        f"\n- {stream}: {', '.join(f'{phase} {number(ms)} ms' for phase, ms in phases.items())}"
+        for stream, phases in result["streams"].items()
+    )
+    picture = f"\n![a step, phase by phase](results/{result['picture']})\n" if result["picture"] else ""
+    return f"""## step_profile on {result.get("gpu", "the CPU")}
+
+`{result["command"]}` on {machine(result)}.
+{result["about"]} {" ".join(said)}
+
+{table(header, lines)}
+{streams}
+{picture}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--steps", type=int, default=3, help="profiled steps, in each of the two passes")
+    parser.add_argument("--tiny", action="store_true", help="few small samples: walks the code, measures nothing")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file, picture and trace beside it")
+    parser.add_argument("train_options", nargs="*", help="settings of train.py, after --")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    if arguments.steps < 2:
+        parser.error("--steps: quantiles need two or more")
+    torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    options = arguments.train_options
+    command = " ".join([COMMAND, "--device", arguments.device, *(["--", *options] if options else [])])
+    several = "WORLD_SIZE" in os.environ or arguments.device == "cuda"
+    ranks = Ranks.start() if several else Ranks(0, 1, torch.device("cpu"))
+    config = parse_config([*(TINY if arguments.tiny else []), *options])
+    try:
+        profile(config, ranks, arguments.output, arguments.steps, command=command, tiny=arguments.tiny)
+    finally:
+        ranks.close()
+
+
+if __name__ == "__main__":
+    main()
