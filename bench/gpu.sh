@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The GPU tests, then every kernel bench with its JSON in OUTDIR/<name>.json, in under ten minutes:
+# The GPU tests, the profile of a toy step, then every bench, with their JSON in OUTDIR/<name>.json, in under ten minutes:
 #
 #     bash bench/gpu.sh [--tiny] [--device cpu] OUTDIR
 #
@@ -61,6 +61,10 @@ cd "$root" || exit 2
 tests=("$python" -m pytest -q -rs -p skip_missing -p no:cacheprovider -m "gpu or triton")
 [[ $device == cuda ]] || tests+=(--collect-only)
 step tests 200 "${tests[@]}"
+if "$python" -c "import jsonargparse, matplotlib, tqdm, yaml"; then # what training needs besides
+    step step_profile 60 "$python" -m bicot.bench.step_profile --device "$device" "${options[@]}" \
+        --output "$out/step_profile.json"
+fi
 for bench in rollout:180 rewards:90 decode_attention:40 rms_norm:20 silu_mul:20 rope_kv_write:20 \
     token_logprobs:60 linear_logprobs:90 grpo_loss:120 cfg_sample:40 group_advantages:20; do
     name=${bench%:*}

@@ -117,7 +117,20 @@ def kernel(result: dict[str, Any]) -> str:
 
 KERNELS = ["rollout", "rewards", "decode_attention", "rms_norm", "silu_mul", "rope_kv_write"]
 KERNELS += ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
-SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {"toy_seeds": toy_seeds, **dict.fromkeys(KERNELS, kernel)}
+
+
+def step_profile(result: dict[str, Any]) -> str:
+    """The section of a profiled step; its module, which needs transformers, is imported for it alone."""
+    from .step_profile import section
+
+    return section(result)
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "toy_seeds": toy_seeds,
+    "step_profile": step_profile,
+    **dict.fromkeys(KERNELS, kernel),
+}
 
 
 def render(folder: Path) -> str:

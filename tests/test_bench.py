@@ -160,7 +160,9 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
     command = [*GPU_SH, "--tiny", "--device", "cpu", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
-    assert sorted(path.stem for path in tmp_path.glob("*.json")) == BENCHES
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == sorted([*BENCHES, "step_profile"])
+    profile = json.loads((tmp_path / "step_profile.json").read_text())
+    assert profile["commit"] == "abc" and profile["covered_pct"] > 90
     for bench in BENCHES:
         result = json.loads((tmp_path / f"{bench}.json").read_text())
         assert result["bench"] == bench and result["commit"] == "abc" and not result["failed"]
@@ -175,7 +177,7 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
         assert baselines <= {row["provider"] for row in result["rows"]}
     page = report.render(tmp_path)
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
-        f"## {bench} on the CPU" for bench in report.KERNELS
+        f"## {bench} on the CPU" for bench in ("step_profile", *report.KERNELS)
     ]
 
 
