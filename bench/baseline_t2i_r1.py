@@ -1,0 +1,273 @@
+"""The published T2I-R1 algorithm, written plainly on transformers: what bicot's step is measured against.
+
+One micro-batch (per_device_train_batch_size prompts, one as published) after the other: `generate` writes the plans of
+G samples a prompt; a Python loop draws the pictures with a DynamicCache, two rows each whatever the guidance; the VQ
+model decodes them; every reward scores them one at a time, in series. Policy and reference model each take two padded
+passes, text and image. As published, both passes run the text head over every position and drop those logits, which the
+text pass computes again; log-softmax goes row by row over whole rows of logits.
+
+Where it is better than what was published, in its own favour: pictures reach the rewards as tensors, not through PIL;
+only what `gradient_checkpointing` asks for is recomputed (there, everything); all micro-batches are drawn before the
+first is trained on, so that no graph of a forward pass waits for a drawing. The published loss divides by the tokens of
+each micro-batch and averages (loss_type bnpo); dapo, by those of the whole step, is here too.
+
+Shapes: S samples of a micro-batch, P longest prompt, C longest plan, T image tokens, V a vocabulary.
+Source: github.com/CaraJ7/T2I-R1, src/t2i-r1/src/open_r1/trainer/grpo_trainer.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from ..grpo.config import Config
+from ..grpo.optim import MasterAdamW
+from ..model.engine import RolloutChunk
+from ..model.policy import Policy
+from ..model.prompts import PromptEncoder
+from ..rewards.base import Example, Reward
+
+# What the published code cannot be told to do otherwise.
+FIXED = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "image_temperature": 1.0,
+    "image_top_k": 0,
+    "image_top_p": 1.0,
+    "reward_weights": None,
+    "scale_rewards": "group",
+    "multi_objective_aggregation": "sum_then_normalize",
+    "kl_estimator": "k3",
+    "policy_logits": "conditional",
+    "entropy_coef": 0.0,
+    "num_iterations": 1,
+    "importance_sampling_correction": False,
+}
+
+
+class Rollout(NamedTuple):
+    """S samples: ids of both prompts and of the plan to its first EOS, image tokens [S, T], pictures [S, 3, H, W]."""
+
+    prompts: list[list[int]]
+    plans: list[list[int]]
+    image_prompts: list[list[int]]
+    image_tokens: Tensor
+    images: Tensor
+
+    @classmethod
+    def of(cls, chunk: RolloutChunk) -> Rollout:
+        """The samples of our engine."""
+        prompts, plans, image_prompts = (x.tolist() for x in (chunk.prompts, chunk.plans, chunk.image_prompts))
+        return cls(prompts, plans, image_prompts, chunk.image_tokens, chunk.images)
+
+    @property
+    def num_tokens(self) -> int:
+        """That train."""
+        return sum(map(len, self.plans)) + self.image_tokens.numel()
+
+
+class Phases:
+    """Wall seconds of named phases, each until the device has done its work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - start
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """[S, longest] ids and their mask, both int64."""
+    longest = max(map(len, rows))
+    fills = [longest - len(row) for row in rows]
+    ids = [[*[pad] * n, *row] if left else [*row, *[pad] * n] for n, row in zip(fills, rows, strict=True)]
+    mask = [[0] * n + [1] * len(row) if left else [1] * len(row) + [0] * n for n, row in zip(fills, rows, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@torch.no_grad()
+def write_plans(policy: Policy, prompts: Sequence[Sequence[int]], config: Config) -> list[list[int]]:
+    """Stage 1: plans up to and with their first EOS."""
+    eos = policy.tokenizer.eos_token_id
+    ids, mask = padded(prompts, policy.tokenizer.pad_token_id, policy.device, left=True)
+    drawn = policy.model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=config.top_k,
+        max_length=ids.shape[1] + config.max_completion_length,
+        bos_token_id=policy.tokenizer.bos_token_id,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        use_cache=True,
+    )
+    plans = drawn[:, ids.shape[1] :].tolist()
+    return [plan[: plan.index(eos) + 1] if eos in plan else plan for plan in plans]
+
+
+@torch.no_grad()
+def draw(policy: Policy, prompts: Sequence[Sequence[int]], encoder: PromptEncoder, config: Config) -> Tensor:
+    """Stage 2: image tokens [S, T]."""
+    rows = [row for prompt in prompts for row in (prompt, encoder.unconditional_ids(len(prompt)))]
+    ids, mask = padded(rows, policy.tokenizer.pad_token_id, policy.device, left=True)
+    embeds, cache, drawn = policy.embed_text(ids), DynamicCache(), []
+    for _ in range(policy.num_image_tokens):
+        output = policy.decoder(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True)
+        logits = policy.model.model.generation_head(output.last_hidden_state[:, -1])
+        cond, uncond = logits[0::2], logits[1::2]
+        logits = uncond + config.cfg_weight * (cond - uncond)
+        token = torch.multinomial(logits.softmax(-1, dtype=torch.float32), 1)
+        drawn.append(token)
+        embeds = policy.embed_image(token.repeat_interleave(2, 0))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    return torch.cat(drawn, 1)
+
+
+@torch.no_grad()
+def decode(policy: Policy, tokens: Tensor) -> Tensor:
+    """[S, T] -> [S, 3, H, W] float32 in [0, 1]."""
+    return policy.model.model.vqmodel.decode(tokens).float().add(1).div(2).clamp(0, 1)
+
+
+@torch.no_grad()
+def score(rewards: Sequence[Reward], images: Tensor, examples: Sequence[Example]) -> Tensor:
+    """[S, R], one picture and one reward after the other."""
+    columns = [
+        torch.cat([reward.score(images[i : i + 1], [example]) for i, example in enumerate(examples)])
+        for reward in rewards
+    ]
+    return torch.stack(columns, 1)
+
+
+def hidden_states(policy: Policy, embeds: Tensor, mask: Tensor) -> Tensor:
+    """[S, L, D] -> [S, L, D]; the causal language model, whose logits nobody reads."""
+    hidden = policy.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+    policy.model.lm_head(hidden)
+    return hidden
+
+
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """[S, L, V] and [S, L] -> [S, L]."""
+    rows = [
+        row.log_softmax(-1, dtype=torch.promote_types(row.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
+        for row, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def logprobs(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """[S, C + T] of plan and picture, and the mask of those that were drawn."""
+    pad, device = policy.tokenizer.pad_token_id, policy.device
+    prompt_ids, prompt_mask = padded(rollout.prompts, pad, device, left=True)
+    plan_ids, plan_mask = padded(rollout.plans, pad, device, left=False)
+    ids, mask = torch.cat([prompt_ids, plan_ids], 1), torch.cat([prompt_mask, plan_mask], 1)
+    text_logits = policy.model.lm_head(hidden_states(policy, policy.embed_text(ids), mask))
+    text = token_logprobs(text_logits[:, :-1], ids[:, 1:])[:, prompt_ids.shape[1] - 1 :]
+
+    tokens = rollout.image_tokens
+    ids, mask = padded(rollout.image_prompts, pad, device, left=True)
+    embeds = torch.cat([policy.embed_text(ids), policy.embed_image(tokens)], 1)
+    hidden = hidden_states(policy, embeds, torch.cat([mask, torch.ones_like(tokens)], 1))
+    image_logits = policy.model.model.generation_head(hidden[:, -tokens.shape[1] - 1 :])
+    image = token_logprobs(image_logits[:, :-1], tokens)
+    return torch.cat([text, image], 1), torch.cat([plan_mask, torch.ones_like(tokens)], 1)
+
+
+def baseline_loss(
+    policy: Policy,
+    reference: Policy | None,
+    rollout: Rollout,
+    rewards: Tensor,
+    config: Config,
+    *,
+    num_tokens: int | None = None,
+    phases: Phases | None = None,
+) -> Tensor:
+    """The loss of a micro-batch of whole groups, ready for `backward`.
+
+    Args:
+        reference: not used where beta is 0.
+        rewards: [S, R], all there.
+        num_tokens: what it divides by; None = the tokens of this micro-batch.
+
+    Raises:
+        ValueError: a setting that the published code does not have, or a missing reward.
+    """
+    different = [f"{name}={value}" for name in FIXED if (value := getattr(config, name)) != FIXED[name]]
+    if different or config.loss_type not in ("dapo", "bnpo"):
+        raise ValueError(f"not the published algorithm: {different or config.loss_type}")
+    if rewards.isnan().any():
+        raise ValueError("a reward does not apply to a sample; the published code has no missing rewards")
+    phases = phases or Phases(policy.device)
+    groups = rewards.sum(1).view(-1, config.num_generations)
+    advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+    policy.model.train(config.gradient_checkpointing)
+    with phases("train"):
+        logp, mask = logprobs(policy, rollout)
+    loss = -(logp - logp.detach()).exp() * advantages.to(logp)
+    if config.beta:
+        assert reference is not None
+        with phases("reference"), torch.no_grad():
+            ref, _ = logprobs(reference, rollout)
+        loss = loss + config.beta * ((ref - logp).exp() - (ref - logp) - 1)
+    return (loss * mask).sum() / (num_tokens or rollout.num_tokens)
+
+
+def baseline_step(
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: MasterAdamW,
+    encoder: PromptEncoder,
+    rewards: Sequence[Reward],
+    examples: Sequence[Example],
+    config: Config,
+    seed: int,
+    phases: Phases,
+) -> list[Rollout]:
+    """One step on these prompts -> its micro-batches."""
+    torch.manual_seed(seed)
+    policy.model.eval()
+    parts, scores = [], []
+    for start in range(0, len(examples), config.per_device_train_batch_size):
+        few = examples[start : start + config.per_device_train_batch_size]
+        each = [example for example in few for _ in range(config.num_generations)]
+        prompts = [encoder.plan_ids(example.prompt, config.max_completion_length) for example in each]
+        with phases("plan"):
+            plans = write_plans(policy, prompts, config)
+            texts = map(encoder.decode_plan, plans)
+            room = policy.num_image_tokens
+            image_prompts = [encoder.image_ids(e.prompt, text, room) for e, text in zip(each, texts, strict=True)]
+        with phases("draw"):
+            tokens = draw(policy, image_prompts, encoder, config)
+        with phases("decode"):
+            images = decode(policy, tokens)
+        with phases("reward"):
+            scores.append(score(rewards, images, each))
+        parts.append(Rollout(prompts, plans, image_prompts, tokens, images))
+    total = sum(part.num_tokens for part in parts)
+    for part, scored in zip(parts, scores, strict=True):
+        count = len(parts) * part.num_tokens if config.loss_type == "bnpo" else total
+        loss = baseline_loss(policy, reference, part, scored, config, num_tokens=count, phases=phases)
+        with phases("train"):
+            loss.backward()
+            optimizer.collect()
+    with phases("train"):
+        optimizer.step(lambda parameters: None)
+        optimizer.schedule.step()
+    policy.model.eval()
+    return parts

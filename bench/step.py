@@ -1,0 +1,398 @@
+"""step: whole training steps, ours against the published T2I-R1 algorithm written plainly on transformers.
+
+python -m bicot.bench.step [--device cpu|cuda] [--image-tokens 144] [--output FILE.json]
+Both train one policy in turn, with the same optimizer, prompts, seeds, rewards and settings: ours through the parts
+that the trainer uses, the baseline as bench/baseline_t2i_r1.py says (two rows a picture, also without guidance). First
+the gradient norm of both on one rollout must agree. On a CPU: the toy with its own settings, and with the published
+guidance and one prompt a micro-batch. On a GPU: random weights at true shapes; plans run to their limit, pictures have
+144 tokens unless told otherwise (576 as published), their brightness is the reward, activations are recomputed, and of
+Janus-Pro-7B only the last layers and the text head train, so that it fits 80 GB. Phases of ours can overlap on a GPU;
+the baseline's peak is without what ours keeps between steps (KV cache, graphs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import re
+import statistics
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import JanusVQVAEConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
+from transformers.utils import logging
+
+from ..grpo.config import Config, parse_config
+from ..grpo.data import load_examples, step_indices
+from ..grpo.distributed import Ranks
+from ..grpo.optim import MasterAdamW
+from ..grpo.rollout import roll_out
+from ..grpo.step import reference_logprobs, split, update
+from ..grpo.trainer import rollout_settings
+from ..kernels.group_advantages import group_advantages
+from ..model.engine import RolloutChunk, RolloutEngine
+from ..model.policy import Policy
+from ..rewards.base import Example
+from ..rewards.config import RewardConfig
+from .baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step
+from .harness import Unavailable, finish, hardware, label, quantiles, save
+from .models import SHAPES, TOKENIZER, policy_of
+from .power import Sampler
+
+COMMAND = "python -m bicot.bench.step"
+PHASES = ("plan", "draw", "decode", "reward", "reference", "train")
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the gradient norm
+TRAINED = {"Janus-Pro-7B": 2}  # last layers that train, where not all do
+Inspect = Callable[[list[RolloutChunk], Tensor], None]
+PROMPTS = [f"a photo of a w{i} beside a w{i + 1} and, above both of them, a w{i + 2}" for i in range(64)]
+
+
+class Words:
+    """Stands in for the tokenizer of a random model: every word is a token, and every token a word."""
+
+    bos_token_id, eos_token_id = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
+    pad_token_id, boi_token_id = TOKENIZER.pad_token_id, TOKENIZER.boi_token_id
+    special = 4
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id, *map(self._id, text.split())]}
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        return " ".join(f"t{i}" for i in ids if i >= self.special)
+
+    def _id(self, word: str) -> int:
+        if re.fullmatch(r"t\d+", word):
+            return int(word[1:])
+        return self.special + zlib.crc32(word.encode()) % (self.vocab - self.special)
+
+
+def brightness(images: Tensor, examples: Sequence[Example]) -> Tensor:
+    """A reward that costs next to nothing: the mean of the pixels."""
+    return images.mean((1, 2, 3))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both train: a model of `SHAPES`, with pictures of so many tokens, and a run's settings."""
+
+    model: str
+    config: Config
+    image_tokens: int
+
+    @property
+    def images(self) -> int:
+        return self.config.prompts_per_device * self.config.num_generations
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        c = self.config
+        batch = f"{c.gradient_accumulation_steps}x{c.per_device_train_batch_size} prompts of {c.num_generations}"
+        labels = {"model": self.model, "batch": batch, "guidance": c.cfg_weight, "plan": c.max_completion_length}
+        labels |= {"image tokens": self.image_tokens, "dtype": c.dtype}
+        return labels | ({"layers trained": TRAINED[self.model]} if self.model in TRAINED else {})
+
+    def policy(self, device: str) -> Policy:
+        """Its trainable parameters are those of the settings."""
+        policy = policy_of(self.model, getattr(torch, self.config.dtype), device, self.image_tokens)
+        policy_of.cache_clear()  # it will be trained
+        if self.model == "toy":
+            return policy
+        shape, freeze = SHAPES[self.model], list(self.config.freeze)
+        if self.model in TRAINED:
+            first = shape.layers - TRAINED[self.model]
+            freeze += [
+                f"model.language_model.{part}." for part in ("embed_tokens", *(f"layers.{i}" for i in range(first)))
+            ]
+        if self.model != "tiny":  # whose pictures are of its own size
+            vq = policy.config.vq_config = JanusVQVAEConfig(num_patches=math.isqrt(self.image_tokens))
+            with torch.device(device):
+                pictures: Any = JanusVQVAE(vq)
+            policy.model.model.vqmodel = pictures.to(policy.dtype).eval()
+        for name, parameter in policy.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(tuple(freeze)))
+        return Policy(policy.model, Words(shape.vocab))
+
+
+class Contest:
+    """The policy, which both train in turn, and what they need for it."""
+
+    def __init__(self, setting: Setting, device: str) -> None:
+        self.config = config = setting.config
+        self.policy = setting.policy(device)
+        self.reference = Policy(copy.deepcopy(self.policy.model).requires_grad_(False), self.policy.tokenizer)
+        if config.gradient_checkpointing:
+            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.ranks = Ranks(0, 1, self.policy.device)
+        self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
+        settings = rollout_settings(config)
+        self.encoder, self.sampling = self.policy.prompt_encoder(settings.prompts), settings.sampling
+        self.ensemble = config.rewards.build(device=device)
+        own = setting.model == "toy"
+        self.examples = load_examples(config.train_file) if own else [Example(prompt, "object") for prompt in PROMPTS]
+        self.engine: RolloutEngine | None = None
+
+    def batch(self, step: int) -> list[Example]:
+        indices = step_indices(len(self.examples), self.config.prompts_per_device, step, self.config.seed)
+        return [self.examples[i] for i in indices]
+
+    def baseline(self, step: int, phases: Phases) -> float:
+        """A step -> mean tokens of a plan."""
+        rewards = [worker.reward for worker in self.ensemble.workers]
+        given = (self.policy, self.reference, self.optimizer, self.encoder, rewards, self.batch(step), self.config)
+        parts = baseline_step(*given, step, phases)
+        return statistics.mean(len(plan) for part in parts for plan in part.plans)
+
+    def ours(self, step: int, phases: Phases, inspect: Inspect | None = None) -> float:
+        """A step as the trainer takes it -> mean tokens of a plan. `inspect` sees micro-batches and scores."""
+        config = self.config
+        self.engine = self.engine or RolloutEngine(self.policy, self.encoder, max_rows=config.rollout_max_rows)
+        given = (self.batch(step), config.num_generations, self.sampling, step)
+        rollout, _, handle = roll_out(self.engine, self.ensemble, *given)
+        phases.seconds.update(rollout.seconds)
+        parts = split(rollout, config)
+        with phases("reference"):
+            reference = reference_logprobs(self.reference, parts, self.encoder, config) if config.beta else None
+        with phases("reward"):
+            scores = handle.result()
+        if inspect:
+            inspect(parts, scores)
+        with phases("train"):
+            advantages = group_advantages(scores, config.num_generations, self.ensemble.weights).to(self.ranks.device)
+            trained = (self.policy, self.optimizer, parts, advantages, reference)
+            self.grad_norm = update(*trained, self.encoder, config, self.ranks)["grad_norm"]
+        return rollout.plans.lengths.double().mean().item()
+
+    def check(self, step: int) -> float:
+        """A step of ours -> how far the baseline's gradient norm on its rollout is from ours, relatively.
+
+        Raises:
+            AssertionError: beyond the tolerance, or NaN.
+        """
+        norms = []
+
+        def baseline_norm(parts: list[RolloutChunk], scores: Tensor) -> None:
+            plain = [Rollout.of(part) for part in parts]
+            total = sum(part.num_tokens for part in plain)
+            for part, scored in zip(plain, scores.split(self.config.micro_batch), strict=True):
+                baseline_loss(self.policy, self.reference, part, scored, self.config, num_tokens=total).backward()
+                self.optimizer.collect()
+            grads = [master.grad for master in self.optimizer.masters if master.grad is not None]
+            norms.append(torch.nn.utils.get_total_norm(grads))
+            self.optimizer.adamw.zero_grad(set_to_none=True)
+
+        self.ours(step, Phases(self.ranks.device), baseline_norm)
+        theirs, ours = norms[0].item(), self.grad_norm.item()
+        error, limit = abs(theirs - ours) / ours, TOLERANCE[self.policy.dtype]
+        assert error <= limit, (
+            f"gradient norms differ by {error:.2g}, beyond {limit}: {ours:.6g}, baseline {theirs:.6g}"
+        )
+        return error
+
+
+@dataclass
+class Steps:
+    """What the steps of one provider took."""
+
+    seconds: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    plan_tokens: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)
+
+    def take(self, step: Callable[[Phases], float], device: torch.device) -> None:
+        """One more."""
+        if on_gpu := device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        phases, whole = Phases(device), Phases(device)
+        with Sampler(device) as sampler, whole("step"):
+            self.plan_tokens.append(step(phases))
+        self.seconds.append(whole.seconds["step"])
+        for name in PHASES:
+            self.phases[name].append(phases.seconds.get(name, 0.0))
+        self.phases["rest"].append(max(0.0, self.seconds[-1] - sum(phases.seconds.values())))
+        if on_gpu:
+            self.peaks.append(torch.cuda.max_memory_allocated())
+        if not sampler.missing:
+            self.joules.append(sampler.joules)
+
+    def row(self, images: int, held: int) -> dict[str, Any]:
+        """Of the JSON; `held` bytes of the peak are somebody else's."""
+        median = statistics.median(self.seconds)
+        return {
+            "seconds": [round(s, 4) for s in quantiles(self.seconds)],
+            "images_per_s": float(f"{images / median:.4g}"),
+            "phases": {name: round(statistics.median(values), 5) for name, values in self.phases.items()},
+            "plan_tokens": round(statistics.mean(self.plan_tokens), 1),
+            "peak_mib": round((max(self.peaks) - held) / 2**20) if self.peaks else None,
+            "joules_per_image": float(f"{statistics.median(self.joules) / images:.4g}") if self.joules else None,
+            "images": images,
+        }
+
+
+def ratios(ours: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float | None]:
+    """How many times longer the baseline takes: the step, and each of its phases (None where ours takes no time)."""
+    pairs = {name: (seconds, ours["phases"][name]) for name, seconds in baseline["phases"].items() if name != "rest"}
+    pairs = {"step": (baseline["seconds"][1], ours["seconds"][1]), **pairs}
+    return {name: float(f"{theirs / own:.3g}") if own else None for name, (theirs, own) in pairs.items()}
+
+
+def measure(setting: Setting, device: str, repeats: int) -> tuple[list[dict[str, Any]], float]:
+    """The rows of both, and the error of the check; the first steps of both are not timed."""
+    contest = Contest(setting, device)
+    where = contest.ranks.device
+    on_gpu = where.type == "cuda"
+    contest.baseline(0, Phases(where))
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    error = contest.check(1)
+    contest.ours(2, Phases(where))
+    held = torch.cuda.memory_allocated() - before if on_gpu else 0
+    ours, baseline = Steps(), Steps()
+    for step in range(3, 3 + repeats):
+        ours.take(partial(contest.ours, step), where)
+        baseline.take(partial(contest.baseline, step), where)
+    both = {"ours": ours.row(setting.images, 0), "baseline": baseline.row(setting.images, held)}
+    return [{"case": setting.labels, "provider": name, **row} for name, row in both.items()], error
+
+
+def settings(device: str, tiny: bool, image_tokens: int) -> list[Setting]:
+    """The toy twice on a CPU; the true shapes on a GPU."""
+    toy = replace(parse_config([]), rewards=RewardConfig(["scene"]))
+    published = replace(toy, cfg_weight=5.0, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    real = Config(
+        gradient_checkpointing=True,
+        max_completion_length=80,
+        rewards=RewardConfig(["bicot.bench.step:brightness"]),
+    )
+    if tiny:
+        few: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4, "gradient_accumulation_steps": 2}
+        small = replace(real, dtype="float32", **few)
+        return [Setting("toy", replace(published, **few), 64), Setting("tiny", small, 16)]
+    if device == "cpu":
+        return [Setting("toy", config, 64) for config in (toy, published)]
+    return [Setting(model, real, image_tokens) for model in ("Janus-Pro-1B", "Janus-Pro-7B")]
+
+
+def section(result: dict[str, Any]) -> str:
+    """The section of RESULTS.md."""
+    from .report import machine, number, table
+
+    header = ["case", "provider", "seconds a step", "images/s", "peak MiB", "J/image", "plan tokens", "ours is"]
+    rows = []
+    for entry in result["ratios"]:
+        for row in (row for row in result["rows"] if row["case"] == entry["case"]):
+            p20, p50, p80 = map(number, row["seconds"])
+            ours = row["provider"] == "ours"
+            rows.append(
+                [
+                    label(row["case"]) if ours else "",
+                    row["provider"],
+                    f"{p50} [{p20} to {p80}]",
+                    number(row["images_per_s"]),
+                    "" if row["peak_mib"] is None else str(row["peak_mib"]),
+                    "" if row["joules_per_image"] is None else number(row["joules_per_image"]),
+                    f"{row['plan_tokens']:.1f}",
+                    "" if ours else f"{number(entry['times']['step'])}×",
+                ]
+            )
+    shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return f"""## step on {result.get("gpu", "the CPU")}
+
+`{result["command"]}` on {machine(result)}.
+{result["about"]} Medians [p20 to p80] of {result["repeats"]} steps each, in turn.
+
+{table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])}
+
+Milliseconds of each phase, ours / the baseline's, and how many times longer that is:
+
+{phase_table(result)}
+{remarks(result)}"""
+
+
+def phase_table(result: dict[str, Any]) -> str:
+    """Cases down, phases across; `rest` is what no phase covers."""
+    from .report import number, table
+
+    rows = []
+    for entry in result["ratios"]:
+        by = {row["provider"]: row["phases"] for row in result["rows"] if row["case"] == entry["case"]}
+        cells = []
+        for name in (*PHASES, "rest"):
+            ratio = entry["times"].get(name)
+            pair = " / ".join(number(1e3 * by[provider][name]) for provider in ("ours", "baseline"))
+            cells.append(f"{pair} ({number(ratio)}×)" if ratio else pair)
+        rows.append([label(entry["case"]), *cells])
+    return table(["case", *PHASES, "rest"], rows)
+
+
+def remarks(result: dict[str, Any]) -> str:
+    """What was not measured, a line each."""
+    lines = [f"{label(e['case'])}: {kind}: {e['reason']}" for kind in ("skipped", "failed") for e in result[kind]]
+    return "".join(f"\n- {line}" for line in [*lines, *result["missing"]]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--repeats", type=int, help="timed steps of each (7 on a CPU, 3 on a GPU)")
+    parser.add_argument("--image-tokens", type=int, default=144, help="of a picture at true shapes; a square")
+    parser.add_argument("--tiny", action="store_true", help="two small cases: walks the code, measures nothing")
+    parser.add_argument("--output", help="also write the JSON to this file")
+    arguments = parser.parse_args()
+    device, tiny = arguments.device, arguments.tiny
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    if math.isqrt(arguments.image_tokens) ** 2 != arguments.image_tokens:
+        parser.error("--image-tokens: pictures are square")
+    torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    repeats = arguments.repeats or (2 if tiny else 3 if device == "cuda" else 7)
+    if repeats < 2:
+        parser.error("--repeats: quantiles need two or more")
+    what, _, _, *how = (__doc__ or "").strip().splitlines()
+    what = what.removeprefix("step: ")
+    tokens = f" --image-tokens {arguments.image_tokens}" if device == "cuda" else ""
+    result: dict[str, Any] = {
+        "bench": "step",
+        "about": " ".join([what[0].upper() + what[1:], *how]),
+        "command": f"{COMMAND} --device {device}{tokens}",
+        **hardware(device),
+        "device": device,
+        "repeats": repeats,
+        "missing": [missing] if device == "cuda" and (missing := Sampler(torch.device(device)).missing) else [],
+        "rows": [],
+        "ratios": [],
+        "skipped": [],
+        "failed": [],
+    }
+    for setting in settings(device, tiny, arguments.image_tokens):
+        try:
+            rows, error = measure(setting, device, repeats)
+        except Exception as problem:  # recorded, and the bench ends non-zero unless there was no room
+            kind = "skipped" if isinstance(problem, (Unavailable, torch.OutOfMemoryError)) else "failed"
+            reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
+            result[kind].append({"case": setting.labels, "provider": "both", "reason": reason})
+            continue
+        result["rows"] += rows
+        result["ratios"].append({"case": setting.labels, "times": ratios(*rows), "error": float(f"{error:.1e}")})
+        save(result, arguments.output)  # what is measured stays should a later case outlast its time limit
+    print(section(result))
+    finish(result, arguments.output)
+    return 1 if result["failed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

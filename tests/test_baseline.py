@@ -1,0 +1,296 @@
+"""The baseline is the same algorithm: its loss and gradients are those of bicot's update. And the bench of both."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_policy
+from torch import Tensor
+
+from bicot.bench import step
+from bicot.bench.baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, draw, score, write_plans
+from bicot.grpo.config import Config, RewardConfig
+from bicot.grpo.distributed import Ranks
+from bicot.grpo.optim import MasterAdamW
+from bicot.grpo.step import reference_logprobs, split, update
+from bicot.kernels.group_advantages import group_advantages
+from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.packed import Packed
+from bicot.model.policy import Policy
+from bicot.model.prompts import PromptEncoder, PromptFormat
+from bicot.model.settings import Sampling
+from bicot.rewards.base import Example
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+FORMAT = PromptFormat("t2i_r1", "", "plan {}")
+EXAMPLES = [Example(p, "object") for p in ("a red circle", "two blue square and a circle of w1 w2", "w3", "a w7 w8")]
+G = 3
+SETTING = step.settings("cpu", True, 16)[1]
+PHASES = {"plan", "draw", "decode", "reward", "reference", "train"}
+
+
+class Recording(MasterAdamW):
+    """Keeps the gradients of its last step."""
+
+    def step(self, reduce: Callable[[Sequence[Tensor]], None]) -> Tensor:
+        self.grads = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in self.masters]
+        return super().step(reduce)
+
+
+class Brightness:
+    """Counts its calls."""
+
+    name = "brightness"
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        self.sizes.append(len(images))
+        return images.mean((1, 2, 3))
+
+
+def config(**changes: object) -> Config:
+    base = dict(
+        dtype="float32", num_generations=G, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_completion_length=9, top_k=0, cfg_weight=2.0, beta=0.03, learning_rate=1e-3, max_steps=4,
+        lr_scheduler_type="constant", rewards=RewardConfig("scene"),
+    )  # fmt: skip
+    return Config(**{**base, **changes})  # type: ignore[arg-type]
+
+
+def policies() -> tuple[Policy, Policy]:
+    """A policy that has moved from its reference."""
+    policy, reference = tiny_policy(seed=0), tiny_policy(seed=0)
+    with torch.no_grad():
+        for p in policy.trainable_parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    reference.model.requires_grad_(False)
+    return policy, reference
+
+
+def encoder_of(policy: Policy) -> PromptEncoder:
+    return policy.prompt_encoder(FORMAT)
+
+
+def frozen(policy: Policy, lengths: Sequence[int] = (9, 1, 4, 7, 7, 2, 3, 9, 5, 6, 8, 1)) -> RolloutChunk:
+    """Samples of random tokens; plans of these lengths."""
+    encoder, draw_ids = encoder_of(policy), torch.Generator().manual_seed(3)
+    each = [e.prompt for e in EXAMPLES for _ in range(G)]
+    plans = [torch.randint(7, 61, (n,), generator=draw_ids).tolist() for n in lengths]
+    texts = list(map(encoder.decode_plan, plans))
+    tokens = torch.randint(37, (len(each), 16), generator=draw_ids)
+    packed, unused = Packed.of(plans), torch.zeros(tokens.shape)
+    return RolloutChunk(
+        prompts=Packed.of([encoder.plan_ids(prompt, 9) for prompt in each]),
+        plans=packed,
+        plan_logprobs=packed,
+        plan_texts=texts,
+        truncated=torch.zeros(len(each), dtype=torch.bool),
+        image_prompts=Packed.of([encoder.image_ids(*both, 16) for both in zip(each, texts, strict=True)]),
+        image_tokens=tokens,
+        image_logprobs=unused,
+        guided_logprobs=unused,
+        images=unused,
+        spans=(),
+    )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.03])
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+def test_loss_and_gradients_are_those_of_the_update(loss_type: str, beta: float) -> None:
+    cfg = config(loss_type=loss_type, beta=beta)
+    policy, reference = policies()
+    rollout = frozen(policy)
+    rewards = torch.randn(len(rollout), 2, generator=torch.Generator().manual_seed(2))
+    parts = split(rollout, cfg)
+    assert len(parts) == 2
+
+    other = copy.deepcopy(policy)
+    loss = torch.zeros(())
+    total = sum(Rollout.of(part).num_tokens for part in parts)
+    for i, part in enumerate(parts):
+        count = 2 * Rollout.of(part).num_tokens if loss_type == "bnpo" else total
+        scores = rewards[i * len(part) :][: len(part)]
+        one = baseline_loss(other, reference if beta else None, Rollout.of(part), scores, cfg, num_tokens=count)
+        one.backward()
+        loss += one.detach()
+
+    optimizer = Recording(policy.trainable_parameters(), cfg)
+    ref = reference_logprobs(reference, parts, encoder_of(policy), cfg) if beta else None
+    metrics = update(policy, optimizer, parts, group_advantages(rewards, G), ref, encoder_of(policy), cfg, ALONE)
+    torch.testing.assert_close(loss, metrics["loss"], atol=1e-6, rtol=1e-5)
+    names = [name for name, p in policy.model.named_parameters() if p.requires_grad]
+    largest = max(grad.abs().max() for grad in optimizer.grads)
+    assert largest > 1e-3
+    for name, ours, p in zip(names, optimizer.grads, other.trainable_parameters(), strict=True):
+        theirs = torch.zeros_like(ours) if p.grad is None else p.grad
+        torch.testing.assert_close(
+            theirs, ours, atol=2e-6 * largest.item(), rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    if beta:
+        no_kl = baseline_loss(other, None, Rollout.of(parts[0]), rewards[: len(parts[0])], config(beta=0.0))
+        with_kl = baseline_loss(other, reference, Rollout.of(parts[0]), rewards[: len(parts[0])], cfg)
+        assert (no_kl - with_kl).abs() > 1e-4, "the KL must take part"
+
+
+def test_the_default_normaliser_is_the_micro_batch() -> None:
+    cfg = config(beta=0.0)
+    policy, _ = policies()
+    part = Rollout.of(frozen(policy)[: 2 * G])
+    rewards = torch.linspace(0, 1, 2 * G)[:, None] ** 2
+    alone, counted = (baseline_loss(policy, None, part, rewards, cfg, num_tokens=n) for n in (None, 100))
+    torch.testing.assert_close(alone * part.num_tokens, counted * 100)
+
+
+def test_it_refuses_what_was_not_published() -> None:
+    policy, _ = policies()
+    cfg = config(beta=0.0)
+    part = Rollout.of(frozen(policy)[:G])
+    rewards = torch.rand(G, 1)
+    for changes in ({"temperature": 0.7}, {"policy_logits": "guided"}, {"num_iterations": 2}, {"loss_type": "grpo"}):
+        with pytest.raises(ValueError, match="not the published algorithm"):
+            baseline_loss(policy, None, part, rewards, config(beta=0.0, **changes))
+    with pytest.raises(ValueError, match="missing rewards"):
+        baseline_loss(policy, None, part, rewards.fill_(torch.nan), cfg)
+
+
+def test_its_draws_follow_the_model() -> None:
+    """A head that knows one answer: plans end where EOS is certain, guidance decides between two rows' tokens."""
+    policy, _ = policies()
+    encoder = encoder_of(policy)
+    prompts = [encoder.plan_ids(e.prompt, 9) for e in EXAMPLES]
+    image_prompts = [encoder.image_ids(e.prompt, "a red circle", 16) for e in EXAMPLES]
+    sharp = copy.deepcopy(policy)
+    with torch.no_grad():  # all but greedy
+        sharp.model.lm_head.weight.mul_(1e4)
+        sharp.model.model.generation_head.vision_head.weight.mul_(1e4)
+    engine = RolloutEngine(sharp, encoder_of(sharp))
+    for w in (1.0, 3.0):
+        cfg = config(cfg_weight=w)
+        sampling = Sampling(9, top_k=0, cfg_weight=w)
+        ours = RolloutChunk.cat(list(engine.generate([e.prompt for e in EXAMPLES], 1, sampling, seed=1)))
+        assert write_plans(sharp, prompts, cfg) == ours.plans.tolist()
+        assert torch.equal(draw(sharp, ours.image_prompts.tolist(), encoder, cfg), ours.image_tokens)
+    assert not torch.equal(draw(sharp, image_prompts, encoder, config(cfg_weight=1.0)), ours.image_tokens)
+
+
+def test_one_picture_at_a_time() -> None:
+    reward = Brightness()
+    images = torch.rand(3, 3, 4, 4)
+    scores = score([reward, Brightness()], images, EXAMPLES[:3])
+    assert reward.sizes == [1, 1, 1]
+    torch.testing.assert_close(scores, images.mean((1, 2, 3))[:, None].expand(3, 2))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_trains(checkpointing: bool) -> None:
+    cfg = config(gradient_checkpointing=checkpointing)
+    policy, reference = policies()
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    optimizer, phases, reward = MasterAdamW(policy.trainable_parameters(), cfg), Phases(policy.device), Brightness()
+    arguments = (policy, reference, optimizer, encoder_of(policy), [reward], EXAMPLES, cfg)
+    parts = baseline_step(*arguments, seed=3, phases=phases)
+    assert phases.seconds.keys() == PHASES and min(phases.seconds.values()) > 0
+    assert [len(part.plans) for part in parts] == [2 * G, 2 * G] and len(reward.sizes) == 4 * G
+    assert all(plan.count(1) <= 1 and 0 < len(plan) <= 9 for part in parts for plan in part.plans)
+    assert all(part.images.shape[0] == 2 * G and part.image_tokens.shape[1] == 16 for part in parts)
+    for (name, p), old in zip(policy.model.named_parameters(), before, strict=True):
+        assert torch.equal(p, old) != p.requires_grad, name
+    assert not policy.model.training
+
+
+def test_words_are_tokens_and_tokens_words() -> None:
+    words = step.Words(50)
+    ids = words("a red t7 circle t49")["input_ids"]
+    assert ids[0] == 0 and ids[3] == 7 and ids[5] == 49 and min(ids[1:]) >= 4 and max(ids) < 50
+    assert words.decode([1, *ids]) == " ".join(f"t{i}" for i in ids[1:])
+    assert words(words.decode(ids))["input_ids"] == ids
+
+
+def contest() -> step.Contest:
+    return step.Contest(SETTING, "cpu")
+
+
+def test_both_start_from_one_policy_and_train_it() -> None:
+    both = contest()
+    weights = both.policy.model.lm_head.weight
+    assert not any(p.requires_grad for p in both.reference.model.parameters())
+    assert {name.split(".")[1] for name, p in both.policy.model.named_parameters() if p.requires_grad} == {
+        "language_model", "weight",
+    }  # fmt: skip
+    for run in (both.baseline, both.ours):
+        before, phases = weights.detach().clone(), Phases(both.ranks.device)
+        assert run(1, phases) == 4.0, "plans run to their limit"
+        assert not torch.equal(weights, before) and phases.seconds.keys() == PHASES
+
+
+def test_a_different_algorithm_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert contest().check(0) < 1e-4
+
+    def wrong(*arguments: Any, **options: Any) -> Tensor:
+        return 1.01 * baseline_loss(*arguments, **options)
+
+    monkeypatch.setattr(step, "baseline_loss", wrong)
+    monkeypatch.setattr(step, "settings", lambda *_: [SETTING])
+    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--tiny", "--threads", "1"])
+    assert step.main() == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not result["rows"] and "differ by 0.0099" in result["failed"][0]["reason"]
+
+
+def test_the_walk_and_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "settings", lambda *_: [SETTING])
+    file = tmp_path / "step.json"
+    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--tiny", "--threads", "1", "--output", str(file)])
+    assert step.main() == 0
+    result = json.loads(file.read_text())
+    ours, baseline = result["rows"]
+    assert (ours["provider"], baseline["provider"]) == ("ours", "baseline") and ours["case"] == baseline["case"]
+    for row in (ours, baseline):
+        assert row["images"] == 4 and row["seconds"] == sorted(row["seconds"])
+        assert row["images_per_s"] == pytest.approx(4 / row["seconds"][1], rel=0.01)
+        assert row["phases"].keys() == PHASES | {"rest"}
+        assert sum(row["phases"].values()) == pytest.approx(row["seconds"][1], rel=0.01)
+        assert row["peak_mib"] is None and row["joules_per_image"] is None
+    times = result["ratios"][0]["times"]
+    assert times.keys() == PHASES | {"step"}
+    assert times["draw"] == pytest.approx(baseline["phases"]["draw"] / ours["phases"]["draw"], rel=0.01)
+    assert times["step"] == pytest.approx(baseline["seconds"][1] / ours["seconds"][1], rel=0.01)
+
+
+def test_section() -> None:
+    case = {"model": "M", "guidance": 5.0}
+    rows = [
+        {
+            "case": case, "provider": name, "seconds": [1.0 * k, 2.0 * k, 3.0 * k], "images_per_s": 8 / k, "images": 16,
+            "phases": dict.fromkeys((*step.PHASES, "rest"), 0.25 * k) | {"reward": k - 1.0}, "plan_tokens": 9.5,
+            "peak_mib": 1000 * k, "joules_per_image": 30.0 * k,
+        }
+        for name, k in (("ours", 1), ("baseline", 4))
+    ]  # fmt: skip
+    machine = {"gpu": "H", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "device": "cuda"}
+    result = {
+        "bench": "step", "about": "About.", "command": "run it", "repeats": 3, **machine, "rows": rows,
+        "ratios": [{"case": case, "times": step.ratios(*rows), "error": 0.0}], "missing": ["power: no nvml"],
+        "skipped": [{"case": {"model": "L"}, "provider": "both", "reason": "out of memory"}], "failed": [],
+    }  # fmt: skip
+    page = step.section(result)
+    assert "## step on H\n\n`run it` on H, driver 1" in page
+    assert "| M, guidance 5.0 | ours | 2.00 [1.00 to 3.00] | 8.00 | 1000 | 30.0 | 9.5 |  |" in page
+    assert "|  | baseline | 8.00 [4.00 to 12.0] | 2.00 | 4000 | 120 | 9.5 | 4.00× |" in page
+    assert "| 250 / 1000 (4.00×) | 250 / 1000 (4.00×) | 250 / 1000 (4.00×) | 0 / 3000 |" in page.replace(
+        "0.00 /", "0 /"
+    )
+    assert page.endswith("- L: skipped: out of memory\n- power: no nvml\n")
