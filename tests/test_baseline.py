@@ -6,8 +6,9 @@ import copy
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -162,24 +163,40 @@ def test_it_refuses_what_was_not_published() -> None:
         baseline_loss(policy, None, part, rewards.fill_(torch.nan), cfg)
 
 
-def test_its_draws_follow_the_model() -> None:
-    """A head that knows one answer: plans end where EOS is certain, guidance decides between two rows' tokens."""
+def sharpened(policy: Policy) -> Policy:
+    """All but greedy, at any seed."""
+    with torch.no_grad():
+        policy.model.lm_head.weight.mul_(1e4)
+        policy.model.model.generation_head.vision_head.weight.mul_(1e4)
+    return policy
+
+
+def test_its_draws_are_those_of_the_engine() -> None:
+    policy = sharpened(policies()[0])
+    encoder, prompts = encoder_of(policy), [e.prompt for e in EXAMPLES]
+
+    def ours(w: float) -> RolloutChunk:
+        engine = RolloutEngine(policy, encoder)
+        return RolloutChunk.cat(list(engine.generate(prompts, 1, Sampling(9, top_k=0, cfg_weight=w), seed=1)))
+
+    first = ours(1.0)
+    with torch.no_grad():  # EOS and a token of the first plan change places
+        eos, token = policy.tokenizer.eos_token_id, first.plans.tolist()[0][4]
+        policy.model.lm_head.weight[[eos, token]] = policy.model.lm_head.weight[[token, eos]]
+    for w in (1.0, 3.0, 20.0):
+        cfg, drawn = config(cfg_weight=w), ours(w)
+        plans = write_plans(policy, [encoder.plan_ids(prompt, 9) for prompt in prompts], cfg)
+        assert plans == drawn.plans.tolist() and plans[0][-1] == eos and {len(plan) for plan in plans} > {9}
+        assert torch.equal(draw(policy, drawn.image_prompts.tolist(), encoder, cfg), drawn.image_tokens)
+    assert not torch.equal(first.image_tokens, drawn.image_tokens), "guidance must take part"
+
+
+def test_top_k_is_that_of_the_settings() -> None:
     policy, _ = policies()
-    encoder = encoder_of(policy)
-    prompts = [encoder.plan_ids(e.prompt, 9) for e in EXAMPLES]
-    image_prompts = [encoder.image_ids(e.prompt, "a red circle", 16) for e in EXAMPLES]
-    sharp = copy.deepcopy(policy)
-    with torch.no_grad():  # all but greedy
-        sharp.model.lm_head.weight.mul_(1e4)
-        sharp.model.model.generation_head.vision_head.weight.mul_(1e4)
-    engine = RolloutEngine(sharp, encoder_of(sharp))
-    for w in (1.0, 3.0):
-        cfg = config(cfg_weight=w)
-        sampling = Sampling(9, top_k=0, cfg_weight=w)
-        ours = RolloutChunk.cat(list(engine.generate([e.prompt for e in EXAMPLES], 1, sampling, seed=1)))
-        assert write_plans(sharp, prompts, cfg) == ours.plans.tolist()
-        assert torch.equal(draw(sharp, ours.image_prompts.tolist(), encoder, cfg), ours.image_tokens)
-    assert not torch.equal(draw(sharp, image_prompts, encoder, config(cfg_weight=1.0)), ours.image_tokens)
+    prompts = [encoder_of(policy).plan_ids(EXAMPLES[0].prompt, 9)] * 8
+    torch.manual_seed(0)
+    assert len({tuple(plan) for plan in write_plans(policy, prompts, config(top_k=1))}) == 1
+    assert len({tuple(plan) for plan in write_plans(policy, prompts, config(top_k=0))}) > 4
 
 
 def test_one_picture_at_a_time() -> None:
@@ -191,22 +208,50 @@ def test_one_picture_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_trains(checkpointing: bool) -> None:
-    cfg = config(gradient_checkpointing=checkpointing)
-    policy, reference = policies()
+@pytest.mark.parametrize("loss_type", ["dapo", "bnpo"])
+def test_a_step_ends_where_ours_does(loss_type: str, checkpointing: bool) -> None:
+    """Its own samples and scores, put through the update: the same weights."""
+    cfg = config(gradient_checkpointing=checkpointing, loss_type=loss_type, max_grad_norm=1e-3)
+    (policy, reference), (other, _) = policies(), policies()
     if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    before = [p.detach().clone() for p in policy.model.parameters()]
-    optimizer, phases, reward = MasterAdamW(policy.trainable_parameters(), cfg), Phases(policy.device), Brightness()
+    training = []
+    policy.decoder.register_forward_hook(lambda *_: training.append((torch.is_grad_enabled(), policy.model.training)))
+    optimizer, phases, reward = Recording(policy.trainable_parameters(), cfg), Phases(policy.device), Brightness()
     arguments = (policy, reference, optimizer, encoder_of(policy), [reward], EXAMPLES, cfg)
     parts = baseline_step(*arguments, seed=3, phases=phases)
     assert phases.seconds.keys() == PHASES and min(phases.seconds.values()) > 0
     assert [len(part.plans) for part in parts] == [2 * G, 2 * G] and len(reward.sizes) == 4 * G
     assert all(plan.count(1) <= 1 and 0 < len(plan) <= 9 for part in parts for plan in part.plans)
-    assert all(part.images.shape[0] == 2 * G and part.image_tokens.shape[1] == 16 for part in parts)
-    for (name, p), old in zip(policy.model.named_parameters(), before, strict=True):
-        assert torch.equal(p, old) != p.requires_grad, name
-    assert not policy.model.training
+    assert set(training) == {(False, False), (True, checkpointing)} and not policy.model.training
+    assert optimizer.schedule.last_epoch == 1
+
+    template, chunks = frozen(policy)[: 2 * G], []
+    for part in parts:
+        lists = {key: Packed.of(getattr(part, key)) for key in ("prompts", "plans", "image_prompts")}
+        chunks.append(replace(template, **lists, image_tokens=part.image_tokens))
+    scores = torch.cat([Brightness().score(part.images, EXAMPLES[: 2 * G]) for part in parts])[:, None]
+    ours = Recording(other.trainable_parameters(), cfg)
+    ref = reference_logprobs(reference, chunks, encoder_of(other), cfg)
+    update(other, ours, chunks, group_advantages(scores, G), ref, encoder_of(other), cfg, ALONE)
+    largest = max(grad.abs().max().item() for grad in ours.grads)
+    for grad, expected in zip(optimizer.grads, ours.grads, strict=True):
+        torch.testing.assert_close(grad, expected, atol=1e-5 * largest, rtol=1e-3)
+    for (name, p), q, old in zip(
+        policy.model.named_parameters(), other.model.parameters(), policies()[0].model.parameters(), strict=True
+    ):
+        assert torch.equal(p, old) != p.requires_grad and torch.equal(q, old) != q.requires_grad, name
+
+
+def test_bfloat16_weights_train_through_their_masters() -> None:
+    cfg = config(dtype="bfloat16", learning_rate=0.05)
+    policy, reference = policies()
+    for each in (policy, reference):
+        each.model.bfloat16()
+    before = policy.model.lm_head.weight.detach().clone()
+    arguments = (policy, reference, MasterAdamW(policy.trainable_parameters(), cfg), encoder_of(policy))
+    baseline_step(*arguments, [Brightness()], EXAMPLES, cfg, seed=3, phases=Phases(policy.device))
+    assert not torch.equal(policy.model.lm_head.weight, before)
 
 
 def test_words_are_tokens_and_tokens_words() -> None:
@@ -225,36 +270,33 @@ def test_both_start_from_one_policy_and_train_it() -> None:
     both = contest()
     weights = both.policy.model.lm_head.weight
     assert not any(p.requires_grad for p in both.reference.model.parameters())
-    assert {name.split(".")[1] for name, p in both.policy.model.named_parameters() if p.requires_grad} == {
-        "language_model", "weight",
-    }  # fmt: skip
+    trained = {name.split(".")[1] for name, p in both.policy.model.named_parameters() if p.requires_grad}
+    assert trained == {"language_model", "weight"}, "the body, and lm_head.weight"
     for run in (both.baseline, both.ours):
         before, phases = weights.detach().clone(), Phases(both.ranks.device)
         assert run(1, phases) == 4.0, "plans run to their limit"
         assert not torch.equal(weights, before) and phases.seconds.keys() == PHASES
 
 
-def test_a_different_algorithm_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert contest().check(0) < 1e-4
-
-    def wrong(*arguments: Any, **options: Any) -> Tensor:
-        return 1.01 * baseline_loss(*arguments, **options)
-
-    monkeypatch.setattr(step, "baseline_loss", wrong)
+def run_main(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
     monkeypatch.setattr(step, "settings", lambda *_: [SETTING])
-    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--tiny", "--threads", "1"])
-    assert step.main() == 1
+    monkeypatch.setattr(step, "logging", MagicMock())  # other tests may wait for a warning
+    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--tiny", *options])
+    return step.main()
+
+
+def test_another_algorithm_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert contest().check(0) < 1e-4
+    wrong = lambda *arguments, **options: 1.01 * baseline_loss(*arguments, **options)  # noqa: E731
+    monkeypatch.setattr(step, "baseline_loss", wrong)
+    assert run_main(monkeypatch) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert not result["rows"] and "differ by 0.0099" in result["failed"][0]["reason"]
+    assert not result["rows"] and "differ by 0.01, beyond" in result["failed"][0]["reason"]
 
 
 def test_the_walk_and_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "settings", lambda *_: [SETTING])
     file = tmp_path / "step.json"
-    monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--tiny", "--threads", "1", "--output", str(file)])
-    assert step.main() == 0
+    assert run_main(monkeypatch, "--output", str(file)) == 0
     result = json.loads(file.read_text())
     ours, baseline = result["rows"]
     assert (ours["provider"], baseline["provider"]) == ("ours", "baseline") and ours["case"] == baseline["case"]

@@ -170,6 +170,10 @@ def test_memory_decides_the_parts_and_whether_it_fits() -> None:
     assert predict(step, Cluster(H200)).images_per_second == 0
     sharded = [state_bytes(step, Cluster(H200, 8, zero)) for zero in (0, 2, 3)]
     assert sharded == sorted(sharded, reverse=True)
+    rest = sharded[0] - 18 * step.trained - 2 * 2 * step.weights  # activations, and what else there is
+    assert sharded[2] == pytest.approx(
+        rest + 18 * step.trained / 8 + 2 * step.weights * (1 + 2 / 8)
+    )  # and rollouts' copy
     activations = state_bytes(replace(step, recompute=False), Cluster(H200)) - state_bytes(step, Cluster(H200))
     assert activations == pytest.approx(32 * 30 * 4096 * 8 * step.tokens)  # of one of the two micro-batches
     picture = (160 + 576) * 2 * 491520 / 2**30
@@ -191,6 +195,12 @@ def test_plans() -> None:
         fixed = predict(replace(step, plans=Plans()), Cluster(H200)).costs["plan/decode"].seconds
         return (predict(step, Cluster(H200, n)).costs["plan/decode"].seconds - fixed) / (2 * step.text_weights / 4.3e12)
 
+    in_four = predict(replace(step, plans=Plans(), max_rows=4), Cluster(H200)).costs["plan/decode"].seconds
+    together = predict(replace(step, plans=Plans()), Cluster(H200)).costs["plan/decode"].seconds
+    assert in_four - together == pytest.approx(3 * 80 * 2 * step.text_weights / 4.3e12)  # weights are read four times
+    endless = Cluster(H200, 64, within=math.inf, across=math.inf)
+    lost = (waited(64) - waited(1)) * 2 * step.text_weights / 4.3e12
+    assert 1 - efficiency(step, endless) == pytest.approx(lost / predict(step, endless).seconds) and lost > 0.01
     assert waited(1) == pytest.approx(1.766 * 20, rel=0.05)  # the expected largest of 16 normal numbers
     assert waited(64) == pytest.approx(3.25 * 20, rel=0.05)  # of 1,024
 
@@ -244,7 +254,9 @@ def test_validation(tmp_path: Path) -> None:
     assert (
         decode["ratio"] == pytest.approx(floor / 1e9 / 40, rel=2e-3) and decode["missing"] == "gemm_tflops of bfloat16"
     )
-    assert fp8["predicted_ms"] < 0.8 * decode["predicted_ms"]
+    floor = bench_rollout.floor_bytes("Janus-Pro-1B", 2, stage, 32, 280 + 8.5, True)
+    floor += (63 - 32) * 160 * 2 * 24 * (2048 + 4 * 16)  # a byte a number, and a scale for each head
+    assert fp8["predicted_ms"] == pytest.approx(floor / 1e9, rel=1e-3)
     assert [row["what"] for row in parts] == ["step", "plan", "draw", "train"]
     step = Step(SHAPES["toy"], plans=Plans(9.0, 2.0, 12), **point["step"])
     expected = predict(step, Cluster(GPU(10, 0.1, math.inf), 2, within=1e-3, across=1e-3))
