@@ -127,7 +127,7 @@ def validate(folder: Path) -> list[dict[str, Any]]:
             for what, predicted, seconds in points_of(gpu):
                 row = {"bench": result["bench"], "on": result.get("gpu", "the CPU"), "case": case, "what": what}
                 row |= {"predicted_ms": round(1e3 * predicted, 3), "measured_ms": round(1e3 * seconds, 3)}
-                rows.append(row | {"ratio": round(predicted / seconds, 3), "missing": missing})
+                rows.append(row | {"ratio": float(f"{predicted / seconds:.3g}"), "missing": missing})
     return rows
 
 

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -168,10 +169,15 @@ def test_the_command_walks_to_its_end(
 ) -> None:
     """Two ranks included; what it writes is what the step model reads."""
     file = tmp_path / "scaling.json"
-    monkeypatch.setattr(sys, "argv", ["scaling", "--device", "cpu", "--tiny", "--output", str(file)])
+    monkeypatch.setattr(sys, "argv", ["scaling", "--device", "cpu", "--tiny", "--threads", "1", "--output", str(file)])
+    monkeypatch.setattr(scaling, "logging", MagicMock())  # other tests may look at what it would turn off
     monkeypatch.setenv("BICOT_COMMIT", "abc")
     monkeypatch.delenv("RANK", raising=False)
-    scaling.main()
+    threads = torch.get_num_threads()
+    try:
+        scaling.main()
+    finally:
+        torch.set_num_threads(threads)
     result = json.loads(file.read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     assert result["commit"] == "abc" and all("matplotlib" in reason for reason in result["skipped"])
