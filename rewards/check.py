@@ -67,7 +67,7 @@ def try_reward(reward: Reward, place: Placement, count: int, device: str) -> lis
         f"{sum(w.numel() for w in weights) / 1e6:.0f} M" if weights else "–",
         str(weights[0].dtype).removeprefix("torch.") if weights else "–",
         str(ensemble.workers[0].device) + (" (offloaded)" if place.offload else ""),
-        f"{milliseconds:.1f}",
+        f"{milliseconds:.2f}",
         *("–" if score != score else f"{score:.4f}" for score in scores[: len(EXAMPLES)]),
     ]
 
@@ -81,7 +81,7 @@ def check(config: RewardConfig, count: int, device: str) -> tuple[list[list[str]
             reward, place = config.load(name)
             loaded = time.perf_counter() - start
             weights, dtype, where, *rest = try_reward(reward, place, count, device)
-            rows.append([name, weights, dtype, where, f"{loaded:.1f}", *rest])
+            rows.append([name, weights, dtype, where, f"{loaded:.3f}", *rest])
         except Exception as error:  # whatever it is, the user of a check is to see it, and the next reward as well
             failed[name] = error
     return rows, failed
