@@ -28,8 +28,9 @@ lint: $(STAMP)
 	.venv/bin/mypy $(PACKAGES:%=-p bicot.%)
 	PYTHONPATH=.venv/src .venv/bin/lint-imports
 
+# All of bench/results, RESULTS.md and the pictures; --tiny measures nothing, and goes elsewhere.
 bench: $(STAMP)
-	set -e; for bench in bench/bench_*.py; do .venv/bin/python -m bicot.bench.$$(basename $$bench .py) $(ARGS); done
+	PYTHON=.venv/bin/python bash bench/run.sh $(ARGS) $(if $(findstring --tiny,$(ARGS)),build/tiny,bench)
 
 clean:
 	rm -rf .venv build *.egg-info kernels/_native*.so .hypothesis .*_cache

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from bicot.grpo.config import parse_config
+from bicot.grpo.cli import parse_config
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.trainer import train
 

@@ -9,6 +9,7 @@ of the models at their published sizes. Checked: scores against eager's without 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -132,16 +133,23 @@ def found(x: Judging) -> Outputs:
 @torch.no_grad()
 def one_at_a_time(x: Judging, through_pil: bool = True) -> Outputs:
     scores, dtype = [], x.made.model.dtype
+    processor = x.made.processor() if through_pil else None
     for image, example in zip(x.images.split(1), x.examples, strict=True):
-        if through_pil:
+        if processor:
             from PIL import Image
 
             array = image[0].mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-            pixels = x.made.processor(Image.fromarray(array), return_tensors="pt").pixel_values
+            pixels = processor(Image.fromarray(array), return_tensors="pt").pixel_values
         else:
             pixels = x.made.reward.preprocess(image)
         scores.append(x.by_one(x.made, pixels.to(image.device, dtype), example))
     return (torch.stack(scores),)
+
+
+def with_pil(x: Judging) -> Judging:
+    """ImportError where PIL is not installed, also if only what it would do is checked."""
+    importlib.import_module("PIL.Image")
+    return x
 
 
 def truth(x: Judging) -> Callable[[Outputs], float]:
@@ -158,10 +166,10 @@ def case(name: str, scale: Scale, samples: int, device: str, dtype: torch.dtype)
     labels = {"reward": name, "pictures": samples, "dtype": short(dtype)}
     labels |= {"layers": "one layer in twelve"} if scale is CPU else {}
     eager = "one picture at a time through PIL, as the published T2I-R1 code scores"
-    providers = {"ours": Provider(ours), "eager": Provider(one_at_a_time, eager)}
+    providers = {"ours": Provider(ours), "eager": Provider(one_at_a_time, eager, with_pil)}
     if name == "grounding":  # selects proposals, which the rounding of PIL changes where weights are random
         providers["ours"] = Provider(ours, checked=found)
-        providers["eager"] = Provider(one_at_a_time, eager, checked=partial(one_at_a_time, through_pil=False))
+        providers["eager"] = Provider(one_at_a_time, eager, with_pil, partial(one_at_a_time, through_pil=False))
     return Case(
         labels,
         dtype,

@@ -12,16 +12,23 @@ ms, gbps and tflops are of one step where a case has steps; what steps make adds
 is what one run allocates at most, its results included (null on a CPU); error is `relative_error`. A provider that
 cannot run here, or a case that does not fit, is in "skipped"; a provider that raises or is wrong is in "failed", has no
 time, and the exit status is 1.
+
+On a GPU no run finds its inputs in the L2 cache: it is flushed before each, and small inputs take turns with copies of
+them. On a CPU there is neither, since no rotation would be fair there: what overwrites its input is given a copy that
+was written just now. All find theirs as warm as the run before left them, and small cases can pass the copy rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import io
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -32,6 +39,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..kernels.dispatch import Impl
 
@@ -41,6 +49,14 @@ Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 IN_PLACE = "overwrites the logits with their gradient"
 FLUSH_BYTES, FLUSHES = 2**28, 16  # several times the L2 cache of any GPU; together about a millisecond on a large one
+SMALL_BYTES, TURNS = 2**26, 5  # inputs of at most so many bytes, which an L2 cache might hold, are there so many times
+GPU_STATE = {  # of `hardware`, and what nvidia-smi calls it
+    "driver": "driver_version",
+    "sm_mhz": "clocks.sm",
+    "sm_mhz_max": "clocks.max.sm",
+    "memory_mhz": "clocks.mem",
+    "power_limit_w": "enforced.power.limit",
+}
 
 
 class Unavailable(Exception):
@@ -134,12 +150,25 @@ def expect(expected: Outputs) -> Callable[[Outputs], float]:
     return functools.partial(relative_error, expected=[t.detach() for t in expected if t is not None])
 
 
+def turns(case: Case, inputs: Any) -> list[Any]:
+    """Further copies of inputs that are tensors and small; none of others, such as a policy."""
+    leaves = tree_leaves(inputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    plain = all(leaf is None or isinstance(leaf, (Tensor, int, float)) for leaf in leaves)
+    small = plain and sum(tensor.nbytes for tensor in tensors) <= SMALL_BYTES
+    return [case.inputs() for _ in range(TURNS - 1)] if small else []
+
+
 def times_ms(
-    runs: Mapping[str, tuple[Provider, Any]], repeats: int, device: str, seconds: float = math.inf
+    runs: Mapping[str, tuple[Provider, Any]],
+    repeats: int,
+    device: str,
+    seconds: float = math.inf,
+    copies: Sequence[Any] = (),
 ) -> dict[str, list[float]]:
     """All times of each, interleaved so that a busy machine slows them all alike; the first round warms up.
 
-    No round begins after `seconds`, but for the first three.
+    No round begins after `seconds`, but for the first three. `copies` of the inputs take turns with them, run by run.
 
     On a GPU the time is that between two events on the device, after the L2 cache was flushed. The flushing also keeps
     the device busy while the host queues the run, so that launches are not timed unless they outlast it.
@@ -147,12 +176,12 @@ def times_ms(
     times: dict[str, list[float]] = {name: [] for name in runs}
     on_gpu = device == "cuda"
     flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
-    end_of_rounds = time.perf_counter() + seconds
+    end_of_rounds, turn = time.perf_counter() + seconds, itertools.count()
     for repeat in range(repeats + 1):
         if repeat > 3 and time.perf_counter() > end_of_rounds:
             break
         for name, (provider, inputs) in runs.items():
-            given = provider.given(inputs)
+            given = provider.given([inputs, *copies][next(turn) % (1 + len(copies))])
             if on_gpu:
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 torch.cuda.synchronize()
@@ -213,14 +242,16 @@ def gemm_tflops(device: str, dtype: torch.dtype, tiny: bool) -> float:
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
-    """Machine, versions and commit (BICOT_COMMIT names it where the files are no git repository)."""
+    """Machine, clocks, versions and commit (BICOT_COMMIT names it where the files are no git repository)."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    mhz = [float(line.split(": ", 1)[1]) for line in lines if line.startswith("cpu MHz")]
     described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
     machine: dict[str, Any] = {
         "cpu": models[0] if models else platform.processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
+        "cpu_mhz": round(max(mhz)) if mhz else None,  # of the fastest core now: the others may be idle
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": os.environ.get("BICOT_COMMIT") or described,
@@ -228,9 +259,21 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
     if device == "cuda":
         import triton
 
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-        machine |= {"gpu": torch.cuda.get_device_name(), "driver": driver, "triton": triton.__version__}
+        machine |= {"gpu": torch.cuda.get_device_name(), **gpu_state(), "triton": triton.__version__}
     return machine
+
+
+def gpu_state() -> dict[str, Any]:
+    """Of the current GPU: driver, MHz just after some work and at most, watts at most; None for what is not told."""
+    work = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    for _ in range(100 * FLUSHES):  # about a tenth of a second
+        work.zero_()
+    torch.cuda.synchronize()
+    uuid = torch.cuda.get_device_properties("cuda").uuid
+    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(GPU_STATE.values())}"]
+    driver, *told = _output(*query, "--format=csv,noheader,nounits").split(", ")
+    numbers = [float(cell) if re.fullmatch(r"[\d.]+", cell) else None for cell in told]
+    return dict.fromkeys(GPU_STATE) | dict(zip(GPU_STATE, [driver, *numbers], strict=False))
 
 
 def _output(*command: str) -> str:
@@ -240,15 +283,33 @@ def _output(*command: str) -> str:
         return "unknown"
 
 
-def finish(result: dict[str, Any], output: str | None) -> None:
+def finish(result: dict[str, Any], output: Path | None) -> None:
     """Print the result as the last line, and write it to the file `output` if given."""
     save(result, output)
     print(json.dumps(result))
 
 
-def save(result: dict[str, Any], output: str | None) -> None:
+def save(result: dict[str, Any], output: Path | None) -> None:
     if output:
-        Path(output).write_text(json.dumps(result, indent=1) + "\n")
+        write(output, json.dumps(result, indent=1) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all, whenever the process ends; a device is written to as it is."""
+    part = path.with_name(f"{path.name}.part") if path.is_file() or not path.exists() else path
+    part.write_text(text)
+    if part != path:
+        part.replace(path)
+
+
+def write_svg(figure: Any, path: Path) -> None:
+    """Of matplotlib; the same picture is the same text, as long as matplotlib is the same."""
+    import matplotlib
+
+    svg = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "bicot", "svg.fonttype": "none"}):
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
+    write(path, svg.getvalue())
 
 
 def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny: bool) -> None:
@@ -271,7 +332,8 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
             reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
             result["failed"].append({"case": case.labels, "provider": name, "reason": reason})
     del error_of
-    times = times_ms({name: (case.providers[name], inputs) for name in right}, repeats, device, case.seconds)
+    copies = turns(case, inputs) if device == "cuda" else []
+    times = times_ms({name: (case.providers[name], inputs) for name in right}, repeats, device, case.seconds, copies)
 
     floor_ms, unit, work = 0.0, "gbps", case.bytes / 1e6
     if case.bytes:
@@ -319,7 +381,7 @@ def main(name: str, doc: str | None, cases: Callable[[str, bool], list[Case]]) -
     parser.add_argument(
         "--tiny", action="store_true", help="small shapes, two runs, nothing compiled: walks the code, measures nothing"
     )
-    parser.add_argument("--output", help="also write the JSON to this file")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     device, tiny = arguments.device, arguments.tiny
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,19 +1,32 @@
-"""Policies for benches: the toy, and random weights at true shapes, made on the device without a download."""
+"""Policies and runs for benches: the toy, and random weights at true shapes, made on the device without a download."""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForImageTextToText, JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+import yaml
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    JanusConfig,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+)
 
+from ..grpo.config import Config, RewardConfig
+from ..grpo.distributed import Ranks
+from ..grpo.trainer import Trainer
 from ..model.policy import Policy, load_policy
 from .harness import Unavailable
 
-TOY = Path(__file__).resolve().parent.parent / "model" / "assets" / "toy"
+ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "model" / "assets" / "toy"
 TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=1, pad_token_id=2, boi_token_id=3)
 
 
@@ -102,3 +115,42 @@ def policy_of(name: str, dtype: torch.dtype, device: str, num_image_tokens: int)
     if device == "cuda" and needed > (free := torch.cuda.mem_get_info()[0]):
         raise Unavailable(f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free")
     return Policy(_random_model(shape, dtype, device, num_image_tokens), TOKENIZER)
+
+
+def toy_config(**changes: Any) -> Config:
+    """configs/toy.yaml with some changes, read without the packages that a command line needs."""
+    values = yaml.safe_load((ROOT / "configs" / "toy.yaml").read_text())
+    for name in ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path"):
+        values[name] = str(ROOT / values[name])
+    values["rewards"] = RewardConfig(**values["rewards"])
+    return Config(**values | changes)
+
+
+def published_config(**changes: Any) -> Config:
+    """A run of random weights: the toy's prompts and reward, the published guidance, plans of at most 80 tokens."""
+    true = {"dtype": "bfloat16", "gradient_checkpointing": True, "cfg_weight": 5.0, "max_completion_length": 80}
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    return toy_config(**true | batch | {"learning_rate": 1e-6} | changes)
+
+
+class ShapeTrainer(Trainer):
+    """Trains random weights of a shape, with the toy's tokenizer; of "toy", the toy itself.
+
+    Args:
+        shape: a name of `SHAPES`.
+        image_tokens: of a picture, a square; the toy's have 64.
+    """
+
+    def __init__(self, shape: str, image_tokens: int, config: Config, ranks: Ranks) -> None:
+        self.shape, self.image_tokens = shape, image_tokens
+        super().__init__(config, ranks)
+
+    def _load(self, path: str | Path, reference: bool = False) -> Policy:
+        if self.shape == "toy":
+            return super()._load(path, reference)
+        dtype = getattr(torch, self.config.dtype)
+        random = policy_of.__wrapped__(self.shape, dtype, self.ranks.device.type, self.image_tokens)
+        random.config.vq_config.num_patches = math.isqrt(self.image_tokens)
+        for name, parameter in random.model.named_parameters():
+            parameter.requires_grad_(not reference and not name.startswith(tuple(self.config.freeze)))
+        return Policy(random.model, AutoTokenizer.from_pretrained(TOY))

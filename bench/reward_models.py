@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +34,11 @@ TRUE, CPU, TINY = Scale(1, 1, 1), Scale(1 / 12, 1, 1), Scale(0, 1 / 8, 0)
 
 
 class Made(NamedTuple):
-    """A reward, its model, and transformers' processor of PIL pictures for it."""
+    """A reward, its model, and what makes transformers' processor of PIL pictures for it, where PIL is."""
 
     reward: Any
     model: Any
-    processor: Any
+    processor: Callable[[], Any]
 
 
 def tokenizer(size: int, special: Sequence[str], template: str) -> PreTrainedTokenizerFast:
@@ -117,7 +118,7 @@ def grounding(scale: Scale, device: str, dtype: torch.dtype) -> Made:
     fit = Preprocess(int(800 * scale.pixels), IMAGENET_MEAN, IMAGENET_STD, "bilinear", "keep", 1333)
     model = _model(hf.GroundingDinoForObjectDetection, config, device, dtype)
     edges = dict(shortest_edge=fit.size, longest_edge=fit.max_size)
-    return Made(GroundingReward(model, made, fit), model, hf.GroundingDinoImageProcessorPil(size=edges))
+    return Made(GroundingReward(model, made, fit), model, partial(hf.GroundingDinoImageProcessorPil, size=edges))
 
 
 def orm(scale: Scale, device: str, dtype: torch.dtype) -> Made:
@@ -159,7 +160,7 @@ def _model(kind: Any, config: Any, device: str, dtype: torch.dtype) -> Any:
         torch.set_default_dtype(before)
 
 
-def square(kind: str, edge: int) -> Any:
+def square(kind: str, edge: int) -> Callable[[], Any]:
     size = {"height": edge, "width": edge}
     sizes = dict(size=size) if kind.startswith("Siglip") else dict(size={"shortest_edge": edge}, crop_size=size)
-    return getattr(transformers, kind)(**sizes, resample=3)
+    return partial(getattr(transformers, kind), **sizes, resample=3)

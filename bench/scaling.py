@@ -27,15 +27,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from ..grpo.config import Config, parse_config
+from ..grpo.config import Config
 from ..grpo.distributed import Ranks
-from ..grpo.trainer import Trainer
-from ..model.policy import Policy
-from .harness import copy_gbps, finish, gemm_tflops, hardware, short
-from .models import TOY, policy_of
+from .harness import copy_gbps, finish, gemm_tflops, hardware, short, write_svg
+from .models import ShapeTrainer, published_config, toy_config
 from .step_work import picture_work
 
 COMMAND = "python -m bicot.bench.scaling"
@@ -87,35 +84,12 @@ def all_series(device: str, tiny: bool) -> list[Series]:
 
 
 def config_of(device: str, folder: str) -> Config:
-    words = ["--output_dir", folder, "--learning_rate", "1e-6", "--per_device_train_batch_size", "1"]
-    words += ["--sample_steps", "0"]
-    if device == "cuda":
-        words += ["--dtype", "bfloat16", "--cfg_weight", "5", "--max_completion_length", "80"]
-        words += ["--gradient_checkpointing", "true"]
-    return parse_config(words)
+    make = published_config if device == "cuda" else toy_config
+    return make(output_dir=folder, learning_rate=1e-6, per_device_train_batch_size=1, sample_steps=0)
 
 
-class SizedTrainer(Trainer):
-    """Takes steps of any size; the weights are the toy's, or random.
-
-    Args:
-        model: a name of `SHAPES`.
-        image_tokens: the most that a size will have.
-    """
-
-    def __init__(self, model: str, image_tokens: int, device: str, folder: str, ranks: Ranks) -> None:
-        self.model, self.image_tokens = model, image_tokens
-        super().__init__(config_of(device, folder), ranks)
-
-    def _load(self, path: str | Path, reference: bool = False) -> Policy:
-        if self.model == "toy":
-            return super()._load(path, reference)
-        dtype = getattr(torch, self.config.dtype)
-        random = policy_of.__wrapped__(self.model, dtype, self.ranks.device.type, self.image_tokens)
-        random.config.vq_config.num_patches = math.isqrt(self.image_tokens)
-        for name, parameter in random.model.named_parameters():
-            parameter.requires_grad_(not reference and not name.startswith(tuple(self.config.freeze)))
-        return Policy(random.model, AutoTokenizer.from_pretrained(TOY))
+class SizedTrainer(ShapeTrainer):
+    """Takes steps of any size, with pictures of at most `image_tokens`."""
 
     def _roll_out(self, examples: Any) -> Any:
         result = super()._roll_out(examples)
@@ -128,7 +102,7 @@ class SizedTrainer(Trainer):
         engine = self.engine
         engine.max_rows, engine.plan_stage, engine.image_stage = size.rows, None, None
         engine.graphs.clear()
-        if self.model != "toy":
+        if self.shape != "toy":
             for policy in (self.policy, self.reference):
                 if policy:
                     policy.config.vision_config.num_image_tokens = size.image_tokens
@@ -161,7 +135,7 @@ class SizedTrainer(Trainer):
             "vq_flops": picture_work(rollout.images, decoder, rollout.image_tokens[:1])["VQ"].flops,
         }
         lengths = [round(fmean(plans), 2), round(pstdev(plans), 2), max(plans)]
-        return {"model": self.model, "dtype": short(self.policy.dtype), "plans": lengths, "step": step}
+        return {"model": self.shape, "dtype": short(self.policy.dtype), "plans": lengths, "step": step}
 
 
 def measure(trainer: SizedTrainer, sizes: dict[int, Size], repeats: int) -> list[dict[str, Any]]:
@@ -208,7 +182,7 @@ def one_of_the_ranks(device: str, tiny: bool, repeats: int) -> dict[str, Any]:
     try:
         model, size = base_size(device, tiny)
         with tempfile.TemporaryDirectory() as folder:
-            trainer = SizedTrainer(model, size.image_tokens, device, folder, ranks)
+            trainer = SizedTrainer(model, size.image_tokens, config_of(device, folder), ranks)
             (point,) = measure(trainer, {ranks.size: size}, repeats)
         return point | {"ranks": ranks.size, "link_gbps": link_gbps(ranks)}
     finally:
@@ -271,7 +245,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{series['model']}: {_exponent(series['exponent'])}", fontsize="medium")
     panels[0].set_ylabel("seconds")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
-    figure.savefig(path)
+    write_svg(figure, path)
 
 
 def _exponent(exponent: float | None) -> str:
@@ -297,14 +271,13 @@ def section(result: dict[str, Any]) -> str:
     said = [f"Ceilings: copy {number(result['ceilings']['copy_gbps'])} GB/s, {product}."]
     said += [f"The sum of 64 MiB over the ranks: {', '.join(links)} GB/s."] if links else []
     said += [f"Not run: {reason}." for reason in result["skipped"]]
-    picture = f"\n![cost against each size](results/{result['picture']})\n" if result["picture"] else ""
     return f"""## scaling on {result.get("gpu", "the CPU")}
 
 `{result["command"]}` on {machine(result)}.
 {result["about"]} {" ".join(said)}
 
 {table(["series", "x", "step ms", *(f"{name} ms" for name in names), "images/s"], rows)}
-{picture}"""
+"""
 
 
 def main() -> None:
@@ -313,7 +286,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--repeats", type=int, help="timed steps of each point (7 on a CPU, 3 on a GPU)")
     parser.add_argument("--tiny", action="store_true", help="few small steps: walks the code, measures nothing")
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file, the picture beside it")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     device, tiny, output = arguments.device, arguments.tiny, arguments.output
     if device == "cuda" and not torch.cuda.is_available():
@@ -330,7 +303,7 @@ def main() -> None:
     what = what.removeprefix("scaling: ")
     result: dict[str, Any] = {"bench": "scaling", "about": " ".join([what[0].upper() + what[1:], *how])}
     result |= {"command": f"{COMMAND} --device {device}", **hardware(device), "device": device}
-    result |= {"series": [], "skipped": [], "picture": None}
+    result |= {"series": [], "skipped": []}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rates = {short(dtype): round(gemm_tflops(device, dtype, tiny), 3)}
     result["ceilings"] = {"copy_gbps": round(copy_gbps(device, tiny), 1), "gemm_tflops": rates}
@@ -339,12 +312,12 @@ def main() -> None:
     every = all_series(device, tiny)
     with tempfile.TemporaryDirectory() as folder:
         for i, series in enumerate(every):
-            if trainer is None or trainer.model != series.model:
+            if trainer is None or trainer.shape != series.model:
                 del trainer  # there may be no room for two
                 most = max(
                     size.image_tokens for each in every for size in each.sizes.values() if each.model == series.model
                 )
-                trainer = SizedTrainer(series.model, most, device, f"{folder}/{i}", ranks)
+                trainer = SizedTrainer(series.model, most, config_of(device, f"{folder}/{i}"), ranks)
             points = measure(trainer, series.sizes, repeats)
             result["series"].append(fitted(series.axis, series.model, points))
     del trainer
@@ -356,14 +329,8 @@ def main() -> None:
         result["series"].append(fitted("ranks", base_size(device, tiny)[0], points))
     else:
         result["skipped"].append("ranks: there is one GPU")
-    if output:
-        try:
-            draw(result, picture := output.with_suffix(".svg"))
-            result["picture"] = picture.name
-        except ImportError as error:
-            result["skipped"].append(f"the picture: {error}")
     print(section(result))
-    finish(result, str(output) if output else None)
+    finish(result, output)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, help="of one GPU")
     of_cluster, of_step = (_add(parser, cls) for cls in (Cluster, Step))
     parser.add_argument("--results", type=Path, default=RESULTS, help="what was measured")
-    parser.add_argument("--output", help="also write the JSON to this file")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     given = vars(parser.parse_args())
     gpu = GPUS[given["gpu"]]._replace(**{name: given[name] for name in GPU._fields if given[name] is not None})
     try:

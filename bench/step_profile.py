@@ -1,6 +1,6 @@
 """step_profile: a training step's time, phase by phase and stream by stream, and what stands between it and its floor.
 
-python -m bicot.bench.step_profile [--device cpu|cuda] [--steps 3] [--output FILE.json] [-- any setting of train.py]
+python -m bicot.bench.step_profile [--device cpu|cuda] [--shape Janus-Pro-1B] [--steps 3] [--output FILE.json]
 A `Trainer` takes real steps: first they are only timed, then as many under torch.profiler. On a CPU a phase's time is
 the host's in the first pass, and its gap the part in which no operator runs. On a GPU it is, in the second pass, the
 time in which its kernels run beside none of an earlier phase, and its gap, in which none runs and the host is in the
@@ -15,8 +15,9 @@ import os
 import tempfile
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,31 @@ import torch
 from torch.profiler import ProfilerActivity, _ExperimentalConfig
 from transformers.utils import logging
 
-from ..grpo.config import Config, parse_config
+from ..grpo.config import Config
 from ..grpo.distributed import Ranks
 from ..grpo.trainer import Trainer
-from .harness import copy_gbps, finish, gemm_tflops, hardware, quantiles
+from .harness import copy_gbps, finish, gemm_tflops, hardware, quantiles, write_svg
+from .models import SHAPES, ShapeTrainer, published_config, toy_config
 from .power import Sampler
 from .ranges import Charge, Recorder, Segment, Work, attribute, charge, innermost, read_trace
 from .step_work import NO_FLOOR, PHASES, STEP, TARGETS
 
 COMMAND = "python -m bicot.bench.step_profile"
 IDLE = "idle"  # what the results call the time that no phase covers
+Make = Callable[[Config, Ranks], Trainer]
 WARM_UP = 2
 CLOSE = 0.6  # of the floor's rate: the phase is bound by what the floor is of
 SHORT_US = {"cpu": 20.0, "cuda": 5.0}  # an operator or a kernel that takes less does little but start
-TINY = ["--num_generations", "2", "--per_device_train_batch_size", "2", "--max_completion_length", "6"]
+TINY = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 6}
 
 
-def measure(config: Config, ranks: Ranks, steps: int, trace: Path, tiny: bool = False) -> dict[str, Any]:
+def measure(make: Make, config: Config, ranks: Ranks, steps: int, trace: Path, tiny: bool = False) -> dict[str, Any]:
     """Profile that many steps of a run with these settings; writes the Chrome `trace`, and nothing else."""
     device, main = ranks.device.type, threading.get_native_id()
     on_gpu = device == "cuda"
     timed, starting, traced = (Recorder(on_gpu) for _ in range(3))
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(replace(config, output_dir=folder, resume=None, eval_file=None), ranks)
+        trainer = make(replace(config, output_dir=folder, resume=None, eval_file=None), ranks)
         _take(WARM_UP, trainer, Recorder(on_gpu))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -175,7 +178,14 @@ def stream_rows(busy: Sequence[Segment], steps: int) -> dict[str, dict[str, floa
 
 
 def profile(
-    config: Config, ranks: Ranks, output: Path | None, steps: int = 3, *, command: str = COMMAND, tiny: bool = False
+    config: Config,
+    ranks: Ranks,
+    output: Path | None,
+    steps: int = 3,
+    *,
+    command: str = COMMAND,
+    make: Make = Trainer,
+    tiny: bool = False,
 ) -> dict[str, Any]:
     """Profile, print the table, and write `output` (.json) with the picture and the trace beside it, on the main rank.
 
@@ -187,7 +197,7 @@ def profile(
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
         trace = kept.with_suffix(".trace.json.gz") if kept else Path(folder) / "trace.json.gz"
-        measured = measure(config, ranks, steps, trace, tiny)
+        measured = measure(make, config, ranks, steps, trace, tiny)
     what, _, _, *how = (__doc__ or "").strip().splitlines()
     what = what.removeprefix("step_profile: ")
     result: dict[str, Any] = {
@@ -198,43 +208,45 @@ def profile(
         "device": device,
         **measured,
         "trace": trace.name if kept else None,
-        "picture": None,
     }
     if kept:
         try:
-            draw(result, picture := kept.with_suffix(".svg"))
-            result["picture"] = picture.name
+            draw(result, kept.with_suffix(".svg"))
         except ImportError as error:
             result["missing"].append(f"the picture: {error}")
     if main:
         print(section(result))
-        finish(result, str(kept) if kept else None)
+        finish(result, kept)
     return result
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Stacked bars: the step, its floors, and on a GPU the kernels of each stream."""
-    from matplotlib.figure import Figure
-
+    """The step, its floors, and on a GPU the kernels of each stream."""
     rows = result["rows"]
     bars = {"step": {row["phase"]: row["ms"] for row in rows}}
     bars["floors"] = {row["phase"]: row["floor_ms"] or 0.0 for row in rows}
-    bars |= result["streams"]
+    stacked(bars | result["streams"], "ms of a step", path)
+
+
+def stacked(bars: dict[str, dict[str, float]], unit: str, path: Path) -> None:
+    """Bars of phases, with one colour for each of those that the first bar has; what is none of them is grey."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 1.8 + 0.4 * len(bars)), layout="constrained")
     axes = figure.subplots()
     left = dict.fromkeys(bars, 0.0)
-    for i, phase in enumerate(row["phase"] for row in rows):
+    for i, phase in enumerate(next(iter(bars.values()))):
         widths = [bar.get(phase, 0.0) for bar in bars.values()]
-        colour = "lightgrey" if phase == IDLE else f"C{i % 10}"
+        colour = "lightgrey" if phase in (IDLE, "rest") else f"C{i % 10}"
         axes.barh(
             list(bars), widths, left=list(left.values()), color=colour, hatch="//" * (i // 10), edgecolor="white",
             label=phase,
         )  # fmt: skip
         left = {name: left[name] + width for name, width in zip(bars, widths, strict=True)}
     axes.invert_yaxis()
-    axes.set_xlabel("ms of a step")
+    axes.set_xlabel(unit)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
-    figure.savefig(path)
+    write_svg(figure, path)
 
 
 def section(result: dict[str, Any]) -> str:
@@ -277,7 +289,6 @@ def section(result: dict[str, Any]) -> str:
         f"\n- {stream}: {', '.join(f'{phase} {number(ms)} ms' for phase, ms in phases.items())}"
         for stream, phases in result["streams"].items()
     )
-    picture = f"\n![a step, phase by phase](results/{result['picture']})\n" if result["picture"] else ""
     return f"""## step_profile on {result.get("gpu", "the CPU")}
 
 `{result["command"]}` on {machine(result)}.
@@ -285,17 +296,17 @@ def section(result: dict[str, Any]) -> str:
 
 {table(header, lines)}
 {streams}
-{picture}"""
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--shape", choices=[*SHAPES], default="toy", help="random weights, unless it is the toy")
     parser.add_argument("--steps", type=int, default=3, help="profiled steps, in each of the two passes")
     parser.add_argument("--tiny", action="store_true", help="few small samples: walks the code, measures nothing")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file, picture and trace beside it")
-    parser.add_argument("train_options", nargs="*", help="settings of train.py, after --")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
@@ -303,13 +314,15 @@ def main() -> None:
         parser.error("--steps: quantiles need two or more")
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
-    options = arguments.train_options
-    command = " ".join([COMMAND, "--device", arguments.device, *(["--", *options] if options else [])])
+    shape = arguments.shape
+    command = f"{COMMAND} --device {arguments.device}{'' if shape == 'toy' else f' --shape {shape}'}"
     several = "WORLD_SIZE" in os.environ or arguments.device == "cuda"
     ranks = Ranks.start() if several else Ranks(0, 1, torch.device("cpu"))
-    config = parse_config([*(TINY if arguments.tiny else []), *options])
+    settings = toy_config if shape == "toy" else published_config
+    config = settings(**TINY if arguments.tiny else {})
+    make = partial(ShapeTrainer, shape, 16 if shape == "tiny" else 576)
     try:
-        profile(config, ranks, arguments.output, arguments.steps, command=command, tiny=arguments.tiny)
+        profile(config, ranks, arguments.output, arguments.steps, command=command, make=make, tiny=arguments.tiny)
     finally:
         ranks.close()
 

@@ -8,22 +8,23 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from bicot.bench.harness import Case, Outputs, Unavailable, label
+from bicot.bench.report import KERNELS
 
-BENCHES = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py"))
 CASES = [
-    (bench, case) for bench in BENCHES for case in importlib.import_module(f"bicot.bench.{bench}").cases("cpu", False)
+    (bench, case)
+    for bench in KERNELS
+    for case in importlib.import_module(f"bicot.bench.bench_{bench}").cases("cpu", False)
 ]
 
 
 def group(bench: str, case: Case) -> str:
-    return f"{bench.removeprefix('bench_')}: {label(case.labels)}"
+    return f"{bench}: {label(case.labels)}"
 
 
 @functools.lru_cache(maxsize=1)  # the providers of a case run one after the other

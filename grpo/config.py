@@ -1,4 +1,4 @@
-"""Every setting of a run, its default and its meaning; YAML file first, command line over it.
+"""Every setting of a run, its default and its meaning.
 
 Defaults are the published ones of T2I-R1 (Janus-Pro-7B) where it has the setting, and settings bear the names of TRL's
 GRPOConfig where that has them.
@@ -6,16 +6,9 @@ GRPOConfig where that has them.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-from jsonargparse import ActionConfigFile, ArgumentParser
+from typing import Literal
 
 from ..kernels.group_advantages import Combine, Scale
 from ..kernels.grpo_loss import KLEstimator, LossType
@@ -23,9 +16,6 @@ from ..model.engine import KVDtype
 from ..model.policy import PUBLISHED_FREEZE
 from ..model.prompts import ChatTemplate
 from ..rewards.config import RewardConfig
-
-_PATHS = ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass
@@ -202,67 +192,3 @@ class Config:
 def _require(ok: bool, name: str, value: object, what: str) -> None:
     if not ok:
         raise ValueError(f"{name}={value!r} must be {what}")
-
-
-class _Parser(ArgumentParser):
-    """An argument parser that names the nearest option when it meets an unknown one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = sorted(_keys(Config))
-        unknown = (
-            re.findall(r"--([\w.]+)", message) if "unrecognized" in message else re.findall(r"'([\w.]+)'", message)
-        )
-        for key in unknown if "not accept" in message or "unrecognized" in message else []:
-            group = re.search(r"Group '([\w.]+)'", message)
-            if group and key == group[1]:
-                continue
-            full = f"{group[1]}.{key}" if group else key
-            near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)
-            message += f"\n  unknown setting {full!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        super().error(message, ex)
-
-
-def _keys(cls: Any) -> list[str]:
-    keys = []
-    for item in dataclasses.fields(cls):
-        nested = RewardConfig if item.name == "rewards" else None
-        keys += [f"{item.name}.{key}" for key in _keys(nested)] if nested else [item.name]
-    return keys
-
-
-def build_parser(description: str) -> ArgumentParser:
-    """`--config FILE`, every field of Config as an option, `--print_config`, `--help`."""
-    parser = _Parser(description=description, usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]")
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
-    parser.add_class_arguments(Config)
-    return parser
-
-
-def parse_config(argv: Sequence[str]) -> Config:
-    """Config from command-line words; without `--config` the toy's file is the base.
-
-    Paths are relative to the working directory; one that is not there is looked up in bicot's own folder, so that the
-    toy's settings, or a printed copy of them, work from anywhere.
-
-    Raises:
-        SystemExit: an unknown setting (the nearest valid one is named), or a value of the wrong type or out of range.
-    """
-    words = list(argv)
-    if not any(word == "--config" or word.startswith("--config=") for word in words):
-        words = [f"--config={ROOT / 'configs' / 'toy.yaml'}", *words]
-    parser = build_parser("Train a Janus model with BiCoT-GRPO.")
-    for word in words:
-        if single := re.match(r"--rewards\.options\.([^.=]+)\.", word):  # jsonargparse would forget the others
-            parser.error(
-                f"{word}: give all options of one reward, as --rewards.options.{single[1]} '{{path: …, dtype: …}}'"
-            )
-    namespace = parser.parse_args(words)
-    try:
-        parsed = parser.instantiate(namespace)
-        values = {item.name: parsed[item.name] for item in dataclasses.fields(Config)}
-        for name in _PATHS:
-            if values[name] is not None and not Path(values[name]).exists() and (ROOT / values[name]).exists():
-                values[name] = str(ROOT / values[name])
-        return Config(**values)
-    except ValueError as error:
-        parser.error(str(error), error)

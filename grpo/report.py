@@ -12,14 +12,16 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from .config import Config
 from .evaluate import Sample
+
+if TYPE_CHECKING:  # who trains without pictures need not have it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GRID_COLUMNS = 8
 _PICTURE_INCHES = 2.1
@@ -42,6 +44,8 @@ def pick(samples: Sequence[Sample], count: int = GRID_COLUMNS) -> list[Sample]:
 
 def grid_figure(rows: Mapping[str, Sequence[Sample]]) -> Figure:
     """A row of pictures for each entry, with prompt, reward and plan under each picture."""
+    from matplotlib.figure import Figure
+
     columns = max(len(samples) for samples in rows.values())
     captions = {title: [_caption(sample) for sample in samples] for title, samples in rows.items()}
     lines = [max(len("\n".join(caption).splitlines()) for caption in captions[title]) for title in rows]
@@ -138,6 +142,8 @@ def _image(figure: Figure, kind: str) -> str:
 
 
 def _plot() -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3), layout="constrained")
     axis = figure.subplots()
     axis.grid(alpha=0.3)

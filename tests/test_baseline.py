@@ -15,7 +15,7 @@ import torch
 from tiny import tiny_policy
 from torch import Tensor
 
-from bicot.bench import step
+from bicot.bench import bench_step
 from bicot.bench.baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, draw, score, write_plans
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
@@ -33,7 +33,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 FORMAT = PromptFormat("t2i_r1", "", "plan {}")
 EXAMPLES = [Example(p, "object") for p in ("a red circle", "two blue square and a circle of w1 w2", "w3", "a w7 w8")]
 G = 3
-SETTING = step.settings("cpu", True, 16)[1]
+SETTING = bench_step.settings("cpu", True, 16)[1]
 PHASES = {"plan", "draw", "decode", "reward", "reference", "train"}
 
 
@@ -255,15 +255,15 @@ def test_bfloat16_weights_train_through_their_masters() -> None:
 
 
 def test_words_are_tokens_and_tokens_words() -> None:
-    words = step.Words(50)
+    words = bench_step.Words(50)
     ids = words("a red t7 circle t49")["input_ids"]
     assert ids[0] == 0 and ids[3] == 7 and ids[5] == 49 and min(ids[1:]) >= 4 and max(ids) < 50
     assert words.decode([1, *ids]) == " ".join(f"t{i}" for i in ids[1:])
     assert words(words.decode(ids))["input_ids"] == ids
 
 
-def contest() -> step.Contest:
-    return step.Contest(SETTING, "cpu")
+def contest() -> bench_step.Contest:
+    return bench_step.Contest(SETTING, "cpu")
 
 
 def test_both_start_from_one_policy_and_train_it() -> None:
@@ -279,16 +279,16 @@ def test_both_start_from_one_policy_and_train_it() -> None:
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
-    monkeypatch.setattr(step, "settings", lambda *_: [SETTING])
-    monkeypatch.setattr(step, "logging", MagicMock())  # other tests may wait for a warning
+    monkeypatch.setattr(bench_step, "settings", lambda *_: [SETTING])
+    monkeypatch.setattr(bench_step, "logging", MagicMock())  # other tests may wait for a warning
     monkeypatch.setattr(sys, "argv", ["step", "--device", "cpu", "--tiny", *options])
-    return step.main()
+    return bench_step.main()
 
 
 def test_another_algorithm_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert contest().check(0) < 1e-4
     wrong = lambda *arguments, **options: 1.01 * baseline_loss(*arguments, **options)  # noqa: E731
-    monkeypatch.setattr(step, "baseline_loss", wrong)
+    monkeypatch.setattr(bench_step, "baseline_loss", wrong)
     assert run_main(monkeypatch) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not result["rows"] and "differ by 0.01, beyond" in result["failed"][0]["reason"]
@@ -317,7 +317,7 @@ def test_section() -> None:
     rows = [
         {
             "case": case, "provider": name, "seconds": [1.0 * k, 2.0 * k, 3.0 * k], "images_per_s": 8 / k, "images": 16,
-            "phases": dict.fromkeys((*step.PHASES, "rest"), 0.25 * k) | {"reward": k - 1.0}, "plan_tokens": 9.5,
+            "phases": dict.fromkeys((*bench_step.PHASES, "rest"), 0.25 * k) | {"reward": k - 1.0}, "plan_tokens": 9.5,
             "peak_mib": 1000 * k, "joules_per_image": 30.0 * k,
         }
         for name, k in (("ours", 1), ("baseline", 4))
@@ -325,10 +325,10 @@ def test_section() -> None:
     machine = {"gpu": "H", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "device": "cuda"}
     result = {
         "bench": "step", "about": "About.", "command": "run it", "repeats": 3, **machine, "rows": rows,
-        "ratios": [{"case": case, "times": step.ratios(*rows), "error": 0.0}], "missing": ["power: no nvml"],
+        "ratios": [{"case": case, "times": bench_step.ratios(*rows), "error": 0.0}], "missing": ["power: no nvml"],
         "skipped": [{"case": {"model": "L"}, "provider": "both", "reason": "out of memory"}], "failed": [],
     }  # fmt: skip
-    page = step.section(result)
+    page = bench_step.section(result)
     assert "## step on H\n\n`run it` on H, driver 1" in page
     assert "| M, guidance 5.0 | ours | 2.00 [1.00 to 3.00] | 8.00 | 1000 | 30.0 | 9.5 |  |" in page
     assert "|  | baseline | 8.00 [4.00 to 12.0] | 2.00 | 4000 | 120 | 9.5 | 4.00× |" in page

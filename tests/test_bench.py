@@ -10,19 +10,21 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from oracle import CUDA, needs_triton
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from tiny import ROOT
 from torch import Tensor
 
-from bicot.bench import harness, report
+from bicot.bench import harness, models, report
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
 
-BENCHES = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench").glob("bench_*.py"))
 GPU_SH = ["bash", str(ROOT / "bench" / "gpu.sh")]
 
 
@@ -110,6 +112,43 @@ def test_a_time_budget_leaves_three_rounds() -> None:
     assert len(count) == 4  # one warms up
 
 
+def test_small_inputs_take_turns_on_a_gpu() -> None:
+    seen: list[int] = []
+    runs = {name: (Provider(lambda x: seen.append(x) or []), 0) for name in "ab"}
+    harness.times_ms(runs, 2, "cpu", copies=[1, 2])
+    assert seen == [0, 1, 2, 0, 1, 2], "no run has the inputs of the one before it"
+    made = []
+
+    def inputs(size: int, *more: object) -> Any:
+        made.append(size)
+        return (torch.empty(size, dtype=torch.uint8, device="meta"), *more)
+
+    def copies(size: int, *more: object) -> int:
+        case = Case({}, torch.float32, lambda: inputs(size, *more), lambda x: expect([]), {})
+        return len(harness.turns(case, case.inputs()))
+
+    assert copies(harness.SMALL_BYTES, 0.1, None) == harness.TURNS - 1 and len(made) == harness.TURNS
+    assert copies(harness.SMALL_BYTES + 1) == 0 and copies(1, object()) == 0, "nor are large ones in a cache"
+
+
+def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    harness.write(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        harness.write(file, "\ud800")
+    assert file.read_text() == "old"
+    harness.write(Path("/dev/null"), "new")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_the_toys_settings_without_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = pytest.importorskip("bicot.grpo.cli")
+    assert models.toy_config(max_steps=3) == cli.parse_config(["--max_steps", "3"])
+    published = models.published_config()
+    assert (published.dtype, published.cfg_weight, published.prompts_per_device) == ("bfloat16", 5.0, 2)
+
+
 def test_relative_error_sees_one_element() -> None:
     true = torch.linspace(1, 2, 10_000, dtype=torch.float64)
     wrong = true.clone()
@@ -135,7 +174,7 @@ def test_times_are_interleaved_and_warmed_up() -> None:
 
 @needs_triton
 @pytest.mark.triton
-@pytest.mark.parametrize("bench", BENCHES)
+@pytest.mark.parametrize("bench", report.KERNELS)
 def test_triton_providers_are_right(bench: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and the peers' Triton kernels, in the interpreter too: their calls are those of the GPU bench."""
     module = importlib.import_module(f"bicot.bench.bench_{bench}")
@@ -154,45 +193,85 @@ def test_triton_providers_are_right(bench: str, monkeypatch: pytest.MonkeyPatch)
                 assert not name.startswith("ours")
 
 
-def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "BICOT_COMMIT": "abc"}
+def beyond(*names: str) -> set[str]:
+    """What can be imported here and is of no distribution that these need."""
+    needed, queue = set(), list(names)
+    while queue:
+        if (name := canonicalize_name(queue.pop())) not in needed:
+            needed.add(name)
+            try:
+                wanted = map(Requirement, metadata.requires(name) or [])
+            except metadata.PackageNotFoundError:
+                continue  # of another platform
+            queue += [each.name for each in wanted if each.marker is None or each.marker.evaluate({"extra": ""})]
+    owners = metadata.packages_distributions()
+    return {package for package, its in owners.items() if needed.isdisjoint(map(canonicalize_name, its))} - {"bicot"}
+
+
+def walk(script: str, out: Path, **environment: str) -> str:
+    """What the tiny walk of a script on a CPU prints."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "BICOT_COMMIT": "abc"} | environment
     environment.pop("TRITON_INTERPRET", None)
-    command = [*GPU_SH, "--tiny", "--device", "cpu", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = ["bash", str(ROOT / "bench" / script), "--tiny", "--device", "cpu", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
-    assert sorted(path.stem for path in tmp_path.glob("*.json")) == sorted([*BENCHES, "step_profile"])
-    profile = json.loads((tmp_path / "step_profile.json").read_text())
-    assert profile["commit"] == "abc" and profile["covered_pct"] > 90
-    for bench in BENCHES:
-        result = json.loads((tmp_path / f"{bench}.json").read_text())
-        assert result["bench"] == bench and result["commit"] == "abc" and not result["failed"]
+    return done.stdout
+
+
+def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
+    """With no package but torch, triton, transformers, numpy, pytest and what these need."""
+    blocked = beyond("torch", "triton", "transformers", "numpy", "pytest")
+    assert {"jsonargparse", "matplotlib", "hypothesis", "trl", "peft", "deepspeed", "PIL"} & set(blocked)
+    assert not {"yaml", "tqdm", "packaging", "_pytest"} & blocked
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)}))\n")
+    printed = walk("gpu.sh", tmp_path / "out", PYTHONPATH=str(tmp_path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert "===== tests: exit status 0" in printed and "without pictures: matplotlib is not installed" in printed
+    folder = tmp_path / "out" / "results"
+    steps = ["step", "step_profile", "scaling"]
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(
+        [f"{name}_cpu" for name in [*report.KERNELS, *steps]] + ["step_model", "step_profile_cpu.trace.json"]
+    )
+    results = {path.stem.removesuffix("_cpu"): json.loads(path.read_text()) for path in folder.glob("*.json")}
+    assert all(result["bench"] == name and result["commit"] == "abc" for name, result in results.items())
+    assert results["step_profile"]["covered_pct"] > 90 and not results["step"]["failed"] + results["step"]["skipped"]
+    for bench in report.KERNELS:
+        result = results[bench]
+        assert not result["failed"] and set(result["ceilings"]) <= {"copy_gbps", "gemm_tflops"}
         cases = importlib.import_module(f"bicot.bench.bench_{bench}").cases("cpu", True)
         listed = {(harness.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
         assert listed == {(harness.label(case.labels), name) for case in cases for name in case.providers}
-        baselines = {
-            "ours",
-            "eager",
-            {"rollout": "generate", "rewards": "the decoder alone"}.get(bench, "torch.compile"),
-        }
+        baselines = {"ours", {"rollout": "generate", "rewards": "the decoder alone"}.get(bench, "torch.compile")}
+        if bench != "rewards":  # whose eager way is through PIL
+            baselines.add("eager")
         assert baselines <= {row["provider"] for row in result["rows"]}
-    page = report.render(tmp_path)
+    page = (tmp_path / "out" / "RESULTS.md").read_text()
+    assert report.render(folder, pictures=False) == page and "svg" not in page
     assert [line for line in page.splitlines() if line.startswith("## ")] == [
-        f"## {bench} on the CPU" for bench in ("step_profile", *report.KERNELS)
+        *(f"## {bench} on the CPU" for bench in steps),
+        "## step_model: what a step should take",
+        *(f"## {bench} on the CPU" for bench in report.KERNELS),
     ]
 
 
-def test_gpu_script_names_what_failed(tmp_path: Path) -> None:
+def test_scripts_name_what_failed(tmp_path: Path) -> None:
     stub = tmp_path / "python"
-    stub.write_text('#!/bin/sh\ncase "$*" in *bench_cfg_sample*|*"-m pytest"*) exit 3;; esac\necho "ran $*"\n')
+    cases = '*bench_cfg_sample*|*"-m pytest"*) exit 3;; *bench_step*) sleep 60;;'
+    stub.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\necho "ran $*"\n')
     stub.chmod(0o755)
-    command = [*GPU_SH, str(tmp_path / "out")]
-    done = subprocess.run(command, env={**os.environ, "PYTHON": str(stub)}, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "FAILED: tests cfg_sample"
-    for bench in BENCHES:
-        ran = f"ran -m bicot.bench.bench_{bench} --device cuda --output {tmp_path}/out/{bench}.json" in done.stdout
+    environment = {**os.environ, "PYTHON": str(stub)}
+    command = [*GPU_SH, "--seconds", "6", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and lines[-1].startswith("FAILED: tests step") and "cfg_sample" in lines[-1]
+    assert "===== step: exit status 124 after" in done.stdout, "no step takes the time of the next session"
+    out = tmp_path / "out" / "results"
+    for bench in report.KERNELS:
+        ran = f"ran -m bicot.bench.bench_{bench} --device cuda --output {out}/{bench}_cuda.json" in done.stdout
         assert ran == (bench != "cfg_sample")
+    shape = "ran -m bicot.bench.step_profile --device cuda --shape Janus-Pro-1B --output"
+    assert shape in done.stdout and f"ran -m bicot.bench.step_model --results {out} --output" in done.stdout
     usage = subprocess.run([*GPU_SH, "--fast", "x"], capture_output=True, text=True, timeout=60)
-    assert usage.returncode == 2 and "gpu.sh [--tiny]" in usage.stderr
+    assert usage.returncode == 2 and "run.sh [--tiny]" in usage.stderr
 
 
 def test_pytest_benchmark_entry() -> None:
@@ -219,3 +298,27 @@ def test_report_compares_with_ours() -> None:
     assert "| forward, N 4 | ours | 2.00 [1.00 to 3.00] | 1234 GB/s | 62 | 2 | 1e-07 |  |" in page
     assert "|  | eager | 5.00 [0.0123 to 413] | 1234 GB/s | 62 | 2 | 1e-07 | 2.50× |" in page
     assert "- eager: slow\n- Liger: not run: not here" in page and "`run it` on H, driver 1, torch 2" in page
+    clocks = {"sm_mhz": 1980.0, "sm_mhz_max": 1980.0, "memory_mhz": 3201.0, "power_limit_w": None}
+    assert "`run it` on H, SM 1980 MHz, at most 1980, memory 3201 MHz, driver 1" in report.kernel(result | clocks)
+    assert report.faster(result) == {"forward, N 4": {"ours": pytest.approx([5 / 3, 5 / 2, 5 / 1])}}
+
+
+def test_report_draws_what_is_measured(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    row = {"case": {"N": 4}, "floor_pct": None, "peak_mib": None, "error": 0.0, "note": ""}
+    rows = [row | {"provider": name, "ms": [t, t, t]} for name, t in (("eager", 9.0), ("ours", 3.0), ("Liger", 18.0))]
+    result = {"bench": "rms_norm", "about": "", "command": "", "gpu": "H", "driver": "1", "torch": "2", "triton": "3"}
+    result |= {"commit": "abc", "device": "cuda", "rows": rows, "ceilings": {}, "skipped": [], "failed": []}
+    (folder / "rms_norm_cuda.json").write_text(json.dumps(result))
+    page = report.render(folder)
+    assert page.endswith("![rms_norm](results/rms_norm_cuda.svg)\n") and "## rms_norm on H" in page
+    svg = (folder / "rms_norm_cuda.svg").read_text()
+    assert ">3.00×<" in svg and ">0.500×<" in svg and ">Liger<" in svg and ">eager<" not in svg
+    report.render(folder)
+    assert (folder / "rms_norm_cuda.svg").read_text() == svg, "the same result is the same picture"
+    assert "svg" not in report.render(folder, pictures=False)
+    (folder / "other.json").write_text(json.dumps({"bench": "other"}))
+    with pytest.raises(ValueError, match=r"other\.json: no section for bench 'other'; there are toy_seeds"):
+        report.render(folder)

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from bicot.grpo.config import Config, RewardConfig, build_parser, parse_config
+from bicot.grpo.cli import build_parser, parse_config
+from bicot.grpo.config import Config, RewardConfig
 
 
 def test_default_is_the_toy() -> None:

@@ -20,7 +20,7 @@ from tiny_hps import make_hps
 from tiny_orm import make_orm
 from torch import Tensor
 
-from bicot.grpo.config import parse_config
+from bicot.grpo.cli import parse_config
 from bicot.grpo.data import load_examples
 from bicot.grpo.trainer import train
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROOT, tiny_policy
 
-from bicot.grpo.config import parse_config
+from bicot.grpo.cli import parse_config
 from bicot.grpo.trainer import train
 from bicot.model.policy import load_policy
 from bicot.rewards.worker import RewardError

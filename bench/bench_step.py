@@ -1,6 +1,6 @@
 """step: whole training steps, ours against the published T2I-R1 algorithm written plainly on transformers.
 
-python -m bicot.bench.step [--device cpu|cuda] [--image-tokens 144] [--output FILE.json]
+python -m bicot.bench.bench_step [--device cpu|cuda] [--image-tokens 144] [--output FILE.json]
 Both train one policy in turn, with the same optimizer, prompts, seeds, rewards and settings: ours through the parts
 that the trainer uses, the baseline as bench/baseline_t2i_r1.py says (two rows a picture, also without guidance). First
 the gradient norm of both on one rollout must agree. On a CPU: the toy with its own settings, and with the published
@@ -22,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from transformers import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 from transformers.utils import logging
 
-from ..grpo.config import Config, parse_config
+from ..grpo.config import Config
 from ..grpo.data import load_examples, step_indices
 from ..grpo.distributed import Ranks
 from ..grpo.optim import MasterAdamW
@@ -44,10 +45,11 @@ from ..rewards.base import Example
 from ..rewards.config import RewardConfig
 from .baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step
 from .harness import Unavailable, finish, hardware, label, quantiles, save
-from .models import SHAPES, TOKENIZER, policy_of
+from .models import SHAPES, TOKENIZER, policy_of, toy_config
 from .power import Sampler
+from .step_profile import stacked
 
-COMMAND = "python -m bicot.bench.step"
+COMMAND = "python -m bicot.bench.bench_step"
 PHASES = ("plan", "draw", "decode", "reward", "reference", "train")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the gradient norm
 TRAINED = {"Janus-Pro-7B": 2}  # last layers that train, where not all do
@@ -268,12 +270,12 @@ def measure(setting: Setting, device: str, repeats: int) -> tuple[list[dict[str,
 
 def settings(device: str, tiny: bool, image_tokens: int) -> list[Setting]:
     """The toy twice on a CPU; the true shapes on a GPU."""
-    toy = replace(parse_config([]), rewards=RewardConfig(["scene"]))
+    toy = toy_config(rewards=RewardConfig(["scene"]))
     published = replace(toy, cfg_weight=5.0, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     real = Config(
         gradient_checkpointing=True,
         max_completion_length=80,
-        rewards=RewardConfig(["bicot.bench.step:brightness"]),
+        rewards=RewardConfig(["bicot.bench.bench_step:brightness"]),
     )
     if tiny:
         few: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4, "gradient_accumulation_steps": 2}
@@ -320,6 +322,13 @@ Milliseconds of each phase, ours / the baseline's, and how many times longer tha
 {remarks(result)}"""
 
 
+def draw(result: dict[str, Any], path: Path) -> None:
+    """The phases of both, a case below the other."""
+    bars = {f"{label(row['case'])}: {row['provider']}": row["phases"] for row in result["rows"]}
+    if bars:
+        stacked(bars, "seconds of a step", path)
+
+
 def phase_table(result: dict[str, Any]) -> str:
     """Cases down, phases across; `rest` is what no phase covers."""
     from .report import number, table
@@ -349,7 +358,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="timed steps of each (7 on a CPU, 3 on a GPU)")
     parser.add_argument("--image-tokens", type=int, default=144, help="of a picture at true shapes; a square")
     parser.add_argument("--tiny", action="store_true", help="two small cases: walks the code, measures nothing")
-    parser.add_argument("--output", help="also write the JSON to this file")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     device, tiny = arguments.device, arguments.tiny
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,0 +1,149 @@
+"""compare: has ours become slower? Two results of one bench, each by its own baseline: never by absolute times.
+
+python -m bicot.bench.compare OLD.json NEW.json
+
+Of each case and each provider of ours: how many times faster than the baseline of the same run (eager, or the published
+algorithm) it was and is. The exit status is 1 if that fell so far that ours takes over 10 % more of the baseline's time
+than it took, or if ours or the baseline of a case has no time any more. Whether the two lie within each
+other's noise (p20 to p80 of ours and of the baseline) is said, and changes nothing: measure again to find out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .harness import label
+
+WORSE = 1.1  # times the old share of the baseline's time
+BASELINES = ("eager", "baseline")
+NO_MACHINE = ("bench", "about", "command", "commit", "picture")  # of what a result says beside its rows
+
+Times = dict[str, list[float]]  # of a provider: p20, p50 and p80
+
+
+class Share(NamedTuple):
+    """Of the baseline's time that ours takes: at the medians, and at the ends of both spreads."""
+
+    low: float
+    middle: float
+    high: float
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result with rows that can be compared.
+
+    Raises:
+        ValueError: it is none.
+    """
+    result = json.loads(path.read_text())
+    rows = result.get("rows", []) if isinstance(result, dict) else []
+    if not any(row.get("provider") in BASELINES for row in rows):
+        raise ValueError(f"{path}: no result with a provider called {' or '.join(BASELINES)}")
+    return result
+
+
+def by_case(result: Mapping[str, Any]) -> dict[str, Times]:
+    cases: dict[str, Times] = {}
+    for row in result["rows"]:
+        cases.setdefault(label(row["case"]), {})[row["provider"]] = row["ms"] if "ms" in row else row["seconds"]
+    return cases
+
+
+def shares(times: Times) -> dict[str, Share]:
+    """Of each provider of ours; none where there is no baseline."""
+    base = next((times[name] for name in BASELINES if name in times), None)
+    if base is None:
+        return {}
+    ours = {name: spread for name, spread in times.items() if name.startswith("ours")}
+    return {name: Share(t[0] / base[2], t[1] / base[1], t[2] / base[0]) for name, t in ours.items()}
+
+
+def verdict(old: Share, new: Share) -> str:
+    change = new.middle / old.middle
+    if 1 / WORSE <= change <= WORSE:
+        return "the same"
+    noisy = new.low <= old.high and old.low <= new.high
+    return ("WORSE" if change > WORSE else "better") + (", within noise" if noisy else "")
+
+
+def vanished(old: dict[str, Times], new: dict[str, Times], result: Mapping[str, Any]) -> list[str]:
+    """A line for each of ours and each baseline that has no time in the new result, with the reason if known."""
+    reasons = {
+        (label(entry["case"]), entry["provider"]): f": {kind}: {entry['reason']}"
+        for kind in ("skipped", "failed")
+        for entry in result.get(kind, [])
+        if isinstance(entry, dict)
+    }
+    return [
+        f"{case}, {name}{reasons.get((case, name), '')}"
+        for case, times in old.items()
+        for name in times
+        if (name.startswith("ours") or name in BASELINES) and name not in new.get(case, {})
+    ]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """A line for each thing that the two results say differently of their machine and settings."""
+    names = [
+        name
+        for name in {**old, **new}
+        if name not in NO_MACHINE and not any(isinstance(result.get(name), (list, dict)) for result in (old, new))
+    ]
+    return [f"{name}: {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The lines to print, and whether nothing got worse and nothing vanished."""
+    before, after = by_case(old), by_case(new)
+    lines = [f"{old['bench']}: {old.get('commit')} → {new.get('commit')}"]
+    if found := differences(old, new):
+        lines += ["", "Not the same machine or settings, which can change ratios:", *(f"  {line}" for line in found)]
+
+    table = [("case", "provider", "old", "new", "takes", "")]
+    for case in (case for case in before if case in after):
+        was, now = shares(before[case]), shares(after[case])
+        for name in (name for name in was if name in now):
+            old_share, new_share = was[name].middle, now[name].middle
+            numbers = (f"{1 / old_share:.2f}×", f"{1 / new_share:.2f}×", f"{new_share / old_share - 1:+.1%}")
+            table.append((case, name, *numbers, verdict(was[name], now[name])))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += [
+        "",
+        "Times faster than the baseline of the same run, and the change of the share of its time that ours takes:",
+    ]
+    for case, name, *cells, said in table:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[2:5], strict=True)]
+        lines.append("  ".join([case.ljust(widths[0]), name.ljust(widths[1]), *padded, said]).rstrip())
+
+    alone = [case for case, times in before.items() if not shares(times)]
+    lines += [f"not compared, no baseline: {case}" for case in alone]
+    lines += [
+        f"new: {case}, {name}" for case, times in after.items() for name in times if name not in before.get(case, {})
+    ]
+    gone = [f"VANISHED: {line}" for line in vanished(before, after, new)]
+    worse = [f"WORSE: {case}, {name}" for case, name, *_, said in table if said.startswith("WORSE")]
+    return [*lines, "", *(gone + worse or ["nothing got worse"])], not gone and not worse
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("old", type=Path, metavar="OLD.json")
+    parser.add_argument("new", type=Path, metavar="NEW.json")
+    arguments = parser.parse_args()
+    try:
+        old, new = load(arguments.old), load(arguments.new)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if old["bench"] != new["bench"]:
+        parser.error(f"results of two benches: {old['bench']} and {new['bench']}")
+    lines, good = compare(old, new)
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
