@@ -98,7 +98,7 @@ class Case:
     steps: int = 1
     makes: tuple[str, float] | None = None
     tolerance: float | None = None
-    seconds: float = math.inf
+    seconds: float = 6
 
     def check(self, provider: Provider, inputs: Any, error_of: Callable[[Outputs], float]) -> float:
         """The provider's error; AssertionError beyond the tolerance, and for NaN."""

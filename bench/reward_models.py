@@ -30,7 +30,7 @@ class Scale(NamedTuple):
     width: float  # share of the widths
 
 
-TRUE, CPU, TINY = Scale(1, 1, 1), Scale(1 / 12, 1, 1), Scale(0, 1 / 8, 0)
+TRUE, CPU, TINY = Scale(1, 1, 1), Scale(1 / 24, 1, 1), Scale(0, 1 / 8, 0)
 
 
 class Made(NamedTuple):

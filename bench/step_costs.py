@@ -138,8 +138,9 @@ class Step:
 
     @property
     def tokens(self) -> float:
-        """In training, of both stages."""
-        return self.prompt_tokens + self.plan_tokens + self.image_prompt_tokens + self.image_tokens + 1
+        """In training, of both stages; the prompts of a group, but for the plans, are computed once."""
+        common = self.prompt_tokens + self.image_prompt_tokens - self.plan_tokens
+        return common / self.generations + 2 * self.plan_tokens + self.image_tokens + 1
 
 
 class Cost(NamedTuple):

@@ -36,8 +36,8 @@ from .ranges import Target, Work
 STEP = "step"  # the range around all others; what none of them covers is idle
 # In the order of a step. Where kernels of several phases run at once, the first in this list has the time: what works
 # beside the decoder costs what it adds. Rewards come after all of them, under their own names.
-PHASES = ["data", "weights", "tokenizer", "prefill", "text decode", "image decode", "reference", "forward", "loss"]
-PHASES += ["backward", "optimizer", "communication", "metrics", "VQ", "reward wait"]
+PHASES = ["data", "weights", "tokenizer", "prefill", "text decode", "image decode", "rows", "reference", "forward"]
+PHASES += ["loss", "backward", "optimizer", "communication", "metrics", "VQ", "reward wait"]
 NO_FLOOR = {
     "communication": "the links between ranks are not measured",
     "weights": "a copy, which could be avoided",
@@ -95,43 +95,39 @@ def picture_work(result: Tensor, decoder: ImageDecoder, tokens: Tensor) -> dict[
     return {"VQ": Work(flops=len(tokens) * _picture_flops(decoder, tokens.shape[1]))}
 
 
-def _through_the_body(policy: Policy, rollout: RolloutChunk, config: Config, of_weight: int | None = None) -> float:
-    """FLOPs of both passes, without the heads' last layers: `of_weight` a weight and token, or (None) those of a
-    backward pass, which are two, and two more where the weight trains. A row's last token is not needed."""
-    rows_per_image = 2 if config.policy_logits == "guided" and config.cfg_weight != 1 else 1
-    samples, length = rollout.image_tokens.shape
-    texts = len(rollout.prompts.values) + len(rollout.plans.values) - samples
-    pictures = rows_per_image * (len(rollout.image_prompts.values) + samples * (length - 1))
-    body, head = policy.decoder.layers, policy.model.model.generation_head.proj_out
-    return sum(
-        (of_weight or 2 + 2 * p.requires_grad) * p.numel() * tokens
-        for module, tokens in ((body, texts + pictures), (head, rows_per_image * samples * length))
-        for p in module.parameters()
-        if p.ndim == 2
-    )
+def body_work(result: tuple[list[int], Any, Any], policy: Policy, *_: Any) -> dict[str, Work]:
+    """Of the pass for which rows are laid out, and of the backward pass that follows."""
+    return _pass_work(policy.decoder.layers, len(result[0]))
 
 
-def forward_work(
+def features_work(
     result: object, policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config
 ) -> dict[str, Work]:
-    """And the backward pass that follows."""
+    """The image head's first layer, both ways."""
+    rows_per_image = 2 if config.policy_logits == "guided" and config.cfg_weight != 1 else 1
+    return _pass_work(policy.model.model.generation_head.proj_out, rows_per_image * rollout.image_tokens.numel())
+
+
+def _pass_work(module: Any, tokens: int) -> dict[str, Work]:
+    """Two FLOPs a weight and token; of a backward pass two, and two more where the weight trains."""
+    weights = [p for p in module.parameters() if p.ndim == 2]
+    forward = Work(flops=2 * sum(p.numel() for p in weights) * tokens)
     if not torch.is_grad_enabled():
-        return {}  # the reference's, which `reference_work` counts
+        return {"reference": forward}
     return {
-        "forward": Work(flops=_through_the_body(policy, rollout, config, 2)),
-        "backward": Work(flops=_through_the_body(policy, rollout, config)),
+        "forward": forward,
+        "backward": Work(flops=sum((2 + 2 * p.requires_grad) * p.numel() for p in weights) * tokens),
     }
 
 
 def reference_work(
     result: object, policy: Policy, micro_batches: Sequence[RolloutChunk], encoder: PromptEncoder, config: Config
 ) -> dict[str, Work]:
-    flops = 0.0
-    for part in micro_batches:
-        heads = policy.text_head.weight.numel() * len(part.plans.values)
-        heads += policy.image_head.weight.numel() * part.image_tokens.numel()
-        flops += _through_the_body(policy, part, config, 2) + 2 * heads
-    return {"reference": Work(flops=flops)}
+    """The heads; `body_work` and `features_work` count the rest."""
+    plans = sum(len(part.plans.values) for part in micro_batches)
+    pictures = sum(part.image_tokens.numel() for part in micro_batches)
+    heads = policy.text_head.weight.numel() * plans + policy.image_head.weight.numel() * pictures
+    return {"reference": Work(flops=2 * heads)}
 
 
 def loss_work(result: object, streams: Sequence[TokenStream], *_: Any, **options: Any) -> dict[str, Work]:
@@ -175,7 +171,8 @@ TARGETS = [
     Target(Worker, "_run", _reward),
     Target(RewardHandle, "result", "reward wait"),
     Target(trainer, "reference_logprobs", "reference", reference_work),
-    Target(step, "token_streams", _pass, forward_work),
+    Target(step, "token_streams", _pass, features_work),
+    Target(Policy, "lay_out", "rows", body_work),
     Target(step, "grpo_loss", "loss", loss_work),
     Target(torch.autograd, "backward", "backward"),
     Target(MasterAdamW, "collect", "optimizer", collect_work),

@@ -25,7 +25,6 @@ class Config:
     Args:
         model_name_or_path: Janus checkpoint in Hugging Face layout: a folder or a hub id.
         dtype: of the policy's weights; bfloat16 trains through float32 master weights.
-        attn_implementation: transformers' attention.
         freeze: prefixes of parameter names that do not train.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         train_file: prompts in T2I-R1's JSONL schema.
@@ -88,7 +87,6 @@ class Config:
 
     model_name_or_path: str = "deepseek-community/Janus-Pro-7B"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     freeze: list[str] = field(default_factory=lambda: list(PUBLISHED_FREEZE))
     gradient_checkpointing: bool = False
 

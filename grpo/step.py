@@ -24,17 +24,18 @@ def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder,
     """Forward the plans and the pictures of a micro-batch: the text stream and the image stream."""
     num_samples, num_tokens = rollout.image_tokens.shape
     guided = config.policy_logits == "guided" and config.cfg_weight != 1
-    image_prompts = rollout.image_prompts.tolist()
-    image_hidden = policy.image_hidden(image_prompts, rollout.image_tokens)
+    image_prompts, pictures = rollout.image_prompts.tolist(), policy.image_ids(rollout.image_tokens)
+    rows = [(rollout.prompts.tolist(), rollout.plans.tolist()), (image_prompts, pictures)]
     if guided:
-        # the head is linear, so the guided logits are the head on the guided features
-        unconditional = [encoder.unconditional_ids(len(prompt)) for prompt in image_prompts]
-        uncond_hidden = policy.image_hidden(unconditional, rollout.image_tokens)
-        image_hidden = uncond_hidden + config.cfg_weight * (image_hidden - uncond_hidden)
+        rows.append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
+    text_hidden, *image_hidden = policy.hidden(*rows)
+    features, *unconditional = map(policy.image_features, image_hidden)
+    for other in unconditional:  # the head is linear: the guided logits are the head on the guided features
+        features = other + config.cfg_weight * (features - other)
     text = TokenStream(
         targets=rollout.plans.values,
         sample=rollout.plans.row_of(),
-        hidden=policy.text_hidden(rollout.prompts.tolist(), rollout.plans.tolist()),
+        hidden=text_hidden,
         weight=policy.text_head.weight,
         bias=policy.text_head.bias,
         temperature=config.temperature,
@@ -43,7 +44,7 @@ def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder,
     image = TokenStream(
         targets=rollout.image_tokens.flatten(),
         sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
-        hidden=image_hidden,
+        hidden=features,
         weight=policy.image_head.weight,
         bias=policy.image_head.bias,
         temperature=config.image_temperature,

@@ -96,7 +96,6 @@ class Trainer:
         policy = load_policy(
             path,
             dtype=getattr(torch, self.config.dtype),
-            attn_implementation=self.config.attn_implementation,
             device=self.ranks.device,
             freeze=self.config.freeze,
         )

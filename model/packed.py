@@ -68,13 +68,3 @@ def upload(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: tor
     """A tensor of the host, or lists of integers, on the device, without waiting for what the device is doing."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def right_pad(rows: Sequence[Sequence[int]], device: torch.device | str) -> Tensor:
-    """[S, longest] int64 with zeros behind the shorter rows.
-
-    In causal attention nothing before the end of a row sees what lies behind it, so right padding changes no position
-    and no value of the row itself; only the padded outputs are meaningless, and nobody reads them.
-    """
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.int64, device=device)

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration
 
-from .packed import right_pad
+from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
+from .rows import ATTENTION, Layout, lay_out
 
 # What the published recipe trains is the language model and its head; everything else stays as it came.
 PUBLISHED_FREEZE = (
@@ -48,6 +49,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.config = self.model.config
+        self.decoder.config._attn_implementation = ATTENTION
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
             if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"the tokenizer defines no {name}; a Janus tokenizer has bos, eos, pad and boi tokens")
@@ -102,30 +104,55 @@ class Policy:
         head = self.model.model.generation_head
         return head.activation_fn(head.proj_out(hidden))
 
-    def text_hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
-        """Hidden states that predict each completion token, packed: sum of completion lengths × D.
+    def hidden(self, *streams: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]) -> list[Tensor]:
+        """One pass over the rows of all streams, each of prompts and completions; neighbours' common part is shared.
 
-        Rows are right-padded and the attention is causal, so a row's result does not depend on the others.
+        An id beyond the text vocabulary is an image token: `image_ids` of a code.
+
+        Returns:
+            For each stream the hidden states that predict its completion tokens, packed: sum of their lengths × D.
         """
-        rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-        hidden = self.decoder(inputs_embeds=self.embed_text(right_pad(rows, self.device)), use_cache=False)[0]
-        lengths = zip(prompts, completions, strict=True)
-        return torch.cat([hidden[s, len(p) - 1 : len(p) + len(c) - 1] for s, (p, c) in enumerate(lengths)])
+        blocks = [[[*p, *c[:-1]] for p, c in zip(*stream, strict=True)] for stream in streams]
+        ids, tables, layout = self.lay_out(blocks)
+        hidden = self.decoder(
+            inputs_embeds=self._embed(ids)[None],
+            position_ids=layout.positions[None],
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # none is made
+            use_cache=False,
+            rows=layout,
+        )[0][0]
+        predicting = []
+        for (prompts, _), table in zip(streams, tables, strict=True):
+            at = [i for tokens, prompt in zip(table, prompts, strict=True) for i in tokens[len(prompt) - 1 :]]
+            predicting.append(hidden.index_select(0, upload(at, self.device)))
+        return predicting
+
+    def lay_out(self, blocks: Sequence[Sequence[Sequence[int]]]) -> tuple[list[int], list[list[list[int]]], Layout]:
+        """`rows.lay_out`, on the policy's device."""
+        return lay_out(blocks, self.device)
+
+    def image_ids(self, tokens: Tensor) -> list[list[int]]:
+        """[S, T] codes -> the ids that `hidden` knows them by."""
+        return (tokens + self.config.text_config.vocab_size).tolist()
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        """Of text and image tokens, N × D."""
+        vocab = self.config.text_config.vocab_size
+        order = [i for i, token in enumerate(ids) if token < vocab]
+        texts = len(order)
+        order += [i for i, token in enumerate(ids) if token >= vocab]
+        text, image = upload([ids[i] for i in order], self.device).split([texts, len(ids) - texts])
+        embedded = self.embed_text(text)
+        embedded = torch.cat([embedded, self.embed_image(image[None] - vocab)[0].to(embedded.dtype)])
+        return embedded.index_select(0, upload(torch.tensor(order).argsort(), self.device))
+
+    def text_hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
+        """Hidden states that predict each completion token, packed: sum of completion lengths × D."""
+        return self.hidden((prompts, completions))[0]
 
     def image_hidden(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
         """Image-head features that predict each image token, packed: prompts S rows, tokens [S, T] -> [S·T, D]."""
-        num_samples, num_tokens = tokens.shape
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        text = self.embed_text(right_pad(prompts, self.device))
-        # token t of row s stands at position length_s + t; the last token predicts nothing and is left out
-        slots = lengths[:, None] + torch.arange(num_tokens - 1, device=self.device)
-        embeds = torch.cat([text, text.new_zeros(num_samples, num_tokens - 1, text.shape[-1])], dim=1)
-        index = slots[..., None].expand(-1, -1, text.shape[-1])
-        embeds = embeds.scatter(1, index, self.embed_image(tokens[:, :-1]).to(text.dtype))
-        hidden = self.decoder(inputs_embeds=embeds, use_cache=False)[0]
-        predicting = lengths[:, None] - 1 + torch.arange(num_tokens, device=self.device)
-        rows = torch.arange(num_samples, device=self.device)[:, None]
-        return self.image_features(hidden[rows, predicting].flatten(0, 1))
+        return self.image_features(self.hidden((prompts, self.image_ids(tokens)))[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer files."""
@@ -137,7 +164,6 @@ def load_policy(
     path: str | Path,
     *,
     dtype: torch.dtype = torch.bfloat16,
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa",
     device: torch.device | str = "cpu",
     freeze: Sequence[str] = PUBLISHED_FREEZE,
 ) -> Policy:
@@ -146,7 +172,6 @@ def load_policy(
     Args:
         path: a local folder or a hub id such as `deepseek-community/Janus-Pro-7B`.
         dtype: of the weights.
-        attn_implementation: transformers' name; both take the sampler's per-row masks.
         device: where the weights go.
         freeze: prefixes of parameter names that do not train.
 
@@ -166,9 +191,7 @@ def load_policy(
             f"{path} is a {config.model_type!r} checkpoint; bicot trains Janus models "
             "(model_type 'janus', such as deepseek-community/Janus-Pro-7B)"
         )
-    model: Any = JanusForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, attn_implementation=attn_implementation
-    )
+    model: Any = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype)
     model.to(device)
     names = [name for name, _ in model.named_parameters()]
     for prefix in freeze:

@@ -136,7 +136,8 @@ def test_micro_batches_do_not_change_the_step() -> None:
             optimizer = MasterAdamW(policy.trainable_parameters(), cfg)
             metrics = update(policy, optimizer, split(rollout, cfg), advantages, None, encoder, cfg, ALONE)
             results.append(torch.stack([metrics["loss"], metrics["grad_norm"]]))
-        same = all(torch.allclose(r, results[0], rtol=1e-9, atol=1e-12) for r in results)
+        # transformers' norm rounds to float32, once for the samples of a micro-batch that share a prompt
+        same = all(torch.allclose(r, results[0], rtol=1e-8, atol=1e-12) for r in results)
         assert same == (loss_type != "bnpo"), loss_type
 
 

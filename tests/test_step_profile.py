@@ -67,7 +67,8 @@ def test_the_phases_cover_a_toy_step(profiled: tuple[dict[str, Any], Path]) -> N
     rows = {row["phase"]: row for row in result["rows"]}
     assert json.loads(file.read_text()) == result and list(rows)[-1] == "idle"
     expected = {"prefill", "text decode", "image decode", "VQ", "reward scene", "reward scene_relation", "reference"}
-    expected |= {"forward", "loss", "backward", "optimizer", "communication", "tokenizer", "weights", "metrics", "idle"}
+    expected |= {"forward", "loss", "backward", "optimizer", "communication", "tokenizer", "weights", "metrics"}
+    expected |= {"rows", "idle"}
     assert expected <= rows.keys()
     # 97.7 here and 98.3 in the default run; what interrupts the process may do so between two phases
     assert result["covered_pct"] >= 93, result["rows"]
@@ -271,7 +272,9 @@ def test_training_floors_count_what_trains(tmp_path: Path) -> None:
     forward = work["forward"].flops
     projection = 2 * 128 * 128 * pictures
     tokens = (forward - projection) / (2 * body)
-    assert tokens == int(tokens) and plans + pictures < tokens < plans + pictures + samples * 2 * 60  # and the prompts
+    assert (
+        tokens == int(tokens) and plans + pictures < tokens < 2 * plans + pictures + 2 * 2 * 60
+    )  # two prompts, shared
     # the image head is frozen, so its backward pass is one product and not two
     assert work["backward"].flops == 2 * (forward - projection) + projection
     heads = plans * shape.text_head_weights, pictures * 128 * 64

@@ -171,7 +171,7 @@ def test_settings_of_section_one_all_run(job: Path, tmp_path: Path) -> None:
             ("--loss_type", "cispo", "--epsilon_high", "5", "--kl_estimator", "k1", "--entropy_coef", "0.01"),
             ("--loss_type", "dr_grpo", "--kl_estimator", "k2", "--policy_logits", "guided", "--delta", "2"),
             ("--loss_type", "bnpo", "--scale_rewards", "batch", "--gradient_checkpointing", "true", "--top_k", "5"),
-            ("--multi_objective_aggregation", "normalize_then_sum", "--attn_implementation", "eager", "--top_p", "0.9"),
+            ("--multi_objective_aggregation", "normalize_then_sum", "--top_p", "0.9"),
         )
     ):
         run(job, tmp_path / str(i), "--max_steps", "1", *more)

@@ -1,0 +1,114 @@
+"""Rows in one pass are rows computed one by one, and what they begin with in common is computed once."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_policy
+from torch import Tensor
+
+from bicot.model.policy import Policy
+from bicot.model.rows import ATTENTION, lay_out
+
+CPU = torch.device("cpu")
+# two groups: their plans begin alike, one is the beginning of another, two are equal, and one prompt begins the other
+PROMPTS = [[0, 8, 9, 10]] * 4 + [[0, 8, 9]] * 2
+PLANS = [[20, 21, 22, 1], [20, 21, 30, 31, 32, 1], [20, 21, 30, 31, 32, 1], [40], [41, 1], [42, 43]]
+IMAGE_PROMPTS = [[*p[:2], *c, 3] for p, c in zip(PROMPTS, PLANS, strict=True)]
+TOKENS = torch.arange(6 * 16).view(6, 16) * 7 % 37
+
+
+def streams(policy: Policy) -> list[Any]:
+    return [(PROMPTS, PLANS), (IMAGE_PROMPTS, policy.image_ids(TOKENS))]
+
+
+def one_by_one(policy: Policy) -> list[Tensor]:
+    """Each row alone through transformers' own eager attention."""
+    model = policy.model.model
+    model.language_model.config._attn_implementation = "eager"
+    text, image = [], []
+    for prompt, plan in zip(PROMPTS, PLANS, strict=True):
+        hidden = model.language_model(input_ids=torch.tensor([prompt + plan])).last_hidden_state[0]
+        text.append(hidden[len(prompt) - 1 : -1])
+    for prompt, tokens in zip(IMAGE_PROMPTS, TOKENS, strict=True):
+        words = model.language_model.get_input_embeddings()(torch.tensor([prompt]))
+        embeds = torch.cat([words, policy.model.prepare_embeddings_for_image_generation(tokens[None])], dim=1)
+        hidden = model.language_model(inputs_embeds=embeds).last_hidden_state[0]
+        image.append(hidden[len(prompt) - 1 : -1])
+    model.language_model.config._attn_implementation = ATTENTION
+    return [torch.cat(text), torch.cat(image)]
+
+
+def gradients(policy: Policy, outputs: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in outputs]
+    parameters = list(policy.model.model.language_model.parameters())
+    return list(torch.autograd.grad(outputs, parameters, weights, allow_unused=True))
+
+
+def close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """Up to float32, to which transformers' norm and eager softmax round; some gradients are 3e-5 of the scale."""
+    scale = max(true.abs().max() for true in expected)
+    for x, true in zip(found, expected, strict=True):
+        assert (x - true).abs().max() <= 1e-6 * scale < 0.1 * true.abs().max()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_outputs_and_gradients(kv_heads: int, checkpointing: bool) -> None:
+    policy = tiny_policy(kv_heads=kv_heads, biased=True)
+    policy.model.double().requires_grad_(True)
+    expected = one_by_one(policy)
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.model.train()
+    found = policy.hidden(*streams(policy))
+    assert [x.shape for x in found] == [(21, 32), (96, 32)]
+    close(found, expected)
+    close(gradients(policy, found), gradients(policy, expected))
+    with torch.no_grad():
+        for stream, together in zip(streams(policy), found, strict=True):
+            close(policy.hidden(stream), [together])
+
+
+def test_each_common_beginning_is_computed_once() -> None:
+    policy, seen = tiny_policy(), []
+    policy.decoder.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
+    policy.hidden(*streams(policy))
+    # what a completion ends with is no input: [8 9 10 20 21 22] [30 31 32] [] [] then [0 8 9], which the row above has
+    text = {tuple((*p, *c[:-1])[: i + 1]) for p, c in zip(PROMPTS, PLANS, strict=True) for i in range(len(p + c) - 1)}
+    image = {tuple(p[: i + 1]) for p in IMAGE_PROMPTS for i in range(len(p))}
+    assert seen == [(1, len(text) + len(image) + 6 * 15)]
+
+
+def test_layout() -> None:
+    ids, tables, layout = lay_out([[[5, 6, 7], [5, 6], [5, 8]], [[5], [9, 9]]], CPU)
+    assert ids == [5, 6, 7, 8, 5, 9, 9], "what two streams have in common is computed twice"
+    assert tables == [[[0, 1, 2], [0, 1], [0, 3]], [[4], [5, 6]]]
+    assert layout.shapes == ((3, 3), (2, 2)) and layout.positions.tolist() == [0, 1, 2, 1, 0, 0, 1]
+    assert layout.token_at.tolist() == [0, 1, 2, 0, 1, 0, 0, 3, 0, 4, 0, 5, 6]
+    assert layout.place_of.tolist() == [0, 1, 2, 7, 9, 11, 12]
+    assert layout.copies.tolist() == [3, 4, 6] and layout.copied.tolist() == [0, 1, 0]
+
+
+def test_the_same_rows_twice_are_the_same_bits() -> None:
+    policy = tiny_policy()
+    first, second = (policy.hidden(*streams(policy)) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, gradients(policy, first), gradients(policy, second)))
+
+
+def test_without_rows_the_model_is_as_it_was() -> None:
+    """Padded batches with masks, and generation, go through transformers' SDPA."""
+    policy = tiny_policy()
+    assert "attn" not in policy.model.config.to_json_string()
+    plain = copy.deepcopy(policy.model)
+    plain.model.language_model.config._attn_implementation = "sdpa"
+    ids = torch.tensor([[2, 0, 8, 9], [0, 8, 9, 10]])
+    given = {"input_ids": ids, "attention_mask": (ids != 2).long()}
+    assert torch.equal(policy.model(**given).logits, plain(**given).logits)
+    options = {"max_new_tokens": 5, "do_sample": False, "generation_mode": "text"}
+    assert torch.equal(policy.model.generate(**given, **options), plain.generate(**given, **options))
