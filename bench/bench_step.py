@@ -44,7 +44,7 @@ from ..model.policy import Policy
 from ..rewards.base import Example
 from ..rewards.config import RewardConfig
 from .baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step
-from .harness import Unavailable, finish, hardware, label, quantiles, save
+from .harness import Unavailable, finish, hardware, label, quantiles, save, short_collections
 from .models import SHAPES, TOKENIZER, policy_of, toy_config
 from .power import Sampler
 from .step_profile import stacked
@@ -261,9 +261,10 @@ def measure(setting: Setting, device: str, repeats: int) -> tuple[list[dict[str,
     contest.ours(2, Phases(where))
     held = torch.cuda.memory_allocated() - before if on_gpu else 0
     ours, baseline = Steps(), Steps()
-    for step in range(3, 3 + repeats):
-        ours.take(partial(contest.ours, step), where)
-        baseline.take(partial(contest.baseline, step), where)
+    with short_collections():
+        for step in range(3, 3 + repeats):
+            ours.take(partial(contest.ours, step), where)
+            baseline.take(partial(contest.baseline, step), where)
     both = {"ours": ours.row(setting.images, 0), "baseline": baseline.row(setting.images, held)}
     return [{"case": setting.labels, "provider": name, **row} for name, row in both.items()], error
 

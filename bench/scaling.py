@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
-from .harness import copy_gbps, finish, gemm_tflops, hardware, short, write_svg
+from .harness import copy_gbps, finish, gemm_tflops, hardware, short, short_collections, write_svg
 from .models import ShapeTrainer, published_config, toy_config
 from .step_work import picture_work
 
@@ -142,16 +142,17 @@ def measure(trainer: SizedTrainer, sizes: dict[int, Size], repeats: int) -> list
     """A point for each size, all of which take turns; the first turn warms up."""
     taken: dict[int, list[dict[str, float]]] = {x: [] for x in sizes}
     known = {}
-    for turn in range(repeats + 1):
-        for x, size in sizes.items():
-            trainer.resize(size)
-            if trainer.engine.graphs.enabled and turn:
-                trainer.take()  # captures its graphs
-            seconds = trainer.take()
-            if turn:
-                taken[x].append(seconds)
-            else:
-                known[x] = trainer.described(size)
+    with short_collections():
+        for turn in range(repeats + 1):
+            for x, size in sizes.items():
+                trainer.resize(size)
+                if trainer.engine.graphs.enabled and turn:
+                    trainer.take()  # captures its graphs
+                seconds = trainer.take()
+                if turn:
+                    taken[x].append(seconds)
+                else:
+                    known[x] = trainer.described(size)
     points = []
     for x, turns in taken.items():
         phases = {name: median(seconds[name] for seconds in turns) for name in turns[0]}

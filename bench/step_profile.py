@@ -28,7 +28,7 @@ from transformers.utils import logging
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
 from ..grpo.trainer import Trainer
-from .harness import copy_gbps, finish, gemm_tflops, hardware, quantiles, write_svg
+from .harness import copy_gbps, finish, gemm_tflops, hardware, quantiles, short_collections, write_svg
 from .models import SHAPES, ShapeTrainer, published_config, toy_config
 from .power import Sampler
 from .ranges import Charge, Recorder, Segment, Work, attribute, charge, innermost, read_trace
@@ -53,12 +53,13 @@ def measure(make: Make, config: Config, ranks: Ranks, steps: int, trace: Path, t
         _take(WARM_UP, trainer, Recorder(on_gpu))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        with Sampler(ranks.device) as sampler:
+        with Sampler(ranks.device) as sampler, short_collections():
             _take(steps, trainer, timed)
         peak = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         every_thread = _ExperimentalConfig(profile_all_threads=True)
-        with torch.profiler.profile(activities=activities, experimental_config=every_thread) as profiler:
+        profiling = torch.profiler.profile(activities=activities, experimental_config=every_thread)
+        with profiling as profiler, short_collections():
             _take(1, trainer, starting)  # the profiler's own beginning is in it
             _take(steps, trainer, traced)
         profiler.export_chrome_trace(str(trace))
