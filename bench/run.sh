@@ -6,8 +6,8 @@
 #
 # Nothing has to be installed but torch, triton, transformers, numpy and pytest; peers take part where they import
 # (extend PYTHONPATH), and pictures need matplotlib. A failed step does not stop the others; the last lines name it and
-# the exit status is 1. All ends within --seconds; what is left then fails. --tests runs the GPU tests first, which on a
-# CPU are only collected. BICOT_COMMIT names the commit where the files are no git repository.
+# the exit status is 1. All ends within --seconds; what is left then fails. --tests builds, and runs the GPU tests first,
+# which on a CPU are only collected. BICOT_COMMIT names the commit where the files are no git repository.
 set -uo pipefail
 
 usage() {
@@ -73,6 +73,13 @@ bench() { # module, seconds on a GPU, further options
 
 cd "$root" || exit 2
 if [[ $tests ]]; then
+    if command -v "${CMAKE:-cmake}" >/dev/null; then # what was built before stays
+        step build 60 bash -c '"$1" -S . -B "$2/build" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$2" &&
+            "$1" --build "$2/build" && { [[ -e kernels/_native.so ]] || mv "$2/_native.so" kernels; }' \
+            build "${CMAKE:-cmake}" "$links"
+    else
+        echo "the C++ kernels, which are for CPUs alone, are not built: there is no cmake"
+    fi
     command=("$python" -m pytest -q -rs -p skip_missing -p no:cacheprovider -m "gpu or triton")
     [[ $device == cuda ]] || command+=(--collect-only)
     step tests 150 "${command[@]}"

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -225,6 +226,7 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
     assert not {"yaml", "tqdm", "packaging", "_pytest"} & blocked
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)}))\n")
     printed = walk("gpu.sh", tmp_path / "out", PYTHONPATH=str(tmp_path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
+    assert "===== build: exit status 0" in printed or shutil.which("cmake") is None
     assert "===== tests: exit status 0" in printed and "without pictures: matplotlib is not installed" in printed
     folder = tmp_path / "out" / "results"
     steps = ["step", "step_profile", "scaling"]
@@ -258,7 +260,7 @@ def test_scripts_name_what_failed(tmp_path: Path) -> None:
     cases = '*bench_cfg_sample*|*"-m pytest"*) exit 3;; *bench_step*) sleep 60;;'
     stub.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\necho "ran $*"\n')
     stub.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(stub)}
+    environment = {**os.environ, "PYTHON": str(stub), "CMAKE": "true"}
     command = [*GPU_SH, "--seconds", "6", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
