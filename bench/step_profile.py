@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -233,6 +234,7 @@ def stacked(bars: dict[str, dict[str, float]], unit: str, path: Path) -> None:
     """Bars of phases, with one colour for each of those that the first bar has; what is none of them is grey."""
     from matplotlib.figure import Figure
 
+    bars = {fill(name, 40): bar for name, bar in bars.items()}
     figure = Figure(figsize=(10, 1.8 + 0.4 * len(bars)), layout="constrained")
     axes = figure.subplots()
     left = dict.fromkeys(bars, 0.0)

@@ -36,11 +36,11 @@ def describe(samples: Sequence[Sample]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", help="also write the JSON to this file, and the first seed's picture beside it")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file, and the first seed's picture beside it")
     parser.add_argument("train_options", nargs="*", help="passed on to train.py, after --")
     arguments = parser.parse_args()
     if arguments.output:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seeds:
@@ -51,7 +51,7 @@ def main() -> None:
             summary = json.loads((output / "summary.json").read_text())
             runs.append({**summary, **{tag: describe(samples) for tag, samples in heldout.items()}})
             if arguments.output and seed == arguments.seeds[0]:
-                shutil.copy(output / "before_after.png", Path(arguments.output).with_suffix(".png"))
+                shutil.copy(output / "before_after.png", arguments.output.with_suffix(".png"))
     finish({"bench": "toy_seeds", **hardware(), "options": arguments.train_options, "runs": runs}, arguments.output)
 
 
