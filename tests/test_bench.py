@@ -276,6 +276,18 @@ def test_scripts_name_what_failed(tmp_path: Path) -> None:
     assert usage.returncode == 2 and "run.sh [--tiny]" in usage.stderr
 
 
+def test_seeds_of_the_default_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "results" / "toy_seeds.json"
+    command = [sys.executable, "-m", "bicot.bench.toy_seeds", "--seeds", "3", "--output", str(file), "--"]
+    command += ["--max_steps", "1", "--num_generations", "2", "--num_eval_generations", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result == json.loads(done.stdout.splitlines()[-1]) and [run["seed"] for run in result["runs"]] == [3]
+    assert file.with_suffix(".png").exists() and "| 3 | " in report.render(file.parent)
+
+
 def test_pytest_benchmark_entry() -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench", "-k"]

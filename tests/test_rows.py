@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import tiny_policy
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from bicot.model.policy import Policy
 from bicot.model.rows import ATTENTION, lay_out
 
 CPU = torch.device("cpu")
+ROW = st.lists(st.integers(0, 2), min_size=1, max_size=6)
 # two groups: their plans begin alike, one is the beginning of another, two are equal, and one prompt begins the other
 PROMPTS = [[0, 8, 9, 10]] * 4 + [[0, 8, 9]] * 2
 PLANS = [[20, 21, 22, 1], [20, 21, 30, 31, 32, 1], [20, 21, 30, 31, 32, 1], [40], [41, 1], [42, 43]]
@@ -92,6 +95,25 @@ def test_layout() -> None:
     assert layout.token_at.tolist() == [0, 1, 2, 0, 1, 0, 0, 3, 0, 4, 0, 5, 6]
     assert layout.place_of.tolist() == [0, 1, 2, 7, 9, 11, 12]
     assert layout.copies.tolist() == [3, 4, 6] and layout.copied.tolist() == [0, 1, 0]
+
+
+@given(st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=3))
+def test_any_layout(blocks: list[list[list[int]]]) -> None:
+    ids, tables, layout = lay_out(blocks, CPU)
+    assert [[[ids[i] for i in tokens] for tokens in table] for table in tables] == blocks
+    rows = [tokens for table in tables for tokens in table]
+    for tokens in rows:
+        assert layout.positions[tokens].tolist() == list(range(len(tokens)))
+    every = [i for tokens in rows for i in tokens]
+    assert sorted(set(every)) == list(range(len(ids))), "each token is in a row"
+    assert len(layout.token_at) == sum(S * L for S, L in layout.shapes)
+    # every place of a row is the first one of its token, or a copy
+    places = torch.cat([layout.place_of, layout.copies]).tolist()
+    assert len(set(places)) == len(places) == len(every)
+    assert torch.equal(layout.token_at[layout.place_of], torch.arange(len(ids)))
+    assert torch.equal(layout.token_at[layout.copies], layout.copied)
+    beginnings = sum(len({tuple(row[: i + 1]) for row in block for i in range(len(row))}) for block in blocks)
+    assert len(ids) >= beginnings == len(lay_out(list(map(sorted, blocks)), CPU)[0]), "sorted, each is there once"
 
 
 def test_the_same_rows_twice_are_the_same_bits() -> None:
