@@ -66,5 +66,5 @@ class Packed:
 
 def upload(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """A tensor of the host, or lists of integers, on the device, without waiting for what the device is doing."""
-    tensor = torch.as_tensor(values)
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
