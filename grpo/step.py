@@ -24,8 +24,9 @@ def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder,
     """Forward the plans and the pictures of a micro-batch: the text stream and the image stream."""
     num_samples, num_tokens = rollout.image_tokens.shape
     guided = config.policy_logits == "guided" and config.cfg_weight != 1
-    image_prompts, pictures = rollout.image_prompts.tolist(), policy.image_ids(rollout.image_tokens)
-    rows = [(rollout.prompts.tolist(), rollout.plans.tolist()), (image_prompts, pictures)]
+    prompts, plans, image_prompts, tokens = rollout.ids
+    pictures = policy.image_ids(tokens)
+    rows = [(prompts, plans), (image_prompts, pictures)]
     if guided:
         rows.append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
     text_hidden, *image_hidden = policy.hidden(*rows)
@@ -68,9 +69,9 @@ def reference_logprobs(
 
 
 def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
-    """The micro-batches of a rollout."""
+    """The micro-batches of a rollout; their ids are on the host, so that no forward pass waits for the one before."""
     size = config.micro_batch
-    return [rollout[start : start + size] for start in range(0, len(rollout), size)]
+    return [rollout[start : start + size].on_host() for start in range(0, len(rollout), size)]
 
 
 def update(

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -92,6 +93,17 @@ class RolloutChunk:
         for span in self.spans:
             totals[span.name] = totals.get(span.name, 0.0) + span.seconds
         return totals
+
+    @cached_property
+    def ids(self) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
+        """Prompts, plans, image prompts and image tokens as lists, read from the device once."""
+        texts = (packed.tolist() for packed in (self.prompts, self.plans, self.image_prompts))
+        return *texts, self.image_tokens.tolist()  # type: ignore[return-value]
+
+    def on_host(self) -> RolloutChunk:
+        """Itself; from now on nobody has to wait for `ids`."""
+        _ = self.ids
+        return self
 
     def __getitem__(self, rows: slice) -> RolloutChunk:
         """Contiguous samples; `spans` stay those of the whole."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,8 +57,9 @@ class Packed:
         return list(self.values.split(self.lengths.tolist()))
 
     def tolist(self) -> list[list[int]]:
-        """The S rows as lists."""
-        return [row.tolist() for row in self.rows()]
+        """The S rows as lists, in one copy from the device."""
+        values = self.values.tolist()
+        return [values[begin:end] for begin, end in pairwise(self.offsets.tolist())]
 
     def row_of(self) -> Tensor:
         """[N] int64: which row each value belongs to, on the device of the values."""

@@ -131,9 +131,10 @@ class Policy:
         """`rows.lay_out`, on the policy's device."""
         return lay_out(blocks, self.device)
 
-    def image_ids(self, tokens: Tensor) -> list[list[int]]:
-        """[S, T] codes -> the ids that `hidden` knows them by."""
-        return (tokens + self.config.text_config.vocab_size).tolist()
+    def image_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Rows of codes -> the ids that `hidden` knows them by."""
+        vocab = self.config.text_config.vocab_size
+        return [[vocab + token for token in row] for row in tokens]
 
     def _embed(self, ids: list[int]) -> Tensor:
         """Of text and image tokens, N × D."""
@@ -152,7 +153,7 @@ class Policy:
 
     def image_hidden(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
         """Image-head features that predict each image token, packed: prompts S rows, tokens [S, T] -> [S·T, D]."""
-        return self.image_features(self.hidden((prompts, self.image_ids(tokens)))[0])
+        return self.image_features(self.hidden((prompts, self.image_ids(tokens.tolist())))[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer files."""

@@ -25,7 +25,7 @@ TOKENS = torch.arange(6 * 16).view(6, 16) * 7 % 37
 
 
 def streams(policy: Policy) -> list[Any]:
-    return [(PROMPTS, PLANS), (IMAGE_PROMPTS, policy.image_ids(TOKENS))]
+    return [(PROMPTS, PLANS), (IMAGE_PROMPTS, policy.image_ids(TOKENS.tolist()))]
 
 
 def one_by_one(policy: Policy) -> list[Tensor]:

@@ -389,6 +389,20 @@ def test_what_cannot_be_sampled_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert "driver not loaded" in str(power.Sampler(torch.device("cuda")).missing)
 
 
+def test_random_weights_of_a_shape(tmp_path: Path) -> None:
+    """As gpu.sh profiles Janus-Pro-1B: bfloat16, guidance, activations recomputed."""
+    command = [sys.executable, "-m", "bicot.bench.step_profile", "--device", "cpu", "--shape", "tiny", "--tiny"]
+    command += ["--steps", "2", "--output", str(tmp_path / "profile.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "profile.json").read_text())
+    rows = {row["phase"]: row for row in result["rows"]}
+    assert result["command"].endswith("--device cpu --shape tiny") and result["images"] == 2 * 2 * 2
+    assert list(result["ceilings"]["gemm_tflops"]) == ["bfloat16"] and rows["optimizer"]["calls"] == 2 + 1
+    assert all(rows[phase]["floor_ms"] for phase in ("prefill", "image decode", "reference", "forward", "backward"))
+
+
 def test_train_py_profiles_instead_of_training(tmp_path: Path) -> None:
     output = tmp_path / "new" / "profile.json"
     command = [sys.executable, str(ROOT / "train.py"), "--profile", str(output), "--output_dir", str(tmp_path / "run")]
