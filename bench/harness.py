@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..kernels.dispatch import Impl
+from ..kernels.rms_norm import rms_norm
 
 Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
 
@@ -252,6 +253,30 @@ def gemm_tflops(device: str, dtype: torch.dtype, tiny: bool) -> float:
     size = 256 if tiny else 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / _best_ms(lambda: a @ a, device) / 1e9
+
+
+@functools.cache
+def launch_us(device: str) -> float:
+    """Microseconds that each of a hundred kernels with next to nothing to do takes; in a CUDA graph on a GPU."""
+    x, weight = torch.ones(1, 64, device=device), torch.ones(64, device=device)
+
+    def run() -> Tensor:
+        for _ in range(100):
+            out = rms_norm(x, weight, 1e-6)
+        return out
+
+    launch: Callable[[], Tensor] = run
+    if device == "cuda":
+        run()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run()
+
+        def launch() -> Tensor:
+            graph.replay()
+            return out
+
+    return 1e3 * _best_ms(launch, device) / 100
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:

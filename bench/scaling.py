@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
-from .harness import copy_gbps, finish, gemm_tflops, hardware, short, short_collections, write_svg
+from .harness import copy_gbps, finish, gemm_tflops, hardware, launch_us, short, short_collections, write_svg
 from .models import ShapeTrainer, published_config, toy_config
 from .step_work import picture_work
 
@@ -269,7 +269,10 @@ def section(result: dict[str, Any]) -> str:
         rows.append(["", "fit", *exponents, residual])
     product = ", ".join(f"{name} {number(rate)} TFLOP/s" for name, rate in result["ceilings"]["gemm_tflops"].items())
     links = [number(p["link_gbps"]) for s in result["series"] for p in s["points"] if p.get("link_gbps")]
-    said = [f"Ceilings: copy {number(result['ceilings']['copy_gbps'])} GB/s, {product}."]
+    said = [
+        f"Ceilings: copy {number(result['ceilings']['copy_gbps'])} GB/s, {product}, "
+        f"{number(result['ceilings']['launch_us'])} µs a kernel."
+    ]
     said += [f"The sum of 64 MiB over the ranks: {', '.join(links)} GB/s."] if links else []
     said += [f"Not run: {reason}." for reason in result["skipped"]]
     return f"""## scaling on {result.get("gpu", "the CPU")}
@@ -305,9 +308,9 @@ def main() -> None:
     result: dict[str, Any] = {"bench": "scaling", "about": " ".join([what[0].upper() + what[1:], *how])}
     result |= {"command": f"{COMMAND} --device {device}", **hardware(device), "device": device}
     result |= {"series": [], "skipped": []}
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rates = {short(dtype): round(gemm_tflops(device, dtype, tiny), 3)}
+    rates = {short(dtype): round(gemm_tflops(device, dtype, tiny), 3) for dtype in (torch.float32, torch.bfloat16)}
     result["ceilings"] = {"copy_gbps": round(copy_gbps(device, tiny), 1), "gemm_tflops": rates}
+    result["ceilings"]["launch_us"] = round(launch_us(device), 2)
 
     trainer, ranks = None, Ranks(0, 1, torch.device(device))
     every = all_series(device, tiny)

@@ -8,7 +8,8 @@ lacks its gradient's product. AdamW reads and writes 32 bytes a trained weight, 
 6 for each micro-batch. Lengths of plans are normal, rounded, and cut to [1, longest], and all GPUs wait for the longest
 of all their plans. What GPUs send each other hides behind nothing and has no latency: a reduce-scatter or an all-gather
 takes (n-1)/n of its bytes, an all-reduce twice that, over the slower of a GPU's links in its node and all of the node's
-links out. Rewards are hidden unless they are given seconds.
+links out. Rewards are hidden unless they are given seconds. Each kernel takes `launch_us` longer than its bytes or
+FLOPs: 9 a layer and 10 beside them in a decode step, 45 a layer in a forward and 60 in a backward pass.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ from typing import NamedTuple
 from .models import Shape
 
 GIB = 2**30
+# Kernels: of the engine as it is written; of transformers' layers as torch.profiler counts them, without views.
+DECODE, HEAD, FORWARD, BACKWARD = 9, 10, 45, 60
 KEPT, KEPT_TO_RECOMPUTE = 34, 2  # bytes a layer, token and hidden number in training (Korthikanti et al. 2022)
 
 
 class GPU(NamedTuple):
-    """GB/s of a copy, TFLOP/s of a matrix product, GiB of memory."""
+    """GB/s of a copy, TFLOP/s of a matrix product, GiB of memory, microseconds of a kernel with nothing to do."""
 
     gbps: float
     tflops: float
     gib: float
+    launch_us: float = 0.0
 
 
 # H200: rates as measured. H100: the same processor; the bandwidth by the ratio of the data sheets, 3.35 to 4.8 TB/s.
-GPUS = {"H200": GPU(4300, 790, 140), "H100": GPU(3000, 790, 79)}
+# Launches: an estimate, with which they take 30 % of a decode step of Janus-Pro-1B at few rows.
+GPUS = {"H200": GPU(4300, 790, 140, 1.1), "H100": GPU(3000, 790, 79, 1.1)}
 
 
 @dataclass(frozen=True)
@@ -201,11 +206,21 @@ def text_step(step: Step, running: float, context: float, gpu: GPU, goes_on: flo
     return slower(nbytes, 2 * step.text_weights * running, gpu)
 
 
+def launches(step: Step, gpu: GPU) -> float:
+    """Seconds of a decode step."""
+    return (DECODE * step.shape.layers + HEAD) * gpu.launch_us / 1e6
+
+
+def _waits(step: Step, cluster: Cluster) -> list[float]:
+    """How likely it is that any plan of all GPUs has 1, 2, … tokens or more."""
+    parts = math.ceil(step.images / step.max_rows)
+    return [1 - (1 - reach) ** (step.images / parts * cluster.gpus) for reach in step.plans.reach()]
+
+
 def _plans(step: Step, cluster: Cluster) -> Cost:
     parts = math.ceil(step.images / step.max_rows)
     seconds: dict[str, float] = defaultdict(float)
-    for t, reach in enumerate(step.plans.reach(), 1):
-        goes_on = 1 - (1 - reach) ** (step.images / parts * cluster.gpus)
+    for t, (reach, goes_on) in enumerate(zip(step.plans.reach(), _waits(step, cluster), strict=True), 1):
         cost = text_step(step, step.images / parts * reach, step.prompt_tokens + t, cluster.gpu, goes_on)
         seconds[cost.bound] += parts * cost.seconds
     return Cost(sum(seconds.values()), max(seconds, key=seconds.__getitem__))
@@ -267,6 +282,12 @@ def predict(step: Step, cluster: Cluster) -> Prediction:
     if step.reference:
         costs["reference/body"] = slower(0, 2 * body * tokens, gpu, mfu)
         costs["reference/heads"] = slower(0, 2 * (text_head + image_head), gpu, mfu)
+    layers = step.accumulation * step.shape.layers * gpu.launch_us / 1e6
+    of_passes = {"train": FORWARD * (1 + step.recompute) + BACKWARD, "reference": FORWARD * step.reference}
+    kernels = {phase: count * layers for phase, count in of_passes.items()}
+    kernels["plan"] = math.ceil(images / step.max_rows) * sum(_waits(step, cluster)) * launches(step, gpu)
+    kernels["draw"] = parts * step.image_tokens * launches(step, gpu)
+    costs |= {f"{phase}/launches": Cost(seconds, "launches") for phase, seconds in kernels.items() if seconds}
     costs |= {name: Cost(seconds, "links") for name, seconds in _messages(step, cluster).items()}
     return Prediction(images * cluster.gpus, costs, used / GIB)
 
@@ -274,5 +295,6 @@ def predict(step: Step, cluster: Cluster) -> Prediction:
 def efficiency(step: Step, cluster: Cluster) -> float:
     """Images a second, as a share of those of GPUs that never wait for each other and have memory for all rows."""
     free = replace(cluster, gpu=cluster.gpu._replace(gib=math.inf), within=math.inf, across=math.inf)
-    waits = _plans(step, free).seconds - _plans(step, replace(free, gpus=1)).seconds
+    alone, together = (predict(step, replace(free, gpus=n)).by("phase")["plan"] for n in (1, free.gpus))
+    waits = together - alone  # of prefill and weights, which wait for nobody, both have the same
     return (predict(step, free).seconds - waits) / predict(step, cluster).seconds

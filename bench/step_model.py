@@ -20,7 +20,7 @@ from typing import Any
 from . import step_costs
 from .harness import finish, hardware, label
 from .models import SHAPES
-from .step_costs import GPU, GPUS, Cluster, Plans, Step, efficiency, image_step, predict, text_step
+from .step_costs import GPU, GPUS, Cluster, Plans, Step, efficiency, image_step, launches, predict, text_step
 
 COMMAND = "python -m bicot.bench.step_model"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -44,7 +44,7 @@ def floors() -> list[dict[str, Any]]:
         for images, value in zip(FLOOR_IMAGES, held, strict=True):
             step = Step(SHAPES[model], prompts=images // 8, accumulation=images // 8)
             alone = replace(step, prompts=images, generations=1)
-            h200 = Cluster(GPUS["H200"]._replace(gib=math.inf))
+            h200 = Cluster(GPUS["H200"]._replace(gib=math.inf, launch_us=0))
             found, apart = predict(step, h200), predict(alone, h200).costs
             every = found.costs | {part: apart[part] for part in ("train/body", "reference/body")}
             row = {"model": model, "images": images, "held": value}
@@ -90,7 +90,8 @@ def ceilings(result: dict[str, Any], results: Sequence[dict[str, Any]], dtype: s
             missing.append(f"{what} of {dtype}")
         rates.append(own or (median(known) if known else math.inf))
     copy, product = rates
-    return GPU(copy, product, math.inf), ", ".join(missing)
+    took = [each["ceilings"]["launch_us"] for each in (result, *same) if each.get("ceilings", {}).get("launch_us")]
+    return GPU(copy, product, math.inf, took[0] if took else 0.0), ", ".join(missing)
 
 
 def rollout_points(row: dict[str, Any], gpu: GPU) -> Iterator[Point]:
@@ -100,7 +101,7 @@ def rollout_points(row: dict[str, Any], gpu: GPU) -> Iterator[Point]:
     context = case["context"] + (case["steps"] + 1) / 2
     image = case["stage"] == "image"
     cost = image_step(step, case["rows"] / 2, context, gpu) if image else text_step(step, case["rows"], context, gpu)
-    yield "decode step", cost.seconds, row["ms"][1] / 1e3
+    yield "decode step", cost.seconds + launches(step, gpu), row["ms"][1] / 1e3
 
 
 def scaling_points(point: dict[str, Any], gpu: GPU) -> Iterator[Point]:
@@ -152,7 +153,10 @@ def section(result: dict[str, Any]) -> str:
         fits = row["images_per_second"] > 0
         cells = projected.setdefault((row["model"], row["gpu"], f"ZeRO-{row['zero']}"), [])
         cells.append(cell if fits else f"does not fit: {row['state_gib']:.0f} GiB but for keys and values")
-    gpus = "; ".join(f"{name} {g.gbps:g} GB/s, {g.tflops:g} TFLOP/s, {g.gib:g} GiB" for name, g in GPUS.items())
+    gpus = "; ".join(
+        f"{name} {g.gbps:g} GB/s, {g.tflops:g} TFLOP/s, {g.gib:g} GiB, {g.launch_us:g} µs a launch"
+        for name, g in GPUS.items()
+    )
     assumed = (
         f"Assumed: plans of {LENGTHS.mean:g} ± {LENGTHS.deviation:g} tokens and at most {LENGTHS.longest}; nodes of "
     )
@@ -190,8 +194,9 @@ never wait for each other and have memory for all rows.
 {table(["model", "GPU", "", *(f"{n:,} GPUs" for n in PROJECTED)], [[*key, *cells] for key, cells in projected.items()])}
 
 Predicted beside measured, with the measuring machine's own ceilings and training at {Step.mfu:.0%} of them. Below 1 the
-machine takes longer than the model: launches, attention, caches and the host are not in it. Above 1 it takes less: what
-a copy or a square product reaches is not the most that another shape, or an algorithm with fewer products, can reach.
+machine takes longer than the model: attention, caches and the host between kernels are not in it. Above 1 it takes
+less: what a copy or a square product reaches is not the most that another shape, or an algorithm with fewer products,
+can reach.
 {spread}
 
 {table(["bench", "case", "of", "predicted ms", "measured ms", "ratio", "ratios of its phases"], lines)}

@@ -36,7 +36,9 @@ def describe(samples: Sequence[Sample]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file, and the first seed's picture beside it")
+    parser.add_argument(
+        "--output", type=Path, help="also write the JSON to this file, the first seed's picture beside it"
+    )
     parser.add_argument("train_options", nargs="*", help="passed on to train.py, after --")
     arguments = parser.parse_args()
     if arguments.output:

@@ -142,6 +142,10 @@ def test_files_are_whole_or_not_there(tmp_path: Path) -> None:
     assert Path("/dev/null").is_char_device()
 
 
+def test_a_launch_takes_microseconds() -> None:
+    assert 0.1 < harness.launch_us("cpu") < 1000
+
+
 def test_the_toys_settings_without_a_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cli = pytest.importorskip("bicot.grpo.cli")

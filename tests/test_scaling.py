@@ -150,7 +150,7 @@ def test_section_and_picture(tmp_path: Path) -> None:
         "series": series,
         "skipped": ["x: y"],
     }
-    result |= {"ceilings": {"copy_gbps": 40.0, "gemm_tflops": {"float32": 0.2}}}
+    result |= {"ceilings": {"copy_gbps": 40.0, "gemm_tflops": {"float32": 0.2}, "launch_us": 4.0}}
     page = scaling.section(result)
     assert "## scaling on the CPU\n\n`run it` on A (B), 2 threads" in page and "Not run: x: y." in page
     assert "| prompts, toy | 1 | 1000 | 500 | 0.00 | 10.0 |\n|  | 2 | 2000 | 1000 | 0.00 | 5.00 |" in page

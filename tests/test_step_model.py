@@ -21,7 +21,7 @@ from bicot.bench.step_costs import GPU, GPUS, Cluster, Plans, Step, efficiency, 
 H200 = GPUS["H200"]
 SAME_PARTS, ALL_PARTS = 0.01, 0.06  # of the floors; they are rounded to a tenth of an image besides
 
-gpus = st.builds(GPU, st.floats(100, 1e4), st.floats(10, 2e3), st.floats(24, 300))
+gpus = st.builds(GPU, st.floats(100, 1e4), st.floats(10, 2e3), st.floats(24, 300), st.sampled_from([0.0, 1.0, 30.0]))
 plans = st.builds(Plans, st.floats(1, 300), st.sampled_from([0, 1, 30]), st.integers(1, 400))
 steps = st.builds(
     Step,
@@ -82,6 +82,9 @@ def test_a_step_by_hand() -> None:
         2 * body * tokens + 2 * (2 * 3 * text + 2 * 4 * image)
     )
     assert costs["decode/pictures"].seconds == pytest.approx(2 * 1000) and costs["reward/wait"] == (1.0, "rewards")
+    launches = predict(step, Cluster(GPU(math.inf, math.inf, math.inf, 1e6))).by("phase")  # a second each
+    assert launches["plan"] == 3 * (9 * 2 + 10) and launches["draw"] == 2 * 4 * (9 * 2 + 10)
+    assert launches["train"] == 2 * (45 + 60) and launches["reference"] == 2 * 45
     assert costs["plan/prefill"].seconds == pytest.approx(2 * body * 7)  # a prompt is prefilled once for its group
     assert costs["draw/prefill"].seconds == pytest.approx(2 * body * (2 + 2) * 9)  # and each part's shared prefix
     recomputed = predict(replace(step, recompute=True, reference=False), Cluster(GPU(math.inf, 1e-12 / 0.6, math.inf)))
@@ -127,9 +130,8 @@ def test_efficiency_is_a_share(step: Step, gpu: GPU, zero: int, n: int, within: 
 def test_better_hardware_is_never_slower(step: Step, gpu: GPU, zero: int, n: int, times: float) -> None:
     before = seconds_of(step, gpu, gpus=n, zero=zero)
     for name in GPU._fields:
-        assert seconds_of(step, gpu._replace(**{name: times * getattr(gpu, name)}), gpus=n, zero=zero) <= before * (
-            1 + 1e-9
-        )
+        better = getattr(gpu, name) * (1 / times if name == "launch_us" else times)
+        assert seconds_of(step, gpu._replace(**{name: better}), gpus=n, zero=zero) <= before * (1 + 1e-9)
     assert seconds_of(step, gpu, gpus=n, zero=zero, within=450 * times, across=50 * times) <= before * (1 + 1e-9)
     assert seconds_of(replace(step, reference=False), gpu, gpus=n, zero=zero) <= before
     assert seconds_of(replace(step, mfu=step.mfu / times), gpu, gpus=n, zero=zero) >= before
@@ -200,7 +202,7 @@ def test_plans() -> None:
     together = predict(replace(step, plans=Plans()), Cluster(H200)).costs["plan/decode"].seconds
     assert in_four - together == pytest.approx(3 * 80 * 2 * step.text_weights / 4.3e12)  # weights are read four times
     endless = Cluster(H200, 64, within=math.inf, across=math.inf)
-    lost = (waited(64) - waited(1)) * 2 * step.text_weights / 4.3e12
+    lost = (waited(64) - waited(1)) * (2 * step.text_weights / 4.3e12 + (9 * 24 + 10) * 1.1e-6)
     assert 1 - efficiency(step, endless) == pytest.approx(lost / predict(step, endless).seconds) and lost > 0.01
     assert waited(1) == pytest.approx(1.766 * 20, rel=0.05)  # the expected largest of 16 normal numbers
     assert waited(64) == pytest.approx(3.25 * 20, rel=0.05)  # of 1,024
@@ -229,6 +231,8 @@ def test_ceilings_are_the_runs_own_or_its_machines() -> None:
         "gemm_tflops of bfloat16",
     )
     assert step_model.ceilings(machine(), others, "float32")[0].gbps == 9
+    others[0]["ceilings"]["launch_us"] = 5.0
+    assert step_model.ceilings(run, [run, *others], "float32")[0].launch_us == 5
 
 
 def test_validation(tmp_path: Path) -> None:
@@ -277,7 +281,7 @@ def test_command_and_section(
     result = json.loads((tmp_path / "r.json").read_text())
     assert json.loads(lines[-1]) == result and any(line.startswith("reference/weights") for line in lines)
     step = Step(SHAPES["Janus-Pro-1B"], 4, plans=Plans(70, 9, 99), recompute=True, mfu=0.5)
-    assert result["asked"] == step_model.summary(step, Cluster(GPU(2000, 790, 79), 64, 3))
+    assert result["asked"] == step_model.summary(step, Cluster(GPU(2000, 790, 79, 1.1), 64, 3))
     assert len(result["projection"]) == 2 * 2 * 2 * 4 and result["validation"]
     result["projection"][0]["images_per_second"] = 0
     page = step_model.section(result)
