@@ -85,7 +85,7 @@ if [[ $tests ]]; then
     step tests 150 "${command[@]}"
 fi
 if [[ $device == cuda ]]; then
-    bench step_profile 60 --shape Janus-Pro-1B
+    bench step_profile 120 --shape Janus-Pro-1B --steps 2 # every kernel of every decode step is an event
 else
     bench step_profile 60 --steps 5
 fi

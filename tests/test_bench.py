@@ -261,21 +261,21 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
 
 def test_scripts_name_what_failed(tmp_path: Path) -> None:
     stub = tmp_path / "python"
-    cases = '*bench_cfg_sample*|*"-m pytest"*) exit 3;; *bench_step*) sleep 60;;'
+    cases = '*bench_cfg_sample*|*"-m pytest"*) exit 3;; *bench.scaling*) sleep 60;;'
     stub.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\necho "ran $*"\n')
     stub.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(stub), "CMAKE": "true"}
     command = [*GPU_SH, "--seconds", "6", str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     lines = done.stdout.splitlines()
-    assert done.returncode == 1 and lines[-1].startswith("FAILED: tests step") and "cfg_sample" in lines[-1]
-    assert "===== step: exit status 124 after" in done.stdout, "no step takes the time of the next session"
+    assert done.returncode == 1 and lines[-1].startswith("FAILED: tests cfg_sample scaling")
+    assert "===== scaling: exit status 124 after" in done.stdout, "no step takes more than what is left"
     out = tmp_path / "out" / "results"
     for bench in report.KERNELS:
         ran = f"ran -m bicot.bench.bench_{bench} --device cuda --output {out}/{bench}_cuda.json" in done.stdout
         assert ran == (bench != "cfg_sample")
-    shape = "ran -m bicot.bench.step_profile --device cuda --shape Janus-Pro-1B --output"
-    assert shape in done.stdout and f"ran -m bicot.bench.step_model --results {out} --output" in done.stdout
+    shape = "ran -m bicot.bench.step_profile --device cuda --shape Janus-Pro-1B --steps 2 --output"
+    assert shape in done.stdout
     usage = subprocess.run([*GPU_SH, "--fast", "x"], capture_output=True, text=True, timeout=60)
     assert usage.returncode == 2 and "run.sh [--tiny]" in usage.stderr
 
