@@ -117,13 +117,14 @@ class Policy:
         hidden = self.decoder(
             inputs_embeds=self._embed(ids)[None],
             position_ids=layout.positions[None],
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),  # none is made
+            # of four dimensions, it keeps transformers from making one of N x N; nobody reads it
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
             use_cache=False,
             rows=layout,
         )[0][0]
         predicting = []
-        for (prompts, _), table in zip(streams, tables, strict=True):
-            at = [i for tokens, prompt in zip(table, prompts, strict=True) for i in tokens[len(prompt) - 1 :]]
+        for stream, table in zip(streams, tables, strict=True):
+            at = [i for tokens, p, c in zip(table, *stream, strict=True) for i in tokens[len(p) - 1 :][: len(c)]]
             predicting.append(hidden.index_select(0, upload(at, self.device)))
         return predicting
 

@@ -87,6 +87,12 @@ def test_each_common_beginning_is_computed_once() -> None:
     assert seen == [(1, len(text) + len(image) + 6 * 15)]
 
 
+def test_an_empty_completion_has_no_states() -> None:
+    policy = tiny_policy()
+    (hidden,) = policy.hidden(([[0, 8], [0, 8]], [[], [9, 1]]))
+    assert torch.equal(hidden, policy.hidden(([[0, 8]], [[9, 1]]))[0])
+
+
 def test_layout() -> None:
     ids, tables, layout = lay_out([[[5, 6, 7], [5, 6], [5, 8]], [[5], [9, 9]]], CPU)
     assert ids == [5, 6, 7, 8, 5, 9, 9], "what two streams have in common is computed twice"
