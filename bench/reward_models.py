@@ -155,7 +155,8 @@ def _model(kind: Any, config: Any, device: str, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)  # at no moment twice the memory
     try:
         with torch.device(device):
-            return lively(kind(config))
+            model = kind(config)
+        return lively(model.to(device))  # GroundingDINO makes a parameter with torch.Tensor(...), always on the CPU
     finally:
         torch.set_default_dtype(before)
 

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 from tiny import ROOT
 from torch import Tensor
 
-from bicot.bench import harness, models, report
+from bicot.bench import bench_rewards, harness, models, report, reward_models
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
 
 GPU_SH = ["bash", str(ROOT / "bench" / "gpu.sh")]
@@ -196,6 +196,17 @@ def test_triton_providers_are_right(bench: str, monkeypatch: pytest.MonkeyPatch)
                 case.check(provider, inputs, error_of)
             except (ImportError, Unavailable):
                 assert not name.startswith("ours")
+
+
+@pytest.mark.parametrize("name", bench_rewards.REWARDS)
+def test_all_of_a_reward_model_is_on_its_device(name: str) -> None:
+    """Plain tensors too, which `.to` does not move; without a GPU the device is "meta"."""
+    make, _, _ = bench_rewards.REWARDS[name]
+    model = make(reward_models.TINY, "meta", torch.float32).model
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    for path, module in model.named_modules():
+        tensors |= {f"{path}.{key}": value for key, value in vars(module).items() if isinstance(value, Tensor)}
+    assert len(tensors) > 20 and not [key for key, value in tensors.items() if value.device.type != "meta"]
 
 
 def beyond(*names: str) -> set[str]:
