@@ -121,12 +121,18 @@ def write_plans(policy: Policy, prompts: Sequence[Sequence[int]], config: Config
 
 
 @torch.no_grad()
-def draw(policy: Policy, prompts: Sequence[Sequence[int]], encoder: PromptEncoder, config: Config) -> Tensor:
-    """Stage 2: image tokens [S, T]."""
+def draw(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    encoder: PromptEncoder,
+    config: Config,
+    length: int | None = None,
+) -> Tensor:
+    """Stage 2: image tokens [S, T], or only the first `length`."""
     rows = [row for prompt in prompts for row in (prompt, encoder.unconditional_ids(len(prompt)))]
     ids, mask = padded(rows, policy.tokenizer.pad_token_id, policy.device, left=True)
     embeds, cache, drawn = policy.embed_text(ids), DynamicCache(), []
-    for _ in range(policy.num_image_tokens):
+    for _ in range(length or policy.num_image_tokens):
         output = policy.decoder(inputs_embeds=embeds, attention_mask=mask, past_key_values=cache, use_cache=True)
         logits = policy.model.model.generation_head(output.last_hidden_state[:, -1])
         cond, uncond = logits[0::2], logits[1::2]

@@ -47,9 +47,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def by_case(result: Mapping[str, Any]) -> dict[str, Times]:
+    """Whole steps by the image: those of two providers can differ in size."""
     cases: dict[str, Times] = {}
     for row in result["rows"]:
-        cases.setdefault(label(row["case"]), {})[row["provider"]] = row["ms"] if "ms" in row else row["seconds"]
+        times = row["ms"] if "ms" in row else [seconds / row.get("images", 1) for seconds in row["seconds"]]
+        cases.setdefault(label(row["case"]), {})[row["provider"]] = times
     return cases
 
 

@@ -33,7 +33,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 FORMAT = PromptFormat("t2i_r1", "", "plan {}")
 EXAMPLES = [Example(p, "object") for p in ("a red circle", "two blue square and a circle of w1 w2", "w3", "a w7 w8")]
 G = 3
-SETTING = bench_step.settings("cpu", True, 16)[1]
+SETTING = bench_step.settings("cpu", True, "tiny")[0]
 PHASES = {"plan", "draw", "decode", "reward", "reference", "train"}
 
 
@@ -296,27 +296,66 @@ def test_another_algorithm_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_the_walk_and_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "step.json"
-    assert run_main(monkeypatch, "--output", str(file)) == 0
+    assert run_main(monkeypatch, "--repeats", "2", "--output", str(file)) == 0
     result = json.loads(file.read_text())
     ours, baseline = result["rows"]
     assert (ours["provider"], baseline["provider"]) == ("ours", "baseline") and ours["case"] == baseline["case"]
+    assert (ours["images"], baseline["images"]) == (4, 2) and "one micro-batch" in baseline["note"]
     for row in (ours, baseline):
-        assert row["images"] == 4 and row["seconds"] == sorted(row["seconds"])
-        assert row["images_per_s"] == pytest.approx(4 / row["seconds"][1], rel=0.01)
+        assert row["steps"] == 2 and row["seconds"] == sorted(row["seconds"])
+        assert row["images_per_s"] == pytest.approx(row["images"] / row["seconds"][1], rel=0.01)
         assert row["phases"].keys() == PHASES | {"rest"}
         assert sum(row["phases"].values()) == pytest.approx(row["seconds"][1], rel=0.01)
         assert row["peak_mib"] is None and row["joules_per_image"] is None
     times = result["ratios"][0]["times"]
     assert times.keys() == PHASES | {"step"}
-    assert times["draw"] == pytest.approx(baseline["phases"]["draw"] / ours["phases"]["draw"], rel=0.01)
-    assert times["step"] == pytest.approx(baseline["seconds"][1] / ours["seconds"][1], rel=0.01)
+    assert times["draw"] == pytest.approx(2 * baseline["phases"]["draw"] / ours["phases"]["draw"], rel=0.01)
+    assert times["step"] == pytest.approx(2 * baseline["seconds"][1] / ours["seconds"][1], rel=0.01), "of an image"
+
+
+def test_a_step_is_written_when_it_has_been_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, seen = tmp_path / "step.json", []
+
+    def stopped(*_: object) -> float:
+        seen.append(json.loads(file.read_text()))
+        raise RuntimeError("out of time")
+
+    monkeypatch.setattr(bench_step.Contest, "baseline", stopped)
+    assert run_main(monkeypatch, "--output", str(file)) == 1
+    (row,) = seen[0]["rows"]
+    assert row["provider"] == "ours" and row["steps"] == 1 and seen[0]["ratios"][0]["error"] < 1e-4
+    result = json.loads(file.read_text())
+    assert result["rows"] == [row] and result["failed"][0]["provider"] == "baseline"
+
+
+def test_ours_alone_for_as_long_as_there_is_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "--ours-alone", "--repeats", "9", "--seconds", "0") == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,), (entry,) = result["rows"], result["skipped"]
+    assert row["provider"] == "ours" and row["steps"] == 1 and row["seconds"] == [row["seconds"][0]] * 3
+    assert entry["provider"] == "baseline" and result["command"].endswith("--ours-alone")
+    assert "| 1 × 4 |" in bench_step.section(result)
+
+
+def test_settings_that_are_asked_for() -> None:
+    published, large = bench_step.settings("cuda", False)
+    assert (published.model, large.model) == ("Janus-Pro-1B", "Janus-Pro-7B") and published.image_tokens == 576
+    assert published.images == {"ours": 16, "baseline": 8}, "of the baseline one micro-batch"
+    assert [each.images for each in bench_step.settings("cpu", False)] == [{"ours": 64, "baseline": 64}] * 2
+    (small,) = bench_step.settings("cuda", False, "Janus-Pro-1B", 144, 32)
+    assert small.image_tokens == 144 and small.images == {"ours": 32, "baseline": 8}
+    with pytest.raises(ValueError, match="no multiple of 8"):
+        bench_step.settings("cuda", False, images=12)
 
 
 def test_section() -> None:
     case = {"model": "M", "guidance": 5.0}
     rows = [
         {
-            "case": case, "provider": name, "seconds": [1.0 * k, 2.0 * k, 3.0 * k], "images_per_s": 8 / k, "images": 16,
+            "case": case, "provider": name, "seconds": [1.0 * k, 2.0 * k, 3.0 * k], "images_per_s": 8 / k, "steps": 3,
+            "images": 16 // k, "note": "a part" if k == 4 else "",
             "phases": dict.fromkeys((*bench_step.PHASES, "rest"), 0.25 * k) | {"reward": k - 1.0}, "plan_tokens": 9.5,
             "peak_mib": 1000 * k, "joules_per_image": 30.0 * k,
         }
@@ -324,15 +363,13 @@ def test_section() -> None:
     ]  # fmt: skip
     machine = {"gpu": "H", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "device": "cuda"}
     result = {
-        "bench": "step", "about": "About.", "command": "run it", "repeats": 3, **machine, "rows": rows,
+        "bench": "step", "about": "About.", "command": "run it", **machine, "rows": rows,
         "ratios": [{"case": case, "times": bench_step.ratios(*rows), "error": 0.0}], "missing": ["power: no nvml"],
         "skipped": [{"case": {"model": "L"}, "provider": "both", "reason": "out of memory"}], "failed": [],
     }  # fmt: skip
     page = bench_step.section(result)
     assert "## step on H\n\n`run it` on H, driver 1" in page
-    assert "| M, guidance 5.0 | ours | 2.00 [1.00 to 3.00] | 8.00 | 1000 | 30.0 | 9.5 |  |" in page
-    assert "|  | baseline | 8.00 [4.00 to 12.0] | 2.00 | 4000 | 120 | 9.5 | 4.00× |" in page
-    assert "| 250 / 1000 (4.00×) | 250 / 1000 (4.00×) | 250 / 1000 (4.00×) | 0 / 3000 |" in page.replace(
-        "0.00 /", "0 /"
-    )
-    assert page.endswith("- L: skipped: out of memory\n- power: no nvml\n")
+    assert "| M, guidance 5.0 | ours | 3 × 16 | 2.00 [1.00 to 3.00] | 8.00 | 1000 | 30.0 | 9.5 |  |" in page
+    assert "|  | baseline | 3 × 4 | 8.00 [4.00 to 12.0] | 2.00 | 4000 | 120 | 9.5 | 16.0× |" in page
+    assert "| 15.6 / 250 (16.0×) | 15.6 / 250 (16.0×) | 15.6 / 250 (16.0×) | 0.00 / 750 |" in page
+    assert page.endswith("- baseline: a part\n- L, both: skipped: out of memory\n- power: no nvml\n")
