@@ -8,7 +8,6 @@ CUDA graph, the range that replayed it). Times are in microseconds, as in such a
 from __future__ import annotations
 
 import functools
-import gzip
 import json
 import math
 import statistics
@@ -25,6 +24,7 @@ import torch
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace's events
 CALLS = ("cuda_runtime", "cuda_driver")
+LISTED, LETTERS = 25, 120  # kernels in a table, and of their names, which template arguments make long
 OPERATORS = "operators"  # what stands in for a stream where there is no GPU
 
 
@@ -113,6 +113,7 @@ class Segment(NamedTuple):
     end: float
     phase: str
     stream: str = ""
+    name: str = ""  # of the kernel
 
 
 def innermost(ranges: Iterable[Range]) -> list[Segment]:
@@ -142,15 +143,15 @@ class Launch(NamedTuple):
     start: float
     end: float
     stream: str
+    name: str
 
 
 def read_trace(path: Path, ranges: Sequence[Range], thread: int) -> list[Launch]:
-    """The launches of a Chrome trace (gzip) of torch.profiler, on the clock of `ranges`, recorded together with it.
+    """The launches of a Chrome trace of torch.profiler, on the clock of `ranges`, recorded together with it.
 
     `thread` is one whose ranges the trace holds: they tell the two clocks apart.
     """
-    with gzip.open(path, "rt") as file:
-        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    events = [event for event in json.loads(path.read_bytes())["traceEvents"] if event.get("ph") == "X"]
     of: dict[str, list[Any]] = defaultdict(list)
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
         of[event.get("cat", "")].append(event)
@@ -164,7 +165,7 @@ def read_trace(path: Path, ranges: Sequence[Range], thread: int) -> list[Launch]
     for e, stream in work or ((e, OPERATORS) for e in _outermost(of["cpu_op"])):
         call = calls.get(e.get("args", {}).get("correlation"), e)
         start = e["ts"] + offset
-        found.append(Launch(call["ts"] + offset, call["tid"], start, start + e["dur"], stream))
+        found.append(Launch(call["ts"] + offset, call["tid"], start, start + e["dur"], stream, e["name"]))
     return found
 
 
@@ -189,9 +190,19 @@ def attribute(ranges: Sequence[Range], launches: Sequence[Launch], main: int) ->
         for thread in (launch.thread, main):
             at = bisect_right(starts.get(thread, []), launch.called) - 1
             if at >= 0 and launch.called < of[thread][at].end:
-                found.append(Segment(launch.start, launch.end, of[thread][at].phase, launch.stream))
+                found.append(Segment(launch.start, launch.end, of[thread][at].phase, launch.stream, launch.name))
                 break
     return found
+
+
+def longest(launches: Iterable[Launch | Segment], steps: float) -> list[list[Any]]:
+    """[name, count a step, microseconds a step] of the kernels that take most of the time, the longest first."""
+    count, us = Counter[str](), defaultdict[str, float](float)
+    for launch in launches:
+        count[launch.name] += 1
+        us[launch.name] += launch.end - launch.start
+    names = sorted(us, key=lambda name: -us[name])[:LISTED]
+    return [[name[:LETTERS], round(count[name] / steps, 3), round(us[name] / steps, 2)] for name in names]
 
 
 class Charge(NamedTuple):

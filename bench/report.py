@@ -207,6 +207,7 @@ PARTS = {
     "toy_seeds": Part(toy_seeds),
     "step": of_module("bench_step"),
     "step_profile": of_module("step_profile"),
+    "decode_kernels": of_module("decode_kernels", drawn=False),
     "scaling": of_module("scaling"),
     "step_model": of_module("step_model", drawn=False),
     **dict.fromkeys(KERNELS, Part(kernel, draw_kernel)),

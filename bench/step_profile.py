@@ -5,13 +5,16 @@ A `Trainer` takes real steps: first they are only timed, then as many under torc
 the host's in the first pass, and its gap the part in which no operator runs. On a GPU it is, in the second pass, the
 time in which its kernels run beside none of an earlier phase, and its gap, in which none runs and the host is in the
 phase; it is busy as long as its kernels run, hidden ones too. Floors: the bytes at the measured rate of a copy, or the
-FLOPs at that of a matrix product, whichever takes longer. FILE.trace.json.gz is for https://ui.perfetto.dev.
+FLOPs at that of a matrix product, whichever takes longer. FILE.trace.json.gz is for https://ui.perfetto.dev. What the
+first pass took is written before the second begins.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import os
+import shutil
 import tempfile
 import threading
 from collections import Counter, defaultdict
@@ -29,10 +32,10 @@ from transformers.utils import logging
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
 from ..grpo.trainer import Trainer
-from .harness import copy_gbps, finish, gemm_tflops, hardware, quantiles, short_collections, write_svg
+from .harness import copy_gbps, finish, gemm_tflops, hardware, quantiles, save, short_collections, write_svg
 from .models import SHAPES, ShapeTrainer, published_config, toy_config
 from .power import Sampler
-from .ranges import Charge, Recorder, Segment, Work, attribute, charge, innermost, read_trace
+from .ranges import Charge, Recorder, Segment, Work, attribute, charge, innermost, longest, read_trace
 from .step_work import NO_FLOOR, PHASES, STEP, TARGETS
 
 COMMAND = "python -m bicot.bench.step_profile"
@@ -41,14 +44,30 @@ Make = Callable[[Config, Ranks], Trainer]
 WARM_UP = 2
 CLOSE = 0.6  # of the floor's rate: the phase is bound by what the floor is of
 SHORT_US = {"cpu": 20.0, "cuda": 5.0}  # an operator or a kernel that takes less does little but start
+# The parts of a step whose kernels are listed by name.
+LISTED = {phase: [phase] for phase in ("text decode", "image decode", "reference")}
+LISTED["update"] = ["forward", "loss", "backward", "optimizer"]
+SHOWN = 6  # of those, in RESULTS.md
 TINY = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 6}
 
 
-def measure(make: Make, config: Config, ranks: Ranks, steps: int, trace: Path, tiny: bool = False) -> dict[str, Any]:
-    """Profile that many steps of a run with these settings; writes the Chrome `trace`, and nothing else."""
+def measure(
+    make: Make,
+    config: Config,
+    ranks: Ranks,
+    steps: int,
+    trace: Path,
+    tiny: bool = False,
+    write: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Profile that many steps of a run with these settings; writes the Chrome `trace` (gzip).
+
+    `write` is given what is known before the profiler starts.
+    """
     device, main = ranks.device.type, threading.get_native_id()
     on_gpu = device == "cuda"
     timed, starting, traced = (Recorder(on_gpu) for _ in range(3))
+    images = config.prompts_per_device * config.num_generations
     with tempfile.TemporaryDirectory() as folder:
         trainer = make(replace(config, output_dir=folder, resume=None, eval_file=None), ranks)
         _take(WARM_UP, trainer, Recorder(on_gpu))
@@ -57,14 +76,34 @@ def measure(make: Make, config: Config, ranks: Ranks, steps: int, trace: Path, t
         with Sampler(ranks.device) as sampler, short_collections():
             _take(steps, trainer, timed)
         peak = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
+        copy, gemm = copy_gbps(device, tiny), gemm_tflops(device, getattr(torch, config.dtype), tiny)
+        step_ms = _milliseconds(timed)
+        known = {
+            "steps": steps,
+            "images": images * ranks.size,  # of a step
+            "step_ms": [round(ms, 2) for ms in quantiles(step_ms)],
+            "images_per_second": float(f"{1e3 * images * ranks.size * steps / sum(step_ms):.4g}"),
+            "peak_mib": peak,
+            "power": sampler.summary(images * steps),
+            "ceilings": {"copy_gbps": round(copy, 1), "gemm_tflops": {config.dtype: round(gemm, 3)}},
+            "rows": [],
+            "kernels": {},
+            "streams": {},
+            "missing": [sampler.missing] if sampler.missing else [],
+        }
+        write(known)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         every_thread = _ExperimentalConfig(profile_all_threads=True)
         profiling = torch.profiler.profile(activities=activities, experimental_config=every_thread)
         with profiling as profiler, short_collections():
             _take(1, trainer, starting)  # the profiler's own beginning is in it
             _take(steps, trainer, traced)
-        profiler.export_chrome_trace(str(trace))
-    busy = attribute(traced.ranges, read_trace(trace, [*starting.ranges, *traced.ranges], main), main)
+        plain = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(plain))
+        launches = read_trace(plain, [*starting.ranges, *traced.ranges], main)
+        with plain.open("rb") as events, gzip.open(trace, "wb", compresslevel=1) as out:  # 9 takes half a minute
+            shutil.copyfileobj(events, out)
+    busy = attribute(traced.ranges, launches, main)
     alone, profiled = (innermost(r for r in recorder.ranges if r.thread == main) for recorder in (timed, traced))
     charges, shown = charge(profiled, busy, rank), traced if on_gpu else timed
     if not on_gpu:  # the times without the profiler; which part of them operators take, it tells
@@ -73,24 +112,14 @@ def measure(make: Make, config: Config, ranks: Ranks, steps: int, trace: Path, t
             phase: Charge(each.total, each.total * gaps.get(phase, 1))
             for phase, each in charge(alone, [], rank).items()
         }
-    copy, gemm = copy_gbps(device, tiny), gemm_tflops(device, getattr(torch, config.dtype), tiny)
-    rows = phase_rows(charges, busy, shown, steps, device, (copy, gemm))
-    step_ms = [_milliseconds(recorder) for recorder in (timed, traced)]
-    images = config.prompts_per_device * config.num_generations
     total = sum(each.total for each in charges.values())
-    return {
-        "steps": steps,
-        "images": images * ranks.size,  # of a step
-        "step_ms": [round(ms, 2) for ms in quantiles(step_ms[0])],
-        "profiled_step_ms": [round(ms, 2) for ms in quantiles(step_ms[1])],
-        "images_per_second": float(f"{1e3 * images * ranks.size * steps / sum(step_ms[0]):.4g}"),
+    listed = {name: longest((s for s in busy if s.phase in phases), steps) for name, phases in LISTED.items()}
+    return known | {
+        "profiled_step_ms": [round(ms, 2) for ms in quantiles(_milliseconds(traced))],
         "covered_pct": round(100 - 100 * charges.get(STEP, Charge()).total / total, 2),
-        "peak_mib": peak,
-        "power": sampler.summary(images * steps),
-        "ceilings": {"copy_gbps": round(copy, 1), "gemm_tflops": {config.dtype: round(gemm, 3)}},
-        "rows": rows,
+        "rows": phase_rows(charges, busy, shown, steps, device, (copy, gemm)),
+        "kernels": {name: kernels for name, kernels in listed.items() if kernels},
         "streams": stream_rows(busy, steps) if on_gpu else {},
-        "missing": [sampler.missing] if sampler.missing else [],
     }
 
 
@@ -198,19 +227,18 @@ def profile(
         kept = output if output and main else None
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
+        what, _, _, *how = (__doc__ or "").strip().splitlines()
+        what = what.removeprefix("step_profile: ")
+        result: dict[str, Any] = {
+            "bench": "step_profile",
+            "about": " ".join([what[0].upper() + what[1:], *how]),
+            "command": command,
+            **hardware(device),
+            "device": device,
+        }
         trace = kept.with_suffix(".trace.json.gz") if kept else Path(folder) / "trace.json.gz"
-        measured = measure(make, config, ranks, steps, trace, tiny)
-    what, _, _, *how = (__doc__ or "").strip().splitlines()
-    what = what.removeprefix("step_profile: ")
-    result: dict[str, Any] = {
-        "bench": "step_profile",
-        "about": " ".join([what[0].upper() + what[1:], *how]),
-        "command": command,
-        **hardware(device),
-        "device": device,
-        **measured,
-        "trace": trace.name if kept else None,
-    }
+        result |= measure(make, config, ranks, steps, trace, tiny, lambda known: save(result | known, kept))
+    result["trace"] = trace.name if kept else None
     if kept:
         try:
             draw(result, kept.with_suffix(".svg"))
@@ -278,9 +306,12 @@ def section(result: dict[str, Any]) -> str:
     p20, p50, p80 = map(number, result["step_ms"])
     copy, gemm = result["ceilings"]["copy_gbps"], result["ceilings"]["gemm_tflops"]
     said = [
-        f"A step of {result['images']} images takes {p50} ms [{p20} to {p80}], under the profiler "
-        f"{number(result['profiled_step_ms'][1])}: {number(result['images_per_second'])} images a second. The phases "
-        f"cover {result['covered_pct']:.1f} % of it.",
+        f"A step of {result['images']} images takes {p50} ms [{p20} to {p80}]: {number(result['images_per_second'])} "
+        "images a second.",
+        f"Under the profiler it takes {number(result['profiled_step_ms'][1])} ms. The phases cover "
+        f"{result['covered_pct']:.1f} % of it."
+        if lines
+        else "The profile of it did not end.",
         f"Ceilings: copy {number(copy)} GB/s, {', '.join(f'{d} {number(rate)} TFLOP/s' for d, rate in gemm.items())}.",
     ]
     if any(row["floor_ms"] and row["floor_ms"] > row["ms"] for row in result["rows"]):
@@ -292,13 +323,20 @@ def section(result: dict[str, Any]) -> str:
         f"\n- {stream}: {', '.join(f'{phase} {number(ms)} ms' for phase, ms in phases.items())}"
         for stream, phases in result["streams"].items()
     )
+    names = [
+        [part if not i else "", f"`{name}`", number(count), number(us)]
+        for part, kernels in result.get("kernels", {}).items()
+        for i, (name, count, us) in enumerate(kernels[:SHOWN])
+    ]
+    unit = "kernel" if gpu else "operator"
+    by_name = f"\n{table(['of a step', unit, 'count', 'µs'], names)}\n" if names else ""
     return f"""## step_profile on {result.get("gpu", "the CPU")}
 
 `{result["command"]}` on {machine(result)}.
 {result["about"]} {" ".join(said)}
 
 {table(header, lines)}
-{streams}
+{by_name}{streams}
 """
 
 
@@ -313,8 +351,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
-    if arguments.steps < 2:
-        parser.error("--steps: quantiles need two or more")
     torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     shape = arguments.shape

@@ -17,10 +17,11 @@ import pytest
 import torch
 from tiny import ROOT, tiny_policy
 
-from bicot.bench import bench_rollout, models, power, step_profile, step_work
+from bicot.bench import bench_rollout, decode_kernels, models, power, step_profile, step_work
 from bicot.bench.ranges import (
     OPERATORS,
     Charge,
+    Launch,
     Range,
     Recorder,
     Segment,
@@ -29,8 +30,10 @@ from bicot.bench.ranges import (
     attribute,
     charge,
     innermost,
+    longest,
     read_trace,
 )
+from bicot.bench.report import number
 from bicot.grpo.config import Config
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.trainer import Trainer
@@ -86,6 +89,13 @@ def test_the_phases_cover_a_toy_step(profiled: tuple[dict[str, Any], Path]) -> N
         "prefill", "text decode", "image decode", "VQ", "reference", "forward", "loss", "backward", "optimizer",
     }  # fmt: skip
     assert rows["image decode"]["launches"] > 64 * 4 * 5 and rows["tokenizer"]["launches"] == 0
+    kernels, phases = result["kernels"], step_profile.LISTED
+    assert kernels.keys() == phases.keys() and all(0 < len(table) <= 25 for table in kernels.values())
+    for part, table in kernels.items():
+        busy_us = sum(1e3 * rows[phase]["busy_ms"] for phase in phases[part])
+        assert 0.8 * busy_us < sum(us for _, _, us in table) <= busy_us + 5
+        assert sum(count for _, count, _ in table) <= sum(rows[phase]["launches"] for phase in phases[part]) + 0.1
+    assert "aten::linear" in {name for name, _, _ in kernels["image decode"]}
     assert result["images"] == 12 and result["power"] == {} and "no GPU" in result["missing"][0]
 
 
@@ -95,11 +105,23 @@ def test_what_lies_beside_the_json(profiled: tuple[dict[str, Any], Path]) -> Non
     seen = Counter(e["name"] for e in events if e.get("cat") == "user_annotation")
     assert seen["step"] == 3 and seen["image decode"] == 3 and seen["reward scene"] == 3
     page = step_profile.section(result)
+    name, count, us = result["kernels"]["update"][0]
+    assert f"\n| update | `{name}` | {number(count)} | {number(us)} |\n" in page
     for row in result["rows"]:
         assert f"\n| {row['phase']} | " in page
     assert "Missing: power" in page and "no floor: the links" in page
     pytest.importorskip("matplotlib")
     assert (file.parent / f"{file.stem}.svg").read_text().count("<path") > 20
+
+
+def test_the_timed_pass_is_written_before_the_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "step.json"
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: exec("raise RuntimeError('out of time')"))
+    with pytest.raises(RuntimeError, match="out of time"):
+        step_profile.profile(settings(tmp_path), ALONE, file, 1, tiny=True)
+    result = json.loads(file.read_text())
+    assert result["step_ms"][0] == result["step_ms"][2] > 0 and result["rows"] == []
+    assert "The profile of it did not end." in step_profile.section(result)
 
 
 def test_a_profiled_step_is_the_same_step(tmp_path: Path) -> None:
@@ -196,9 +218,8 @@ def test_a_kernel_belongs_to_the_range_that_launched_it(tmp_path: Path) -> None:
     ]
     others = [event("user_annotation", "Optimizer.step#AdamW.step", main, shift + 85, 1)]
     others += [event("user_annotation", "reward hps", scorer, shift + 20, 40), event("cpu_op", "mm", main, shift, 9)]
-    file = tmp_path / "trace.json.gz"
-    with gzip.open(file, "wt") as out:
-        json.dump({"traceEvents": [*kernels, *noted, *others, *calls, {"ph": "M", "name": "process_name"}]}, out)
+    file = tmp_path / "trace.json"
+    file.write_text(json.dumps({"traceEvents": [*kernels, *noted, *others, *calls, {"ph": "M", "name": "process"}]}))
     busy = attribute(ranges, read_trace(file, ranges, main), main)
     assert sorted((round(s.start, 3), s.end - s.start, s.phase, s.stream) for s in busy) == [
         (14.5, 10, "image decode", "stream 7"),
@@ -208,6 +229,7 @@ def test_a_kernel_belongs_to_the_range_that_launched_it(tmp_path: Path) -> None:
         (62.5, 10, "backward", "stream 7"),
         (92.5, 1, "step", "stream 7"),
     ]
+    assert {s.name for s in busy if s.phase == "image decode"} == {"first of a graph", "second of a graph"}
     assert step_profile.stream_rows(busy, 1) == {
         "stream 7": {"image decode": 0.02, "backward": 0.011, "idle": 0.001},
         "stream 9": {"reward hps": 0.01},
@@ -217,7 +239,7 @@ def test_a_kernel_belongs_to_the_range_that_launched_it(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_operators_stand_in(tmp_path: Path) -> None:
-    file = tmp_path / "trace.json.gz"
+    file = tmp_path / "trace.json"
     events = [event("user_annotation", "step", 1, 10, 90)]
     events += [
         event("cpu_op", "linear", 1, 20, 30),
@@ -225,12 +247,12 @@ def test_without_a_gpu_operators_stand_in(tmp_path: Path) -> None:
         event("cpu_op", "t", 2, 30, 5),
     ]
     events += [event("cpu_op", "add", 1, 50, 4)]
-    with gzip.open(file, "wt") as out:
-        json.dump({"traceEvents": events}, out)
+    file.write_text(json.dumps({"traceEvents": events}))
     launches = read_trace(file, [Range("step", 0, 90, 1)], 1)
-    assert [(x.called, x.thread, x.end - x.start, x.stream) for x in launches] == [
-        (10, 1, 30, OPERATORS), (20, 2, 5, OPERATORS), (40, 1, 4, OPERATORS),
+    assert [(x.called, x.thread, x.end - x.start, x.stream, x.name) for x in launches] == [
+        (10, 1, 30, OPERATORS, "linear"), (20, 2, 5, OPERATORS, "t"), (40, 1, 4, OPERATORS, "add"),
     ]  # fmt: skip
+    assert longest([*launches, *launches, launches[2]], 2) == [["linear", 1, 30], ["add", 1.5, 6], ["t", 1, 5]]
 
 
 @pytest.mark.parametrize("stage", [bench_rollout.TINY_IMAGE, bench_rollout.TINY_TEXT], ids=lambda stage: stage.name)
@@ -284,6 +306,19 @@ def test_training_floors_count_what_trains(tmp_path: Path) -> None:
     assert work["VQ"].flops > 0 and work["VQ"].flops % samples == 0
 
 
+def test_the_kernels_of_a_decode_step() -> None:
+    spans = [(0, 10), (2, 5), (14, 20), (20, 21)]
+    assert decode_kernels.gap_us([Launch(0, 1, start, end, "stream 7", "k") for start, end in spans]) == 4
+    row = decode_kernels.measure("tiny", torch.float32, bench_rollout.TINY_IMAGE, 6, 4, "cpu", True)
+    counts = {name: count for name, count, _ in row["kernels"]}
+    assert counts["bicot::decode_attention"] == 2 and counts["bicot::cfg_sample"] == 1, "of a step, and two layers"
+    assert row["busy_us"] >= sum(us for *_, us in row["kernels"]) > 0 < row["gap_us"] and row["ms"] == sorted(row["ms"])
+    written = (12 - 4) // 2 + (4 + 1) / 2
+    assert row["floor_gb"] == pytest.approx(
+        bench_rollout.floor_bytes("tiny", 4, bench_rollout.TINY_IMAGE, 3, written, False) / 1e9, rel=1e-3
+    )
+
+
 def test_a_floor_is_what_takes_longest() -> None:
     assert step_profile.floor(Work(bytes=2e9, flops=3e9), gbps=100, tflops=1) == (20, "bandwidth")
     assert step_profile.floor(Work(bytes=2e9, flops=3e10), gbps=100, tflops=1) == (30, "compute")
@@ -321,7 +356,7 @@ def test_a_gpu_section_has_busy_time_streams_and_power() -> None:
     result = {"about": "About.", "command": "run it", **machine, "images": 8, "images_per_second": 1333.0, "rows": rows}
     result |= {"step_ms": [2.0, 3.0, 4.0], "profiled_step_ms": [3.0, 3.5, 4.0], "covered_pct": 83.3, "missing": []}
     result |= {"ceilings": {"copy_gbps": 1000.0, "gemm_tflops": {"bfloat16": 1.0}}, "power": {"joules_per_image": 0.5}}
-    page = step_profile.section(result | {"streams": step_profile.stream_rows(busy, 2)})
+    page = step_profile.section(result | {"kernels": {}, "streams": step_profile.stream_rows(busy, 2)})
     assert "## step_profile on H\n\n`run it` on H, driver 1" in page and "joules_per_image 0.5." in page
     assert "| forward | 2.50 | 83.3 | 0.5 | 0.500 | 2.00 | 1.00 | 2.5 | work: 0 kernels of 4000 µs" in page
     assert "| reward hps | 0.00 | 0.0 | 0.5 | 0.00 | 1.00 |  |  | hidden: 1 ms of its kernels" in page

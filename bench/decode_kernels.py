@@ -1,0 +1,138 @@
+"""decode_kernels: the kernels of a decode step by name, how long each takes, and how long none runs.
+
+python -m bicot.bench.decode_kernels [--device cpu|cuda] [--output FILE.json]
+Our steps of bench_rollout at Janus-Pro-1B's shapes (on a CPU the toy's, and operators in the place of kernels): first
+they are timed, then profiled. The gaps are the time from the first kernel to the last in which none runs. Floor: as in
+bench_rollout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity
+
+from .bench_rollout import IMAGE, TEXT, TINY_IMAGE, TINY_TEXT, TOY_IMAGE, TOY_TEXT, Stage, floor_bytes, inputs, ours
+from .harness import Provider, copy_gbps, finish, hardware, label, quantiles, save, short, times_ms
+from .ranges import Launch, Recorder, longest, read_trace
+
+COMMAND = "python -m bicot.bench.decode_kernels"
+SHOWN = 12  # kernels of a step in RESULTS.md
+
+
+def cases(device: str, tiny: bool) -> list[tuple[str, torch.dtype, Stage, int, int]]:
+    """Model, dtype, stage, rows and steps."""
+    if tiny:
+        return [("tiny", torch.float32, TINY_IMAGE, 6, 4), ("tiny", torch.float32, TINY_TEXT, 9, 4)]
+    if device == "cpu":
+        return [("toy", torch.float32, TOY_IMAGE, 32, 64), ("toy", torch.float32, TOY_TEXT, 16, 40)]
+    stages = [(IMAGE, 32), (IMAGE, 256), (TEXT, 16)]
+    return [("Janus-Pro-1B", torch.bfloat16, stage, rows, 64) for stage, rows in stages]
+
+
+def traced(run: Callable[[], object], on_gpu: bool) -> list[Launch]:
+    """The kernels (without a GPU, the operators) of a run, in the order of time."""
+    recorder = Recorder(on_gpu)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler, recorder.range("decode"):
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        launches = read_trace(file, recorder.ranges, threading.get_native_id())
+    return sorted(launches, key=lambda launch: launch.start)
+
+
+def gap_us(launches: list[Launch]) -> float:
+    """From the first start to the last end, what none of them covers; `launches` in the order of time."""
+    gaps, end = 0.0, launches[0].end
+    for launch in launches:
+        gaps += max(0.0, launch.start - end)
+        end = max(end, launch.end)
+    return gaps
+
+
+def measure(
+    model: str, dtype: torch.dtype, stage: Stage, rows: int, steps: int, device: str, tiny: bool
+) -> dict[str, Any]:
+    """The row of a case."""
+    drawn = (stage.length - steps) // 2
+    samples = rows // 2 if stage.name == "image" else rows
+    x = inputs(model, dtype, device, "auto", stage, samples, drawn, steps)
+    ms = [t / steps for t in times_ms({"": (Provider(ours), x)}, 5, device)[""]]  # the first run warms up
+    launches = traced(lambda: ours(x), device == "cuda")
+    floor = floor_bytes(model, dtype.itemsize, stage, samples, drawn + (steps + 1) / 2, False)
+    middle = quantiles(ms)[1]
+    return {
+        "case": {"model": model, "stage": stage.name, "rows": rows, "context": stage.prompt + drawn, "steps": steps}
+        | {"dtype": short(dtype)},
+        "ms": [round(t, 4) for t in quantiles(ms)],
+        "floor_gb": float(f"{floor / 1e9:.4g}"),
+        "floor_pct": round(100 * floor / copy_gbps(device, tiny) / 1e6 / middle, 1),
+        "launches": round(len(launches) / steps, 1),
+        "busy_us": round(sum(launch.end - launch.start for launch in launches) / steps, 1),
+        "gap_us": round(gap_us(launches) / steps, 1),
+        "kernels": longest(launches, steps),
+    }
+
+
+def section(result: dict[str, Any]) -> str:
+    """The section of RESULTS.md."""
+    from .report import machine, number, table
+
+    parts = []
+    for row in result["rows"]:
+        parts.append(
+            f"{label(row['case'])}: {number(row['ms'][1])} ms a step, {row['floor_pct']:.0f} % of the floor's rate "
+            f"({number(row['floor_gb'])} GB); {row['launches']:.0f} launches, kernels {number(row['busy_us'])} µs, "
+            f"gaps {number(row['gap_us'])} µs.\n"
+        )
+        lines = [[f"`{name}`", number(count), number(us)] for name, count, us in row["kernels"][:SHOWN]]
+        parts.append(table(["of a step", "count", "µs"], lines) + "\n")
+    shown = "\n".join(parts)
+    return f"""## decode_kernels on {result.get("gpu", "the CPU")}
+
+`{result["command"]}` on {machine(result)}.
+{result["about"]} Ceiling: copy {number(result["ceilings"]["copy_gbps"])} GB/s.
+
+{shown}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="few small rows: walks the code, measures nothing")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    arguments = parser.parse_args()
+    device, tiny = arguments.device, arguments.tiny
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    what, _, _, *how = (__doc__ or "").strip().splitlines()
+    what = what.removeprefix("decode_kernels: ")
+    result: dict[str, Any] = {
+        "bench": "decode_kernels",
+        "about": " ".join([what[0].upper() + what[1:], *how]),
+        "command": f"{COMMAND} --device {device}",
+        **hardware(device),
+        "device": device,
+        "ceilings": {"copy_gbps": round(copy_gbps(device, tiny), 1)},
+        "rows": [],
+    }
+    for model, dtype, stage, rows, steps in cases(device, tiny):
+        result["rows"].append(measure(model, dtype, stage, rows, steps, device, tiny))
+        save(result, arguments.output)
+    print(section(result))
+    finish(result, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
