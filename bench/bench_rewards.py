@@ -4,13 +4,14 @@ python -m bicot.bench.bench_rewards [--device cpu|cuda] [--output FILE.json]
 Random weights at true widths, of all layers on a GPU; eight pictures share a prompt and two phrases to look for.
 Eager is what T2I-R1's code does, on transformers' modules: PIL, one picture, one question, and all logits. A run beside
 the decoder is one of all its steps: ours scores in threads and streams of their own, eager after it. Floor: the FLOPs
-of the models at their published sizes. Checked: scores against eager's without PIL, as a share of their spread.
+of the models at their published sizes. Hidden is the share of the rewards' time after the decoder that ours does not
+add to the decoder's. Checked: scores against eager's without PIL, as a share of their spread.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -249,6 +250,14 @@ def slowed(x: Decoding) -> Outputs:
     return (None,)
 
 
+def hidden(ms: Mapping[str, float]) -> dict[str, float]:
+    """The share of the rewards' time that the decoder's covers; nothing where a provider is missing."""
+    if not {"ours", "eager", "the decoder alone"} <= ms.keys():
+        return {}
+    alone = ms["the decoder alone"]
+    return {"hidden_pct": round(100 * (ms["eager"] - ms["ours"]) / (ms["eager"] - alone), 1)}
+
+
 def overlap(scale: Scale, model: str, stage: Any, samples: int, steps: int, device: str, dtype: torch.dtype) -> Case:
     """What the rewards cost where they can hide: the time of ours beyond `the decoder alone`."""
 
@@ -269,6 +278,7 @@ def overlap(scale: Scale, model: str, stage: Any, samples: int, steps: int, devi
             "the decoder beside": Provider(slowed, note, prepare=Decoding.settle),
         },
         seconds=10,
+        compared=hidden,
     )
 
 
@@ -282,7 +292,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
         return [case(name, CPU, count, device, torch.float32) for name, count in counts.items()]
     true = [case(name, TRUE, 16, device, torch.float16) for name in ("hps", "git")]
     true += [case("grounding", TRUE, 16, device, torch.float32), case("orm", TRUE, 16, device, torch.bfloat16)]
-    return [*true, overlap(TRUE, "Janus-Pro-1B", bench_rollout.IMAGE, 32, 288, device, torch.bfloat16)]
+    return [overlap(TRUE, "Janus-Pro-1B", bench_rollout.IMAGE, 32, 288, device, torch.bfloat16), *true]
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ class Case:
     A run of `steps` steps is reported by the step: times, the floor, and of what it `makes` how many (name, number).
     `tolerance` of the error is that of the dtype unless given.
     `seconds` limits the timed runs of all providers together, which are three each at the least.
+    `compared` makes of the providers' median milliseconds what only several of them tell; it joins the row of ours.
     """
 
     labels: dict[str, Any]
@@ -102,6 +103,7 @@ class Case:
     makes: tuple[str, float] | None = None
     tolerance: float | None = None
     seconds: float = 6
+    compared: Callable[[Mapping[str, float]], dict[str, float]] | None = None
 
     def check(self, provider: Provider, inputs: Any, error_of: Callable[[Outputs], float]) -> float:
         """The provider's error; AssertionError beyond the tolerance, and for NaN."""
@@ -379,6 +381,7 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
     if case.bytes:
         rate = result["ceilings"]["copy_gbps"] = round(copy_gbps(device, tiny), 1)
         floor_ms = case.bytes / rate / 1e6
+    medians = {name: statistics.median(values) for name, values in times.items()}
     if case.flops:
         rate = round(gemm_tflops(device, case.dtype, tiny), 3)
         result["ceilings"].setdefault("gemm_tflops", {})[short(case.dtype)] = rate
@@ -391,20 +394,24 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         row["peak_mib"] = None if peak is None else round(peak, 1)
         if case.makes:
             row |= {"makes": case.makes[0], "per_s": float(f"{1e3 * case.makes[1] / ms[1]:.4g}")}
+        if case.compared and name == "ours":
+            row |= case.compared(medians)
         result["rows"].append(row | {"error": float(f"{error:.1e}"), "note": case.providers[name].note})
 
 
 def _print_case(case: Case, result: dict[str, Any]) -> None:
     print(f"\n{label(case.labels)}")
     rows = [row for row in result["rows"] if row["case"] is case.labels]
-    ours = next((row["ms"][1] for row in rows if row["provider"] == "ours"), float("nan"))
+    ours = next((row["ms"][1] for row in rows if row["provider"] == "ours"), None)
     for row in rows:
         rates = [f"{row['per_s']:8.3g} {row['makes']}/s"] if "makes" in row else []
         rates += [f"{row[unit]:8.2f} {unit}" for unit in ("gbps", "tflops") if row.get(unit) is not None]
         rates += [f"{row['floor_pct']:5.1f} % of floor"] if row["floor_pct"] is not None else []
         rates += [f"{row['peak_mib']:8.0f} MiB"] if row["peak_mib"] is not None else []
+        rates += [f"{row['hidden_pct']:5.1f} % hidden"] if "hidden_pct" in row else []
+        rates += [f"{row['ms'][1] / ours:.2f} of ours"] if ours else []
         ms = "".join(f"{t:10.3f}" for t in row["ms"])
-        print(f"  {row['provider']:24}{ms} ms  {'  '.join(rates)}  {row['ms'][1] / ours:.2f} of ours")
+        print(f"  {row['provider']:24}{ms} ms  {'  '.join(rates)}")
     for kind in ("skipped", "failed"):
         for entry in result[kind]:
             if entry["case"] is case.labels:
@@ -421,8 +428,9 @@ def main(name: str, doc: str | None, cases: Callable[[str, bool], list[Case]]) -
     parser.add_argument(
         "--tiny", action="store_true", help="small shapes, two runs, nothing compiled: walks the code, measures nothing"
     )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no case begins after them")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
+    begin, arguments = time.perf_counter(), parser.parse_args()
     device, tiny = arguments.device, arguments.tiny
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
@@ -438,7 +446,11 @@ def main(name: str, doc: str | None, cases: Callable[[str, bool], list[Case]]) -
     result: dict[str, Any] = {"bench": name, "about": about, "command": command, **machine, "device": device}
     result |= {"ceilings": {}, "rows": [], "skipped": [], "failed": []}
     for case in cases(device, tiny):
-        _measure(case, result, repeats, device, tiny)
+        if time.perf_counter() - begin < arguments.seconds:
+            _measure(case, result, repeats, device, tiny)
+        else:
+            late = {"case": case.labels, "reason": "no time was left"}
+            result["skipped"] += [late | {"provider": name} for name in case.providers]
         _print_case(case, result)
         save(result, arguments.output)  # what is measured stays should a later case outlast its time limit
     print("\nceilings", result["ceilings"])

@@ -88,6 +88,7 @@ def cells(row: dict[str, Any], ours: float | None) -> list[str]:
     p20, p50, p80 = row["ms"]
     achieved = [f"{number(row['per_s'])} {row['makes']}/s"] if "makes" in row else []
     achieved += [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
+    achieved += [f"{row['hidden_pct']:.0f} % of the rewards hidden"] if "hidden_pct" in row else []
     return [
         row["provider"],
         f"{number(p50)} [{number(p20)} to {number(p80)}]",
@@ -210,6 +211,7 @@ PARTS = {
     "decode_kernels": of_module("decode_kernels", drawn=False),
     "scaling": of_module("scaling"),
     "step_model": of_module("step_model", drawn=False),
+    "train": Part(kernel),
     **dict.fromkeys(KERNELS, Part(kernel, draw_kernel)),
 }
 

@@ -15,7 +15,7 @@ import torch
 from tiny import tiny_policy
 from torch import Tensor
 
-from bicot.bench import bench_step
+from bicot.bench import bench_step, bench_train
 from bicot.bench.baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, draw, score, write_plans
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
@@ -348,6 +348,22 @@ def test_settings_that_are_asked_for() -> None:
     assert small.image_tokens == 144 and small.images == {"ours": 32, "baseline": 8}
     with pytest.raises(ValueError, match="no multiple of 8"):
         bench_step.settings("cuda", False, images=12)
+
+
+def test_training_variants_agree_and_recompute() -> None:
+    seen = []
+    for case in bench_train.cases("cpu", True):
+        x = case.inputs()
+        error_of = case.truth(x)
+        assert case.check(case.providers["reference"], x, error_of) < 1e-5
+        layer, calls = x.contest.policy.decoder.layers[0].mlp, []
+        hook = layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        assert case.check(case.providers["update"], x, error_of) < 1e-5, "and no update changes the weights"
+        hook.remove()
+        seen.append((case.labels["micro-batches"], "recomputed" in case.labels["activations"], len(calls)))
+        with pytest.raises(AssertionError, match="beyond"):
+            case.check(case.providers["update"], x._replace(advantages=1.1 * x.advantages), error_of)
+    assert seen == [(2, True, 4), (1, True, 2), (2, False, 2), (1, False, 1)]
 
 
 def test_section() -> None:

@@ -98,6 +98,9 @@ def test_steps_rates_and_what_does_not_fit() -> None:
     ]
     assert 2 <= row["ms"][1] < 10, "of a step"
     assert row["makes"] == "images" and row["per_s"] == pytest.approx(5e3 / row["ms"][1], rel=0.02)
+    told = replace(case, compared=lambda ms: {"hidden_pct": 1e2 * len(ms)})
+    harness._measure(told, result, 5, "cpu", True)
+    assert result["rows"].pop()["hidden_pct"] == 100 and "hidden_pct" not in row
     wrong = replace(case, providers={"ours": replace(drawing, checked=None)})
     harness._measure(wrong, result, 5, "cpu", True)
     assert len(result["failed"]) == 1, "what is timed is checked unless something else is given"
@@ -105,6 +108,24 @@ def test_steps_rates_and_what_does_not_fit() -> None:
     with pytest.raises(AssertionError, match="beyond"):
         loose.check(drawing, x, lambda outputs: 0.5)
     replace(loose, tolerance=0.6).check(drawing, x, lambda outputs: 0.5)
+
+
+def test_no_case_begins_when_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tiny", "--seconds", "0"])
+    assert harness.main("double", "double: twice.\n\npython -m x\nFloor: none.", double_cases) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert not result["rows"] and {entry["reason"] for entry in result["skipped"]} == {"no time was left"}
+    torch.compiler.set_stance("default")
+
+
+def test_the_hidden_share_of_rewards() -> None:
+    ms = {"ours": 11.0, "eager": 14.0, "the decoder alone": 10.0, "the decoder beside": 10.5}
+    assert bench_rewards.hidden(ms) == {"hidden_pct": 75.0}, "3 of the rewards' 4 ms"
+    assert bench_rewards.hidden({"ours": 11.0}) == {}
+    row = {"provider": "ours", "ms": [1, 1, 1], "floor_pct": None, "peak_mib": None, "error": 0, "hidden_pct": 75.0}
+    assert "75 % of the rewards hidden" in report.cells(row, None)
 
 
 def test_a_time_budget_leaves_three_rounds() -> None:
