@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from . import dispatch
 from .dispatch import tl, triton
 
 BLOCK = 4096  # columns a program holds at a time: 16 a thread of 8 warps
@@ -280,7 +281,9 @@ def launch(
     B, V = cond.shape
     other = cond if uncond is None else uncond
     truncates = top_p < 1 and not greedy
-    cfg_sample_kernel[(B,)](
+    dispatch.launch(
+        cfg_sample_kernel,
+        (B,),
         cond,
         other,
         seed,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, forward_only, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, register, tl, triton
 from .kv_pool import check_pool, choose_for_pool
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -208,14 +208,15 @@ def _launch(
         if splits > 1:
             part = q.new_empty(R * Hq * splits * E, dtype=torch.float32)
             top, sums = q.new_empty(2, R * Hq * splits, dtype=torch.float32)
-        _attend_kernel[(R, blocks, splits)](
-            q, q.stride(0), keys, values, key_scales, value_scales, *rows, part, top, sums, scale * _LOG2E, Hkv,
-            Hq // Hkv, E, SPLIT=splits > 1, **config,
+        launch(
+            _attend_kernel, (R, blocks, splits), q, q.stride(0), keys, values, key_scales, value_scales, *rows, part,
+            top, sums, scale * _LOG2E, Hkv, Hq // Hkv, E, SPLIT=splits > 1, **config,
         )  # fmt: skip
         if splits > 1:
-            _combine_kernel[(R * Hq,)](
-                top, sums, part, out, E, config["EB"], splits, num_warps=4, enable_fp_fusion=True
-            )
+            launch(
+                _combine_kernel, (R * Hq,), top, sums, part, out, E, config["EB"], splits, num_warps=4,
+                enable_fp_fusion=True,
+            )  # fmt: skip
     return out
 
 

@@ -7,6 +7,7 @@ and `impl="triton"` is an error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -45,7 +46,9 @@ __all__ = [
     "TRITON_DTYPES",
     "Impl",
     "choose",
+    "current",
     "forward_only",
+    "launch",
     "register",
     "tl",
     "triton",
@@ -87,6 +90,17 @@ def choose(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
     if impl == "native":
         native.require()
     return impl
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one: Triton launches on the current GPU and stream, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
+    """Run a Triton kernel on the device of its first argument. All launches go through here."""
+    with current(first.device):
+        kernel[grid](first, *arguments, **options)
 
 
 def register(

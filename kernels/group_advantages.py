@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import Impl, choose, tl, triton
+from .dispatch import Impl, choose, launch, tl, triton
 
 Scale = Literal["group", "batch", "none"]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -196,9 +196,9 @@ def _op(rewards: Tensor, group_size: int, weights: Tensor, scale: str, combine: 
         run = native.function("bicot_group_advantages", *_NATIVE)
         run(*pointers, S // group_size, group_size, R, ("group", "batch", "none").index(scale), normalize, eps)
     else:
-        _group_advantages_kernel[(1,)](
-            rewards, weights, out, finite, S // group_size, eps, group_size, R, scale, normalize,
-            **launch_config(group_size, R),
+        launch(
+            _group_advantages_kernel, (1,), rewards, weights, out, finite, S // group_size, eps, group_size, R, scale,
+            normalize, **launch_config(group_size, R),
         )  # fmt: skip
     if rewards.is_cuda:
         torch._assert_async(finite.view(torch.bool), _INFINITE)

@@ -17,7 +17,8 @@ Where lpo is absent it is lp.detach(): one update per rollout.
 
 A token's gradient depends on nothing but its own row and what is known of its sample, so loss and gradient come out of
 one pass (kernels/grpo_rows.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and
-written once without. gspo, whose ratio needs all tokens of a sample first, looks at the logits twice: 8·N·V·D.
+written once without. Two cases look at the logits twice, 8·N·V·D: gspo, whose ratio needs all tokens of a sample first,
+and gradients in float16, which must be scaled (GradScaler) before they are rounded, so the backward pass makes them.
 
 Source: GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), CISPO (2506.13585), GSPO (2507.18071), the
 two-sided bound delta (2505.07291), and T2I-R1 (2505.00703) for the joint loss over text and image tokens. Options bear
@@ -300,7 +301,7 @@ def grpo_loss(
         num_tokens, num_samples: of the whole step, where this call is one micro-batch of it; default: of this call.
             A sample's tokens belong into one micro-batch.
         inplace: the gradient overwrites the `logits` of the streams that give them, which nothing may need any more:
-            neither the caller nor autograd (a linear head does not). gspo and PyTorch ignore it.
+            neither the caller nor autograd (a linear head does not). gspo, float16 and PyTorch ignore it.
         impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
             run, chosen by the first stream. All streams have one device and dtype.
 
@@ -345,7 +346,7 @@ def grpo_loss(
     )
     num_samples = _scalar(len(advantages) if num_samples is None else num_samples, advantages)
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    if chosen != "torch" and loss_type != "gspo":
+    if chosen != "torch" and loss_type != "gspo" and not _needs_loss_scale(streams):
         norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
         shared = {
             "advantages": advantages.contiguous(),
@@ -378,6 +379,14 @@ def grpo_loss(
         num_samples=num_samples,
         impl=impl,
     )
+
+
+def _needs_loss_scale(streams: Sequence[TokenStream]) -> bool:
+    """Whether gradients would underflow if they were rounded before GradScaler's scale, which comes with the backward
+    pass, reaches them: those of float16."""
+    inputs = [t for stream in streams for t in (stream.features, stream.weight, stream.bias) if t is not None]
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return wanted and inputs[0].dtype == torch.float16
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, tl, triton
+from .dispatch import NATIVE_DTYPES, launch, tl, triton
 from .linear_logprobs import HeadGradients, empty_gradients, row_chunks
 from .token_logprobs import (
     NATIVE_ROWS,
@@ -111,6 +111,10 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         tl.load(p_sampling + row) if HAS_SAMPLING else 0.0, entropy_weight, beta, low, high, delta, clip_max,
         CISPO, KL, CORRECT_KL, HAS_OLD, HAS_SAMPLING,
     )  # fmt: skip
+    if GRADIENT:
+        # In place, a warp that is ahead would overwrite logits that another one has still to read: the target's, the
+        # rim's, and all of a row so short that every warp holds the whole of it.
+        tl.debug_barrier()
     p_out = p_rows + row
     tl.store(p_out, loss)
     tl.store(p_out + rows_stride, logprob)
@@ -135,14 +139,16 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["size"])
-def _scale_kernel(p_x, size, p_factor, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scale_kernel(p_x, stride, size, p_factor, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows on the grid's first axis; the programs of the second share the `size` elements of each."""
     factor = tl.load(p_factor)
     if factor != 1.0:
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, size, step):
+        p_row = p_x + tl.program_id(0).to(tl.int64) * stride
+        step = tl.num_programs(1).to(tl.int64) * BLOCK
+        for begin in range(tl.program_id(1).to(tl.int64) * BLOCK, size, step):
             o_x = begin + tl.arange(0, BLOCK)
-            b_x = tl.load(p_x + o_x, mask=o_x < size).to(tl.float32)
-            tl.store(p_x + o_x, (b_x * factor).to(p_x.dtype.element_ty), mask=o_x < size)
+            b_x = tl.load(p_row + o_x, mask=o_x < size).to(tl.float32)
+            tl.store(p_row + o_x, (b_x * factor).to(p_x.dtype.element_ty), mask=o_x < size)
 
 
 class Terms(NamedTuple):
@@ -198,10 +204,10 @@ def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Ten
     elif N:
         pointers = [t.norm if x is None else x for x in optional]  # any pointer serves where none is read
         target = logits if grad is None else grad
-        _rows_kernel[(N,)](
-            logits, logits.stride(0), t.targets, V, 1 / t.temperature, t.sample, t.advantages, t.norm, *pointers,
-            t.entropy_weight, t.beta, t.low, t.high, t.delta, t.clip_max, rows, rows.stride(0), target,
-            target.stride(0), CISPO=t.cispo, KL=t.kl, CORRECT_KL=t.correct_kl, HAS_OLD=t.old is not None,
+        launch(
+            _rows_kernel, (N,), logits, logits.stride(0), t.targets, V, 1 / t.temperature, t.sample, t.advantages,
+            t.norm, *pointers, t.entropy_weight, t.beta, t.low, t.high, t.delta, t.clip_max, rows, rows.stride(0),
+            target, target.stride(0), CISPO=t.cispo, KL=t.kl, CORRECT_KL=t.correct_kl, HAS_OLD=t.old is not None,
             HAS_SAMPLING=t.sampling is not None, GRADIENT=grad is not None, **row_config(logits, target),
         )  # fmt: skip
 
@@ -286,13 +292,18 @@ def _active_rows(grad_logprob: Tensor, entropy_weight: Tensor) -> Tensor | None:
 
 @torch.library.custom_op("bicot::scale_", mutates_args=("x",))
 def scale_(x: Tensor, factor: Tensor, impl: str) -> None:
-    """x *= factor, dense, without reading x where the factor is 1 and without asking the device whether it is."""
+    """x *= factor, without reading x where the factor is 1 and without asking the device whether it is.
+
+    x is contiguous, or [N, V] with rows that are farther apart than V elements; what lies between them stays.
+    """
     if impl == "native":
         if factor != 1:
             x.mul_(factor)
     elif x.numel():
-        blocks = -(-x.numel() // 4096)
-        _scale_kernel[(min(blocks, 2048),)](x, x.numel(), factor, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
+        rows, stride = (1, 0) if x.is_contiguous() else (x.shape[0], x.stride(0))
+        size = x.numel() // rows
+        grid = (rows, min(triton.cdiv(size, 4096), 2048))
+        launch(_scale_kernel, grid, x, stride, size, factor, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
 
 
 @scale_.register_fake

@@ -22,7 +22,9 @@ def converts_fp8(device: torch.device) -> bool:
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., E] as float8_e4m3fn and its scales [...] float32, so that x is about stored · scale."""
-    scale = x.float().abs().amax(-1) / FP8_MAX
+    amax = x.float().abs().amax(-1)
+    # a tensor, because a GPU would multiply by the rounded reciprocal of a Python number
+    scale = amax / amax.new_full((), FP8_MAX)
     scale = scale.where(scale >= _TINY, 1.0)
     return (x.float() / scale[..., None]).to(FP8), scale
 

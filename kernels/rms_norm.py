@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton
 
 _NATIVE = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2 + (ctypes.c_double, ctypes.c_int)
 
@@ -67,7 +67,8 @@ def _launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, impl
         run = native.function(f"bicot_rms_norm_{NATIVE_DTYPES[x.dtype]}", *_NATIVE)
         run(x.data_ptr(), weight.data_ptr(), added, out.data_ptr(), N, D, eps, torch.get_num_threads())
     elif N:
-        _rms_norm_kernel[(N,)](x, weight, residual, out, eps, D, HAS_RESIDUAL=residual is not None, **launch_config(D))
+        has_residual = residual is not None
+        launch(_rms_norm_kernel, (N,), x, weight, residual, out, eps, D, HAS_RESIDUAL=has_residual, **launch_config(D))
     return out
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, forward_only, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, register, tl, triton
 from .kv_pool import check_pool, choose_for_pool, quantize_fp8
 
 _NATIVE = (ctypes.c_void_p,) * 7 + (ctypes.c_int64,) * 6 + (ctypes.c_int, ctypes.c_void_p)
@@ -147,9 +147,9 @@ def _launch(
     elif N:
         config = launch_config(half)
         blocks = triton.cdiv(q_heads, config["HB"]) + 2 * triton.cdiv(kv_heads, config["HB"])
-        _rope_kv_write_kernel[(N, blocks)](
-            qkv, cos, sin, positions, slots, keys, values, key_scales, value_scales, q_heads, kv_heads, half,
-            FP8=key_scales is not None, **config,
+        launch(
+            _rope_kv_write_kernel, (N, blocks), qkv, cos, sin, positions, slots, keys, values, key_scales, value_scales,
+            q_heads, kv_heads, half, FP8=key_scales is not None, **config,
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton
 
 _NATIVE = (ctypes.c_void_p,) * 2 + (ctypes.c_int64,) * 2 + (ctypes.c_int,)
 _CONFIG = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}  # eight elements a thread
@@ -54,7 +54,7 @@ def _launch(gate_up: Tensor, impl: str) -> Tensor:
         run = native.function(f"bicot_silu_mul_{NATIVE_DTYPES[gate_up.dtype]}", *_NATIVE)
         run(gate_up.data_ptr(), out.data_ptr(), N, size, torch.get_num_threads())
     elif out.numel():
-        _silu_mul_kernel[(N, triton.cdiv(size, _CONFIG["BLOCK"]))](gate_up, out, size, **_CONFIG)
+        launch(_silu_mul_kernel, (N, triton.cdiv(size, _CONFIG["BLOCK"])), gate_up, out, size, **_CONFIG)
     return out
 
 

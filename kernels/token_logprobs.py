@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, choose, launch, tl, triton
 
 NATIVE_ROWS = (
     ctypes.c_void_p,
@@ -123,7 +123,8 @@ def softmax_part(b_x, high, low, scale, a, b):  # type: ignore[no-untyped-def]
 def last_block(p_row, V, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
     """What `row_stats` leaves in registers, for a pass that comes without one."""
     head, body = split_row(p_row, V, ALIGNED)
-    return load_block(tl.multiple_of(p_row + head, 16), (tl.cdiv(body, BLOCK) - 1) * BLOCK, body, BLOCK)
+    last = tl.maximum(tl.cdiv(body, BLOCK) - 1, 0)  # a short row has no whole 16 bytes, and its body no block
+    return load_block(tl.multiple_of(p_row + head, 16), last * BLOCK, body, BLOCK)
 
 
 @triton.jit
@@ -228,9 +229,9 @@ def launch_forward(
         run = native.function(f"bicot_token_logprobs_{NATIVE_DTYPES[logits.dtype]}", *_FORWARD)
         run(*native_rows(logits, targets, temperature), logprob.data_ptr(), entropy.data_ptr(), lse.data_ptr())
     elif len(logits):
-        _forward_kernel[(len(logits),)](
-            logits, logits.stride(0), targets, logits.shape[1], 1 / temperature, logprob, entropy, lse,
-            **row_config(logits),
+        launch(
+            _forward_kernel, (len(logits),), logits, logits.stride(0), targets, logits.shape[1], 1 / temperature,
+            logprob, entropy, lse, **row_config(logits),
         )  # fmt: skip
 
 
@@ -253,9 +254,9 @@ def launch_backward(
         out = grad_logits.data_ptr(), grad_logits.stride(0)
         run(*native_rows(logits, targets, temperature), *(t.data_ptr() for t in per_row), *out)
     elif len(logits):
-        _backward_kernel[(len(logits),)](
-            logits, logits.stride(0), targets, logits.shape[1], 1 / temperature, *per_row, grad_logits,
-            grad_logits.stride(0), **row_config(logits, grad_logits),
+        launch(
+            _backward_kernel, (len(logits),), logits, logits.stride(0), targets, logits.shape[1], 1 / temperature,
+            *per_row, grad_logits, grad_logits.stride(0), **row_config(logits, grad_logits),
         )  # fmt: skip
 
 

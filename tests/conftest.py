@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
+from bounds import checked_bounds
 from tiny import tiny_policy
 
+from bicot.kernels.dispatch import INTERPRETED
 from bicot.model.policy import Policy
+
+if INTERPRETED:
+
+    @pytest.fixture(autouse=True)
+    def _bounds() -> Iterator[None]:
+        """A GPU stops the whole process at an access out of bounds; the interpreter would not notice."""
+        with checked_bounds():
+            yield
 
 
 @pytest.fixture

@@ -50,6 +50,13 @@ def gpu(test: Callable) -> Callable:
     return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA device")(test))
 
 
+def amid_nan(x: Tensor, left: int, right: int = 3) -> tuple[Tensor, Tensor]:
+    """x [N, V] as a view of strided rows in a larger buffer of NaN, and that buffer. x gets the view's gradient."""
+    buffer = x.new_full((len(x) + 2, left + x.shape[1] + right), torch.nan)
+    buffer[1:-1, left : left + x.shape[1]] = x
+    return buffer[1:-1, left : left + x.shape[1]], buffer
+
+
 @contextmanager
 def no_host_sync() -> Iterator[None]:
     """On a GPU, an operation that waits for the device raises."""

@@ -80,6 +80,19 @@ ROW_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def _row_arguments(
+    kernel: Any, constants: dict[str, Any], element: str, V: int
+) -> tuple[dict[str, str], dict[str, Any], set[str]]:
+    """Signature, constants, and which arguments are multiples of 16."""
+    types = {"p_logits": element, "p_grad": element, "p_targets": "*i64", "p_sample": "*i64", "p_lse": "*fp64"}
+    types |= dict.fromkeys(INTEGERS, "i32")
+    types |= dict.fromkeys(("inv_temperature", "beta", "low", "high", "delta", "clip_max"), "fp32")
+    signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
+    unknown = {p.name for p in kernel.params if p.do_not_specialize}
+    divisible = {n for n in signature if n.startswith("p_") or (V % 16 == 0 and n in INTEGERS)} - unknown
+    return signature, constants, divisible
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
@@ -92,13 +105,7 @@ def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
     config = token_logprobs.row_config(torch.empty(2, V, dtype=dtype))
     options = {option: config.pop(option) for option in ("num_warps", "enable_fp_fusion")}
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    types = {"p_logits": element, "p_grad": element, "p_targets": "*i64", "p_sample": "*i64", "p_lse": "*fp64"}
-    types |= dict.fromkeys(INTEGERS, "i32")
-    types |= dict.fromkeys(("inv_temperature", "beta", "low", "high", "delta", "clip_max"), "fp32")
-    constants = constants | config
-    signature = {n: types.get(n, "*fp32") for n in kernel.arg_names if n not in constants}
-    unknown = {p.name for p in kernel.params if p.do_not_specialize}
-    divisible = {n for n in signature if n.startswith("p_") or (V % 16 == 0 and n in INTEGERS)} - unknown
+    signature, constants, divisible = _row_arguments(kernel, constants | config, element, V)
     code = compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **options)
     assert_clean(code)
     assert code.registers <= 64
@@ -144,3 +151,16 @@ def test_cfg_sample(guided: bool, greedy: bool, top_k: bool, top_p: bool, elemen
     if not greedy:  # the weights of the draw: each operation rounded, as the other implementations do
         assert "0f3F317218" in code.ptx, "the polynomial's coefficient ln 2 is in the code"
     assert "fma.rn.f32" not in code.ptx
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("V", [7, 16384, 16385])
+def test_no_warp_writes_gradients_before_all_have_read_the_row(V: int, arch: int) -> None:
+    """In place, one that is ahead would overwrite the target's logit, or a short row that every warp holds whole."""
+    kernel, constants = ROW_KERNELS["grpo_rows"]
+    config = token_logprobs.row_config(torch.empty(2, V, dtype=torch.bfloat16))
+    options = {option: config.pop(option) for option in ("num_warps", "enable_fp_fusion")}
+    signature, constants, divisible = _row_arguments(kernel, constants | config, "*bf16", V)
+    code = compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **options)
+    reading, _ = code.ptx.split("st.global", 1)  # the first store is that of the loss, behind all of the statistics
+    assert "bar.sync" in reading and "ld.global" not in reading[reading.rindex("bar.sync") :]

@@ -12,7 +12,17 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import IMPLEMENTATIONS, KERNELS, NATIVE, assert_no_worse, device, gpu, no_host_sync, poisoned_outputs
+from oracle import (
+    IMPLEMENTATIONS,
+    KERNELS,
+    NATIVE,
+    amid_nan,
+    assert_no_worse,
+    device,
+    gpu,
+    no_host_sync,
+    poisoned_outputs,
+)
 from torch import Tensor
 
 from bicot.kernels import cfg_sample as module
@@ -413,6 +423,21 @@ def test_draws_what_the_reference_draws_from_true_vocabularies(dtype: torch.dtyp
             ours, expected = sample(impl, cond, uncond, **options), sample("torch", cond, uncond, **options)
             assert torch.equal(ours.token, expected.token)
             torch.testing.assert_close(ours[1:], expected[1:], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_short_rows_read_nothing_around_them(dtype: torch.dtype, impl: str) -> None:
+    """Few or no whole 16 bytes, the two rows of a guided draw at different offsets from multiples of 16 bytes."""
+    for V in range(1, 18):
+        logits = [3 * torch.randn(3, V, generator=torch.Generator().manual_seed(V + s)).to(dtype) for s in (0, 99)]
+        cond, uncond = (amid_nan(x.to(device(impl)), left)[0] for x, left in zip(logits, (V % 8, 5), strict=True))
+        truncations = [{}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 0.0}]
+        for i, truncation in enumerate(truncations):
+            options = {"guidance": 5.0 if i % 2 else 1.0, **truncation, "seed": 3, "offset": torch.arange(3)}
+            ours, expected = sample(impl, cond, uncond, **options), sample("torch", *logits, **options)
+            assert torch.equal(ours.token.cpu(), expected.token)
+            torch.testing.assert_close([x.cpu() for x in ours[1:]], [*expected[1:]], rtol=1e-6, atol=1e-5)
 
 
 class TestRounding:

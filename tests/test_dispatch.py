@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from oracle import needs_native
+from tiny import ROOT
 
-from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED, choose
+from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED, choose, current, launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -70,3 +73,35 @@ def test_what_cannot_run_is_an_error(impl: str, device: torch.device, dtype: tor
 def test_triton_on_a_cpu_is_an_error() -> None:
     with pytest.raises(ValueError, match='impl="triton" cannot run here: it needs a CUDA tensor, got cpu'):
         choose("triton", CPU, torch.float32)
+
+
+def test_every_triton_kernel_is_launched_by_one_function() -> None:
+    """Which makes the device of the tensors the current one: Triton launches on the current device."""
+    launched = {path.name: re.findall(r"kernel\[", path.read_text()) for path in (ROOT / "kernels").glob("*.py")}
+    assert {name: len(found) for name, found in launched.items() if found} == {"dispatch.py": 1}
+
+
+def test_a_launch_is_on_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(current(CPU), nullcontext)
+    one = current(torch.device("cuda:1"))
+    assert isinstance(one, torch.cuda.device) and one.idx == 1
+    order: list[object] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *arguments, **options: order.append((grid, arguments, options))
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            order.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            order.append("left")
+
+    monkeypatch.setattr("bicot.kernels.dispatch.current", Current)
+    x = torch.ones(2, device="meta")
+    launch(Kernel(), (3,), x, 7, BLOCK=16)
+    assert order == [torch.device("meta"), ((3,), (x, 7), {"BLOCK": 16}), "left"]

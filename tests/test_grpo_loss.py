@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -14,6 +15,8 @@ from oracle import (
     BFLOAT16_ROUNDING,
     IMPLEMENTATIONS,
     KERNELS,
+    TRITON,
+    amid_nan,
     assert_no_worse,
     device,
     gpu,
@@ -283,11 +286,19 @@ def converted(streams: list[TokenStream], to: Any) -> list[TokenStream]:
     return moved
 
 
-def outcome(streams: list[TokenStream], advantages: Tensor, **options: Any) -> dict[str, Tensor]:
-    """Everything that comes out: loss, metrics, log-probs, gradients of 0.7 times the loss."""
+def outcome(
+    streams: list[TokenStream],
+    advantages: Tensor,
+    layout: Callable[[Tensor], Tensor] = torch.clone,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Everything that comes out: loss, metrics, log-probs, gradients of 0.7 times the loss.
+
+    `layout` copies the logits, which an in-place gradient overwrites.
+    """
     used = streams
-    if options.get("inplace"):
-        used = [s if s.logits is None else replace(s, logits=s.logits.clone()) for s in streams]
+    if options.get("inplace") or layout is not torch.clone:
+        used = [s if s.logits is None else replace(s, logits=layout(s.logits)) for s in streams]
     result = grpo_loss(used, advantages, **options)
     (0.7 * result.loss).backward()
     found = {"loss": result.loss.detach(), **result.metrics}
@@ -349,6 +360,48 @@ def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject)
             ulp = logprobs.amax().item() * torch.finfo(torch.float32).eps if len(logprobs) else 0.0
             relative, absolute = relative + ulp, absolute + ulp
         assert_no_worse(name, value, eager[name], gt[name], relative, absolute)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", list(KERNEL_TOLERANCE))
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+def test_short_rows_touch_nothing_around_them(inplace: bool, dtype: torch.dtype, impl: str) -> None:
+    """Few or no whole 16 bytes, at any offset from a multiple of 16 bytes. Sample 1 has gradients of zero."""
+    for V in range(1, 18):
+        for left in range(0, 16 // dtype.itemsize, 3):
+            streams = random_streams(V, dtype, [(5, V)], 2, "normal", True, False, True, False)
+            advantages, buffers = torch.tensor([1.0, 0.0]), []
+
+            def layout(logits: Tensor, left: int = left, buffers: list = buffers) -> Tensor:
+                view, buffer = amid_nan(logits, left)
+                buffers.append(buffer)
+                return view
+
+            gt = outcome(converted(streams, torch.float64), advantages.double(), impl="torch")
+            eager = outcome(converted(streams, dtype), advantages, impl="torch")
+            there = converted(streams, device(impl))
+            ours = outcome(there, advantages.to(device(impl)), layout, inplace=inplace, impl=impl)
+            for name in ("loss", "stream0/logprob", "stream0/logits gradient"):
+                assert_no_worse(name, ours[name], eager[name], gt[name], *KERNEL_TOLERANCE[dtype])
+            (buffer,) = buffers
+            assert buffer.isnan().sum() == buffer.numel() - 5 * V, "something around the rows was written"
+
+
+@pytest.mark.parametrize("impl", ["torch", TRITON])
+@pytest.mark.parametrize("kind", ["logits", "hidden"])
+def test_float16_gradients_are_scaled_before_they_are_rounded(kind: str, impl: str) -> None:
+    """As GradScaler does: most gradients of a mean over 10^6 tokens are below what float16 can hold."""
+    streams = random_streams(0, torch.float16, [(16, 33)], 2, "normal", kind == "logits", False, True, False)
+    streams = converted(streams, device(impl))
+    advantages, scale = torch.tensor([1.0, -0.7]).to(device(impl)), 2.0**16
+    exact = converted(streams, torch.float64)
+    grpo_loss(exact, advantages.double(), num_tokens=10**6, impl="torch").loss.backward()
+    result = grpo_loss(streams, advantages, num_tokens=10**6, impl=impl)  # type: ignore[arg-type]
+    (scale * result.loss).backward()
+    for ours, gt in zip(leaves(streams), leaves(exact), strict=True):
+        assert ours.grad is not None and gt.grad is not None
+        error = (ours.grad.double() / scale - gt.grad).norm() / gt.grad.norm()
+        assert error < 2e-3, f"{error:.2g} of the gradient is lost"
 
 
 @needs_native

@@ -95,6 +95,14 @@ def test_no_worse_than_the_formula(
         assert_no_worse(str(i), o, e, g, tolerance, tolerance)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_rows(dtype: torch.dtype, impl: str) -> None:
+    """Of V from 1 to 17, which have few or no whole 16 bytes."""
+    for V in range(1, 18):
+        test_no_worse_than_the_formula(5, 3, V, "normal", True, dtype, impl)
+
+
 def test_bfloat16_stays_within_the_rounding_of_its_logits() -> None:
     hidden, weight, bias, targets = make(7, 33, 257, torch.bfloat16)
     ours = linear_logprobs(hidden, weight, targets, bias=bias)

@@ -13,6 +13,7 @@ from oracle import (
     IMPLEMENTATIONS,
     KERNELS,
     TRITON,
+    amid_nan,
     assert_no_worse,
     device,
     gpu,
@@ -119,6 +120,28 @@ def test_no_worse_than_eager(kind: str, V: int, dtype: torch.dtype, impl: str) -
 @pytest.mark.parametrize("kind", ["normal", "tied", "offset"])
 def test_no_worse_than_eager_at_text_vocabulary(kind: str, dtype: torch.dtype, impl: str) -> None:
     check(impl, *make(kind, 3, 102400, dtype))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+def test_short_rows_touch_nothing_around_them(inplace: bool, dtype: torch.dtype, impl: str) -> None:
+    """Rows of few or no whole 16 bytes, which begin at any offset from a multiple of 16 bytes."""
+    for V in range(1, 18):
+        for left in range(0, 16 // dtype.itemsize, 3):
+            logits, targets = (x.to(device(impl)) for x in make("normal", 3, V, dtype))
+            leaf = logits.requires_grad_()
+            view, buffer = amid_nan(leaf, left)
+            stats = token_logprobs(view, targets, inplace_backward=inplace, impl=impl)
+            (stats.logprob + 0.3 * stats.entropy).sum().backward()
+            exact = logits.detach().double().requires_grad_()
+            expected = token_logprobs_ref(exact, targets)
+            (expected.logprob + 0.3 * expected.entropy).sum().backward()
+            for ours, gt in zip(stats, expected, strict=True):
+                torch.testing.assert_close(ours.double(), gt, rtol=1e-6, atol=1e-6)
+            relative = GRADIENT_TOLERANCE[dtype][0]
+            torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=relative, atol=1e-6)
+            assert buffer.isnan().sum() == buffer.numel() - view.numel(), "something around the rows was written"
 
 
 @pytest.mark.parametrize("impl", [TRITON])
