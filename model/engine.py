@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..kernels.kv_pool import FP8, converts_fp8
 from .decoder import Decoder
-from .graphs import StepGraphs
+from .graphs import StepGraphs, use_graphs
 from .kv import KVPool
 from .packed import Packed, upload
 from .policy import Policy
@@ -151,13 +151,13 @@ class RolloutEngine:
         encoder: writes the prompts of both stages.
         max_rows: most rows of one decode step; a sample takes one, and in the guided image stage two.
         max_context: most positions of a row; None = the model's.
-        cuda_graphs: whether each decode step is one CUDA graph; "auto" = on a GPU.
+        cuda_graphs: whether each decode step is one CUDA graph; "auto" = on a GPU where Triton takes the dtype.
         kv_dtype: "auto" = the policy's dtype; "fp8" = float8_e4m3fn with a scale for each token and head.
         kv_bytes: limit of the KV cache; None = half of a GPU's free memory. Chunks are as large as it allows.
 
     Raises:
-        ValueError: CUDA graphs without a GPU, an fp8 cache on one that cannot convert it, or a model that the engine
-            cannot decode.
+        ValueError: CUDA graphs without a GPU or without Triton's kernels, an fp8 cache on a GPU that cannot convert it,
+            or a model that the engine cannot decode.
     """
 
     def __init__(
@@ -175,20 +175,19 @@ class RolloutEngine:
         self.encoder = replace(encoder, max_context=min(max_context, encoder.max_context))
         self.policy, self.max_rows, self.device = policy, max_rows, policy.device
         on_gpu = self.device.type == "cuda"
-        if cuda_graphs is True and not on_gpu:
-            raise ValueError(f"cuda_graphs=True needs a policy on a GPU; this one is on {self.device}")
+        graphs = use_graphs(cuda_graphs, self.device, policy.dtype)
         if kv_dtype == "fp8" and on_gpu and not converts_fp8(self.device):
             raise ValueError('kv_dtype="fp8" needs a GPU of compute capability 8.9 or more; use "auto"')
         self.weights = Weights(policy)
         dtype = FP8 if kv_dtype == "fp8" else policy.dtype
         self.pool = KVPool(policy.config.text_config, dtype, self.device, kv_bytes)
         self.decoder = Decoder(policy, self.weights, self.pool, max_context)
-        self.graphs = StepGraphs(on_gpu if cuda_graphs == "auto" else cuda_graphs)
-        self.plan_stage: PlanStage | None = None
-        self.image_stage: ImageStage | None = None
         # before rewards, which work beside them at the default priority
         self.decode_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self.picture_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
+        self.graphs = StepGraphs(self.decode_stream if graphs else None)
+        self.plan_stage: PlanStage | None = None
+        self.image_stage: ImageStage | None = None
 
     @torch.no_grad()
     def generate(

@@ -2,27 +2,61 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import choose
+
 _WARM_UP = 2  # runs before a capture: Triton compiles, cuBLAS picks, workspaces are allocated
 
 
-class StepGraphs:
-    """Runs steps that read and write tensors of fixed addresses: as graphs, or eagerly where `enabled` is false."""
+def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether decode steps become CUDA graphs; "auto" = on a GPU, unless PyTorch's kernels, which a graph cannot hold
+    because they wait for the device, have to stand in for Triton's. That is one warning.
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
+    Raises:
+        ValueError: they are asked for where they cannot be.
+    """
+    if not asked:
+        return False
+    if device.type != "cuda":
+        if asked is True:
+            raise ValueError(f"cuda_graphs=True needs a policy on a GPU; this one is on {device}")
+        return False
+    try:
+        choose("triton", device, dtype)
+    except ValueError as error:
+        if asked is True:
+            raise ValueError(f"cuda_graphs=True needs the Triton kernels: {error}") from None
+        warnings.warn(f"rollouts run without CUDA graphs, many times slower: {error}", stacklevel=3)
+        return False
+    return True
+
+
+class StepGraphs:
+    """Runs steps that read and write tensors of fixed addresses: as graphs, or eagerly without a `stream`.
+
+    Args:
+        stream: where steps are captured. A graph's kernels keep the priority of this stream wherever it is replayed.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # one pool for all: they never run at the same time
 
+    @property
+    def enabled(self) -> bool:
+        return self.stream is not None
+
     def clear(self) -> None:
         """Forget all graphs: a tensor that they use has moved."""
-        if self._graphs:
-            torch.cuda.synchronize()  # none may still be running
+        if self.stream and self._graphs:
+            torch.cuda.synchronize(self.stream.device)  # none may still be running
         self._graphs.clear()
         self._memory = None
 
@@ -50,9 +84,10 @@ class StepGraphs:
         return self._record(step)
 
     def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        assert self.stream
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        torch.cuda.synchronize(self.stream.device)
+        with torch.cuda.graph(graph, pool=self._memory, stream=self.stream, capture_error_mode="thread_local"):
             step()
         self._memory = self._memory or graph.pool()
         return graph

@@ -98,7 +98,8 @@ class Worker:
             if model is None:
                 raise ValueError(f"reward {reward.name!r} has no `model` to offload")
             self.at_work = functools.partial(borrowed, host_copies(model, self.device), self.device)
-        self.thread = ThreadPoolExecutor(1, f"reward-{reward.name}") if threads else None
+        gpu = self.device if self.device.type == "cuda" else torch.device(device)
+        self.thread = ThreadPoolExecutor(1, f"reward-{reward.name}", _work_on, (gpu,)) if threads else None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def submit(
@@ -224,6 +225,13 @@ def borrowed(copies: list[tuple[Tensor, Tensor]], device: torch.device) -> Itera
     finally:
         for tensor, home in copies:
             tensor.data = home
+
+
+def _work_on(device: torch.device) -> None:
+    """Make a GPU this thread's own. On a thread that has none, the end of each stream context would make GPU 0 the
+    current one, and the next call would put a second CUDA context there, from every rank."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _device(name: str | torch.device, reward: str) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +16,10 @@ from tiny import tiny_policy
 from torch import Tensor
 from transformers import DynamicCache
 
+from bicot.kernels import dispatch
 from bicot.model import decoder, stages
 from bicot.model.engine import RolloutChunk, RolloutEngine
-from bicot.model.graphs import StepGraphs
+from bicot.model.graphs import StepGraphs, use_graphs
 from bicot.model.policy import Policy
 from bicot.model.settings import Sampling
 
@@ -192,10 +194,10 @@ def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: py
         return SimpleNamespace(replay=step)
 
     monkeypatch.setattr(StepGraphs, "_record", record)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(stages, "_BUCKETS", list(range(1, 41)))  # each row that leaves means another graph
     engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=40)
-    engine.graphs.enabled = True
+    engine.graphs.stream = SimpleNamespace(device=engine.device)  # type: ignore[assignment]
     for limit in (*range(2, 16), 40, 40):  # rows leave in the last steps too
         sampling = Sampling(max_completion_length=limit, cfg_weight=2.0 if limit % 3 else 1.0)
         chunk = RolloutChunk.cat(list(engine.generate(PROMPTS, 8, sampling, seed=11)))
@@ -289,6 +291,54 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_named(policy: Policy
 def test_cuda_graphs_need_a_gpu(policy: Policy) -> None:
     with pytest.raises(ValueError, match="cuda_graphs=True needs a policy on a GPU"):
         RolloutEngine(policy, policy.prompt_encoder(FORMAT), cuda_graphs=True)
+    assert not RolloutEngine(policy, policy.prompt_encoder(FORMAT)).graphs.enabled
+
+
+def test_cuda_graphs_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch, which stands in for it, reads lengths from the device in the middle of a step."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
+    assert use_graphs("auto", gpu, torch.bfloat16) and use_graphs(True, gpu, torch.float16)
+    assert not use_graphs(False, gpu, torch.float64)
+    cases = (torch.float64, True, "got torch.float64"), (torch.bfloat16, False, "not installed")
+    for dtype, installed, reason in cases:
+        monkeypatch.setattr(dispatch, "HAS_TRITON", installed)
+        with pytest.warns(UserWarning, match=f"without CUDA graphs.*{reason}") as warned:
+            assert not use_graphs("auto", gpu, dtype)
+        assert len(warned) == 1
+        with pytest.raises(ValueError, match=f"cuda_graphs=True needs the Triton kernels.*{reason}"):
+            use_graphs(True, gpu, dtype)
+
+
+def test_steps_are_captured_on_the_stream_of_their_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own capture stream has priority 0, and a replay keeps the priority of the capture."""
+    stream: Any = SimpleNamespace(device=torch.device("cuda:1"))
+    seen: list[Any] = []
+
+    @contextmanager
+    def graph(graph: Any, **options: Any) -> Iterator[None]:
+        seen.append(options["stream"])
+        yield
+
+    captured = SimpleNamespace(pool=lambda: 7, replay=lambda: seen.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: captured)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
+    graphs = StepGraphs(stream)
+    graphs.run("key", lambda: None, [])
+    graphs.clear()
+    assert seen == [stream.device, stream, "replay", stream.device], "device and stream are named"
+
+
+@gpu
+def test_a_model_that_triton_does_not_take_decodes_without_graphs() -> None:
+    policy, on_cpu = tiny_policy(), tiny_policy()
+    policy.model.double().cuda()
+    on_cpu.model.double()
+    sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        drawn = rollout(policy, PROMPTS, 2, sampling)
+    assert torch.equal(drawn.image_tokens.cpu(), rollout(on_cpu, PROMPTS, 2, sampling).image_tokens)
 
 
 @gpu

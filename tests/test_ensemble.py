@@ -13,6 +13,7 @@ import torch
 from oracle import gpu
 from torch import Tensor, nn
 
+from bicot.rewards import worker as workers
 from bicot.rewards.base import Example
 from bicot.rewards.config import RewardConfig, load_reward
 from bicot.rewards.ensemble import RewardEnsemble, RewardHandle
@@ -241,6 +242,17 @@ def test_models_are_frozen_and_offloaded(schedule: Any, offload: bool) -> None:
     assert reward.model.weight.item() == 3.0
     with pytest.raises(ValueError, match="reward 'red' has no `model` to offload"):
         RewardEnsemble([Red()], placements={"red": Placement(offload=True)})
+
+
+@pytest.mark.parametrize(("own", "used"), [("cuda:2", "cuda:2"), ("cpu", "cuda:1")])
+def test_a_reward_s_thread_uses_its_gpu_or_the_run_s(own: str, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never GPU 0 for want of another, where each rank would have a second CUDA context."""
+    seen: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(workers, "_device", lambda name, reward: torch.device(name))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.current_thread().name, device)))
+    options: dict[str, Any] = {"threads": True, "on_error": "raise", "failures": None}
+    thread = workers.Worker(Red(), Placement(device=own), device="cuda:1", **options).thread
+    assert thread and thread.submit(lambda: list(seen)).result() == [("reward-red_0", torch.device(used))]
 
 
 @gpu

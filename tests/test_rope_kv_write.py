@@ -4,6 +4,7 @@ token's keys and values land."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from oracle import (
     no_host_sync,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bicot.kernels.kv_pool import FP8
+from bicot.kernels.kv_pool import FP8, quantize_fp8
 from bicot.kernels.rope_kv_write import _op, rope_kv_write
 
 # One rounding, where the reference has it; before it a fused multiply-add may be the more precise of the two.
@@ -215,6 +217,21 @@ def test_float8_error(dtype: torch.dtype, impl: str) -> None:
         error = (stored * scales[..., None] - expected).abs()
         assert (error <= 1.001 * (2**-4 * expected.abs()).maximum(2**-10 * scales[..., None])).all()
         assert error.mean() > 0.01 * expected.abs().mean()
+
+
+def test_float8_scales_are_a_division() -> None:
+    """A tensor over a Python number is, on a GPU, a product with the number's rounded reciprocal: one bit off."""
+
+    class Divisions(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), options: Any = None) -> Any:
+            if op.overloadpacket == torch.ops.aten.div:
+                divisors.append(args[1])
+            return op(*args, **(options or {}))
+
+    divisors: list[Any] = []
+    with Divisions():
+        quantize_fp8(torch.ones(2, 3, 4))
+    assert len(divisors) == 2 and all(isinstance(x, Tensor) for x in divisors)
 
 
 @pytest.mark.parametrize("impl", ["torch", TRITON])
