@@ -89,10 +89,10 @@ class _Loop:
             for item, following in zip(batch, [*batch[1:], None], strict=True):
                 self.reports.clear()
                 item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-                why = "\n".join(report.longreprtext for report in self.reports if report.failed)
-                skipped = any(report.skipped for report in self.reports)
+                seen = {report.outcome for report in self.reports}  # of setup, call and teardown
+                outcome = next((kind for kind in ("failed", "skipped") if kind in seen), "passed")
+                why = "\n".join(report.longreprtext for report in self.reports if report.failed) or outcome
                 unusable = any(words in why for words in UNUSABLE)
-                outcome = "failed" if why else "skipped" if skipped else "passed"
                 self.send(outcome=outcome, why=why[-TAIL:], unusable=unusable)
                 if unusable:
                     os._exit(1)  # the rest of pytest, and of CUDA, may hang

@@ -59,6 +59,29 @@ def test_poisons():
 def test_after(i):
     use_cuda()
 """
+LATE = """
+import sys
+import types
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+broken = False
+
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+cuda = types.SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize, empty_cache=lambda: None)
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+
+def test_launches_what_fails_later():
+    global broken
+    broken = True
+
+def test_after():
+    assert not broken
+"""
 DEADLY = """
 import os
 import time
@@ -124,18 +147,19 @@ def run(folder: Path, *, jobs: int = 2, **options: Any) -> tuple[bool, dict]:
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_a_bad_test_fails_alone(jobs: int, tmp_path: Path) -> None:
-    write(tmp_path, good=GOOD, poisoned=POISONED, deadly=DEADLY, broken="import pytest\n1 / 0", needs="import no_such")
+    write(tmp_path, good=GOOD, poisoned=POISONED, late=LATE, deadly=DEADLY, broken="1 / 0", needs="import no_such")
     good, report = run(tmp_path, jobs=jobs)
     whys = {failure["id"].rpartition("::")[2]: failure["why"] for failure in report["failures"]}
     expected = {
         "test_fails": "assert (1 + 1) == 3",
         "test_poisons": "CUDA error: an illegal memory access",
+        "test_launches_what_fails_later": "CUDA error: unspecified launch failure",
         "test_dies": "died with status -9",
         "test_hangs": "no end after 2 s",
         "test_broken.py": "ZeroDivisionError",
     }
     assert whys.keys() == expected.keys() and all(words in whys[name] for name, words in expected.items())
-    assert (report["passed"], report["failed"], report["skipped"]) == (6 + 3 + 9 + 3, 5, 1)
+    assert (report["passed"], report["failed"], report["skipped"]) == (6 + 3 + 9 + 1 + 3, 6, 1)
     assert not good and report["not_run"] == 0 and not report["not_run_ids"] and report["seconds"] > 2
 
 
