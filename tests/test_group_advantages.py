@@ -317,7 +317,7 @@ def test_dtype_and_weights_as_a_tensor(given_dtype: torch.dtype, dtype: torch.dt
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_input_is_left_alone_and_may_be_strided(impl: str) -> None:
     rewards = random_rewards(8, 3, torch.float32, missing=0.3).to(device(impl))
-    weights = torch.tensor([1.0, 9.0, 0.5, 9.0, 2.0, 9.0])[::2].to(device(impl))
+    weights = torch.tensor([1.0, 9.0, 0.5, 9.0, 2.0, 9.0]).to(device(impl))[::2]  # a copy to a GPU would lose strides
     before = rewards.clone()
     strided = torch.stack([rewards.T, rewards.T + 1], dim=2)[..., 0].T
     assert not strided.is_contiguous() and not weights.is_contiguous()
