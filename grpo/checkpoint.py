@@ -2,16 +2,20 @@
 
     output_dir/checkpoint-000050/   config.json, model.safetensors, tokenizer files …   (load it like any Janus model)
                                     bicot.json            (how to prompt and sample it)
-                                    trainer_state.pt                                    (step, optimizer, schedule)
+                                    trainer_state.pt      (step, optimizer, schedule)
+                                    manifest.json         (size and SHA-256 of every file)
 
-A checkpoint appears under its name only when it is whole. Sampling and data order are functions of (seed, step), so
-no generator state is stored.
+A checkpoint appears under its name only when it is whole, and is checked against its manifest before a run goes on
+from it. Sampling and data order are functions of (seed, step), so no generator state is stored. Only folders named
+`checkpoint-` and a number are ever deleted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -22,26 +26,70 @@ from ..model.settings import RolloutSettings
 from .optim import MasterAdamW
 
 STATE = "trainer_state.pt"
+MANIFEST = "manifest.json"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path.parent for path in output_dir.glob(f"checkpoint-*/{STATE}"))
+    """Folders named `checkpoint-<number>` that hold a trainer state, by rising number."""
+    folders = [path.parent for path in output_dir.glob(f"checkpoint-*/{STATE}")]
+    return sorted((path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
 
 
-def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint that `resume` means; None = start anew.
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a numbered checkpoint."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume` means (None = start anew), and a line for each damaged one that was passed over.
 
     Raises:
         FileNotFoundError: `resume` names a folder without a trainer state.
+        ValueError: the folder that `resume` names is damaged, or every checkpoint in `output_dir` is.
     """
     if resume is None:
-        return None
-    if resume == "auto":
-        return next(reversed(list_checkpoints(output_dir)), None)
-    if not (Path(resume) / STATE).is_file():
-        raise FileNotFoundError(f"resume={resume!r}: no {STATE} there; give a checkpoint folder of a run, or auto")
-    return Path(resume)
+        return None, []
+    if resume != "auto":
+        folder = Path(resume)
+        if not (folder / STATE).is_file():
+            raise FileNotFoundError(f"resume={resume!r}: no {STATE} there; give a checkpoint folder of a run, or auto")
+        if damage := find_damage(folder):
+            raise ValueError(f"{damage}; resume from another checkpoint, or with auto from the newest whole one")
+        return folder, []
+    damaged: list[str] = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        if (damage := find_damage(folder)) is None:
+            return folder, [f"{line}: going on from {folder}" for line in damaged]
+        damaged.append(damage)
+    if damaged:
+        raise ValueError(f"no checkpoint in {output_dir} is whole: {'; '.join(damaged)}")
+    return None, []
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in one line that names folder and file, or None: it is as it was written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{checkpoint} is damaged: {MANIFEST} cannot be read ({type(error).__name__})"
+    for name, (size, digest) in expected.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{checkpoint} is damaged: {name} is missing"
+        if path.stat().st_size != size:
+            return f"{checkpoint} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != digest:
+            return f"{checkpoint} is damaged: {name} has other contents than were written"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_checkpoint(
@@ -61,6 +109,9 @@ def save_checkpoint(
     policy.save_pretrained(partial)
     settings.save(partial)
     torch.save({"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}, partial / STATE)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    entries = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
     for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
@@ -73,10 +124,3 @@ def load_state(checkpoint: Path, optimizer: MasterAdamW) -> tuple[int, float]:
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
-
-
-def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the rows after `step`: a run that died between checkpoints writes them again."""
-    if path.is_file():
-        rows = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{row}\n" for row in rows))

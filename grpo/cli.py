@@ -46,7 +46,9 @@ def _keys(cls: Any) -> list[str]:
 
 def build_parser(description: str) -> ArgumentParser:
     """`--config FILE`, every field of Config as an option, `--print_config`, `--help`."""
-    parser = _Parser(description=description, usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]")
+    parser = _Parser(
+        allow_abbrev=False, description=description, usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]"
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
     parser.add_class_arguments(Config)
     return parser

@@ -7,7 +7,7 @@ GRPOConfig where that has them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ..kernels.group_advantages import Combine, Scale
@@ -77,6 +77,7 @@ class Config:
         seed: of everything.
         output_dir: where everything is written.
         overwrite_output_dir: replace an earlier run in output_dir; without it, that is an error.
+        move_output_dir: instead, move an earlier run in output_dir to output_dir-1, or the first number that is free.
         resume: auto (newest checkpoint in output_dir, or a new run if there is none), a checkpoint folder, or null.
         save_steps: write a checkpoint every so many steps; there is always one at the end.
         save_total_limit: keep that many newest checkpoints, null = all.
@@ -143,6 +144,7 @@ class Config:
     seed: int = 0
     output_dir: str = "outputs/t2i-r1"
     overwrite_output_dir: bool = False
+    move_output_dir: bool = False
     resume: str | None = None
     save_steps: int = 400
     save_total_limit: int | None = None
@@ -155,6 +157,9 @@ class Config:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_iterations", "max_completion_length", "save_steps", "num_eval_generations"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("stop_after", "save_total_limit"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1, or null")
         _require(
             self.num_generations >= 2, "num_generations", self.num_generations, "at least 2: one alone has no advantage"
         )
@@ -163,10 +168,21 @@ class Config:
         _require(kv_gib is None or kv_gib > 0, "rollout_kv_gib", kv_gib, "above 0, or null")
         for name in ("temperature", "image_temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
-        for name in ("beta", "learning_rate", "entropy_coef", "top_k", "image_top_k", "sample_steps", "warmup_steps"):
+        for name in ("max_grad_norm", "adam_epsilon", "epsilon", "importance_sampling_clip_max"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        for name in ("epsilon_high", "delta"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "above 0, or null")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in ("beta", "learning_rate", "weight_decay", "entropy_coef", "top_k", "image_top_k", "sample_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         for name in ("top_p", "image_top_p"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            _require(not isinstance(value, float) or math.isfinite(value), item.name, value, "finite")
         _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
         names = self.rewards.names
         _require(bool(names), "rewards.names", names, "at least one reward, such as scene or my_module:MyReward")

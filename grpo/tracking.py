@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,12 @@ class WandbLike:
 
     def close(self) -> None:
         self.module.finish()
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ImportError for a tracker that is not installed."""
+    for name in names:
+        _need("torch.utils.tensorboard" if name == "tensorboard" else name, name)
 
 
 def _need(module: str, package: str) -> Any:
@@ -95,5 +102,5 @@ def _summary(metrics: dict[str, float]) -> str:
     tasks = [f"{k.split('/')[1]} {v:.2f}" for k, v in metrics.items() if k.startswith("reward_by_task/")]
     seconds = [f"{k.split('/')[1]} {v:.2f}" for k, v in metrics.items() if k.startswith("seconds/")]
     kl = f" kl {metrics['kl']:.4f}" if "kl" in metrics else ""
-    reward = f"reward {metrics['reward']:.3f} ({', '.join(tasks)})"
+    reward = f"reward {metrics['reward']:.3f} ({', '.join(tasks)})" if "reward" in metrics else "no reward applies"
     return f"{reward}{kl} entropy {metrics['entropy']:.2f} | s: {' '.join(seconds)}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -23,7 +22,7 @@ from ..model.prompts import PromptFormat
 from ..model.settings import RolloutSettings, Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
-from .checkpoint import find_checkpoint, list_checkpoints, load_state, save_checkpoint, truncate_metrics
+from .checkpoint import find_checkpoint, load_state, save_checkpoint
 from .config import Config
 from .data import load_examples, step_indices
 from .distributed import Ranks
@@ -39,10 +38,11 @@ from .evaluate import (
     save_samples,
 )
 from .optim import MasterAdamW
+from .output import go_back, locked, make_room
 from .report import draw_grid, pick, write_report
 from .rollout import roll_out
 from .step import reference_logprobs, split, update
-from .tracking import Log
+from .tracking import Log, require_trackers
 
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
@@ -67,11 +67,12 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.output = Path(config.output_dir)
         set_seed(config.seed)
+        require_trackers(config.report_to)
         self.examples = load_examples(config.train_file)
         self.heldout = load_examples(config.eval_file) if config.eval_file else []
         self.settings = rollout_settings(config)
         self.ensemble = config.rewards.build(config.reward_weights, device=ranks.device, failures=self.output)
-        checkpoint = find_checkpoint(config.resume, self.output)
+        checkpoint, said = find_checkpoint(config.resume, self.output)
         self.policy = self._load(checkpoint or config.model_name_or_path)
         self.reference = self._load(config.model_name_or_path, reference=True) if config.beta else None
         if config.gradient_checkpointing:
@@ -88,8 +89,10 @@ class Trainer:
         )
         self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
         self.step, self.seconds = load_state(checkpoint, self.optimizer) if checkpoint else (0, 0.0)
-        if ranks.main:
-            self._prepare_output(checkpoint)
+        if ranks.main:  # last: nothing is touched before all that can be refused has been
+            said += make_room(self.output, config) if checkpoint is None else go_back(self.output, self.step)
+            (self.output / "samples").mkdir(parents=True, exist_ok=True)
+            print("".join(f"{line}\n" for line in said), end="")
         ranks.barrier()
 
     def _load(self, path: str | Path, reference: bool = False) -> Policy:
@@ -102,21 +105,6 @@ class Trainer:
         if reference:
             policy.model.requires_grad_(False)
         return policy
-
-    def _prepare_output(self, checkpoint: Path | None) -> None:
-        metrics = self.output / "metrics.jsonl"
-        if checkpoint is not None:
-            truncate_metrics(metrics, self.step)
-        elif metrics.exists() or list_checkpoints(self.output):
-            if not self.config.overwrite_output_dir:
-                raise FileExistsError(
-                    f"{self.output} holds an earlier run: continue it with --resume auto, replace it with "
-                    "--overwrite_output_dir true, or choose another --output_dir"
-                )
-            for path in [*list_checkpoints(self.output), self.output / "samples"]:
-                shutil.rmtree(path, ignore_errors=True)
-            metrics.unlink(missing_ok=True)
-        (self.output / "samples").mkdir(parents=True, exist_ok=True)
 
     def run(self) -> dict[str, float | int | None]:
         """Train to `max_steps` (or `stop_after`, or a SIGTERM/SIGINT) -> the summary that is also written."""
@@ -318,6 +306,7 @@ def train(config: Config) -> dict[str, float | int | None]:
     """Run a training job in this process (one of several under torchrun) -> its summary, empty off the main rank."""
     ranks = Ranks.start()
     try:
-        return Trainer(config, ranks).run()
+        with locked(Path(config.output_dir)) if ranks.main else nullcontext():
+            return Trainer(config, ranks).run()
     finally:
         ranks.close()

@@ -88,6 +88,16 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--rollout_kv_dtype", "int8"], "rollout_kv_dtype"),
         (["--seed", "-1"], "seed=-1 must be in [0, 2^31)"),
         (["--rewards.names", "[]"], "at least one reward"),
+        (["--learning_rat", "1e-4"], "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
+        (["--max_grad_norm", "-1"], "max_grad_norm=-1.0 must be above 0"),
+        (["--max_grad_norm", ".inf"], "max_grad_norm=inf must be finite"),
+        (["--epsilon", "-1"], "epsilon=-1.0 must be above 0"),
+        (["--epsilon_high", "0"], "epsilon_high=0.0 must be above 0, or null"),
+        (["--adam_beta2", "1"], "adam_beta2=1.0 must be in [0, 1)"),
+        (["--weight_decay", "-1"], "weight_decay=-1.0 must be 0 or more"),
+        (["--cfg_weight", ".nan"], "cfg_weight=nan must be finite"),
+        (["--stop_after", "0"], "stop_after=0 must be at least 1, or null"),
+        (["--save_total_limit", "-1"], "save_total_limit=-1 must be at least 1, or null"),
     ],
 )
 def test_bad_settings_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

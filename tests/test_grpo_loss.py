@@ -387,6 +387,20 @@ def test_short_rows_touch_nothing_around_them(inplace: bool, dtype: torch.dtype,
             assert buffer.isnan().sum() == buffer.numel() - 5 * V, "something around the rows was written"
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("V", [5, 33, 300])
+def test_in_place_gives_the_same_bits(V: int, impl: str) -> None:
+    """On a GPU that takes a barrier: threads read logits that others are about to overwrite."""
+    streams = random_streams(V, torch.bfloat16, [(4096 if device(impl) == "cuda" else 9, V)], 2, "normal", True, False,
+                             True, False)  # fmt: skip
+    advantages = torch.tensor([1.0, -0.7]).to(device(impl))
+    results = [
+        outcome(converted(streams, device(impl)), advantages, inplace=inplace, entropy_coef=0.1, impl=impl)
+        for inplace in (False, True)
+    ]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 @pytest.mark.parametrize("impl", ["torch", TRITON])
 @pytest.mark.parametrize("kind", ["logits", "hidden"])
 def test_float16_gradients_are_scaled_before_they_are_rounded(kind: str, impl: str) -> None:

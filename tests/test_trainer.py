@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, tiny_policy
 
 from bicot.grpo.cli import parse_config
+from bicot.grpo.output import locked
 from bicot.grpo.trainer import train
 from bicot.model.policy import load_policy
 from bicot.rewards.worker import RewardError
@@ -157,9 +159,41 @@ def test_a_checkpoint_that_is_not_whole_is_not_resumed(job: Path, tmp_path: Path
 def test_an_earlier_run_is_not_lost(job: Path, tmp_path: Path) -> None:
     run(job, tmp_path, "--max_steps", "2")
     with pytest.raises(FileExistsError, match=r"--resume auto.*--overwrite_output_dir"):
-        run(job, tmp_path, "--max_steps", "2", "--overwrite_output_dir", "false")
+        run(job, tmp_path, "--max_steps", "2", "--move_output_dir", "false")
     with pytest.raises(FileNotFoundError, match=r"no trainer_state\.pt there"):
         run(job, tmp_path, "--resume", str(tmp_path / "nowhere"))
+
+
+def test_what_can_be_refused_is_refused_before_a_run_is_replaced(job: Path, tmp_path: Path) -> None:
+    run(job, tmp_path, "--max_steps", "2", "--sample_steps", "0")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    more = ("--max_steps", "2", "--overwrite_output_dir", "true")
+    for problem, error in (
+        (("--report_to", "[trackio]"), pytest.raises(ImportError, match="trackio is not installed")),
+        (("--rewards.names", "redness:Greenness"), pytest.raises(Exception, match="Greenness")),
+    ):
+        with error:
+            run(job, tmp_path, *more, *problem)
+    with locked(tmp_path), pytest.raises(RuntimeError, match=f"in use by process {os.getpid()}"):
+        run(job, tmp_path, *more)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_going_back_to_an_earlier_checkpoint(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoints behind it are neither resumed nor let push out the new ones."""
+    small = ("--eval_file", "null", "--sample_steps", "0", "--save_total_limit", "3")
+    run(job, tmp_path, *small)
+    second = str(tmp_path / "checkpoint-000002")
+    run(job, tmp_path, *small, "--resume", second, "--stop_after", "3", "--save_total_limit", "1")
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-000003"]
+    aside = tmp_path / "after-000002-1"
+    assert f"going back to step 2: checkpoint-000004, checkpoint-000006 moved to {aside}" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "checkpoint-000003", tmp_path / "checkpoint-best")
+    run(job, tmp_path, *small, "--resume", "auto", "--stop_after", "5", "--save_total_limit", "1")
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-000005", "checkpoint-best"}
+    (tmp_path / "checkpoint-000005" / "trainer_state.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint-000005 is damaged: trainer_state.pt has 0 bytes"):
+        run(job, tmp_path, *small, "--resume", "auto")
 
 
 def test_settings_of_section_one_all_run(job: Path, tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""The output folder of a run: one run at a time, and no earlier one is lost unless that was asked for."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoint import list_checkpoints, step_of
+from .config import Config
+
+METRICS = "metrics.jsonl"
+# what a run leaves besides its checkpoints
+_FILES = (METRICS, "summary.json", "report.html", "before_after.png")
+_FOLDERS = ("samples",)
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the folder for this process; it is made if need be. The system releases it however the process ends.
+
+    Raises:
+        RuntimeError: another process holds it.
+        OSError: it cannot be written.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RuntimeError(f"{output} is in use by {holder}: choose another --output_dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            if not any(other != path for other in output.iterdir()):  # refused before anything was written
+                path.unlink()
+                output.rmdir()
+
+
+def holds_run(output: Path) -> bool:
+    return (output / METRICS).exists() or bool(list_checkpoints(output))
+
+
+def make_room(output: Path, config: Config) -> list[str]:
+    """Prepare the folder for a new run -> what was done with an earlier one, in lines for the user.
+
+    Raises:
+        FileExistsError: it holds an earlier run, and nothing says what should become of it.
+    """
+    said = []
+    if holds_run(output):
+        kept = [*(output / name for name in (*_FILES, *_FOLDERS)), *list_checkpoints(output)]
+        if config.overwrite_output_dir:
+            for path in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        elif config.move_output_dir:
+            target = _free_name(output)
+            target.mkdir()
+            for path in kept:
+                if path.exists():
+                    path.rename(target / path.name)
+            said.append(f"the earlier run in {output} is now in {target}")
+        else:
+            raise FileExistsError(
+                f"{output} holds an earlier run: continue it with --resume auto, replace it with "
+                "--overwrite_output_dir true, or choose another --output_dir"
+            )
+    return said
+
+
+def go_back(output: Path, step: int) -> list[str]:
+    """Prepare the folder for going on after `step` -> what was done, in lines for the user.
+
+    Metrics after `step` are dropped, since they are written again; later checkpoints are moved aside, since they would
+    count as newer than those to come.
+    """
+    said = []
+    if later := [path for path in list_checkpoints(output) if step_of(path) > step]:
+        target = _free_name(output / f"after-{step:06d}")
+        target.mkdir()
+        for path in later:
+            path.rename(target / path.name)
+        names = ", ".join(path.name for path in later)
+        said.append(f"going back to step {step}: {names} moved to {target}")
+    metrics = output / METRICS
+    if metrics.is_file():
+        rows, torn = read_metrics(metrics)
+        if torn:
+            said.append(f"{metrics}: the last line was not whole and is dropped")
+        part = metrics.with_name(f".{METRICS}.part")
+        part.write_text("".join(f"{line}\n" for line, row in rows if row["step"] <= step))
+        part.replace(metrics)
+    return said
+
+
+def read_metrics(path: Path) -> tuple[list[tuple[str, dict[str, float]]], bool]:
+    """The lines of metrics.jsonl with their values, and whether a last line that a full disk or a kill left torn is not
+    among them.
+
+    Raises:
+        ValueError: any other line that is not a step's metrics, as `file:line: what is wrong`.
+    """
+    rows: list[tuple[str, dict[str, float]]] = []
+    lines = path.read_text(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not an object with a step")
+        except ValueError as error:
+            if number == len(lines):  # no newline ends it
+                return rows, True
+            raise ValueError(f"{path}:{number}: {error}") from None
+        rows.append((line, row))
+    return rows, False
+
+
+def _free_name(path: Path) -> Path:
+    """`path`-1, or the first number that is free."""
+    number = 1
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}-{number}")
