@@ -1,6 +1,8 @@
 """Write RESULTS.md and its pictures from the JSON files in bench/results: what was measured, on what, by which command.
 
 python -m bicot.bench.report [RESULTS]
+
+RESULTS is another folder, or the archive of a walk of gpu.sh, whose results then join those in bench/results.
 """
 
 from __future__ import annotations
@@ -248,9 +250,17 @@ def render(folder: Path, pictures: bool = True) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "results", type=Path, nargs="?", default=HERE / "results", help="RESULTS.md is written beside it"
+        "results",
+        type=Path,
+        nargs="?",
+        default=HERE / "results",
+        help="a folder with RESULTS.md beside it, or FILE.json",
     )
     folder = parser.parse_args().results.resolve()
+    if folder.is_file():
+        archive, folder = json.loads(folder.read_text()), HERE / "results"
+        for name, result in archive.items():
+            write(folder / name, json.dumps(result, indent=1) + "\n")
     pictures = importlib.util.find_spec("matplotlib") is not None
     if not pictures:
         print("without pictures: matplotlib is not installed")

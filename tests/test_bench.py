@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from packaging.utils import canonicalize_name
 from tiny import ROOT
 from torch import Tensor
 
-from bicot.bench import bench_rewards, harness, models, report, reward_models
+from bicot.bench import bench_rewards, harness, models, report, reward_models, walk
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
 
 GPU_SH = ["bash", str(ROOT / "bench" / "gpu.sh")]
@@ -245,71 +244,103 @@ def beyond(*names: str) -> set[str]:
     return {package for package, its in owners.items() if needed.isdisjoint(map(canonicalize_name, its))} - {"bicot"}
 
 
-def walk(script: str, out: Path, **environment: str) -> str:
-    """What the tiny walk of a script on a CPU prints."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "BICOT_COMMIT": "abc"} | environment
-    environment.pop("TRITON_INTERPRET", None)
-    command = ["bash", str(ROOT / "bench" / script), "--tiny", "--device", "cpu", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
-    """With no package but torch, triton, transformers, numpy, pytest and what these need."""
+    """Both walks, with no package but torch, triton, transformers, numpy, pytest and what these need."""
     blocked = beyond("torch", "triton", "transformers", "numpy", "pytest")
     assert {"jsonargparse", "matplotlib", "hypothesis", "trl", "peft", "deepspeed", "PIL"} & set(blocked)
     assert not {"yaml", "tqdm", "packaging", "_pytest"} & blocked
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)}))\n")
-    printed = walk("gpu.sh", tmp_path / "out", PYTHONPATH=str(tmp_path), PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    assert "===== build: exit status 0" in printed or shutil.which("cmake") is None
-    assert "===== tests: exit status 0" in printed and "without pictures: matplotlib is not installed" in printed
-    folder = tmp_path / "out" / "results"
-    steps = ["step", "step_profile", "scaling"]
-    assert sorted(path.stem for path in folder.iterdir()) == sorted(
-        [f"{name}_cpu" for name in [*report.KERNELS, *steps]] + ["step_model", "step_profile_cpu.trace.json"]
-    )
-    results = {path.stem.removesuffix("_cpu"): json.loads(path.read_text()) for path in folder.glob("*.json")}
-    assert all(result["bench"] == name and result["commit"] == "abc" for name, result in results.items())
-    assert results["step_profile"]["covered_pct"] > 90 and not results["step"]["failed"] + results["step"]["skipped"]
-    for bench in report.KERNELS:
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "BICOT_COMMIT": "abc"}
+    environment |= {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    archives = {}
+    for mode, options in (("full", []), ("quick", ["--quick"])):
+        command = [*GPU_SH, "--tiny", "--device", "cpu", *options, str(tmp_path / mode)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
+        for step in walk.steps(mode, "cpu", True, tmp_path):
+            assert f"===== {step.name}: exit status 0" in done.stdout
+        assert {path.name for path in (tmp_path / mode).iterdir()} == {"RESULTS.md", "results.json", "trace.json.gz"}
+        archives[mode] = json.loads((tmp_path / mode / "results.json").read_text())
+    kept = ["step", "step_7b", "step_profile", "train", *report.KERNELS]
+    assert archives["full"].keys() == {f"{name}_cpu.json" for name in kept}
+    assert archives["quick"].keys() == {"step_profile_cpu.json", "decode_kernels_cpu.json"}
+    assert len(archives["quick"]["decode_kernels_cpu.json"]["rows"]) == 2
+
+    results = {name.removesuffix("_cpu.json"): result for name, result in archives["full"].items()}
+    assert all(result["commit"] == "abc" and not result.get("failed") for result in results.values())
+    assert results["step_profile"]["covered_pct"] > 90 and not results["step"]["skipped"]
+    assert {row["provider"] for row in results["step_7b"]["rows"]} == {"ours"}
+    for bench in ["train", *report.KERNELS]:
         result = results[bench]
-        assert not result["failed"] and set(result["ceilings"]) <= {"copy_gbps", "gemm_tflops"}
+        assert result["bench"] == bench and set(result["ceilings"]) <= {"copy_gbps", "gemm_tflops"}
         cases = importlib.import_module(f"bicot.bench.bench_{bench}").cases("cpu", True)
         listed = {(harness.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
         assert listed == {(harness.label(case.labels), name) for case in cases for name in case.providers}
         baselines = {"ours", {"rollout": "generate", "rewards": "the decoder alone"}.get(bench, "torch.compile")}
         if bench != "rewards":  # whose eager way is through PIL
             baselines.add("eager")
+        baselines = {"reference", "update"} if bench == "train" else baselines
         assert baselines <= {row["provider"] for row in result["rows"]}
-    page = (tmp_path / "out" / "RESULTS.md").read_text()
-    assert report.render(folder, pictures=False) == page and "svg" not in page
-    assert [line for line in page.splitlines() if line.startswith("## ")] == [
-        *(f"## {bench} on the CPU" for bench in steps),
-        "## step_model: what a step should take",
-        *(f"## {bench} on the CPU" for bench in report.KERNELS),
+    page = (tmp_path / "full" / "RESULTS.md").read_text()
+    assert "svg" not in page and [line for line in page.splitlines() if line.startswith("## ")] == [
+        *(f"## {bench} on the CPU" for bench in ("step", "step", "step_profile", "train", *report.KERNELS)),
     ]
 
 
-def test_scripts_name_what_failed(tmp_path: Path) -> None:
-    stub = tmp_path / "python"
-    cases = '*bench_cfg_sample*|*"-m pytest"*) exit 3;; *bench.scaling*) sleep 60;;'
-    stub.write_text(f'#!/bin/sh\ncase "$*" in {cases} esac\necho "ran $*"\n')
-    stub.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(stub), "CMAKE": "true"}
-    command = [*GPU_SH, "--seconds", "6", str(tmp_path / "out")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 1 and lines[-1].startswith("FAILED: tests cfg_sample scaling")
-    assert "===== scaling: exit status 124 after" in done.stdout, "no step takes more than what is left"
-    out = tmp_path / "out" / "results"
-    for bench in report.KERNELS:
-        ran = f"ran -m bicot.bench.bench_{bench} --device cuda --output {out}/{bench}_cuda.json" in done.stdout
-        assert ran == (bench != "cfg_sample")
-    shape = "ran -m bicot.bench.step_profile --device cuda --shape Janus-Pro-1B --steps 2 --output"
-    assert shape in done.stdout
+def test_a_walk_names_what_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    def step(name: str, seconds: int, *command: str) -> walk.Step:
+        return walk.program(name, seconds, "sh", "-c", " ".join(command))
+
+    todo = [step("dies", 1, "kill -SEGV $$"), step("fails", 1, "exit 3"), step("runs", 0, "true")]
+    begin = time.monotonic()
+    assert walk.walk([*todo, step("hangs", 0, "sleep 60 & sleep 60"), step("late", 1, "true")], begin) == [
+        "dies", "fails", "hangs",
+    ]  # fmt: skip
+    assert 2 <= time.monotonic() - begin < 6, "what the first steps left"
+    printed = capfd.readouterr().out
+    assert "===== dies: exit status 245 after" in printed and "===== hangs: exit status 124 after 2 s" in printed
+    assert walk.walk([step("has no limit", 0, "sleep 1.5")]) == []
+
+
+def test_modes_fit_their_time(tmp_path: Path) -> None:
+    for mode, limit in (("quick", 170), ("full", 540), ("tests", 570)):
+        todo = walk.steps(mode, "cuda", False, tmp_path)
+        assert limit - 15 <= sum(step.seconds for step in todo) <= limit - 5 * (mode != "tests"), "and packs"
+    every = [step.name for step in walk.steps("all", "cpu", False, tmp_path)]
+    assert every == ["step_profile", "step", *report.KERNELS, "scaling", "step_model", "report"]
+    assert {step.name for step in walk.steps("full", "cuda", False, tmp_path)} >= set(report.KERNELS)
+
+
+def test_a_bench_knows_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(walk.runpy, "run_module", lambda name, **_: seen.append((name, sys.argv[1:])))
+    monkeypatch.setattr(sys, "argv", [])
+    todo = {step.name: step.run for step in walk.steps("full", "cuda", True, tmp_path) if step.imports}
+    todo["step"](100.0)
+    given = f"--device cuda --tiny --model Janus-Pro-1B --output {tmp_path}/results/step_cuda.json --seconds 92"
+    assert seen.pop() == ("bicot.bench.bench_step", given.split())
+    todo["step_profile"](100.0)
+    todo["step_7b"](None)
+    assert "--seconds" not in seen[0][1] + seen[1][1] and "--ours-alone" in seen[1][1]
+
+
+def test_scripts_refuse_what_they_do_not_know() -> None:
     usage = subprocess.run([*GPU_SH, "--fast", "x"], capture_output=True, text=True, timeout=60)
-    assert usage.returncode == 2 and "run.sh [--tiny]" in usage.stderr
+    assert usage.returncode == 2 and "[--quick | --tests | --all]" in usage.stderr
+
+
+def test_an_archive_joins_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results").mkdir()
+    row = {"case": {"N": 4}, "floor_pct": None, "peak_mib": None, "error": 0.0, "note": "", "ms": [1.0, 1.0, 1.0]}
+    result = {"bench": "rms_norm", "about": "", "command": "", "gpu": "H", "driver": "1", "torch": "2", "triton": "3"}
+    result |= {"commit": "abc", "rows": [row | {"provider": "ours"}], "ceilings": {}, "skipped": [], "failed": []}
+    (tmp_path / "archive.json").write_text(json.dumps({"rms_norm_cuda.json": result}))
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "archive.json")])
+    report.main()
+    assert json.loads((tmp_path / "results" / "rms_norm_cuda.json").read_text()) == result
+    assert "## rms_norm on H" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_seeds_of_the_default_run(tmp_path: Path) -> None:
