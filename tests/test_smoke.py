@@ -1,5 +1,7 @@
 """Whether everything works on this machine, in under a minute: each kernel at true shapes and odd ones, the engine, the
 scorers, one update. A CPU walks the same tests with small shapes and the C++ kernels.
+
+On a GPU the minute is the compiler's: each shape, dtype and option here stands for a kernel that is not compiled yet.
 """
 
 from __future__ import annotations
@@ -59,8 +61,7 @@ LOGITS += [(37, 7, BF16, True), (11, 16387, F32, True)]
 HEADS = [(256, 4096, 102400, BF16), (512, 2048, 16384, BF16)] if CUDA else [(40, 64, 1000, BF16)]
 HEADS += [(9, 24, 13, F32)]
 # R, Hq, Hkv, E, the keys of a prefix, and at most of a row's own
-ATTENTION = [(32, 16, 16, 128, 32, 576, BF16)] if CUDA else [(6, 4, 4, 32, 5, 70, BF16)]
-ATTENTION += [(5, 6, 2, 20, 3, 261, F32)]
+ATTENTION = (32, 16, 16, 128, 32, 576, BF16) if CUDA else (6, 4, 4, 32, 5, 70, BF16)
 # (relative, absolute) beyond the error of the reference in the same dtype: sums in another order, and two roundings of
 # a bfloat16 gradient
 OUTPUT, GRADIENT = (1e-5, 1e-5), {F32: (4e-6, 1e-8), BF16: (2 * BFLOAT16_ROUNDING, 1e-8)}
@@ -228,8 +229,9 @@ def test_grpo_loss_of_hidden(N: int, D: int, V: int, dtype: torch.dtype) -> None
     compare(run, leaves, loss_terms(torch.nn.functional.linear(*leaves)), OF_HEAD[dtype])
 
 
-@pytest.mark.parametrize(("scale", "combine"), [("group", "sum_then_normalize"), ("batch", "normalize_then_sum")])
-@pytest.mark.parametrize(("P", "G"), [(8, 8), (3, 7)])
+@pytest.mark.parametrize(
+    ("P", "G", "scale", "combine"), [(8, 8, "group", "sum_then_normalize"), (3, 7, "batch", "normalize_then_sum")]
+)
 def test_group_advantages(P: int, G: int, scale: Any, combine: Any) -> None:
     def run(impl: Any, rewards: Tensor, weights: Tensor) -> Outputs:
         options: Any = {"scale": scale, "combine": combine, "impl": impl}
@@ -245,7 +247,7 @@ def test_group_advantages(P: int, G: int, scale: Any, combine: Any) -> None:
     [
         (32, 16384, BF16, False, {"guidance": 5.0}),
         (16, 102400, BF16, False, {"temperature": 0.8, "top_k": 50, "top_p": 0.9}),
-        (33, 16387, F32, True, {"guidance": 3.0, "temperature": 1.3, "top_p": 0.95}),
+        (33, 16387, F32, True, {"guidance": 3.0, "temperature": 1.3}),
         (9, 13, F32, True, {"guidance": 5.0, "temperature": 0.0}),
     ],
 )
@@ -261,8 +263,10 @@ def test_cfg_sample(B: int, V: int, dtype: torch.dtype, strided: bool, options: 
     torch.testing.assert_close(tuple(x.cpu() for x in ours[1:]), expected[1:], rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("R", "Hq", "Hkv", "E", "prefix", "own", "dtype"), ATTENTION)
+@pytest.mark.parametrize(
+    ("R", "Hq", "Hkv", "E", "prefix", "own", "dtype", "fp8"),
+    [(*ATTENTION, False), (*ATTENTION, True), (5, 6, 2, 20, 3, 261, F32, False)],
+)
 def test_decode_attention(
     R: int, Hq: int, Hkv: int, E: int, prefix: int, own: int, dtype: torch.dtype, fp8: bool
 ) -> None:
@@ -290,8 +294,10 @@ def test_decode_attention(
     compare(run, [], [normal(R, Hq + 2 * Hkv, E, std=2).to(dtype), *pools, *rows, *scales])
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("N", "Hq", "Hkv", "E", "dtype"), [(32, 16, 16, 128, BF16), (5, 6, 2, 12, F32)])
+@pytest.mark.parametrize(
+    ("N", "Hq", "Hkv", "E", "dtype", "fp8"),
+    [(32, 16, 16, 128, BF16, False), (32, 16, 16, 128, BF16, True), (5, 6, 2, 12, F32, False)],
+)
 def test_rope_kv_write(N: int, Hq: int, Hkv: int, E: int, dtype: torch.dtype, fp8: bool) -> None:
     given = rope_tokens(N, Hq, Hkv, E, dtype, str(DEVICE), fp8=fp8, scale=3)
     free = given.untouched()
@@ -313,8 +319,9 @@ def test_rope_kv_write(N: int, Hq: int, Hkv: int, E: int, dtype: torch.dtype, fp
     compare(run, [], given.arguments(), (2**-9, 1e-6) if fp8 else ROUNDED[dtype])
 
 
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize(("N", "D", "dtype"), [(512, 2048, BF16), (32, 4096, BF16), (5, 1000, BF16), (33, 13, F32)])
+@pytest.mark.parametrize(
+    ("N", "D", "dtype", "added"), [(512, 2048, BF16, True), (32, 4096, BF16, True), (33, 13, F32, False)]
+)
 def test_rms_norm(N: int, D: int, dtype: torch.dtype, added: bool) -> None:
     def run(impl: Any, x: Tensor, weight: Tensor, residual: Tensor) -> Outputs:
         out = rms_norm(x, weight, 1e-6, residual if added else None, impl=impl)
@@ -323,7 +330,7 @@ def test_rms_norm(N: int, D: int, dtype: torch.dtype, added: bool) -> None:
     compare(run, [], norm_inputs(N, D, dtype, str(DEVICE)), ROUNDED[dtype])
 
 
-@pytest.mark.parametrize(("N", "size", "dtype"), [(512, 5632, BF16), (32, 11008, BF16), (5, 1025, BF16), (33, 7, F32)])
+@pytest.mark.parametrize(("N", "size", "dtype"), [(512, 5632, BF16), (33, 7, F32)])
 def test_silu_mul(N: int, size: int, dtype: torch.dtype) -> None:
     run = lambda impl, gate_up: {"out": silu_mul(gate_up, impl=impl)}  # noqa: E731
     compare(run, [], [gate_up_inputs(N, size, dtype, str(DEVICE))], ROUNDED[dtype])
