@@ -109,13 +109,23 @@ def test_steps_rates_and_what_does_not_fit() -> None:
     replace(loose, tolerance=0.6).check(drawing, x, lambda outputs: 0.5)
 
 
-def test_no_case_begins_when_the_time_is_up(
+def test_no_case_begins_that_would_end_too_late(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tiny", "--seconds", "0"])
-    assert harness.main("double", "double: twice.\n\npython -m x\nFloor: none.", double_cases) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert not result["rows"] and {entry["reason"] for entry in result["skipped"]} == {"no time was left"}
+    def cases(device: str, tiny: bool) -> list[Case]:
+        slow = {"ours": Provider(lambda x: [time.sleep(0.4) or x * 2])}
+        case = replace(double_cases(device, tiny)[0], providers=slow)  # takes 1.6 s: a check, a warm-up, two runs
+        return [replace(case, labels={"N": n}) for n in range(3)]
+
+    monkeypatch.setattr(harness, "copy_gbps", lambda *_: 1.0)
+    for seconds, measured in (("2", 1), ("0", 0)):
+        monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tiny", "--seconds", seconds])
+        assert harness.main("double", "double: twice.\n\npython -m x\nFloor: none.", cases) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert [row["case"]["N"] for row in result["rows"]] == [*range(measured)]
+        assert {e["case"]["N"]: e["reason"] for e in result["skipped"]} == dict.fromkeys(
+            range(measured, 3), "no time was left"
+        )
     torch.compiler.set_stance("default")
 
 
@@ -318,7 +328,9 @@ def test_a_bench_knows_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", [])
     todo = {step.name: step.run for step in walk.steps("full", "cuda", True, tmp_path) if step.imports}
     todo["step"](100.0)
-    given = f"--device cuda --tiny --model Janus-Pro-1B --output {tmp_path}/results/step_cuda.json --seconds 92"
+    given = (
+        f"--device cuda --tiny --model Janus-Pro-1B --repeats 2 --output {tmp_path}/results/step_cuda.json --seconds 92"
+    )
     assert seen.pop() == ("bicot.bench.bench_step", given.split())
     todo["step_profile"](100.0)
     todo["step_7b"](None)
