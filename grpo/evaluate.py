@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..model.engine import RolloutChunk, RolloutEngine, Sampling
@@ -54,15 +54,15 @@ def samples_of(
     ]
 
 
-def mean_by_name(rewards: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Mean of the rewards that share a name, NaN left out; NaN where nothing else is there."""
+def mean_by_name(rewards: Iterable[tuple[str, float]]) -> dict[str, float | None]:
+    """Mean of the rewards that share a name, NaN left out; None where nothing else is there."""
     groups: dict[str, list[float]] = defaultdict(list)
     for name, reward in rewards:
-        groups[name].append(reward)
-    return {name: torch.tensor(values, dtype=torch.float64).nanmean().item() for name, values in sorted(groups.items())}
+        groups[name] += [] if math.isnan(reward) else [reward]
+    return {name: math.fsum(values) / len(values) if values else None for name, values in sorted(groups.items())}
 
 
-def mean_by_task(samples: Sequence[Sample]) -> dict[str, float]:
+def mean_by_task(samples: Sequence[Sample]) -> dict[str, float | None]:
     """Mean reward of each task type, samples without a reward left out."""
     return mean_by_name((sample.task_type, sample.reward) for sample in samples)
 
@@ -105,9 +105,9 @@ def evaluate(
     return ranks.gather(samples)
 
 
-def mean_reward(samples: Sequence[Sample]) -> float:
-    """Mean reward of all samples that have one."""
-    return float(np.nanmean([sample.reward for sample in samples]))
+def mean_reward(samples: Sequence[Sample]) -> float | None:
+    """Mean reward of all samples that have one; None where none has."""
+    return mean_by_name(("", sample.reward) for sample in samples).get("")
 
 
 def entropy_bits(counts: Tensor) -> float:

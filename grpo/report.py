@@ -55,12 +55,13 @@ def grid_figure(rows: Mapping[str, Sequence[Sample]]) -> Figure:
     for axis in axes.flat:
         axis.axis("off")
     for row, (title, samples) in enumerate(rows.items()):
-        axes[2 * row][0].set_title(title, loc="left", fontsize=11)
+        axes[2 * row][0].set_title(title, loc="left", fontsize=11, parse_math=False)
         for column, sample in enumerate(samples):
             small = sample.image.shape[0] < 128
             axes[2 * row][column].imshow(sample.image, interpolation="nearest" if small else None)
             head, plan = captions[title][column]
             place = {"transform": axes[2 * row + 1][column].transAxes, "va": "top", "x": 0, "y": 1, "in_layout": False}
+            place["parse_math"] = False  # a dollar sign is a dollar sign
             axes[2 * row + 1][column].text(s=head, fontsize=8, weight="bold", **place)
             axes[2 * row + 1][column].text(s="\n" * len(head.splitlines()) + plan, fontsize=8, **place)
     return figure
@@ -167,7 +168,8 @@ def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str:
         axis.plot(steps, values, lw=0.7, alpha=0.25, color=line.get_color())
     if not axis.lines:
         return ""
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    for text in axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
+        text.set_parse_math(False)
     return _image(figure, "svg")
 
 

@@ -81,8 +81,9 @@ class Log:
         self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, metrics: dict[str, float], grid: Path | None = None) -> None:
-        """Record one step: a JSON line {"step": …, metric: value, …}, trackers, and the bar. NaN is left out."""
-        metrics = {key: value for key, value in metrics.items() if not math.isnan(value)}
+        """Record one step: a JSON line {"step": …, metric: value, …}, trackers, and the bar. What is not finite is left
+        out: JSON has no word for it."""
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
         for tracker in self.trackers:

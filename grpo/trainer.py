@@ -160,7 +160,11 @@ class Trainer:
         if config.sample_steps and self.step % config.sample_steps == 0 and ranks.main:
             samples = samples_of(rollout, repeated, scores, self.ensemble)
             grid = self.output / "samples" / f"step-{self.step:06d}.png"
-            draw_grid({f"step {self.step}": pick(samples[:: config.num_generations])}, grid)
+            try:
+                draw_grid({f"step {self.step}": pick(samples[:: config.num_generations])}, grid)
+            except Exception as error:  # whatever a plan makes of it, a picture is not worth a run
+                print(f"step {self.step}: no grid of samples: {type(error).__name__}: {error}")
+                grid = None
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         return {
@@ -192,12 +196,14 @@ class Trainer:
         groups = total.view(-1, self.config.num_generations)
         by_task = mean_by_name(zip(task_types, total.tolist(), strict=True))
         spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(()) for g in groups])
+        largest, smallest = groups.nan_to_num(nan=-torch.inf).amax(1), groups.nan_to_num(nan=torch.inf).amin(1)
         return {
             "reward": total.nanmean().item(),
             "reward_std": spread.mean().item(),
-            "frac_reward_zero_std": (spread == 0).float().mean().item(),
+            # not by the std: of eight times 0.35 it is not 0 but a rounding error
+            "frac_reward_zero_std": (largest == smallest).float().mean().item(),
             **self.ensemble.metrics(scores),
-            **{f"reward_by_task/{task}": mean for task, mean in by_task.items()},
+            **{f"reward_by_task/{task}": mean for task, mean in by_task.items() if mean is not None},
         }
 
     def _reward_costs(self, handle: RewardHandle) -> dict[str, float]:
@@ -240,14 +246,14 @@ class Trainer:
     def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, float | int | None]:
         images = self.step * self.config.prompts_per_device * self.config.num_generations * self.ranks.size
         summary = {
-            "heldout_reward_before": mean_reward(before) if before else None,
-            "heldout_reward_after": mean_reward(after) if after else None,
+            "heldout_reward_before": mean_reward(before),
+            "heldout_reward_after": mean_reward(after),
             "steps": self.step,
             "seconds": round(self.seconds, 3),
             "images_per_second": images / self.seconds if self.seconds else None,
             "seed": self.config.seed,
         }
-        (self.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.output / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         grids = {"before": before, "after": after}
         write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v})
         print(_table(before, after))
@@ -261,10 +267,11 @@ def _table(before: list[Sample], after: list[Sample]) -> str:
         return "no held-out prompts (eval_file): no reward before and after"
     first, last = mean_by_task(before), mean_by_task(after) if after else {}
     rows = [(task, first[task], last.get(task)) for task in first]
-    rows.append(("all", mean_reward(before), mean_reward(after) if after else None))
+    rows.append(("all", mean_reward(before), mean_reward(after)))
     lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]
     return "\n".join(
-        lines + [f"{task:<18}{b:>8.3f}" + (f"{a:>8.3f}" if a is not None else f"{'–':>8}") for task, b, a in rows]
+        lines
+        + [f"{task:<18}" + "".join(f"{'–' if x is None else f'{x:.3f}':>8}" for x in pair) for task, *pair in rows]
     )
 
 

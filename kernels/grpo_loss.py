@@ -170,11 +170,10 @@ def grpo_loss_ref(
             loss = loss - entropy_coef * stat.entropy.sum() / num_tokens.clamp(min=1)
         detached = ratio.detach()
         metrics[f"{stream.name}/entropy"] = _mean(stat.entropy)
-        if loss_type == "cispo":
-            metrics[f"{stream.name}/clip_ratio/high"] = _mean(detached > epsilon_high)
-        else:
+        high = epsilon_high if loss_type == "cispo" else 1 + epsilon_high
+        metrics[f"{stream.name}/clip_ratio/high"] = _mean((detached > high) & (advantage > 0))
+        if loss_type != "cispo":
             metrics[f"{stream.name}/clip_ratio/low"] = _mean((detached < 1 - epsilon) & (advantage < 0))
-            metrics[f"{stream.name}/clip_ratio/high"] = _mean((detached > 1 + epsilon_high) & (advantage > 0))
         metrics[f"{stream.name}/ratio_max"] = detached.amax() if len(detached) else advantages.new_ones(())
     return GRPOLoss(loss, metrics, tuple(stat.logprob.detach() for stat in stats))
 

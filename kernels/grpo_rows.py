@@ -57,7 +57,7 @@ def _token_terms(  # type: ignore[no-untyped-def]
     if CISPO:
         slope = tl.minimum(ratio, high) * advantage
         objective = slope * logprob
-        clipped_low, clipped_high = 0.0, tl.where(ratio > high, 1.0, 0.0)
+        clipped_low = 0.0
     else:
         bounded = tl.minimum(ratio, delta) * advantage
         clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
@@ -65,7 +65,7 @@ def _token_terms(  # type: ignore[no-untyped-def]
         moves = tl.where(bounded <= clipped, ratio <= delta, (low <= ratio) & (ratio <= high))
         slope = tl.where(moves, ratio * advantage, 0.0)
         clipped_low = tl.where((ratio < low) & (advantage < 0), 1.0, 0.0)
-        clipped_high = tl.where((ratio > high) & (advantage > 0), 1.0, 0.0)
+    clipped_high = tl.where((ratio > high) & (advantage > 0), 1.0, 0.0)
     correction = 1.0
     if HAS_SAMPLING:
         correction = tl.exp(before - sampling)

@@ -179,7 +179,7 @@ def load_policy(
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
-        ValueError: another architecture, or a freeze prefix that matches no parameter.
+        ValueError: another architecture, weights that are missing or unknown, or a freeze prefix that matches none.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -193,7 +193,11 @@ def load_policy(
             f"{path} is a {config.model_type!r} checkpoint; bicot trains Janus models "
             "(model_type 'janus', such as deepseek-community/Janus-Pro-7B)"
         )
-    model: Any = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    loaded: Any = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, report = loaded
+    for what, found in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
+        if found:  # transformers would fill in random values, or leave them out
+            raise ValueError(f"{path} {what} {len(found)} weights, such as {', '.join(sorted(found)[:3])}")
     model.to(device)
     names = [name for name, _ in model.named_parameters()]
     for prefix in freeze:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_policy
 from transformers import LlamaConfig
 
@@ -68,6 +69,23 @@ def test_unconditional_row_has_the_length_and_the_ends() -> None:
     row = encoder.unconditional_ids(len(ids))
     assert len(row) == len(ids) and (row[0], row[-1]) == (ids[0], ids[-1]) == (0, 5)
     assert set(row[1:-1]) == {2}
+
+
+def test_weights_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
+    """transformers would go on with random values in their place."""
+    tiny_policy().save_pretrained(tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    norm = "model.language_model.layers.1.input_layernorm.weight"
+    for weights, message in (
+        ({k: v for k, v in whole.items() if k != "lm_head.weight"}, "lacks 1 weights, such as lm_head.weight"),
+        ({k: v for k, v in whole.items() if k != norm}, f"lacks 1 weights, such as {norm}"),
+        (whole | {"model.extra.weight": torch.ones(2)}, "has unknown 1 weights, such as model.extra.weight"),
+    ):
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load_policy(tmp_path, dtype=torch.float32)
+    save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
+    load_policy(tmp_path, dtype=torch.float32)
 
 
 def test_settings_travel_with_a_checkpoint(tmp_path: Path) -> None:

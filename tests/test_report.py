@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -15,7 +16,7 @@ from tiny import ROOT, tiny_policy
 
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.evaluate import Sample, load_samples, mean_by_task, mean_reward, save_samples
-from bicot.grpo.report import draw_grid, pick, write_report
+from bicot.grpo.report import draw_grid, grid_figure, pick, write_report
 from bicot.grpo.tracking import Log
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
@@ -39,6 +40,21 @@ def test_means_leave_out_missing_rewards() -> None:
     samples = [sample(0), sample(1, reward=1.0), sample(2, reward=math.nan), sample(3, "spatial", 0.0)]
     assert mean_by_task(samples) == {"color": 0.75, "spatial": 0.0}
     assert mean_reward(samples) == 0.5
+    assert mean_by_task(samples[2:3]) == {"color": None} and mean_reward(samples[2:3]) is mean_reward([]) is None
+
+
+@pytest.mark.parametrize("text", ["a$b_$c", "$_$", "a \\foo $\\foo$ circle", "a $5 and 6$ circle", "{}%#&~^_"])
+def test_dollars_and_backslashes_are_text(text: str, tmp_path: Path) -> None:
+    """In a prompt, a plan or a task type: matplotlib would read them as a formula."""
+    one = replace(sample(1, text), prompt=text, plan=text)
+    draw_grid({text: [one]}, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").is_file()
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "reward": 0.5, f"reward_by_task/{text}": 0.5, "loss": 0.1}) + "\n"
+    )
+    write_report(tmp_path, Config(rewards=RewardConfig(["scene"])), {"steps": 1}, {"before": [one]})
+    texts = grid_figure({"": [one]}).axes[1].texts
+    assert [t.get_text().strip() for t in texts] == [f"{text}\nreward 0.50", text] and not texts[0].get_parse_math()
 
 
 def test_pick_takes_every_task_type() -> None:

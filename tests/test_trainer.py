@@ -179,6 +179,40 @@ def test_what_can_be_refused_is_refused_before_a_run_is_replaced(job: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_steps_in_which_no_reward_applies(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "never.py").write_text(
+        "def never(images, examples):\n    return images.mean((1, 2, 3)) * float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run(job, tmp_path / "out", "--rewards.names", "never:never", "--max_steps", "2")
+    rows = (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2] and "NaN" not in rows and '"reward"' not in rows
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["heldout_reward_after"] is None
+
+
+def test_equal_rewards_have_no_spread(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever their std rounds to: that of eight times 0.35 in float32 is not 0."""
+    (tmp_path / "even.py").write_text(
+        "import torch\ndef even(images, examples):\n    return torch.full((len(images),), 0.35)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    more = ("--max_steps", "1", "--num_generations", "8", "--eval_file", "null", "--sample_steps", "0")
+    run(job, tmp_path / "out", "--rewards.names", "even:even", *more)
+    assert metrics(tmp_path / "out")[0]["frac_reward_zero_std"] == 1.0
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such glyph")
+
+    monkeypatch.setattr("bicot.grpo.trainer.draw_grid", broken)
+    run(job, tmp_path, "--max_steps", "2")
+    assert "step 2: no grid of samples: RuntimeError: no such glyph" in capsys.readouterr().out
+    assert len(metrics(tmp_path)) == 2
+
+
 def test_going_back_to_an_earlier_checkpoint(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The checkpoints behind it are neither resumed nor let push out the new ones."""
     small = ("--eval_file", "null", "--sample_steps", "0", "--save_total_limit", "3")

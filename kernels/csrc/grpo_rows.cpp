@@ -60,7 +60,7 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
     }
   }
   const bool below = policy != kCispo && ratio < o.low && advantage < 0;
-  const bool above = ratio > o.high && (policy == kCispo || advantage > 0);
+  const bool above = ratio > o.high && advantage > 0;
   return {norm * (o.beta * kl - objective) - o.entropy_weight * entropy,
           logprob,
           entropy,
