@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -311,6 +312,17 @@ def test_a_walk_names_what_failed(capfd: pytest.CaptureFixture[str]) -> None:
     printed = capfd.readouterr().out
     assert "===== dies: exit status 245 after" in printed and "===== hangs: exit status 124 after 2 s" in printed
     assert walk.walk([step("has no limit", 0, "sleep 1.5")]) == []
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CMAKE", "cmake")), reason="there is no cmake")
+def test_the_library_is_built_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(walk, "ROOT", tmp_path)
+    walk._build(None)
+    assert (tmp_path / "kernels" / "_native.so").stat().st_size > 0
+    monkeypatch.setenv("CMAKE", "no such program")
+    walk._build(None)
 
 
 def test_modes_fit_their_time(tmp_path: Path) -> None:
