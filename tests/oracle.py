@@ -41,13 +41,23 @@ def poisoned_outputs() -> Iterator[None]:
     """Every torch.empty holds NaN (floats) or the largest integer, so that an element left unwritten shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def gpu(test: Callable) -> Callable:
     """Mark a test that needs a CUDA device; it skips without one."""
     return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA device")(test))
+
+
+def moved(x: Tensor, to: str) -> Tensor:
+    """A copy of x on a device, with its strides and its offset from a multiple of 16 bytes, which `x.to` may not keep."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    lead = x.storage_offset() % 8
+    whole = x.as_strided((lead + span,), (1,), x.storage_offset() - lead)
+    return whole.to(to, copy=True).as_strided(x.shape, x.stride(), lead)
 
 
 def amid_nan(x: Tensor, left: int, right: int = 3) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from oracle import (
     assert_no_worse,
     device,
     gpu,
+    moved,
     no_host_sync,
     poisoned_outputs,
 )
@@ -55,7 +56,7 @@ def _poison_outputs() -> Iterator[None]:
 def sample(impl: str, cond: Tensor, uncond: Tensor | None, **options: object) -> Draw:
     """cfg_sample where `impl` runs, the results back here."""
     there = {key: x.to(device(impl)) if isinstance(x, Tensor) else x for key, x in options.items()}
-    logits = (x if x is None else x.to(device(impl)) for x in (cond, uncond))
+    logits = (x if x is None else moved(x, device(impl)) for x in (cond, uncond))
     return Draw(*(x.cpu() for x in cfg_sample(*logits, **there, impl=impl)))
 
 

@@ -55,7 +55,7 @@ def test_options_and_links_exist(text: str) -> None:
         | {"config"}
     )
     fields |= {"help", "print_config", "model", "nproc-per-node"}  # of generate.py and torchrun
-    fields |= {"output", "gpu", "gpus"}  # of the benches
+    fields |= {"output", "gpu", "gpus", "shape", "quick", "tests"}  # of the benches
     assert set(re.findall(r"--([a-z][\w.-]+)", text)) <= fields
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (ROOT / link).exists(), link

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
     BFLOAT16_ROUNDING,
+    CUDA,
     IMPLEMENTATIONS,
     KERNELS,
     TRITON,
@@ -290,9 +291,10 @@ def outcome(
     streams: list[TokenStream],
     advantages: Tensor,
     layout: Callable[[Tensor], Tensor] = torch.clone,
+    to: str = "cpu",
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Everything that comes out: loss, metrics, log-probs, gradients of 0.7 times the loss.
+    """Everything that comes out, on device `to`: loss, metrics, log-probs, gradients of 0.7 times the loss.
 
     `layout` copies the logits, which an in-place gradient overwrites.
     """
@@ -308,11 +310,11 @@ def outcome(
             leaf = getattr(stream, field)
             if leaf is not None and leaf.requires_grad:
                 found[f"{stream.name}/{field} gradient"] = leaf.grad
-    return {name: value.cpu() for name, value in found.items()}
+    return {name: value.to(to) for name, value in found.items()}
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-@settings(deadline=None, max_examples=25 if INTERPRETED else 250)
+@settings(deadline=None, max_examples=25 if INTERPRETED or CUDA else 250)  # many compile a kernel on a GPU
 @given(data=st.data())
 def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject) -> None:
     draw = data.draw
@@ -836,9 +838,10 @@ class TestTrueShapes:
     def test_no_worse_than_the_reference(self, N: int, V: int, D: int) -> None:
         stream = true_stream(N, V, D)
         advantages = torch.linspace(-1, 1, 8, device="cuda")
-        gt = outcome(converted([stream], torch.float64), advantages.double(), beta=0.01, impl="torch")
-        eager = outcome(converted([stream], torch.bfloat16), advantages, beta=0.01, impl="torch")
-        ours = outcome(converted([stream], torch.bfloat16), advantages, beta=0.01, impl="triton")
+        options: dict[str, Any] = {"beta": 0.01, "to": "cuda"}  # gigabytes are compared where they are
+        gt = outcome(converted([stream], torch.float64), advantages.double(), impl="torch", **options)
+        eager = outcome(converted([stream], torch.bfloat16), advantages, impl="torch", **options)
+        ours = outcome(converted([stream], torch.bfloat16), advantages, impl="triton", **options)
         for name, value in ours.items():
             relative = 2 * BFLOAT16_ROUNDING if "gradient" in name else 1e-4
             assert_no_worse(name, value, eager[name], gt[name], relative, 1e-6, elementwise="gradient" not in name)

@@ -227,10 +227,11 @@ def test_text_features_are_computed_once(reward: HPSReward) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_model_may_move_between_calls(reward: HPSReward) -> None:
+def test_the_model_may_move_between_calls(reward: HPSReward, monkeypatch: pytest.MonkeyPatch) -> None:
     images, asked = pictures(3), examples("cat", "cat", "dog")
     expected = reward.score(images, asked)
     model: torch.nn.Module = reward.model
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for device in ("cuda", "cpu"):
         model.to(device)
         scores = reward.score(images.to(device), asked)

@@ -165,7 +165,7 @@ def test_padding_tokens_share_a_slot(impl: str) -> None:
     assert torch.equal(t.run(impl), q)
     real, candidates = alone.slots[:3], alone.values[alone.slots[3:]]
     assert torch.equal(t.keys[real], alone.keys[real]) and torch.equal(t.values[real], alone.values[real])
-    assert all(any((row == c).all() for c in candidates[:, h]) for h, row in enumerate(t.values[t.slots[3]]))
+    assert (t.values[t.slots[3]] == candidates).any(0).all(), "each number is one of the tokens' own"
 
 
 @pytest.mark.parametrize("impl", ["torch", "auto", TRITON])

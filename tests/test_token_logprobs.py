@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import (
     BFLOAT16_ROUNDING,
+    CUDA,
     IMPLEMENTATIONS,
     KERNELS,
     TRITON,
@@ -154,7 +155,7 @@ def test_float16(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-@settings(deadline=None, max_examples=20 if INTERPRETED else 60)
+@settings(deadline=None, max_examples=20 if INTERPRETED or CUDA else 60)  # most compile a kernel on a GPU
 @given(
     N=st.integers(0, 5),
     V=st.integers(1, 300 if INTERPRETED else 3000),
@@ -186,8 +187,8 @@ def test_strided_logits_give_what_contiguous_ones_give(view: str, dtype: torch.d
     targets = (torch.arange(2 * len(logits))[::2] % logits.shape[1]).to(device(impl))
     ours = run(token_logprobs, logits, targets, impl=impl)
     expected = run(token_logprobs, logits.contiguous(), targets.contiguous(), impl=impl)
-    # bit for bit in C++; Triton groups a row's sums by where its 16-byte boundaries fall
-    exact = dict(rtol=0, atol=0) if impl == "native" else dict(rtol=GRADIENT_TOLERANCE[dtype][0], atol=5e-7)
+    # bit for bit in C++; Triton groups a row's sums by where its 16-byte boundaries fall, and both are rounded
+    exact = dict(rtol=0, atol=0) if impl == "native" else dict(rtol=2 * GRADIENT_TOLERANCE[dtype][0], atol=5e-7)
     torch.testing.assert_close(ours, expected, **exact)
 
 
