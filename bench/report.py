@@ -85,6 +85,22 @@ the training steps. {result.get("note", "")}
 """
 
 
+def h200(result: dict[str, Any]) -> str:
+    """Tables that were taken by hand, each with the command that measures the same."""
+    ceilings = result["ceilings"]
+    parts = [
+        f"""## On one H200
+
+On {machine(result)}. {result["about"]} Ceilings: copy {number(ceilings["copy_gbps"])} GB/s, bfloat16
+{number(ceilings["gemm_tflops"]["bfloat16"])} TFLOP/s.
+"""
+    ]
+    for each in result["tables"]:
+        notes = "\n".join(f"- {note}" for note in each["notes"])
+        parts.append(f"{each['title']}, `{each['command']}`:\n\n{table(each['header'], each['rows'])}\n\n{notes}\n")
+    return "\n".join(parts)
+
+
 def cells(row: dict[str, Any], ours: float | None) -> list[str]:
     """Of one provider: all columns after the case. `ours` is the median that others are compared with."""
     p20, p50, p80 = row["ms"]
@@ -208,6 +224,7 @@ def of_module(name: str, drawn: bool = True) -> Part:
 
 PARTS = {
     "toy_seeds": Part(toy_seeds),
+    "h200": Part(h200),
     "step": of_module("bench_step"),
     "step_profile": of_module("step_profile"),
     "decode_kernels": of_module("decode_kernels", drawn=False),
