@@ -10,12 +10,14 @@ Prompt texts and sampling are those of the checkpoint's bicot.json, or the publi
 
 import argparse
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
 import torch
 
+from bicot.grpo.errors import one_line_errors
 from bicot.grpo.evaluate import Sample, to_pixels
 from bicot.grpo.report import draw_grid
 from bicot.model.engine import RolloutChunk, RolloutEngine
@@ -48,6 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="outputs/generate/grid.png", help="the grid; pictures go beside it")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser.parse_args()
 
 
@@ -84,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(sys.argv):
+        main()

@@ -17,18 +17,25 @@ from transformers.utils import logging
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.distributed import Ranks
+from bicot.grpo.errors import one_line_errors
 from bicot.grpo.trainer import train
 
-if __name__ == "__main__":
+
+def main(words: list[str]) -> None:
     logging.disable_progress_bar()  # one bar is enough
-    config = parse_config(sys.argv[1:])
+    config = parse_config(words)
     if config.profile:
         from bicot.bench.step_profile import profile
 
         ranks = Ranks.start()
         try:
-            profile(config, ranks, Path(config.profile), command=f"python train.py {' '.join(sys.argv[1:])}")
+            profile(config, ranks, Path(config.profile), command=f"python train.py {' '.join(words)}")
         finally:
             ranks.close()
     else:
         train(config)
+
+
+if __name__ == "__main__":
+    with one_line_errors(sys.argv):
+        main(sys.argv[1:])

@@ -50,6 +50,7 @@ def build_parser(description: str) -> ArgumentParser:
         allow_abbrev=False, description=description, usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]"
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
     parser.add_class_arguments(Config)
     return parser
 

@@ -20,12 +20,16 @@ _FILES = (METRICS, "summary.json", "report.html", "before_after.png")
 _FOLDERS = ("samples",)
 
 
+class OutputInUse(RuntimeError):
+    """Another process holds the output folder."""
+
+
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
     """Hold the folder for this process; it is made if need be. The system releases it however the process ends.
 
     Raises:
-        RuntimeError: another process holds it.
+        OutputInUse: another process holds it.
         OSError: it cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -36,7 +40,7 @@ def locked(output: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise RuntimeError(f"{output} is in use by {holder}: choose another --output_dir") from None
+            raise OutputInUse(f"{output} is in use by {holder}: choose another --output_dir") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

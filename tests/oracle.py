@@ -53,7 +53,7 @@ def gpu(test: Callable) -> Callable:
 
 
 def moved(x: Tensor, to: str) -> Tensor:
-    """A copy of x on a device, with its strides and its offset from a multiple of 16 bytes, which `x.to` may not keep."""
+    """A copy of x on a device that keeps its strides and its offset from a multiple of 16 bytes, unlike `x.to`."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     lead = x.storage_offset() % 8
     whole = x.as_strided((lead + span,), (1,), x.storage_offset() - lead)

@@ -281,6 +281,27 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(job: Path, tmp_path: Pa
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("script", "more", "line"),
+    [
+        ("train.py", ("--resume", "nowhere"), "error: resume='nowhere': no trainer_state.pt there"),
+        ("train.py", ("--train_file", "none.jsonl"), "error: no prompt file at none.jsonl"),
+        ("train.py", ("--report_to", "[trackio]"), "error: report_to: trackio is not installed"),
+        ("generate.py", ("a", "--model", "nowhere/at-all"), "error: model_name_or_path='nowhere/at-all' is neither"),
+    ],
+)
+def test_an_error_is_one_line(script: str, more: tuple[str, ...], line: str, job: Path, tmp_path: Path) -> None:
+    given = words(job, tmp_path / "out", *more) if script == "train.py" else list(more)
+    command = [sys.executable, str(ROOT / script), *given]
+    environment = _environment(job) | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 1 and line in done.stderr and "Traceback" not in done.stderr
+    assert "(--debug shows where)" in done.stderr and not (tmp_path / "out").exists()
+    if more[0] == "--resume":
+        shown = subprocess.run([*command, "--debug"], env=environment, capture_output=True, text=True, timeout=120)
+        assert shown.returncode == 1 and "Traceback" in shown.stderr
+
+
 def test_sigterm_finishes_the_step_and_saves(job: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *words(job, tmp_path, "--max_steps", "100000")]
     process = subprocess.Popen(command, env=_environment(job))
