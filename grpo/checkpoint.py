@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from ..model.settings import RolloutSettings
 from .optim import MasterAdamW
 
 STATE = "trainer_state.pt"
+FIXED = ("dtype", "freeze", "seed", "num_generations", "prompts_per_step")  # settings that hold for a whole run
 MANIFEST = "manifest.json"
 
 
@@ -99,16 +101,18 @@ def save_checkpoint(
     settings: RolloutSettings,
     optimizer: MasterAdamW,
     seconds: float,
+    run: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write checkpoint `step`, then drop the oldest beyond `keep`."""
+    """Write checkpoint `step` of a run with the settings `run`, then drop the oldest beyond `keep`."""
     target = output_dir / f"checkpoint-{step:06d}"
     partial = output_dir / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     policy.save_pretrained(partial)
     settings.save(partial)
-    torch.save({"step": step, "seconds": seconds, "optimizer": optimizer.state_dict()}, partial / STATE)
+    state = {"step": step, "seconds": seconds, "run": run, "optimizer": optimizer.state_dict()}
+    torch.save(state, partial / STATE)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     entries = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
@@ -119,8 +123,20 @@ def save_checkpoint(
     return target
 
 
-def load_state(checkpoint: Path, optimizer: MasterAdamW) -> tuple[int, float]:
-    """Restore the optimizer -> (steps done, seconds spent). The weights come from `load_policy(checkpoint)`."""
+def load_state(checkpoint: Path, optimizer: MasterAdamW, run: dict[str, Any]) -> tuple[int, float, list[str]]:
+    """Restore the optimizer -> steps done, seconds spent, and a line about settings that have changed since.
+
+    The weights come from `load_policy(checkpoint)`.
+
+    Raises:
+        ValueError: a setting has changed that cannot change within a run (both values are named).
+    """
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    changed = {name: (old, run[name]) for name, old in state["run"].items() if name in run and run[name] != old}
+    for name in FIXED:
+        if name in changed:
+            old, new = changed[name]
+            raise ValueError(f"{checkpoint} was trained with {name} {old!r}, which cannot become {new!r} within a run")
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["seconds"]
+    said = ", ".join(f"{name} {new!r} instead of {old!r}" for name, (old, new) in changed.items())
+    return state["step"], state["seconds"], [f"going on with {said}"] if said else []

@@ -16,7 +16,7 @@ def one_line_errors(words: Sequence[str]) -> Iterator[None]:
     words of the command line, and for any other exception, Python shows where it came from."""
     try:
         yield
-    except (ValueError, OSError, ImportError, RewardError, OutputInUse) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, RewardError, OutputInUse) as error:
         if "--debug" in words:
             raise
         sys.exit(f"error: {error} (--debug shows where)")

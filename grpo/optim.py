@@ -29,13 +29,13 @@ class MasterAdamW:
         self.parameters = list(parameters)
         self.masters = [p if p.element_size() >= 4 else nn.Parameter(p.detach().float()) for p in self.parameters]
         self.max_grad_norm = config.max_grad_norm
-        self.adamw = torch.optim.AdamW(
-            self.masters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-        )
+        self.options: dict[str, Any] = {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
+            "weight_decay": config.weight_decay,
+        }
+        self.adamw = torch.optim.AdamW(self.masters, **self.options)
         self.schedule = get_scheduler(config.lr_scheduler_type, self.adamw, config.warmup_steps, config.max_steps)
 
     @property
@@ -78,8 +78,16 @@ class MasterAdamW:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict(), "masters": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state, but not its learning rate, betas, epsilon and decay: those of the configuration hold."""
         self.adamw.load_state_dict(state["adamw"])
         self.schedule.load_state_dict(state["schedule"])
+        rate = self.options["lr"]
+        for group in self.adamw.param_groups:
+            before = group["initial_lr"]
+            now = group["lr"] if before == rate else rate * group["lr"] / before if before else 0.0  # as scheduled
+            group |= {**self.options, "lr": now, "initial_lr": rate}
+        self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
+        self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
         with torch.no_grad():
             for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
                 if saved is not None:

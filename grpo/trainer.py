@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,9 @@ from .tracking import Log, require_trackers
 
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
+# settings that say where a run's files are and how often they are written
+_OF_FILES = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
+_OF_FILES |= {"sample_steps", "profile", "report_to", "stop_after", "model_name_or_path", "train_file", "eval_file"}
 
 
 def rollout_settings(config: Config) -> RolloutSettings:
@@ -88,12 +93,22 @@ class Trainer:
             kv_bytes=None if config.rollout_kv_gib is None else int(config.rollout_kv_gib * 2**30),
         )
         self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
-        self.step, self.seconds = load_state(checkpoint, self.optimizer) if checkpoint else (0, 0.0)
+        self.step, self.seconds = 0, 0.0
+        if checkpoint:
+            self.step, self.seconds, changed = load_state(checkpoint, self.optimizer, self._run_settings())
+            said += changed
         if ranks.main:  # last: nothing is touched before all that can be refused has been
             said += make_room(self.output, config) if checkpoint is None else go_back(self.output, self.step)
             (self.output / "samples").mkdir(parents=True, exist_ok=True)
             print("".join(f"{line}\n" for line in said), end="")
         ranks.barrier()
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the run: every setting but those of its files, and the prompts of a step."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _OF_FILES}
+        # however they are divided among micro-batches and ranks
+        parts = [settings.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+        return settings | {"prompts_per_step": math.prod(parts) * self.ranks.size}
 
     def _load(self, path: str | Path, reference: bool = False) -> Policy:
         policy = load_policy(
@@ -240,7 +255,8 @@ class Trainer:
     def _save(self) -> None:
         if self.ranks.main:
             limit = self.config.save_total_limit
-            save_checkpoint(self.output, self.step, self.policy, self.settings, self.optimizer, self.seconds, limit)
+            state = (self.policy, self.settings, self.optimizer, self.seconds, self._run_settings())
+            save_checkpoint(self.output, self.step, *state, limit)
         self.ranks.barrier()
 
     def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, float | int | None]:

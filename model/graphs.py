@@ -15,11 +15,13 @@ _WARM_UP = 2  # runs before a capture: Triton compiles, cuBLAS picks, workspaces
 
 
 def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps become CUDA graphs; "auto" = on a GPU, unless PyTorch's kernels, which a graph cannot hold
-    because they wait for the device, have to stand in for Triton's. That is one warning.
+    """Whether decode steps become CUDA graphs. "auto" means on a GPU with Triton's kernels; a GPU without them warns.
+
+    PyTorch replaces Triton's kernels where Triton is missing or does not take the dtype. It waits for the device in the
+    middle of a step, which no graph can hold.
 
     Raises:
-        ValueError: they are asked for where they cannot be.
+        ValueError: graphs are asked for and there is no GPU, or Triton's kernels cannot run.
     """
     if not asked:
         return False
@@ -32,7 +34,7 @@ def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch
     except ValueError as error:
         if asked is True:
             raise ValueError(f"cuda_graphs=True needs the Triton kernels: {error}") from None
-        warnings.warn(f"rollouts run without CUDA graphs, many times slower: {error}", stacklevel=3)
+        warnings.warn(f"rollouts run without CUDA graphs, slower: {error}", stacklevel=3)
         return False
     return True
 

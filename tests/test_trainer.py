@@ -130,6 +130,31 @@ def test_resumed_equals_uninterrupted_bit_for_bit(job: Path, tmp_path: Path) -> 
         assert summaries[0][key] == summaries[1][key]
 
 
+def test_settings_that_change_on_resume(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They take effect and are said, or are refused by name with both values."""
+    small = ("--eval_file", "null", "--sample_steps", "0", "--lr_scheduler_type", "linear")
+    run(job, tmp_path, *small, "--stop_after", "2")
+    for setting, value, words in (
+        ("seed", "1", "seed 0, which cannot become 1"),
+        ("num_generations", "2", "num_generations 4, which cannot become 2"),
+        ("dtype", "bfloat16", "dtype 'float32', which cannot become 'bfloat16'"),
+        ("gradient_accumulation_steps", "1", "prompts_per_step 4, which cannot become 2"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-000002 was trained with {words} within a run"):
+            run(job, tmp_path, *small, "--resume", "auto", f"--{setting}", value)
+    capsys.readouterr()
+    halves = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4")  # the same four prompts
+    changes = ("--learning_rate", "1e-4", "--adam_beta1", "0.5", "--beta", "0.5")
+    run(job, tmp_path, *small, *halves, *changes, "--resume", "auto")
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("going on with"))
+    assert "learning_rate 0.0001 instead of 0.01" in said and "beta 0.5 instead of 0.03" in said
+    assert "batch" not in said and "adam_beta1 0.5 instead of 0.9" in said
+    rates = [row["learning_rate"] for row in metrics(tmp_path)]
+    assert rates == pytest.approx([1e-2, 1e-2 * 5 / 6, *(1e-4 * (6 - i) / 6 for i in range(2, 6))])
+    state = torch.load(tmp_path / "checkpoint-000006" / "trainer_state.pt", weights_only=True)
+    assert state["optimizer"]["adamw"]["param_groups"][0]["betas"] == (0.5, 0.999)
+
+
 def test_resume_in_bfloat16_keeps_the_masters(job: Path, tmp_path: Path) -> None:
     more = ("--dtype", "bfloat16", "--learning_rate", "1e-4", "--max_steps", "4")
     run(job, tmp_path / "whole", *more)
