@@ -47,7 +47,7 @@ class Config:
         rollout_max_rows: most rows of one decode step (a guided picture takes two).
         rollout_kv_gib: limit of the KV cache in GiB, kept for the whole run; null = half of the GPU memory
             that is free when it grows. Less makes smaller chunks.
-        rollout_kv_dtype: auto = that of the weights; fp8 = half the memory and traffic of bfloat16, at a small error.
+        rollout_kv_dtype: auto = that of the weights; fp8 = half the memory of bfloat16, at a small error, and slower.
         rewards: what scores the pictures.
         reward_weights: one for each of rewards.names, null = all 1.
         scale_rewards: what centred rewards are divided by.
