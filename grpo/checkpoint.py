@@ -27,8 +27,8 @@ from ..model.settings import RolloutSettings
 from .optim import MasterAdamW
 
 STATE = "trainer_state.pt"
-FIXED = ("dtype", "freeze", "seed", "num_generations", "prompts_per_step")  # settings that hold for a whole run
 MANIFEST = "manifest.json"
+FIXED = ("dtype", "freeze", "seed", "num_generations", "prompts_per_step")  # settings that hold for a whole run
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

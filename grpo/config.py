@@ -76,8 +76,9 @@ class Config:
         stop_after: end this run after that step with a checkpoint, the schedule as it is; null = run to the end.
         seed: of everything.
         output_dir: where everything is written.
-        overwrite_output_dir: replace an earlier run in output_dir; without it, that is an error.
-        move_output_dir: instead, move an earlier run in output_dir to output_dir-1, or the first number that is free.
+        overwrite_output_dir: delete an earlier run in output_dir.
+        move_output_dir: move an earlier run in output_dir to output_dir-1, or the first number that is free, unless
+            overwrite_output_dir deletes it. Without either setting, an earlier run is an error.
         resume: auto (newest checkpoint in output_dir, or a new run if there is none), a checkpoint folder, or null.
         save_steps: write a checkpoint every so many steps; there is always one at the end.
         save_total_limit: keep that many newest checkpoints, null = all.

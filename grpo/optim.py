@@ -83,8 +83,9 @@ class MasterAdamW:
         self.schedule.load_state_dict(state["schedule"])
         rate = self.options["lr"]
         for group in self.adamw.param_groups:
-            before = group["initial_lr"]
-            now = group["lr"] if before == rate else rate * group["lr"] / before if before else 0.0  # as scheduled
+            before, now = group["initial_lr"], group["lr"]
+            if before != rate:  # where the schedule stands, with the new rate
+                now = rate * now / before if before else 0.0
             group |= {**self.options, "lr": now, "initial_lr": rate}
         self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]

@@ -48,9 +48,9 @@ from .tracking import Log, require_trackers
 
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
-# settings that say where a run's files are and how often they are written
-_OF_FILES = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
-_OF_FILES |= {"sample_steps", "profile", "report_to", "stop_after", "model_name_or_path", "train_file", "eval_file"}
+# settings that say where a run writes, how often, and when it ends for now
+_OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
+_OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after"}
 
 
 def rollout_settings(config: Config) -> RolloutSettings:
@@ -104,8 +104,8 @@ class Trainer:
         ranks.barrier()
 
     def _run_settings(self) -> dict[str, Any]:
-        """What a checkpoint remembers of the run: every setting but those of its files, and the prompts of a step."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in _OF_FILES}
+        """The settings that a checkpoint remembers: all but where and when the run writes, and the prompts of a step."""
+        settings = {name: value for name, value in asdict(self.config).items() if name not in _OF_OUTPUT}
         # however they are divided among micro-batches and ranks
         parts = [settings.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
         return settings | {"prompts_per_step": math.prod(parts) * self.ranks.size}

@@ -46,7 +46,7 @@ __all__ = [
     "TRITON_DTYPES",
     "Impl",
     "choose",
-    "current",
+    "device_guard",
     "forward_only",
     "launch",
     "register",
@@ -92,14 +92,14 @@ def choose(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
     return impl
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Makes a GPU the current one: Triton launches on the current GPU and stream, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a Triton kernel on the device of its first argument. All launches go through here."""
-    with current(first.device):
+    with device_guard(first.device):
         kernel[grid](first, *arguments, **options)
 
 

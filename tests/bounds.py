@@ -1,7 +1,7 @@
 """Triton's interpreter reads and writes any address that a kernel asks for. Here it checks each one first.
 
-A launch may touch the elements of the tensors that it was given, and no other byte: none before
-or after them, none between the rows of a strided view, none of another tensor.
+A launch may touch the elements of the tensors that it was given, and no other byte: none before or after them, none
+between the rows of a strided view, none of another tensor.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Allowed:
 def checked_bounds() -> Iterator[None]:
     """A launch in the interpreter raises `InterpreterError` at its first access out of bounds.
 
-    It is also quicker: of Triton's language, the interpreter would search every module for what it has to replace at
-    each call of a function, where once for each launch is enough.
+    It also saves time: the interpreter replaces functions of triton.language, and looks for them anew at each call of a
+    @triton.jit function. Here it looks once for each launch.
     """
     from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder

@@ -13,7 +13,7 @@ import torch
 from oracle import needs_native
 from tiny import ROOT
 
-from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED, choose, current, launch
+from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED, choose, device_guard, launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -82,8 +82,8 @@ def test_every_triton_kernel_is_launched_by_one_function() -> None:
 
 
 def test_a_launch_is_on_the_device_of_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(current(CPU), nullcontext)
-    one = current(torch.device("cuda:1"))
+    assert isinstance(device_guard(CPU), nullcontext)
+    one = device_guard(torch.device("cuda:1"))
     assert isinstance(one, torch.cuda.device) and one.idx == 1
     order: list[object] = []
 
@@ -101,7 +101,7 @@ def test_a_launch_is_on_the_device_of_its_first_tensor(monkeypatch: pytest.Monke
         def __exit__(self, *_: object) -> None:
             order.append("left")
 
-    monkeypatch.setattr("bicot.kernels.dispatch.current", Current)
+    monkeypatch.setattr("bicot.kernels.dispatch.device_guard", Current)
     x = torch.ones(2, device="meta")
     launch(Kernel(), (3,), x, 7, BLOCK=16)
     assert order == [torch.device("meta"), ((3,), (x, 7), {"BLOCK": 16}), "left"]

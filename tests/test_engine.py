@@ -295,7 +295,7 @@ def test_cuda_graphs_need_a_gpu(policy: Policy) -> None:
 
 
 def test_cuda_graphs_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch, which stands in for it, reads lengths from the device in the middle of a step."""
+    """PyTorch replaces its kernels, and reads lengths from the device in the middle of a step."""
     gpu = torch.device("cuda")
     monkeypatch.setattr(dispatch, "HAS_TRITON", True)
     assert use_graphs("auto", gpu, torch.bfloat16) and use_graphs(True, gpu, torch.float16)
