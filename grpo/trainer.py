@@ -104,7 +104,7 @@ class Trainer:
         ranks.barrier()
 
     def _run_settings(self) -> dict[str, Any]:
-        """The settings that a checkpoint remembers: all but where and when the run writes, and the prompts of a step."""
+        """What a checkpoint remembers: the settings, but where and when the run writes; and the prompts of a step."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _OF_OUTPUT}
         # however they are divided among micro-batches and ranks
         parts = [settings.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
