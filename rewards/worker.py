@@ -98,7 +98,7 @@ class Worker:
             if model is None:
                 raise ValueError(f"reward {reward.name!r} has no `model` to offload")
             self.at_work = functools.partial(borrowed, host_copies(model, self.device), self.device)
-        gpu = self.device if self.device.type == "cuda" else torch.device(device)
+        gpu = self.device if self.device.type == "cuda" else _device(device, reward.name)
         self.thread = ThreadPoolExecutor(1, f"reward-{reward.name}", _work_on, (gpu,)) if threads else None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
