@@ -62,12 +62,13 @@ class Weights:
         # not the policy's own module: ZeRO-3 counts its calls, and ranks call it as often as their chunks need
         self._activation = ACT2FN[policy.config.vq_config.hidden_act]
         self.image_decoder = ImageDecoder(policy)
+        self._vq_state: list[tuple[int, int]] | None = None
         self.embed_image: Any = None  # [codes, D]: what each image token is to the language model
         self.refresh()
 
     def read(self, attribute: str, *names: str) -> Joined:
         """The attribute of the modules so named, from the next refresh on."""
-        self._sources.append(Joined(self.policy, attribute, names))
+        self._sources.append(Joined(attribute, names))
         return self._sources[-1]
 
     def image_features(self, hidden: Tensor) -> Tensor:
@@ -87,10 +88,13 @@ class Weights:
         kind = (self.policy.device, self.policy.dtype)
         if kind != self._kind:
             raise ValueError(f"the policy was {self._kind} and is {kind} now: build its RolloutEngine after that")
-        moved = [source.refresh() for source in self._sources]
+        modules = {"": self.policy.model}  # by name, each looked up once
+        moved = [source.refresh(modules) for source in self._sources]
         vq = self.policy.model.model.vqmodel
-        with whole(vq.parameters()):
-            self.image_decoder.refresh(vq, _value)
+        if (state := _state(vq)) is None or state != self._vq_state:
+            with whole(vq.parameters()):
+                self.image_decoder.refresh(vq, _value)
+            self._vq_state = state
         table = self._aligner[0](self._codes.tensor)
         for layer in self._aligner[1:]:
             table = layer(self._activation(table))
@@ -101,22 +105,28 @@ class Weights:
 class Joined:
     """The rows of one attribute of one or more modules, as one tensor: `.tensor`, None where the modules have none."""
 
-    def __init__(self, policy: Policy, attribute: str, names: Sequence[str]) -> None:
-        self.policy, self.attribute, self.names = policy, attribute, names
+    def __init__(self, attribute: str, names: Sequence[str]) -> None:
+        self.attribute, self.names = attribute, names
         self.tensor: Any = None
         self.copied = False
+        self._read: list[tuple[nn.Module, Tensor | None, int]] = []  # what `tensor` shares, and where that lies
 
-    def refresh(self) -> bool:
-        """Bring `tensor` up to date -> whether it has moved."""
-        modules = [self.policy.model.get_submodule(name) for name in self.names]
+    def refresh(self, known: dict[str, nn.Module]) -> bool:
+        """Bring `tensor` up to date -> whether it has moved. `known` modules by name; it grows."""
+        modules = [_module(name, known) for name in self.names]
+        if self._read and all(map(self._unchanged, modules, self._read)):
+            return False
         parameters = [getattr(module, self.attribute) for module in modules]
+        self._read = []
         if parameters[0] is None:
+            self._read = [(module, None, 0) for module in modules]
             return False
         shared = self._shared(parameters) if not any(map(_is_adapted, modules)) else None
         before, copied_before = self.tensor, self.copied
         self.copied = shared is None
         if shared is not None:
             self.tensor = shared
+            self._read = [(m, p, p.data_ptr()) for m, p in zip(modules, parameters, strict=True)]
             return before is None or before.data_ptr() != shared.data_ptr()
         with whole(p for module in modules for p in module.parameters()):
             values = [_value(module, self.attribute) for module in modules]
@@ -126,6 +136,12 @@ class Joined:
             for part, value in zip(self.tensor.split(rows), values, strict=True):
                 part.copy_(value)
         return not copied_before
+
+    def _unchanged(self, module: nn.Module, read: tuple[nn.Module, Tensor | None, int]) -> bool:
+        before, parameter, place = read
+        # getattr would cost more than all else here
+        same = module is before and module._parameters.get(self.attribute) is parameter
+        return same and (parameter is None or parameter.data_ptr() == place)
 
     def _shared(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """The parameters as one view of the storage they have, or get; None where that is not ours to give."""
@@ -165,6 +181,20 @@ class Layer:
         self.mlp_norm = weights.read("weight", f"{name}.post_attention_layernorm")
         self.gate_up = Linear(weights, f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj")
         self.down = Linear(weights, f"{name}.mlp.down_proj")
+
+
+def _module(name: str, known: dict[str, nn.Module]) -> nn.Module:
+    """The module of that name below `known[""]`."""
+    if name not in known:
+        parent, _, child = name.rpartition(".")
+        known[name] = getattr(_module(parent, known), child)
+    return known[name]
+
+
+def _state(module: nn.Module) -> list[tuple[int, int]] | None:
+    """Where the parameters lie and how often they were written; None if one trains, and may change all the time."""
+    parameters = list(module.parameters())
+    return None if any(p.requires_grad for p in parameters) else [(p.data_ptr(), p._version) for p in parameters]
 
 
 @contextmanager

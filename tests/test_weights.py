@@ -16,6 +16,7 @@ import torch
 from forced import TOLERANCE, addresses, copied, engine_of, gap, greedy, numbers
 from tiny import ROOT, tiny_policy
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.optim import MasterAdamW
@@ -185,6 +186,34 @@ def test_parameters_that_move_are_followed(move: Callable[[Policy], None]) -> No
     assert engine.weights.refresh() is False and addresses(engine.weights) == places
     assert copied(engine.weights) == []
     assert gap(greedy(engine), policy) < TOLERANCE
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies into tensors that are there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.copy_.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_refresh_copies_nothing_that_stayed(trains: bool) -> None:
+    """All but the table of image tokens, which is computed; pictures' weights where they stay frozen."""
+    policy = tiny_policy()
+    vq = policy.model.model.vqmodel.requires_grad_(trains)
+    weights = engine_of(policy).weights
+    weights.refresh()
+    with Copies() as copies:
+        weights.refresh()
+    own = len(list(weights.image_decoder.model.parameters()))
+    assert copies.count == 1 + trains * own and own > 20
+    for change in (lambda p: p.add_(1), lambda p: setattr(p, "data", p.data + 1)):
+        with torch.no_grad():
+            change(vq.decoder.conv_out.bias)
+        weights.refresh()
+        assert torch.equal(weights.image_decoder.model.decoder.conv_out.bias, vq.decoder.conv_out.bias)
 
 
 def test_another_dtype_needs_another_engine() -> None:
