@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from bicot.grpo.cli import parse_config
+from bicot.grpo.cli import parse_config, resume_command
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.trainer import train
@@ -37,5 +37,5 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(sys.argv):
+    with one_line_errors(sys.argv, f"; go on with: {resume_command()}"):
         main(sys.argv[1:])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -83,3 +86,12 @@ def parse_config(argv: Sequence[str]) -> Config:
         return Config(**values)
     except ValueError as error:
         parser.error(str(error), error)
+
+
+def resume_command() -> str:
+    """The command line of this process, to go on from its newest checkpoint."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join([*sys.orig_argv, "--resume", "auto"])
+    several = " …" if int(os.environ["GROUP_WORLD_SIZE"]) > 1 else ""  # machines: each with its own options
+    command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}{several}"
+    return f"{command} {shlex.join([*sys.argv, '--resume', 'auto'])}"

@@ -7,13 +7,25 @@ one rank with twice the accumulation.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_DEATH_SECONDS = 2.0  # a connection breaks before the process that held it can be seen to be gone
+
+
+class RankLost(RuntimeError):
+    """Another rank ended, and this one cannot go on without it."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,14 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
+    processes: tuple[tuple[str, int], ...] = ()  # host and pid of every rank
 
     @classmethod
     def start(cls) -> Ranks:
-        """Join the group that torchrun's environment describes: NCCL with GPUs, gloo without."""
+        """Join the group that torchrun's environment describes: NCCL with GPUs, gloo without. A rank that torchrun
+        started ends when torchrun does, however that ends."""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         cuda = torch.cuda.is_available()
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -35,7 +51,8 @@ class Ranks:
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
-        return cls(int(os.environ.get("RANK", 0)), size, device)
+        alone = cls(int(os.environ.get("RANK", 0)), size, device)
+        return replace(alone, processes=tuple(alone.gather([(socket.gethostname(), os.getpid())])))
 
     @property
     def main(self) -> bool:
@@ -44,6 +61,37 @@ class Ranks:
     def close(self) -> None:
         if self.size > 1:
             dist.destroy_process_group()
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Turns the broken connection to a rank that ended, or torchrun's SIGTERM because of it, into RankLost."""
+        try:
+            yield
+        except (RuntimeError, KeyboardInterrupt) as error:
+            broken = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+            if not broken and str(error) != "SIGTERM":
+                raise
+            # torchrun sends it to the ranks that are left: first the line that says why
+            previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            lost = self._lost(_DEATH_SECONDS if broken else 0.0)
+            signal.signal(signal.SIGTERM, previous)
+            if lost is not None:
+                pid = self.processes[lost][1]
+                raise RankLost(f"rank {lost} (process {pid}) ended, and so does this one; {_log_of(lost)}") from error
+            if broken and len({host for host, _ in self.processes}) > 1:
+                raise RankLost(f"a rank elsewhere ended, or the network; see its log there: {error}") from error
+            raise
+
+    def _lost(self, seconds: float) -> int | None:
+        """The first rank on this host whose process is gone within that time."""
+        here, deadline = socket.gethostname(), time.monotonic() + seconds
+        while True:
+            for rank, (host, pid) in enumerate(self.processes):
+                if host == here and not _alive(pid):
+                    return rank
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.05)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -86,3 +134,35 @@ class Ranks:
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process once it is no longer `parent`'s child: nobody is left to end it.
+
+    Not by PR_SET_PDEATHSIG, which acts when the thread ends that started this process.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    try:  # not print: the main thread may be inside it
+        os.write(2, f"\ntorchrun (process {parent}) is gone, and so is this rank; --resume auto goes on\n".encode())
+    finally:
+        os._exit(1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _log_of(rank: int) -> str:
+    """Where torchrun writes what this host's rank said."""
+    # torchrun names …/<local rank>/error.json, with stderr.log beside it if it was told to keep one
+    own, first = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")), int(os.environ.get("RANK", 0))
+    local = rank - first + int(os.environ.get("LOCAL_RANK", 0))
+    log = own.parent.parent / str(local) / "stderr.log"
+    return f"its log: {log}" if log.is_file() else "its log is above (torchrun --log-dir DIR --tee 3 keeps one by rank)"

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
@@ -25,9 +25,11 @@ from ..model.settings import RolloutSettings, Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
 from .checkpoint import find_checkpoint, load_state, save_checkpoint
+from .cli import resume_command
 from .config import Config
 from .data import load_examples, step_indices
 from .distributed import Ranks
+from .errors import interrupt
 from .evaluate import (
     Sample,
     entropy_bits,
@@ -127,23 +129,26 @@ class Trainer:
         before = self._evaluate("before") if self.step == 0 else self._saved("before")
         last = min(config.max_steps, config.stop_after or config.max_steps)
         log = Log(config, self.step) if self.ranks.main else None
-        with _stop_signals() as stopping:
-            while self.step < last and not self._agree(stopping):
+        stopped = 0
+        with closing(log) if log else nullcontext(), _stop_signals() as received:
+            while self.step < last and not (stopped := self._agree(received)):
                 metrics, grid = self._train_step()
                 if log:
                     log.write(self.step, metrics, grid)
                 if self.step % config.save_steps == 0 and self.step < last:
                     self._save()
-        self._save()
-        if log:
-            log.close()
+            self._save()
         done = self.step >= config.max_steps
         after = self._evaluate("after") if done else self._saved("after")
-        return self._finish(before, after) if self.ranks.main else {}
+        summary = self._finish(before, after) if self.ranks.main else {}
+        if stopped and self.ranks.main:
+            name = signal.Signals(stopped).name
+            print(f"stopped by {name} after step {self.step} of {config.max_steps}; go on with: {resume_command()}")
+        return summary
 
-    def _agree(self, stopping: list[int]) -> bool:
-        """Whether any rank was told to stop: all stop after the same step."""
-        return bool(self.ranks.max(torch.tensor(len(stopping), device=self.ranks.device)).item())
+    def _agree(self, received: list[int]) -> int:
+        """The signal that told a rank to stop, 0 for none: all stop after the same step."""
+        return int(self.ranks.max(torch.tensor(max(received, default=0), device=self.ranks.device)).item())
 
     def _train_step(self) -> tuple[dict[str, float], Path | None]:
         config, ranks = self.config, self.ranks
@@ -311,10 +316,14 @@ class _Phases:
 def _stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying of them: the step in progress is finished and saved."""
     received: list[int] = []
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:  # a second one means now
-            raise KeyboardInterrupt
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > 1:  # a second one means now; torchrun repeats a Ctrl-C at once
+            interrupt(number, frame)
         received.append(number)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -329,7 +338,7 @@ def train(config: Config) -> dict[str, float | int | None]:
     """Run a training job in this process (one of several under torchrun) -> its summary, empty off the main rank."""
     ranks = Ranks.start()
     try:
-        with locked(Path(config.output_dir)) if ranks.main else nullcontext():
+        with ranks.naming_the_lost(), locked(Path(config.output_dir)) if ranks.main else nullcontext():
             return Trainer(config, ranks).run()
     finally:
         ranks.close()

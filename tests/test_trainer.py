@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -329,19 +330,45 @@ def test_an_error_is_one_line(script: str, more: tuple[str, ...], line: str, job
 
 def test_sigterm_finishes_the_step_and_saves(job: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), *words(job, tmp_path, "--max_steps", "100000")]
-    process = subprocess.Popen(command, env=_environment(job))
+    process = subprocess.Popen(command, env=_environment(job), stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
     finally:
         process.kill()
     last = metrics(tmp_path)[-1]["step"]
     assert (tmp_path / f"checkpoint-{last:06d}" / "trainer_state.pt").is_file()
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == last
+    line, advice = said.splitlines()[-1].split("; go on with: ")
+    assert line == f"stopped by SIGTERM after step {last} of 100000"
+    again = [*shlex.split(advice), "--max_steps", str(last + 1)]
+    subprocess.run(again, check=True, env=_environment(job), timeout=120)
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, last + 2))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_is_said(number: signal.Signals, job: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import pathlib, time\npathlib.Path('asked').touch()\ntime.sleep(60)\n")
+    command = [sys.executable, str(ROOT / "train.py"), *words(job, tmp_path / "out", "--rewards.names", "slow:Slow")]
+    environment = _environment(job) | {"PYTHONPATH": f"{_environment(job)['PYTHONPATH']}:{tmp_path}"}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "asked").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1].splitlines()
+    finally:
+        process.kill()
+    advice = shlex.join([*command, "--resume", "auto"])
+    assert said[-1] == f"stopped by {number.name}; go on with: {advice}" and "Traceback" not in "".join(said)
+    assert process.returncode == 128 + number
 
 
 def test_a_reward_that_fails_ends_the_run_with_its_picture(

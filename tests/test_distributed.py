@@ -1,0 +1,86 @@
+"""Ranks under a real torchrun: what each does when torchrun, another rank, or a person ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's ranks in /proc")
+SMALL = ("--eval_file", "null", "--sample_steps", "0", "--num_generations", "2", "--max_completion_length", "8")
+
+
+def wait(until: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    """Neither gone nor a zombie: an orphan's new parent may leave it unread."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def training(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, list[int]]]:
+    """Two ranks that train, in step 3 or later -> torchrun and the pids of rank 0 and 1."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    command += [str(ROOT / "train.py"), *SMALL, "--max_steps", "100000", "--output_dir", str(folder / "out")]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+    metrics, ranks = folder / "out" / "metrics.jsonl", []
+    try:
+        wait(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 2))
+        ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert len(ranks) == 2
+        yield process, ranks
+    finally:
+        for pid in (process.pid, *ranks):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_ranks_end_with_torchrun(tmp_path: Path) -> None:
+    with training(tmp_path) as (process, ranks):
+        process.kill()
+        wait(lambda: not any(map(alive, ranks)), 20)
+    assert f"torchrun (process {process.pid}) is gone" in (tmp_path / "log").read_text().splitlines()[-1]
+
+
+def test_the_last_line_names_the_rank_that_ended(tmp_path: Path) -> None:
+    with training(tmp_path, "--log-dir", str(tmp_path / "logs"), "--redirects", "3") as (process, ranks):
+        os.kill(ranks[1], signal.SIGKILL)
+        assert process.wait(timeout=60) == 1
+    said, other = (next((tmp_path / "logs").glob(f"*/attempt_0/{rank}/stderr.log")) for rank in (0, 1))
+    last = said.read_text().splitlines()[-1]
+    assert last == (
+        f"error: rank 1 (process {ranks[1]}) ended, and so does this one; its log: {other} (--debug shows where)"
+    )
+    assert "Traceback" not in said.read_text()
+
+
+def test_one_ctrl_c_finishes_the_step_and_saves(tmp_path: Path) -> None:
+    """A terminal sends it to torchrun and to the ranks, and torchrun sends it to them again."""
+    with training(tmp_path) as (process, _):
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=60)
+    log = (tmp_path / "log").read_text()
+    done = (tmp_path / "out" / "metrics.jsonl").read_text().count("\n")
+    assert (tmp_path / "out" / f"checkpoint-{done:06d}" / "manifest.json").is_file()
+    advice = f"torchrun --nproc-per-node 2 {ROOT / 'train.py'} {' '.join(SMALL)}"
+    assert f"stopped by SIGINT after step {done} of 100000; go on with: {advice}" in log
