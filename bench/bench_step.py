@@ -71,8 +71,11 @@ class Words:
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
 
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [self.bos_token_id, *map(self._id, text.split())]}
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id] * add_special_tokens + [*map(self._id, text.split())]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"t{i}": i for i in range(self.vocab)}
 
     def decode(self, ids: Sequence[int], **_: object) -> str:
         return " ".join(f"t{i}" for i in ids if i >= self.special)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import lru_cache
 from pathlib import Path
@@ -99,6 +100,13 @@ def _random_model(shape: Shape, dtype: torch.dtype, device: str, num_image_token
         return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
+def knowing_all(tokenizer: Any, vocab: int) -> Any:
+    """A copy that claims to have every id: random weights then draw from the whole vocabulary."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.get_vocab = lambda: {str(i): i for i in range(vocab)}
+    return tokenizer
+
+
 @lru_cache(maxsize=1)
 def policy_of(name: str, dtype: torch.dtype, device: str, num_image_tokens: int) -> Policy:
     """The policy `name` of `SHAPES`; the toy's pictures have 64 tokens whatever is asked for.
@@ -114,7 +122,7 @@ def policy_of(name: str, dtype: torch.dtype, device: str, num_image_tokens: int)
     needed = dtype.itemsize * (shape.layer_weights + 2 * shape.text_head_weights + 2 * shape.image_head_weights)
     if device == "cuda" and needed > (free := torch.cuda.mem_get_info()[0]):
         raise Unavailable(f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free")
-    return Policy(_random_model(shape, dtype, device, num_image_tokens), TOKENIZER)
+    return Policy(_random_model(shape, dtype, device, num_image_tokens), knowing_all(TOKENIZER, shape.vocab))
 
 
 def toy_config(**changes: Any) -> Config:
@@ -153,4 +161,4 @@ class ShapeTrainer(Trainer):
         random.config.vq_config.num_patches = math.isqrt(self.image_tokens)
         for name, parameter in random.model.named_parameters():
             parameter.requires_grad_(not reference and not name.startswith(tuple(self.config.freeze)))
-        return Policy(random.model, AutoTokenizer.from_pretrained(TOY))
+        return Policy(random.model, knowing_all(AutoTokenizer.from_pretrained(TOY), SHAPES[self.shape].vocab))

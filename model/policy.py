@@ -67,6 +67,12 @@ class Policy:
         return self.config.vision_config.num_image_tokens
 
     @property
+    def unknown_ids(self) -> list[int]:
+        """Ids that the tokenizer does not have: rows that pad the vocabulary. No plan is sampled from them."""
+        known = set(self.tokenizer.get_vocab().values())
+        return [i for i in range(self.config.text_config.vocab_size) if i not in known]
+
+    @property
     def max_context(self) -> int:
         return self.config.text_config.max_position_embeddings
 
@@ -179,7 +185,8 @@ def load_policy(
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
-        ValueError: another architecture, weights that are missing or unknown, or a freeze prefix that matches none.
+        ValueError: another architecture, a tokenizer larger than the vocabulary, pictures that are not the VQ model's
+            grid, weights that are missing or unknown, or a freeze prefix that matches none.
     """
     try:
         config = AutoConfig.from_pretrained(path)
@@ -193,6 +200,8 @@ def load_policy(
             f"{path} is a {config.model_type!r} checkpoint; bicot trains Janus models "
             "(model_type 'janus', such as deepseek-community/Janus-Pro-7B)"
         )
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    _check_sizes(path, config, tokenizer)
     loaded: Any = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
     model, report = loaded
     for what, found in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
@@ -205,4 +214,20 @@ def load_policy(
             raise ValueError(f"freeze: no parameter of {path} begins with {prefix!r}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(freeze)))
-    return Policy(model.eval(), AutoTokenizer.from_pretrained(path))
+    return Policy(model.eval(), tokenizer)
+
+
+def _check_sizes(path: str | Path, config: Any, tokenizer: Any) -> None:
+    """Refuse what would fail only after sampling: ids without an embedding, pictures that cannot be decoded."""
+    vocab, largest = config.text_config.vocab_size, max(tokenizer.get_vocab().values())
+    if largest >= vocab:
+        raise ValueError(
+            f"{path}: the tokenizer has ids up to {largest}, but the model has {vocab} embeddings "
+            "(text_config.vocab_size); use the tokenizer that the model was trained with"
+        )
+    tokens, side = config.vision_config.num_image_tokens, config.vq_config.num_patches
+    if tokens != side**2:
+        raise ValueError(
+            f"{path}: vision_config.num_image_tokens is {tokens}, but the VQ model decodes a grid of {side} x {side} = "
+            f"{side**2} image tokens (vision_config.image_size // patch_size); correct its config.json"
+        )

@@ -80,7 +80,7 @@ class PromptEncoder:
     """Token ids of both stages for one tokenizer.
 
     Args:
-        tokenizer: a Janus tokenizer (BOS added by itself, EOS, pad and `boi_token` defined).
+        tokenizer: a Janus tokenizer (BOS, EOS, pad and `boi_token` defined; what it adds by itself is not used).
         format: the texts.
         max_context: longest sequence the model takes, in tokens; a longer prompt is an error that names it.
     """
@@ -113,7 +113,8 @@ class PromptEncoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def _encode(self, text: str, prompt: str, room: int) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        # by id: a tokenizer that adds no BOS, or an EOS too, would begin or end otherwise than the unconditional row
+        ids = [self.tokenizer.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         if len(ids) + room > self.max_context:
             raise ValueError(
                 f"prompt too long: {len(ids)} tokens and {room} to generate exceed the context of "

@@ -121,7 +121,11 @@ class Stage:
 
 
 class PlanStage(Stage):
-    """Writes plans: a row a sample; rows that have ended leave the batch."""
+    """Writes plans: a row a sample; rows that have ended leave the batch.
+
+    Ids that the tokenizer does not have are never drawn. As with top-k and top-p, the log-probs are still those of the
+    softmax over all V logits, which is what training computes.
+    """
 
     def run(
         self, rows: Sequence[Row], last_tokens: Sequence[int], eos: int, sampling: Sampling, seed: int
@@ -157,9 +161,11 @@ class PlanStage(Stage):
         return plans, [row[:end] for row, end in zip(logprobs, ends, strict=True)]
 
     def _step(self, rows: int, eos: int, sampling: Sampling) -> None:
+        logits = self.weights.text_head(self._hidden(rows))
         draw = cfg_sample(
-            self.weights.text_head(self._hidden(rows)),
-            None,
+            logits,
+            self.weights.drawable(logits),
+            guidance=0.0,  # draw from the second alone; `logp_cond` is that of the first
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,

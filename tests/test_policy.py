@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_policy
-from transformers import LlamaConfig
+from tiny import tiny_policy, tiny_tokenizer
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from bicot.model.engine import RolloutChunk, RolloutEngine
 from bicot.model.packed import Packed
-from bicot.model.policy import load_policy
+from bicot.model.policy import Policy, load_policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
 
@@ -86,6 +90,61 @@ def test_weights_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
             load_policy(tmp_path, dtype=torch.float32)
     save_file(whole, tmp_path / "model.safetensors", {"format": "pt"})
     load_policy(tmp_path, dtype=torch.float32)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    policy = tiny_policy(vocab=61)
+    policy.save_pretrained(tmp_path)
+    policy.tokenizer.add_tokens(["another"])
+    policy.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()  # refused before the weights are read
+    with pytest.raises(ValueError, match=r"the tokenizer has ids up to 61, but the model has 61 embeddings"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [15, 64])
+def test_pictures_that_the_vq_model_cannot_decode_are_refused(tokens: int, tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.config.vision_config.num_image_tokens = tokens
+    policy.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"num_image_tokens is {tokens}, .* a grid of 4 x 4 = 16 image tokens"):
+        load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("ids", [range(40), [*range(40), 59]])
+def test_ids_that_the_tokenizer_does_not_have_are_not_drawn(temperature: float, ids: Sequence[int]) -> None:
+    """Neither padded rows nor gaps; the recorded log-probs are those that training computes, over all rows."""
+    tokenizer = tiny_tokenizer(40)
+    if 59 in ids:
+        tokenizer = with_token_at(tokenizer, 59)
+    policy = Policy(tiny_policy(vocab=61).model, tokenizer)
+    assert policy.unknown_ids == sorted({*range(61)} - {*ids})
+    assert tiny_policy(vocab=61).unknown_ids == []
+    with torch.no_grad():  # as likely as can be
+        policy.model.lm_head.weight[policy.unknown_ids] *= 3
+        policy.model.lm_head.weight[1] = 0  # no EOS
+    engine = RolloutEngine(policy, policy.prompt_encoder(PromptFormat("t2i_r1", "", "plan {}")))
+    sampling = Sampling(max_completion_length=20, temperature=temperature, top_k=0, cfg_weight=1.0)
+    chunk = RolloutChunk.cat(list(engine.generate(["a red circle", "two blue square"], 8, sampling, seed=0)))
+    assert set(chunk.plans.values.tolist()) <= {*ids}
+    with torch.no_grad():
+        hidden = policy.text_hidden(chunk.prompts.tolist(), chunk.plans.tolist())
+        logits = hidden @ policy.text_head.weight.T
+    mass = logits.softmax(-1)[:, policy.unknown_ids].sum(-1)
+    assert mass.max() > 0.5, "the model would have drawn them"
+    logp = logits.log_softmax(-1).gather(1, chunk.plans.values[:, None])[:, 0]
+    torch.testing.assert_close(logp, chunk.plan_logprobs.values, atol=1e-4, rtol=0)
+
+
+def with_token_at(tokenizer: PreTrainedTokenizerFast, place: int) -> PreTrainedTokenizerFast:
+    """The tokenizer with a word far behind its others."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"]["far"] = place
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    more = {name: getattr(tokenizer, name) for name in ("image_token", "boi_token", "eoi_token")}
+    backend = Tokenizer.from_str(json.dumps(core))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=more, **names)
 
 
 def test_settings_travel_with_a_checkpoint(tmp_path: Path) -> None:
