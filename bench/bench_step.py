@@ -155,7 +155,8 @@ class Contest:
         self.encoder, self.sampling = self.policy.prompt_encoder(settings.prompts), settings.sampling
         self.ensemble = config.rewards.build(device=device)
         own = setting.model == "toy"
-        self.examples = load_examples(config.train_file) if own else [Example(prompt, "object") for prompt in PROMPTS]
+        drawn = [Example(prompt, "object") for prompt in PROMPTS]
+        self.examples = load_examples(config.train_file, config.skip_bad_prompts) if own else drawn
         self.engine: RolloutEngine | None = None
 
     def batch(self, step: int) -> list[Example]:

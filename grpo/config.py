@@ -29,6 +29,7 @@ class Config:
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         train_file: prompts in T2I-R1's JSONL schema.
         eval_file: held-out prompts in the same schema, scored before and after training; null = none.
+        skip_bad_prompts: leave out prompts that cannot be read or scored, and list them; otherwise they are an error.
         num_eval_generations: samples of each held-out prompt.
         chat_template: role names of the prompts; t2i_r1 as published, janus as the model was tuned.
         system_prompt: first line of the planning prompt; null = bicot's own.
@@ -94,6 +95,7 @@ class Config:
 
     train_file: str = "t2i_r1_prompts.jsonl"
     eval_file: str | None = None
+    skip_bad_prompts: bool = False
     num_eval_generations: int = 1
     chat_template: ChatTemplate = "t2i_r1"
     system_prompt: str | None = None

@@ -7,46 +7,111 @@ A row: {"prompt": str, "task_type": str, "nouns"?: [str], "attr_nouns"?: [str],
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..rewards.base import Example, NumeracyInfo, SpatialInfo
 
 _KEYS = {"prompt", "task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info"}
+LISTED = 20  # most rows that are listed when they are left out
+T = TypeVar("T")
 
 
-def load_examples(path: str | Path) -> list[Example]:
-    """Read a prompt file.
+class PromptFile:
+    """The rows of a prompt file that can be used, each with its line number.
+
+    Args:
+        path: of the file.
+        skip_bad: leave bad rows out, for `said` to list, instead of raising.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a bad row, as `file:line: what is wrong`, or a file without rows.
+        ValueError: bad rows, the first as `file:line: what is wrong`, or a file without rows that can be used.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no prompt file at {path}; give one in T2I-R1's JSONL schema with --train_file")
-    examples = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+
+    def __init__(self, path: str | Path, skip_bad: bool = False) -> None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no prompt file at {path}; give one in T2I-R1's JSONL schema with --train_file")
+        self.path, self.skip_bad = path, skip_bad
+        self.bad: dict[int, str] = {}
+        # a byte that is no UTF-8 becomes a lone surrogate, so that its line can be named
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
+            self.rows = self._sift([(number, line) for number, line in enumerate(lines, 1) if line.strip()], parse_line)
+
+    @property
+    def examples(self) -> list[Example]:
+        return [example for _, example in self.rows]
+
+    def check(self, check: Callable[[Example], None]) -> None:
+        """Rows for which `check` raises ValueError are bad, too."""
+
+        def checked(example: Example) -> Example:
+            check(example)
+            return example
+
+        self.rows = self._sift(self.rows, checked)
+
+    def said(self) -> list[str]:
+        """Which rows are left out and why, in lines for the user; at most LISTED of them."""
+        if not self.bad:
+            return []
+        listed = [f"  {self.path}:{number}: {why}" for number, why in sorted(self.bad.items())]
+        more = [f"  … and {len(listed) - LISTED} more"] if len(listed) > LISTED else []
+        total = len(self.rows) + len(listed)
+        return [f"{self.path}: {len(listed)} of {total} rows are left out:", *listed[:LISTED], *more]
+
+    def _sift(self, rows: list[tuple[int, T]], use: Callable[[T], Example]) -> list[tuple[int, Example]]:
+        good: list[tuple[int, Example]] = []
+        bad: dict[int, str] = {}
+        for number, row in rows:
             try:
-                examples.append(parse_example(json.loads(line)))
-            except ValueError as error:  # json.JSONDecodeError is one
-                raise ValueError(f"{path}:{number}: {error}") from error
-    if not examples:
-        raise ValueError(f"{path} has no rows")
-    return examples
+                good.append((number, use(row)))
+            except ValueError as error:
+                bad[number] = str(error)
+        if bad and not (self.skip_bad and good):
+            number, why = next(iter(bad.items()))
+            more = f" (and {len(bad) - 1} rows more)" if len(bad) > 1 else ""
+            fix = "no row is left" if self.skip_bad else "mend it, or leave such rows out with --skip_bad_prompts true"
+            raise ValueError(f"{self.path}:{number}: {why}{more}; {fix}")
+        if not good:
+            raise ValueError(f"{self.path} has no rows")
+        self.bad |= bad
+        return good
+
+
+def load_examples(path: str | Path, skip_bad: bool = False) -> list[Example]:
+    """The examples of a prompt file; see PromptFile."""
+    return PromptFile(path, skip_bad).examples
+
+
+def parse_line(line: str) -> Example:
+    """One line of a prompt file -> Example. Raises ValueError with what is wrong."""
+    try:
+        line.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(line[error.start]) - 0xDC00
+        raise ValueError(f"byte 0x{byte:02x} at character {error.start + 1} is not UTF-8; save it as UTF-8") from error
+    try:
+        return parse_example(json.loads(line))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def parse_example(row: Any) -> Example:
     """One decoded row -> Example. Raises ValueError with what is wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{half!r} is half of a surrogate pair, which is no character") from error
     unknown = sorted(set(row) - _KEYS)
     if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; the schema has {', '.join(sorted(_KEYS))}")
+        raise ValueError(f"unknown key {unknown[0]!r:.200}; the schema has {', '.join(sorted(_KEYS))}")
     spatial = _typed(row, "spatial_info", dict, None)
     return Example(
         prompt=_text(row, "prompt"),
@@ -65,30 +130,30 @@ def _typed(row: dict[str, Any], key: str, kind: type, default: Any) -> Any:
     if value is None:
         return default
     if not isinstance(value, kind):
-        raise ValueError(f"{key} must be a {kind.__name__}, got {value!r}")
+        raise ValueError(f"{key} must be a {kind.__name__}, got {value!r:.200}")
     return value
 
 
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} must be a non-empty string, got {value!r}")
+        raise ValueError(f"{key} must be a non-empty string, got {value!r:.200}")
     return value
 
 
 def _texts(row: dict[str, Any], key: str) -> tuple[str, ...]:
     values = _typed(row, key, list, [])
     if not all(isinstance(value, str) and value.strip() for value in values):
-        raise ValueError(f"{key} must hold non-empty strings, got {values!r}")
+        raise ValueError(f"{key} must hold non-empty strings, got {values!r:.200}")
     return tuple(values)
 
 
 def _numeracy(item: Any) -> NumeracyInfo:
     if not isinstance(item, dict):
-        raise ValueError(f"numeracy_info must hold objects, got {item!r}")
+        raise ValueError(f"numeracy_info must hold objects, got {item!r:.200}")
     num = item.get("num")
     if not isinstance(num, int) or isinstance(num, bool) or num < 0:
-        raise ValueError(f"numeracy_info.num must be a whole number, got {num!r}")
+        raise ValueError(f"numeracy_info.num must be a whole number, got {num!r:.200}")
     return NumeracyInfo(num, _text(item, "obj_name"))
 
 

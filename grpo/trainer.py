@@ -27,7 +27,7 @@ from ..rewards.ensemble import RewardHandle
 from .checkpoint import find_checkpoint, load_state, save_checkpoint
 from .cli import resume_command
 from .config import Config
-from .data import load_examples, step_indices
+from .data import PromptFile, step_indices
 from .distributed import Ranks
 from .errors import interrupt
 from .evaluate import (
@@ -75,18 +75,22 @@ class Trainer:
         self.output = Path(config.output_dir)
         set_seed(config.seed)
         require_trackers(config.report_to)
-        self.examples = load_examples(config.train_file)
-        self.heldout = load_examples(config.eval_file) if config.eval_file else []
+        files = [PromptFile(path, config.skip_bad_prompts) for path in (config.train_file, config.eval_file) if path]
         self.settings = rollout_settings(config)
         self.ensemble = config.rewards.build(config.reward_weights, device=ranks.device, failures=self.output)
+        for file in files:
+            file.check(self.ensemble.check)
         checkpoint, said = find_checkpoint(config.resume, self.output)
         self.policy = self._load(checkpoint or config.model_name_or_path)
-        self.reference = self._load(config.model_name_or_path, reference=True) if config.beta else None
+        self.encoder = self.policy.prompt_encoder(self.settings.prompts)
+        for file in files:
+            file.check(self._fits)
+            said += file.said()
+        self.examples = files[0].examples
+        self.heldout = files[1].examples if config.eval_file else []
         if config.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.encoder = self.policy.prompt_encoder(self.settings.prompts)
-        for example in [*self.examples, *self.heldout]:
-            self.encoder.plan_ids(example.prompt, config.max_completion_length)  # raises before anything is spent
+        self.reference = self._load(config.model_name_or_path, reference=True) if config.beta else None
         self.engine = RolloutEngine(
             self.policy,
             self.encoder,
@@ -111,6 +115,12 @@ class Trainer:
         # however they are divided among micro-batches and ranks
         parts = [settings.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
         return settings | {"prompts_per_step": math.prod(parts) * self.ranks.size}
+
+    def _fits(self, example: Example) -> None:
+        """Raises ValueError if the context has no room for the longest plan, or for the picture after it."""
+        longest = self.config.max_completion_length
+        self.encoder.plan_ids(example.prompt, longest)
+        self.encoder.image_ids(example.prompt, "", longest + self.policy.num_image_tokens)
 
     def _load(self, path: str | Path, reference: bool = False) -> Policy:
         policy = load_policy(

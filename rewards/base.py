@@ -47,9 +47,10 @@ class Example:
 class Reward(Protocol):
     """Anything with a `name` and a batched `score`. See CONTRIBUTING for one in 20 lines.
 
-    It may have two members more:
+    It may have three members more:
 
         applies(example) -> bool    other examples never reach `score`; their score is NaN
+        check(example) -> None      ValueError for an example that `score` cannot take; asked once, before a run
         model: torch.nn.Module      frozen, put on the reward's device, and offloaded between uses if asked for
     """
 

@@ -110,6 +110,11 @@ class RewardEnsemble:
             for reward in every
         ]
 
+    def check(self, example: Example) -> None:
+        """Raises ValueError if one of the rewards cannot score the example, unless such samples are skipped."""
+        for worker in self.workers:
+            worker.check(example)
+
     def submit(self, images: Tensor, examples: Sequence[Example]) -> RewardHandle:
         """Start scoring S pictures, which the current stream has made or is about to, of S examples."""
         ready = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None

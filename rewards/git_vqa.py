@@ -93,6 +93,16 @@ class GitReward:
         """Whether there is anything to ask, of a task that the published code asks about."""
         return self.t2i_r1_compat or bool(phrases(example))
 
+    def check(self, example: Example) -> None:
+        """Raises ValueError for a phrase of which the tokenizer leaves nothing, or more than the model reads."""
+        most = self.model.config.max_position_embeddings
+        for phrase in phrases(example):
+            alone, asked = self.tokenizer([phrase, f"{phrase}?"], add_special_tokens=False).input_ids
+            if not alone:
+                raise ValueError(f"the tokenizer leaves nothing of the noun {phrase!r}")
+            if len(asked) >= most:  # one position is CLS
+                raise ValueError(f"{phrase[:80]!r} makes {len(asked)} tokens, the model reads {most - 1}")
+
     @torch.no_grad()
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, W] in [0, 1] on the model's device, S examples -> [S] float32; NaN without questions."""

@@ -102,6 +102,13 @@ class GroundingReward:
         """Whether there is anything to look for."""
         return self.compat or bool(phrases(example))
 
+    def check(self, example: Example) -> None:
+        """Raises ValueError as `score` does."""
+        if not self.compat:
+            check_localities([example])
+        if names := phrases(example, self.compat):
+            self._encode([names])
+
     @torch.no_grad()
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, W] float32 in [0, 1] on the model's device, S examples -> [S] float32.

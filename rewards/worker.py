@@ -102,6 +102,16 @@ class Worker:
         self.thread = ThreadPoolExecutor(1, f"reward-{reward.name}", _work_on, (gpu,)) if threads else None
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
+    def check(self, example: Example) -> None:
+        """Raises ValueError if the reward's own `check` does, unless such samples are skipped."""
+        check: Callable[[Example], None] | None = getattr(self.reward, "check", None)
+        if check is None or self.on_error == "skip" or not self._asks(example):
+            return
+        try:
+            check(example)
+        except ValueError as error:
+            raise ValueError(f"reward {self.reward.name!r}: {error}") from error
+
     def submit(
         self, images: Tensor, examples: Sequence[Example], ready: torch.cuda.Event | None
     ) -> Callable[[], Scored]:

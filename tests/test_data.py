@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PUBLISHED_PROMPTS
 
-from bicot.grpo.data import load_examples, step_indices
-from bicot.rewards.base import NumeracyInfo, SpatialInfo
+from bicot.grpo.data import PromptFile, load_examples, step_indices
+from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 
 GOOD = {"prompt": "a cat", "task_type": "object"}
 
@@ -41,13 +42,60 @@ def test_published_file_loads_whole() -> None:
         ({**GOOD, "spatial_info": {"obj1": "a", "obj2": "b"}}, r"p\.jsonl:2: locality must be"),
         ({**GOOD, "numeracy_info": [{"num": "2", "obj_name": "a"}]}, r"p\.jsonl:2: numeracy_info.num must be a whole"),
         ({**GOOD, "numeracy_info": [3]}, r"p\.jsonl:2: numeracy_info must hold objects"),
+        ({**GOOD, "prompt": "caf\ud800"}, r"p\.jsonl:2: '\\ud800' is half of a surrogate pair"),
+        ({**GOOD, "nouns": ["cat", "\udc00"]}, r"p\.jsonl:2: '\\udc00' is half of a surrogate pair"),
+        ({**GOOD, "\ud800": 1}, r"p\.jsonl:2: '\\ud800' is half of a surrogate pair"),
+        ("[" * 100_000, r"p\.jsonl:2: nested too deeply"),
+        ('{"prompt": "a cat", "task_type": "object", "nouns": ' + "[" * 600 + "]" * 600 + "}", r"p\.jsonl:2: "),
+        (b'{"prompt": "a caf\xe9", "task_type": "object"}', r"p\.jsonl:2: byte 0xe9 at character 18 is not UTF-8"),
     ],
 )
 def test_bad_rows_are_named_with_file_and_line(tmp_path: Path, row: object, message: str) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps(GOOD) + "\n" + (row if isinstance(row, str) else json.dumps(row)) + "\n")
-    with pytest.raises(ValueError, match=message):
+    text = row if isinstance(row, (str, bytes)) else json.dumps(row)
+    lines = [json.dumps(GOOD).encode(), text if isinstance(text, bytes) else text.encode(), json.dumps(GOOD).encode()]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=message + ".*--skip_bad_prompts") as error:
         load_examples(path)
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+    file = PromptFile(path, skip_bad=True)
+    assert [number for number, _ in file.rows] == [1, 3] and len(file.examples) == 2
+    assert file.said()[0].endswith("1 of 3 rows are left out:") and re.match(f".*{message}", file.said()[1])
+
+
+def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [GOOD if i % 3 else {**GOOD, "prompt": ""} for i in range(90)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: prompt must .* \(and 29 rows more\)"):
+        load_examples(path)
+    numbers = iter(range(60))
+
+    def odd_ones_only(example: Example) -> None:
+        if next(numbers, 0) % 2 == 0:
+            raise ValueError("even")
+
+    file = PromptFile(path, skip_bad=True)
+    file.check(odd_ones_only)
+    assert len(file.examples) == 30
+    first, *listed, last = file.said()
+    assert first == f"{path}: 60 of 90 rows are left out:" and last == "  … and 40 more" and len(listed) == 20
+    assert listed[:3] == [
+        f"  {path}:1: prompt must be a non-empty string, got ''",
+        f"  {path}:2: even",
+        f"  {path}:4: prompt must be a non-empty string, got ''",
+    ]
+    numbers = iter(())
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: even \(and 29 rows more\); no row is left"):
+        file.check(odd_ones_only)
+
+
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        "\r\n".join(json.dumps({**GOOD, "prompt": "a café"}, ensure_ascii=False) for _ in range(2)), "utf-8-sig"
+    )
+    assert [example.prompt for example in load_examples(path)] == ["a café", "a café"]
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:

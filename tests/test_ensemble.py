@@ -223,6 +223,19 @@ def test_samples_on_which_a_reward_fails_can_be_skipped(
     assert handle.metrics["rewards/wild/skipped"] == 1
 
 
+def test_examples_that_a_reward_cannot_score_are_found_before_a_run() -> None:
+    class Choosy(RedObjects):
+        def check(self, example: Example) -> None:
+            raise ValueError("too small to see")
+
+    for rewards, monitors in (([Red("other"), Choosy()], []), ([Red("other")], [Choosy()])):
+        ensemble = RewardEnsemble(rewards, monitors=monitors)
+        with pytest.raises(ValueError, match="reward 'red': too small to see"):
+            ensemble.check(EXAMPLES[0])
+        ensemble.check(EXAMPLES[1])  # to which it does not apply
+    RewardEnsemble([Choosy()], on_reward_error="skip").check(EXAMPLES[0])
+
+
 def test_out_of_memory_is_never_skipped() -> None:
     class Greedy(Red):
         def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:

@@ -120,6 +120,15 @@ def test_rows_that_do_not_apply(reward: GitReward) -> None:
     assert reward.score(images[:2], [SPATIAL, BARE]).isnan().all()
 
 
+def test_rows_that_cannot_be_asked_about(reward: GitReward) -> None:
+    for example in (*EXAMPLES, SPATIAL, BARE):
+        reward.check(example)
+    reward.check(Example("p", "object", ("a" * 62,)))
+    for noun, words in (("\u200b", "leaves nothing of the noun '.u200b'"), ("a" * 63, "64 tokens, the model reads 63")):
+        with pytest.raises(ValueError, match=words):
+            reward.check(Example("p", "object", ("cat", noun)))
+
+
 def test_published_payments(folder: Path, reward: GitReward) -> None:
     compat = GitReward.from_pretrained(folder, t2i_r1_compat=True)
     rows = [SPATIAL, EXAMPLES[0], BARE, NUMERACY]

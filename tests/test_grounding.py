@@ -227,8 +227,19 @@ def test_bad_rows_have_clear_errors(folder: Path, reward: GroundingReward, image
     long = Example("p", "object", tuple(f"thing{i}" for i in range(10)))
     with pytest.raises(ValueError, match=f"make .* tokens, the model reads {MAX_TOKENS}: 'thing0 . thing1"):
         reward.score(images[:2], [EXAMPLES[0], long])
+    empty = Example("p", "object", ("cat", "\u200b"))
     with pytest.raises(ValueError, match="nothing of the noun"):
-        reward.score(images[:1], [Example("p", "object", ("cat", "\u200b"))])
+        reward.score(images[:1], [empty])
+    for example, words in (
+        (behind, "unknown locality 'behind'"),
+        (long, "the model reads"),
+        (empty, "nothing of the noun"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            reward.check(example)
+    for example in (*EXAMPLES, Example("p", "non")):
+        reward.check(example)
+    GroundingReward.from_pretrained(folder, t2i_r1_compat=True).check(behind)
 
 
 def test_half_precision_keeps_coordinates_in_float32(folder: Path, reward: GroundingReward, images: Tensor) -> None:

@@ -21,7 +21,7 @@ from tiny_orm import make_orm
 from torch import Tensor
 
 from bicot.grpo.cli import parse_config
-from bicot.grpo.data import load_examples
+from bicot.grpo.data import PromptFile, load_examples
 from bicot.grpo.trainer import train
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.check import EXAMPLES as CHECKED
@@ -110,6 +110,35 @@ def test_every_published_prompt_has_a_score_that_depends_on_the_picture(options:
     some = examples[::40]
     first, second = (orm.submit(images[: len(some)], some).result() for images in (one, two))
     assert ((first - second).abs() > 1e-6).all()
+
+
+@pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="the published prompts are not here")
+def test_of_the_published_prompts_the_spoiled_ones_are_left_out(
+    options: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in PUBLISHED_PROMPTS.read_text(encoding="utf-8").splitlines()]
+    relation = {"obj1": "cat", "obj2": "dog", "locality": "in front of"}
+    spoiled = [{"spatial_info": relation}, {"nouns": [f"thing {i}" for i in range(60)]}, {"nouns": ["cat", "\u200b"]}]
+    bad = [{"prompt": "p", "task_type": "object", **more} for more in spoiled]
+    (tmp_path / "all.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, [*rows, *bad])), encoding="utf-8")
+    ensemble = RewardConfig(NAMES, options=options).build()
+    detector: Any = ensemble.workers[NAMES.index("grounding")].reward
+    detector.model.config.max_text_len = 256  # as published; the tiny vocabulary reads letter by letter
+    file = PromptFile(tmp_path / "all.jsonl", skip_bad=True)
+    file.check(ensemble.check)
+    assert file.examples == load_examples(PUBLISHED_PROMPTS)
+    first, *listed = file.said()
+    assert first.endswith(": 3 of 7226 rows are left out:")
+    for line, words in zip(
+        listed,
+        (
+            "7224: reward 'grounding': 'p': unknown locality 'in front of'",
+            "7225: reward 'grounding': the nouns make",
+            "7226: reward 'git': the tokenizer leaves nothing of the noun",
+        ),
+        strict=True,
+    ):
+        assert f"all.jsonl:{words}" in line
 
 
 @pytest.mark.parametrize("schedule", ["serial", "threads"])

@@ -288,6 +288,54 @@ def test_long_prompt_is_named_before_anything_is_spent(job: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("file", ["train_file", "eval_file"])
+def test_prompts_that_cannot_be_used_are_found_at_start(
+    file: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is touched, and those that a reward cannot score before the policy is loaded; or left out."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "choosy.py").write_text(
+        "class Choosy:\n"
+        "    name = 'choosy'\n"
+        "    def check(self, example):\n"
+        "        if 'pentagon' in example.prompt:\n"
+        "            raise ValueError('sees no pentagons')\n"
+        "    def score(self, images, examples):\n"
+        "        assert not any('pentagon' in example.prompt for example in examples)\n"
+        "        return images.mean((1, 2, 3))\n"
+    )
+    good, pentagon, long = (
+        json.dumps({"prompt": prompt, "task_type": "object"})
+        for prompt in ("a red circle", "a red pentagon", "w1 " * 105)
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    more = ["--rewards.names", "choosy:Choosy", "--max_steps", "1", "--sample_steps", "0", f"--{file}", str(prompts)]
+    for bad, words, rest in (
+        ("{", "Expecting property name", ("--rewards.names", "no.such:Reward")),
+        (pentagon, "reward 'choosy': sees no pentagons", ("--model_name_or_path", "no/such/model")),
+        (long, "prompt too long", ()),
+    ):
+        prompts.write_text("\n".join((good, bad, good)))
+        with pytest.raises(ValueError, match=rf"prompts\.jsonl:2: {words}.*; mend it, or .* --skip_bad_prompts true"):
+            run(job, tmp_path / "out", *more, *rest)
+    assert not (tmp_path / "out").exists()
+    prompts.write_text("\n".join((long, good, pentagon, "{", good)))
+    run(job, tmp_path / "out", *more, "--skip_bad_prompts", "true")
+    first, *listed = capsys.readouterr().out.splitlines()[:4]
+    assert first == f"{prompts}: 3 of 5 rows are left out:"
+    for line, start in zip(listed, ("1: prompt too long", "3: reward 'choosy'", "4: Expecting"), strict=True):
+        assert line.startswith(f"  {prompts}:{start}")
+
+
+def test_plans_leave_room_for_the_picture(job: Path, tmp_path: Path) -> None:
+    """The context has 128 positions; the longest plan fits behind its own prompt, but not in front of a picture."""
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:1: prompt too long: .* lower max_completion_length: 'a red circ"
+    ):
+        run(job, tmp_path / "out", "--max_completion_length", "110")
+    assert not (tmp_path / "out").exists()
+
+
 def _environment(job: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{job}", "OMP_NUM_THREADS": "1"}
 
