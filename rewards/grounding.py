@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers.utils import cached_file
 
 from .base import Example, upload
 from .checkpoints import check_kind, loading, whole
-from .layout import THRESHOLD, check_localities, detections, layout_score, phrases
+from .layout import THRESHOLD, check_localities, detections, fold, layout_score, phrases
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
 PUBLISHED = "IDEA-Research/grounding-dino-tiny"
@@ -163,17 +164,18 @@ class GroundingReward:
 
     def _encode(self, captions: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[list[int]], list]:
         """Token ids [S, L], attention mask [S, L] and phrase maps [S, P, L] as lists; padded on the right."""
-        texts = [" . ".join(names) + "." for names in captions]
+        read = [list(names if self.compat else map(unmarked, names)) for names in captions]
+        texts = [" . ".join(words) + "." for words in read]
         encoded = self.tokenizer(texts, padding=True, padding_side="right", return_offsets_mapping=True)
         ids, masks, spans = encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"]
         most, longest = max(map(len, captions)), self.model.config.max_text_len
         maps = [[[0.0] * len(ids[0]) for _ in range(most)] for _ in captions]
-        for text, names, mask, offsets, rows in zip(texts, captions, masks, spans, maps, strict=True):
+        for text, names, words, mask, offsets, rows in zip(texts, captions, read, masks, spans, maps, strict=True):
             if sum(mask) > longest:
                 raise ValueError(f"the nouns make {sum(mask)} tokens, the model reads {longest}: {text!r}")
             begin = 0
-            for name, row in zip(names, rows, strict=False):
-                end = begin + len(name)
+            for name, word, row in zip(names, words, rows, strict=False):
+                end = begin + len(word)
                 tokens = [t for t, (left, right) in enumerate(offsets) if left < end and right > begin]
                 if not tokens:
                     raise ValueError(f"the tokenizer leaves nothing of the noun {name!r} in {text!r}")
@@ -181,6 +183,13 @@ class GroundingReward:
                     row[t] = 1 / len(tokens)
                 begin = end + len(" . ")
         return ids, masks, maps
+
+
+def unmarked(name: str) -> str:
+    """A phrase without full stops and question marks, at which the model would cut it, and commas, which would lower
+    the mean over its tokens: "st. bernard" -> "st bernard", "t.v." -> "tv", "cat?" -> "cat"."""
+    initials = re.sub(r"(?<=\b[^\W\d_])\.(?=[^\W\d_]\b)", "", name)
+    return fold(re.sub("[.,?]", " ", initials))
 
 
 # A token's position counts from 0 within its phrase, the full stop included, and its sine is no integer. Releases of

@@ -14,6 +14,7 @@ Weights and kinds of score: T2I-R1 (arXiv 2505.00703); the relation: T2I-CompBen
 - a wrong count pays 0.2 if anything is found,
 - suppression takes centres and sizes for corners,
 - only the nouns are looked for, and one of three words or more is never found,
+- the detector cuts a noun at a full stop or question mark,
 - a row without nouns scores 1.
 """
 
