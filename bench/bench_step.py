@@ -66,13 +66,18 @@ class Words:
 
     bos_token_id, eos_token_id = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
     pad_token_id, boi_token_id = TOKENIZER.pad_token_id, TOKENIZER.boi_token_id
-    special = 4
+    special, unk_token_id = 4, None
+    all_special_tokens: Sequence[str] = ()
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
 
     def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [self.bos_token_id] * add_special_tokens + [*map(self._id, text.split())]}
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        return {}
 
     def get_vocab(self) -> dict[str, int]:
         return {f"t{i}": i for i in range(self.vocab)}

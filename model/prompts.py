@@ -5,11 +5,15 @@ Stage 2 (token CoT):     user("{prompt}. {plan}") + assistant + <begin_of_image>
 
 The unconditional row of classifier-free guidance has the length of the conditional one: every token but the
 first (BOS) and the last (<begin_of_image>) becomes the pad token, and all of them are attended.
+
+Text stays text: a special token spelled in a prompt, an instruction or a plan is encoded as its characters. Special
+tokens are put by id, and the role tokens of the `janus` template by the template.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,19 +64,27 @@ class PromptFormat:
         reasoning = DEFAULT_REASONING_PROMPT if path is None else Path(path).read_text(encoding="utf-8").strip()
         return cls(chat_template, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt, reasoning)
 
-    def _chat(self, content: str, system: str = "") -> str:
+    def _chat(self, content: str, system: str = "") -> list[str]:
         user, assistant = _ROLES[self.chat_template]
-        opening = f"{system}\n\n" if system else ""
-        return f"{opening}{user}: {content}\n\n{assistant}:"
+        parts = [f"{system}\n\n" if system else "", user, f": {content}\n\n", assistant, ":"]
+        return parts if self.chat_template == "janus" else ["".join(parts)]
 
-    def plan_text(self, prompt: str) -> str:
-        """Stage 1: the request for a plan."""
+    def plan_parts(self, prompt: str) -> list[str]:
+        """Stage 1, the request for a plan: text, or alternately text and a role token."""
         # replace, not format: prompts and instructions may contain other braces
         return self._chat(self.reasoning_prompt.replace("{}", prompt), self.system_prompt)
 
-    def image_text(self, prompt: str, plan: str) -> str:
-        """Stage 2: the request for the picture (without `<begin_of_image>`, which is added as a token)."""
+    def image_parts(self, prompt: str, plan: str) -> list[str]:
+        """Stage 2, the request for the picture, likewise; `<begin_of_image>` is added as a token."""
         return self._chat(f"{prompt}. {plan}")
+
+    def plan_text(self, prompt: str) -> str:
+        """Stage 1 in one piece."""
+        return "".join(self.plan_parts(prompt))
+
+    def image_text(self, prompt: str, plan: str) -> str:
+        """Stage 2 in one piece."""
+        return "".join(self.image_parts(prompt, plan))
 
 
 @dataclass(frozen=True)
@@ -97,11 +109,11 @@ class PromptEncoder:
         """Ids of the stage-1 prompt, leaving `room` tokens of the context for the plan."""
         if not prompt.strip():
             raise ValueError("empty prompt: give every row a non-empty `prompt`")
-        return self._encode(self.format.plan_text(prompt), prompt, room)
+        return self._encode(self.format.plan_parts(prompt), prompt, room)
 
     def image_ids(self, prompt: str, plan: str, room: int) -> list[int]:
         """Ids of the stage-2 prompt with `<begin_of_image>` last, leaving `room` tokens for the picture."""
-        return [*self._encode(self.format.image_text(prompt, plan), prompt, room + 1), self.boi_token_id]
+        return [*self._encode(self.format.image_parts(prompt, plan), prompt, room + 1), self.boi_token_id]
 
     def unconditional_ids(self, length: int) -> list[int]:
         """The unconditional row of `length` tokens: BOS, pads, `<begin_of_image>`."""
@@ -112,9 +124,25 @@ class PromptEncoder:
         """Text of a plan, special tokens dropped."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _encode(self, text: str, prompt: str, room: int) -> list[int]:
+    @cached_property
+    def _control(self) -> set[int]:
+        """Ids that no text becomes."""
+        named = {*self.tokenizer.all_special_tokens, *_ROLES["janus"]}
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {i for i, token in added if token.special or token.content in named} - {self.tokenizer.unk_token_id}
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # still there if the tokenizer has them as words, or as added tokens that it does not call special
+        unk = self.tokenizer.unk_token_id
+        known = [unk if i in self._control else i for i in ids]
+        return [i for i in known if i is not None]
+
+    def _encode(self, parts: list[str], prompt: str, room: int) -> list[int]:
         # by id: a tokenizer that adds no BOS, or an EOS too, would begin or end otherwise than the unconditional row
-        ids = [self.tokenizer.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [self.tokenizer.bos_token_id]
+        for i, part in enumerate(parts):
+            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"] if i % 2 else self._text_ids(part)
         if len(ids) + room > self.max_context:
             raise ValueError(
                 f"prompt too long: {len(ids)} tokens and {room} to generate exceed the context of "
