@@ -13,6 +13,8 @@ Shapes: S samples of a chunk, T image tokens.
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -127,6 +129,10 @@ def _join(column: list[Any]) -> Any:
     return Packed.cat(column) if isinstance(first, Packed) else torch.cat(column)
 
 
+def _slices(samples: Sequence[_Sample], most: int) -> list[Sequence[_Sample]]:
+    return [samples[start : start + most] for start in range(0, len(samples), most)]
+
+
 @dataclass
 class _Sample:
     """One sample on its way: its prompt (ids shared with its group), then its plan, then the prompt of its picture."""
@@ -134,6 +140,7 @@ class _Sample:
     number: int
     prompt: str
     prompt_ids: list[int]
+    image_prompt: int  # tokens of the picture's prompt in the KV cache: how many, or at first how many at most
     plan: list[int] = field(default_factory=list)
     plan_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
     text: str = ""
@@ -211,8 +218,11 @@ class RolloutEngine:
         """
         limit = sampling.max_completion_length
         asked = [self.encoder.plan_ids(prompt, limit) for prompt in prompts]
+        # a plan's text may take more tokens again than the plan did
+        longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1
+        most = [min(len(self.encoder.image_ids(prompt, "", 0)) - 1 + longest, room) for prompt in prompts]
         samples = [
-            _Sample(first_sample + i * group_size + g, prompts[i], ids)
+            _Sample(first_sample + i * group_size + g, prompts[i], ids, most[i])
             for i, ids in enumerate(asked)
             for g in range(group_size)
         ]
@@ -228,16 +238,25 @@ class RolloutEngine:
             return sum(prompts.values()) + len(part) * limit
 
         def image_slots(part: Sequence[_Sample]) -> int:
-            lengths = [len(sample.image_ids) - 1 for sample in part]
+            lengths = [sample.image_prompt for sample in part]
             shared = max(lengths) if rows_per_image == 2 else 0
             return sum(lengths) + shared + len(part) * rows_per_image * self.policy.num_image_tokens
+
+        most_images = self._most_images(rows_per_image)
+        # now and for plans of any length: a pool that grew later would take its place, and the graphs, with it
+        self._reserve(
+            [plan_slots(part) for part in _slices(samples, self.max_rows)]
+            + [image_slots(part) for part in _slices(samples, most_images)]
+        )
+        with self._on(self.decode_stream):
+            self._prepare(len(samples), rows_per_image, sampling)
 
         for batch in self._parts(samples, self.max_rows, plan_slots):
             with self._on(self.decode_stream):
                 clock = _Clock(self.device)
                 self._write_plans(batch, sampling, seed)
                 spans = [clock.lap("plan")]
-            for part in self._parts(batch, self._most_images(rows_per_image), image_slots):
+            for part in self._parts(batch, most_images, image_slots):
                 with self._on(self.decode_stream):
                     clock = _Clock(self.device)
                     drawn = self._draw(part, rows_per_image, sampling, seed)
@@ -260,13 +279,31 @@ class RolloutEngine:
     def _most_images(self, rows_per_image: int) -> int:
         return max(1, self.max_rows // rows_per_image)
 
+    def _reserve(self, tokens: Sequence[int]) -> None:
+        """Let the KV cache grow towards the most of `tokens`."""
+        if self.pool.reserve(max(tokens, default=0)):
+            self.graphs.clear()
+
+    def _prepare(self, samples: int, rows_per_image: int, sampling: Sampling) -> None:
+        """Both stages, and the graphs of the largest batch of so many samples."""
+        limit, length, most = sampling.max_completion_length, self.policy.num_image_tokens, self.max_rows
+        if self.plan_stage is None or self.plan_stage.length != limit:
+            self.graphs.clear()
+            self.plan_stage = PlanStage(self.decoder, self.graphs, most, 1, limit)
+        if self.image_stage is None or self.image_stage.rows_per_sample != rows_per_image:
+            self.graphs.clear()
+            images = self._most_images(rows_per_image)
+            self.image_stage = ImageStage(self.decoder, self.graphs, images, rows_per_image, length)
+        if self.graphs.missing and os.environ.get("RANK", "0") == "0":
+            print("capturing the CUDA graphs of decode steps, which takes some seconds", file=sys.stderr, flush=True)
+        self.plan_stage.prepare(min(samples, most), self.policy.tokenizer.eos_token_id, sampling)
+        self.image_stage.prepare(min(samples, self._most_images(rows_per_image)), sampling)
+
     def _parts(
         self, samples: Sequence[_Sample], most: int, slots: Callable[[Sequence[_Sample]], int]
     ) -> Iterator[Sequence[_Sample]]:
         """Consecutive samples, as many at a time as `most` and the KV cache, which grows for them, allow."""
-        starts = range(0, len(samples), most)
-        if self.pool.reserve(max((slots(samples[start : start + most]) for start in starts), default=0)):
-            self.graphs.clear()
+        self._reserve([slots(part) for part in _slices(samples, most)])
         for sample in samples:
             if slots([sample]) > self.pool.capacity:
                 raise ValueError(
@@ -285,9 +322,7 @@ class RolloutEngine:
     def _write_plans(self, samples: Sequence[_Sample], sampling: Sampling, seed: int) -> None:
         """Stage 1: fill in the plan of each sample. A prompt is prefilled once, for all of its group."""
         limit = sampling.max_completion_length
-        if self.plan_stage is None or self.plan_stage.length != limit:
-            self.graphs.clear()
-            self.plan_stage = PlanStage(self.decoder, self.graphs, self.max_rows, 1, limit)
+        assert self.plan_stage
         self.pool.reset()
         prompts = {id(sample.prompt_ids): sample.prompt_ids for sample in samples}
         starts = {key: self.pool.take(len(ids) - 1) for key, ids in prompts.items()}
@@ -301,6 +336,7 @@ class RolloutEngine:
             sample.plan, sample.plan_logprobs = plan, logprob
             sample.text = self.encoder.decode_plan(plan)
             sample.image_ids = self.encoder.image_ids(sample.prompt, sample.text, self.policy.num_image_tokens)
+            sample.image_prompt = len(sample.image_ids) - 1
 
     def _draw(
         self, samples: Sequence[_Sample], rows_per_image: int, sampling: Sampling, seed: int
@@ -311,11 +347,7 @@ class RolloutEngine:
         longest such prefix, which is written once for all of them.
         """
         length = self.policy.num_image_tokens
-        stage = self.image_stage
-        if stage is None or stage.rows_per_sample != rows_per_image:
-            self.graphs.clear()
-            most = self._most_images(rows_per_image)
-            stage = self.image_stage = ImageStage(self.decoder, self.graphs, most, rows_per_image, length)
+        assert self.image_stage
         self.pool.reset()
         prompts = [s.image_ids[:-1] for s in samples]
         starts = [self.pool.take(len(prompt) + length) for prompt in prompts]
@@ -328,7 +360,7 @@ class RolloutEngine:
             prompts.append(self.encoder.unconditional_ids(longest + 1)[:-1])
             starts.append(shared)
         self.decoder.prefill(prompts, starts)
-        return stage.run(rows, unconditional, self.encoder.boi_token_id, sampling, seed)
+        return self.image_stage.run(rows, unconditional, self.encoder.boi_token_id, sampling, seed)
 
     def _chunk(
         self, samples: Sequence[_Sample], drawn: tuple[Tensor, Tensor, Tensor], images: Tensor, spans: tuple[Span, ...]

@@ -1,13 +1,12 @@
-"""CUDA graphs of decode steps: captured once for each shape, replayed without the host."""
+"""CUDA graphs of prefills and decode steps: captured once for each shape, replayed without the host."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ..kernels.dispatch import choose
 
@@ -39,6 +38,11 @@ def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch
     return True
 
 
+def _repeat(step: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        step()
+
+
 class StepGraphs:
     """Runs steps that read and write tensors of fixed addresses: as graphs, or eagerly without a `stream`.
 
@@ -55,6 +59,11 @@ class StepGraphs:
     def enabled(self) -> bool:
         return self.stream is not None
 
+    @property
+    def missing(self) -> bool:
+        """Whether graphs are wanted and there are none: at first, and after `clear`."""
+        return self.enabled and not self._graphs
+
     def clear(self) -> None:
         """Forget all graphs: a tensor that they use has moved."""
         if self.stream and self._graphs:
@@ -62,28 +71,30 @@ class StepGraphs:
         self._graphs.clear()
         self._memory = None
 
-    def run(self, key: Hashable, step: Callable[[], None], state: Sequence[Tensor]) -> None:
-        """Run `step` once.
+    def lacks(self, key: Hashable) -> bool:
+        """Whether `capture` has something to do."""
+        return self.enabled and key not in self._graphs
+
+    def capture(self, key: Hashable, step: Callable[[], None], times: int = 1) -> None:
+        """Make the graph of `times` steps, if there is none yet.
 
         Args:
             key: names everything that the host decides in `step`; steps of one key are the same launches.
-            step: reads and writes on the device only, without a synchronisation.
-            state: what it changes, restored after the runs that warm up.
+            step: reads and writes on the device only, without a synchronisation. It is run, and so must change
+                nothing that counts.
+            times: how often the graph repeats it: launching a graph costs the host the same however long it is.
         """
-        if not self.enabled:
-            return step()
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(step, state)
-        self._graphs[key].replay()
-
-    def _capture(self, step: Callable[[], None], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
-        before = [tensor.clone() for tensor in state]
+        if not self.lacks(key):
+            return
         for _ in range(_WARM_UP):
             step()
-            # each time: a second step would write to the next slot, which may be another row's
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
-        return self._record(step)
+        self._graphs[key] = self._record(lambda: _repeat(step, times))
+
+    def run(self, key: Hashable, step: Callable[[], None], times: int = 1) -> None:
+        """Run `step` so many times: by the graph that was captured under its key, or eagerly."""
+        if self.enabled:
+            return self._graphs[key].replay()
+        _repeat(step, times)
 
     def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         assert self.stream

@@ -33,6 +33,7 @@ class KVPool:
         self.scaled = dtype == FP8
         scale_bytes = 4 if self.scaled else 0
         self.bytes_per_token = 2 * self.layers * self.heads * (self.dim * dtype.itemsize + scale_bytes)
+        self._asked = 0
         self._allocate(0)
 
     def _allocate(self, slots: int) -> None:
@@ -52,10 +53,14 @@ class KVPool:
         return max(0, self.slots - SCRATCH - 1)
 
     def reserve(self, tokens: int) -> bool:
-        """Give all segments back; grow towards `tokens` as far as memory allows -> whether the pool has moved."""
+        """Give all segments back; grow towards `tokens` as far as memory allows -> whether the pool has moved.
+
+        Memory is looked at once for a size: what is free changes from step to step, and the pool should not.
+        """
         self.reset()
-        if tokens <= self.capacity:
+        if tokens <= max(self.capacity, self._asked):
             return False
+        self._asked = tokens
         limit = self.max_bytes
         if limit is None and self.device.type == "cuda":
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)

@@ -9,7 +9,7 @@ Shapes: R rows of a step, S samples, L tokens of a sample (a plan's limit, or a 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from .settings import Sampling
 # its batch.
 PREFIX_START, PREFIX_LENGTH, START, LENGTH, OUTPUT, COUNTER, ADVANCE = range(7)
 
-POLL = 8  # steps between looks at which plans have ended, each look at the flags of the one before
+POLL = 8  # most steps that the host hands over at once: it looks at which plans have ended after so many
 _BUCKETS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 IMAGE_STAGE = 1 << 31  # added to the position, so that the two stages of a sample never share a counter
 
@@ -57,6 +57,8 @@ class Stage:
         self.decoder, self.weights, self.graphs = decoder, decoder.weights, graphs
         self.device = decoder.cos.device
         self.rows_per_sample, self.length = rows_per_sample, length
+        # steps of one graph; all steps of a sample are whole graphs
+        self.block = max(n for n in range(1, POLL + 1) if length % n == 0) if graphs.enabled else 1
         rows = self.bucket(samples) * rows_per_sample
         self.x = torch.zeros(rows, self.weights.embed_text.tensor.shape[1], dtype=decoder.cos.dtype, device=self.device)
         self.numbers = torch.zeros(7, rows, dtype=torch.int64, device=self.device)
@@ -73,6 +75,14 @@ class Stage:
             return samples
         at = bisect_left(_BUCKETS, samples)
         return _BUCKETS[at] if at < len(_BUCKETS) else -(-samples // 256) * 256
+
+    def _capture(self, steps: dict[Hashable, Callable[[], None]]) -> None:
+        """Capture the graphs that are missing, on rows that fill a batch: these change nothing that counts."""
+        missing = {key: step for key, step in steps.items() if self.graphs.lacks(key)}
+        if missing:
+            self._fill(0, len(self.running))
+        for key, step in missing.items():
+            self.graphs.capture(key, step, self.block)
 
     def _begin(self, rows: Sequence[Row], first_row: int, counter: int) -> None:
         """Set the numbers of `rows`, from `first_row` of the buffers on, and fill their bucket."""
@@ -115,10 +125,6 @@ class Stage:
         """[S, L] of an output buffer."""
         return column[: samples * self.length].view(samples, self.length)
 
-    @property
-    def _state(self) -> list[Tensor]:
-        return [self.x, self.numbers, self.running]
-
 
 class PlanStage(Stage):
     """Writes plans: a row a sample; rows that have ended leave the batch.
@@ -126,6 +132,14 @@ class PlanStage(Stage):
     Ids that the tokenizer does not have are never drawn. As with top-k and top-p, the log-probs are still those of the
     softmax over all V logits, which is what training computes.
     """
+
+    def prepare(self, samples: int, eos: int, sampling: Sampling) -> None:
+        """Capture the graphs of a batch of so many, and of what may be left of it."""
+        size = self.bucket(samples)
+        self._capture(dict(self._graph(rows, eos, sampling) for rows in [*(n for n in _BUCKETS if n < size), size]))
+
+    def _graph(self, rows: int, eos: int, sampling: Sampling) -> tuple[Hashable, Callable[[], None]]:
+        return ("plan", rows, eos, sampling), lambda: self._step(rows, eos, sampling)
 
     def run(
         self, rows: Sequence[Row], last_tokens: Sequence[int], eos: int, sampling: Sampling, seed: int
@@ -136,14 +150,14 @@ class PlanStage(Stage):
             rows: their samples, all keys and values but the last prompt token's written.
             last_tokens: that token of each row.
         """
+        self.prepare(len(rows), eos, sampling)
         self.seed.fill_(seed)
         self.x[: len(rows)] = self._embed(upload(last_tokens, self.device))
         self._begin(rows, 0, counter=0)
         count, look = len(rows), _Look(self.device, len(self.running))
-        for t in range(self.length):
+        for t in range(0, self.length, self.block):
             size = self.bucket(count)
-            key = ("plan", size, eos, sampling)
-            self.graphs.run(key, lambda size=size: self._step(size, eos, sampling), self._state)  # type: ignore[misc]
+            self.graphs.run(*self._graph(size, eos, sampling), self.block)
             running = look.next(self.running[:count], t)
             if running is None or all(running):
                 continue
@@ -187,6 +201,13 @@ class PlanStage(Stage):
 class ImageStage(Stage):
     """Draws pictures: with guidance two rows a sample, [conditional; unconditional] halves of a batch."""
 
+    def prepare(self, samples: int, sampling: Sampling) -> None:
+        """Capture the graph of a batch of so many."""
+        self._capture(dict([self._graph(self.bucket(samples), sampling)]))
+
+    def _graph(self, size: int, sampling: Sampling) -> tuple[Hashable, Callable[[], None]]:
+        return ("image", size, sampling), lambda: self._step(size, self.rows_per_sample * size, sampling)
+
     def run(
         self, rows: Sequence[Row], unconditional: Sequence[Row], boi: int, sampling: Sampling, seed: int
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,16 +219,16 @@ class ImageStage(Stage):
             boi: the token that begins a picture.
         """
         samples = len(rows)
+        self.prepare(samples, sampling)
         size = self.bucket(samples)
-        step_rows = 2 * size if unconditional else size
+        step_rows = self.rows_per_sample * size
         self.seed.fill_(seed)
         self.x[:step_rows] = self.weights.embed_text.tensor[boi]
         for half, part in enumerate((rows, unconditional)):
             if part:
                 self._begin(part, half * size, IMAGE_STAGE)
-        key = ("image", size, step_rows, sampling)
-        for _ in range(self.length):
-            self.graphs.run(key, lambda: self._step(size, step_rows, sampling), self._state)
+        for _ in range(0, self.length, self.block):
+            self.graphs.run(*self._graph(size, sampling), self.block)
         columns = (self.tokens, self.logp_cond, self.logp_guided)
         tokens, logp, guided = (self._drawn(column, samples).clone() for column in columns)
         return tokens, logp, guided
@@ -236,14 +257,15 @@ class _Look:
         if self.on_gpu:
             self.flags = torch.empty(rows, dtype=torch.bool, pin_memory=True)
             self.copied = torch.cuda.Event()
-        self.pending = 0
+        self.pending = self.next_look = 0
 
     def next(self, running: Tensor, step: int) -> list[bool] | None:
         """Flags of the rows after an earlier step, or None if it is not time to look."""
         if not self.on_gpu:
             return running.tolist()
-        if step % POLL:
+        if step < self.next_look:
             return None
+        self.next_look = step + POLL
         seen = None
         if self.pending:
             self.copied.synchronize()  # asked for POLL steps ago: those behind it keep the device busy

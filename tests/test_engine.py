@@ -20,6 +20,7 @@ from bicot.kernels import dispatch
 from bicot.model import decoder, stages
 from bicot.model.engine import RolloutChunk, RolloutEngine
 from bicot.model.graphs import StepGraphs, use_graphs
+from bicot.model.kv import KVPool
 from bicot.model.policy import Policy
 from bicot.model.settings import Sampling
 
@@ -208,6 +209,21 @@ def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: py
     assert len(captured) == before, "nothing is captured twice"
 
 
+def test_a_longer_plan_moves_nothing(policy: Policy) -> None:
+    """The pool has room for the longest from the first step on: graphs that were captured stay valid."""
+    engine, sampling = RolloutEngine(policy, policy.prompt_encoder(FORMAT)), Sampling(max_completion_length=40)
+    next(engine.generate(PROMPTS, 1, sampling, seed=0))
+    place, longest = engine.pool.layer(0)[0].data_ptr(), []
+    for seed in range(1, 9):
+        longest.append(int(next(engine.generate(PROMPTS, 1, sampling, seed)).image_prompts.lengths.sum()))
+        assert engine.pool.layer(0)[0].data_ptr() == place
+    assert max(longest) > longest[0], "plans grew"
+    limited = KVPool(policy.config.text_config, torch.float32, torch.device("cpu"), 50 * engine.pool.bytes_per_token)
+    assert limited.reserve(1000) and limited.capacity == 49
+    limited.max_bytes *= 2  # type: ignore[operator]
+    assert not limited.reserve(1000) and limited.reserve(1001), "memory is looked at once for a size"
+
+
 def test_draws_follow_the_distribution_of_transformers() -> None:
     """Chi-square of the first plan token, and of the first image token after one and the same plan."""
     policy = tiny_policy(scale=100.0)
@@ -325,7 +341,8 @@ def test_steps_are_captured_on_the_stream_of_their_priority(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "synchronize", seen.append)
     graphs = StepGraphs(stream)
-    graphs.run("key", lambda: None, [])
+    graphs.capture("key", lambda: None)
+    graphs.run("key", lambda: None)
     graphs.clear()
     assert seen == [stream.device, stream, "replay", stream.device], "device and stream are named"
 

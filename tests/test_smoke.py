@@ -362,7 +362,7 @@ def test_the_image_loop_never_waits_for_the_device(policy: Any) -> None:
     first, run = next(engine.generate(PROMPTS, 4, sampling, seed=1)), engine.graphs.run  # compiles and captures
 
     def watched(*arguments: Any) -> None:
-        steps.append(arguments[0])
+        steps.extend([arguments[0]] * arguments[2])
         with no_sync():
             run(*arguments)
 
