@@ -218,9 +218,9 @@ class RolloutEngine:
         """
         limit = sampling.max_completion_length
         asked = [self.encoder.plan_ids(prompt, limit) for prompt in prompts]
-        # a plan's text may take more tokens again than the plan did
+        # the request for a plan has all that the picture's has but the plan, whose text may take more tokens than it did
         longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1
-        most = [min(len(self.encoder.image_ids(prompt, "", 0)) - 1 + longest, room) for prompt in prompts]
+        most = [min(len(ids) + longest, room) for ids in asked]
         samples = [
             _Sample(first_sample + i * group_size + g, prompts[i], ids, most[i])
             for i, ids in enumerate(asked)
