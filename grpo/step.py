@@ -33,12 +33,13 @@ def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder,
     features, *unconditional = map(policy.image_features, image_hidden)
     for other in unconditional:  # the head is linear: the guided logits are the head on the guided features
         features = other + config.cfg_weight * (features - other)
+    text_head, image_head = policy.text_head, policy.image_head
     text = TokenStream(
         targets=rollout.plans.values,
         sample=rollout.plans.row_of(),
         hidden=text_hidden,
-        weight=policy.text_head.weight,
-        bias=policy.text_head.bias,
+        weight=text_head.weight,
+        bias=text_head.bias,
         temperature=config.temperature,
         name="text",
     )
@@ -46,8 +47,8 @@ def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder,
         targets=rollout.image_tokens.flatten(),
         sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
         hidden=features,
-        weight=policy.image_head.weight,
-        bias=policy.image_head.bias,
+        weight=image_head.weight,
+        bias=image_head.bias,
         temperature=config.image_temperature,
         name="image",
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration
 
+from .adapters import merged
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
 from .rows import ATTENTION, Layout, lay_out
@@ -83,13 +84,15 @@ class Policy:
 
     @property
     def text_head(self) -> Head:
-        return Head(self.model.lm_head.weight, self.model.lm_head.bias)
+        """The model's parameters; where LoRA adapts them (PEFT), [V, D] computed anew."""
+        head = self.model.lm_head
+        return Head(merged(head, "weight"), merged(head, "bias"))
 
     @property
     def image_head(self) -> Head:
-        """The last linear layer of the image head; `image_features` is what comes before it."""
-        last = self.model.model.generation_head.vision_head
-        return Head(last.weight, last.bias)
+        """Likewise the last linear layer of the image head; `image_features` is what comes before it."""
+        head = self.model.model.generation_head.vision_head
+        return Head(merged(head, "weight"), merged(head, "bias"))
 
     def prompt_encoder(self, prompt_format: PromptFormat) -> PromptEncoder:
         return PromptEncoder(self.tokenizer, prompt_format, self.max_context)

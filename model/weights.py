@@ -6,7 +6,7 @@ A matrix that decoding wants whole (q, k and v stacked; gate and up stacked) is 
 shared   The parameters become views of one tensor. Whoever writes a parameter (an optimizer, a checkpoint) writes what
          decoding reads: nothing is copied, then or later. Parameters that already lie side by side, as in the flat
          buffers of DeepSpeed's ZeRO-1 and 2, are read where they are.
-copied   anew by every refresh, in place: W + Σ B·A·scaling of LoRA modules (PEFT), parameters that DeepSpeed's ZeRO-3
+copied   anew by every refresh, in place: LoRA modules (PEFT, adapters.py), parameters that DeepSpeed's ZeRO-3
          shards, and those that lie apart in storage that is not theirs.
 
 Copies keep their addresses, so that captured CUDA graphs stay valid. Modules are found by name at every refresh: one
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .adapters import is_adapted, merged, unmerged
 from .policy import Policy
 from .vq import ImageDecoder
 
@@ -101,7 +102,7 @@ class Weights:
         vq = self.policy.model.model.vqmodel
         if (state := _state(vq)) is None or state != self._vq_state:
             with whole(vq.parameters()):
-                self.image_decoder.refresh(vq, _value)
+                self.image_decoder.refresh(vq, merged)
             self._vq_state = state
         table = self._aligner[0](self._codes.tensor)
         for layer in self._aligner[1:]:
@@ -121,26 +122,33 @@ class Joined:
 
     def refresh(self, known: dict[str, nn.Module]) -> bool:
         """Bring `tensor` up to date -> whether it has moved. `known` modules by name; it grows."""
-        modules = [_module(name, known) for name in self.names]
+        modules: list[Any] = [_module(name, known) for name in self.names]
         if self._read and all(map(self._unchanged, modules, self._read)):
             return False
-        parameters = [getattr(module, self.attribute) for module in modules]
+        parameters = [unmerged(module, self.attribute) for module in modules]
         self._read = []
-        if parameters[0] is None:
+        before, copied_before, adapted = self.tensor, self.copied, any(map(is_adapted, modules))
+        if parameters[0] is None and not adapted:
             self._read = [(module, None, 0) for module in modules]
-            return False
-        shared = self._shared(parameters) if not any(map(_is_adapted, modules)) else None
-        before, copied_before = self.tensor, self.copied
+            self.tensor, self.copied = None, False
+            return before is not None
+        shared = self._shared(parameters) if not adapted else None
         self.copied = shared is None
         if shared is not None:
             self.tensor = shared
             self._read = [(m, p, p.data_ptr()) for m, p in zip(modules, parameters, strict=True)]
             return before is None or before.data_ptr() != shared.data_ptr()
         with whole(p for module in modules for p in module.parameters()):
-            values = [_value(module, self.attribute) for module in modules]
+            values = [merged(module, self.attribute) for module in modules]
+            if not copied_before and all(value is None for value in values):
+                self.copied = False
+                return False
+            for i, module in enumerate(modules):
+                if values[i] is None:  # an adapter of another module adds a bias, or that of this one is switched off
+                    values[i] = module.weight.new_zeros(len(module.weight))
             rows = [len(value) for value in values]
             if not copied_before:  # what was shared is the policy's own
-                self.tensor = parameters[0].new_empty(sum(rows), *values[0].shape[1:])
+                self.tensor = values[0].new_empty(sum(rows), *values[0].shape[1:])
             for part, value in zip(self.tensor.split(rows), values, strict=True):
                 part.copy_(value)
         return not copied_before
@@ -219,39 +227,12 @@ def whole(parameters: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-def _is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has put an adapter around the module. (A copy that trains in its place is found by itself.)"""
-    return hasattr(module, "get_base_layer")
-
-
 def _is_alone(parameter: Tensor, joined: Tensor | None) -> bool:
     """Whether nobody else has views of the parameter's storage, which is its own or that of an earlier `joined`."""
     storage = parameter.untyped_storage()
     moved = joined is not None and joined.untyped_storage().data_ptr() == storage.data_ptr()
     size = (joined if moved else parameter).nbytes  # type: ignore[union-attr]
     return storage.nbytes() == size and not hasattr(parameter, "_hp_mapping")  # ZeRO-1 or 2, with one in a flat buffer
-
-
-def _value(module: nn.Module, name: str) -> Tensor:
-    """The value of a parameter of `module` or below it, with the active adapters of a LoRA module."""
-    owner, _, attribute = name.rpartition(".")
-    module = module.get_submodule(owner)
-    value = getattr(module, attribute)  # of the base, if there is an adapter
-    if not _is_adapted(module):
-        return value
-    adapted: Any = module
-    if adapted.merged and adapted.disable_adapters:
-        adapted.unmerge()  # as its own forward does
-    if adapted.merged or adapted.disable_adapters:
-        return value
-    names = [name for name in adapted.active_adapters if name in getattr(adapted, "scaling", ())]
-    if not hasattr(adapted, "lora_A") or any(name in adapted.lora_variant for name in names):
-        raise ValueError(f"{type(module)}: rollouts merge plain LoRA adapters, and no other kind (such as DoRA)")
-    if attribute == "weight":
-        deltas = [adapted.get_delta_weight(name) for name in names]
-    else:
-        deltas = [adapted.lora_B[name].bias * adapted.scaling[name] for name in names if adapted.lora_bias[name]]
-    return value.float() + sum(delta.float() for delta in deltas)
 
 
 def _side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:

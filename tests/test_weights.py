@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from forced import TOLERANCE, addresses, copied, engine_of, gap, greedy, numbers
+from forced import FORMAT, TOLERANCE, addresses, copied, engine_of, gap, greedy, numbers
 from tiny import ROOT, tiny_policy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.optim import MasterAdamW
+from bicot.grpo.step import token_streams
 from bicot.model.policy import Policy, load_policy
 from bicot.model.weights import Weights
 
@@ -259,6 +260,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "bias": {"target_modules": [*LINEARS, "vision_head"], "lora_bias": True, "bias": "all"},
     "copies": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "up_proj"]},
     "rows": {"target_modules": LINEARS, "trainable_token_indices": [0, 8, 9]},
+    "bias of its own": {"target_modules": ["q_proj", "up_proj", "down_proj", "lm_head"], "lora_bias": True},
+    "rows of a head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [8, 9]}},
     "image": {"target_modules": r".*(language_model.*_proj|generation_aligner.*(fc1|\.0)|proj_out|vision_head)"},
 }
 
@@ -375,6 +378,59 @@ def test_other_adapters_are_named() -> None:
     peft.get_peft_model(policy.model, peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="plain LoRA adapters, and no other kind"):
         greedy(engine)
+
+
+def test_a_bias_that_adapters_add_goes_with_them() -> None:
+    peft = pytest.importorskip("peft")
+    policy = tiny_policy()
+    adapted = adapt(policy, "linears")
+    engine = engine_of(policy)
+    assert engine.weights.layers[0].qkv.bias is None
+    more = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False, lora_bias=True)
+    adapted.add_adapter("more", more)
+    adapted.base_model.set_adapter(["default", "more"])
+    assert gap(greedy(engine), policy) < TOLERANCE
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if name.endswith("lora_B.more.bias"):
+                parameter.normal_()
+    chunk = greedy(engine)
+    assert gap(chunk, policy) < TOLERANCE and engine.weights.layers[0].qkv.bias is not None
+    adapted.unload()
+    assert gap(chunk, policy) > 100 * TOLERANCE
+    assert gap(greedy(engine), policy) < TOLERANCE and engine.weights.layers[0].qkv.bias is None
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_the_loss_sees_adapters_on_the_heads(lora_bias: bool) -> None:
+    """Its log-probs are those of the rollout, and its gradients those of PEFT's own forward."""
+    peft = pytest.importorskip("peft")
+    policy = tiny_policy()
+    policy.model.double()
+    config = peft.LoraConfig(
+        r=4, init_lora_weights=False, target_modules=["lm_head", "vision_head", "q_proj"], lora_bias=lora_bias
+    )
+    adapted = peft.get_peft_model(policy.model, config)
+    chunk = greedy(engine_of(policy))
+    text, image = token_streams(policy, chunk, policy.prompt_encoder(FORMAT), CONFIG)
+    ours = [stream.stats().logprob for stream in (text, image)]
+    torch.testing.assert_close(ours[0].float(), chunk.plan_logprobs.values, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(ours[1].float(), chunk.image_logprobs.flatten(), atol=TOLERANCE, rtol=0)
+
+    prompts, plans, image_prompts, tokens = chunk.ids
+    texts, pictures = policy.hidden((prompts, plans), (image_prompts, policy.image_ids(tokens)))
+    head = policy.model.model.generation_head
+    plain = [policy.model.lm_head(texts), head(pictures)]
+    targets = [chunk.plans.values, chunk.image_tokens.flatten()]
+    want = [x.log_softmax(-1).gather(1, t[:, None])[:, 0] for x, t in zip(plain, targets, strict=True)]
+    trained = [p for name, p in policy.model.named_parameters() if p.requires_grad and "vision_model" not in name]
+    gradients = [torch.autograd.grad(torch.cat(both).sum(), trained) for both in (ours, want)]
+    assert len(trained) >= 2 * 4 * (1 + lora_bias / 2)
+    for a, b in zip(*gradients, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    with adapted.disable_adapter():
+        assert policy.text_head.weight is policy.model.lm_head.base_layer.weight
 
 
 # DeepSpeed, two ranks

@@ -1,0 +1,57 @@
+"""Parameters with the LoRA adapters that PEFT has put around their modules.
+
+PEFT computes W·x + scaling·B·A·x. What reads weights rather than calls modules (decoding, and the heads in the loss)
+needs W + scaling·B·A, and the biases that the adapters add.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has put an adapter around the module. (A copy that trains in its place is found by itself.)"""
+    return hasattr(module, "get_base_layer")
+
+
+def unmerged(module: nn.Module, attribute: str) -> Any:
+    """The weight or bias that a call of the module reads, without LoRA."""
+    if attribute == "bias" and hasattr(module, "token_adapter"):  # rows that train alone: PEFT shows the weight only
+        module = module.original_module  # type: ignore[assignment]
+    return getattr(module, attribute)
+
+
+def merged(module: nn.Module, name: str) -> Any:
+    """A parameter of `module` or below it, with the active adapters; gradients reach them.
+
+    Returns:
+        A tensor of the parameter's dtype, added up in float32 at least; None for a bias that neither the module nor an
+        adapter has (with `lora_bias`, an adapter has one of its own).
+
+    Raises:
+        ValueError: adapters that are not plain LoRA.
+    """
+    owner, _, attribute = name.rpartition(".")
+    module = module.get_submodule(owner)
+    value: Tensor | None = unmerged(module, attribute)
+    if not is_adapted(module):
+        return value
+    adapted: Any = module
+    if adapted.merged and adapted.disable_adapters:
+        adapted.unmerge()  # as its own forward does
+    if adapted.merged or adapted.disable_adapters:
+        return value
+    names = [name for name in adapted.active_adapters if name in getattr(adapted, "scaling", ())]
+    if not hasattr(adapted, "lora_A") or any(name in adapted.lora_variant for name in names):
+        raise ValueError(f"{type(module)}: bicot merges plain LoRA adapters, and no other kind (such as DoRA)")
+    if attribute == "weight":
+        deltas = [adapted.get_delta_weight(name) for name in names]
+    else:
+        deltas = [adapted.lora_B[name].bias * adapted.scaling[name] for name in names if adapted.lora_bias[name]]
+    terms = deltas if value is None else [value, *deltas]
+    dtype = adapted.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    return sum(term.to(wide) for term in terms).to(dtype) if terms else None  # type: ignore[union-attr]
