@@ -4,7 +4,8 @@
     python generate.py "a red circle" --model outputs/toy/checkpoint-000150              # what you trained
     python generate.py "a photo of a cat" --model deepseek-community/Janus-Pro-1B --dtype bfloat16
 
-Writes one grid (PNG) with prompt and plan under each picture, each picture by itself beside it, and prints the plans.
+Writes one grid (PNG) with each prompt above its pictures and the plans under them, each picture by itself beside it,
+and prints the plans.
 Prompt texts and sampling are those of the checkpoint's bicot.json, or the published ones; options override them.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.image
 import torch
+from transformers.utils import logging
 
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.evaluate import Sample, to_pixels
@@ -35,7 +37,7 @@ SAMPLING_OPTIONS = {
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.")
+    parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
     parser.add_argument("prompts", nargs="+", help="one or more prompts")
     parser.add_argument("--model", default=str(TOY), help="checkpoint folder or hub id (default: the toy)")
     parser.add_argument("--num_generations", type=int, default=4, help="pictures of each prompt")
@@ -51,7 +53,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="outputs/generate/grid.png", help="the grid; pictures go beside it")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.num_generations < 1:
+        parser.error(f"--num_generations {args.num_generations} must be at least 1")
+    for name, least in (("max_completion_length", 1), ("temperature", 0), ("image_temperature", 0), ("top_k", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            parser.error(f"--{name} {value} must be a number that is at least {least}")
+    if args.cfg_weight is not None and not math.isfinite(args.cfg_weight):
+        parser.error(f"--cfg_weight {args.cfg_weight} must be finite")
+    if Path(args.output).suffix != ".png":
+        parser.error(f"--output {args.output} must end in .png")
+    return args
 
 
 def settings_of(args: argparse.Namespace) -> RolloutSettings:
@@ -68,18 +81,19 @@ def settings_of(args: argparse.Namespace) -> RolloutSettings:
 
 def main() -> None:
     args = parse_args()
+    logging.disable_progress_bar()
     settings = settings_of(args)
     policy = load_policy(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     engine = RolloutEngine(policy, policy.prompt_encoder(settings.prompts))
+    grid = Path(args.output)
+    grid.parent.mkdir(parents=True, exist_ok=True)
     chunks = engine.generate(args.prompts, args.num_generations, settings.sampling, args.seed)
     rollout = RolloutChunk.cat(list(chunks))
 
-    grid = Path(args.output)
-    grid.parent.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[Sample]] = {}
     for s, (plan, pixels) in enumerate(zip(rollout.plan_texts, to_pixels(rollout.images), strict=True)):
         prompt = args.prompts[s // args.num_generations]
-        rows.setdefault(prompt, []).append(Sample(prompt, "", plan, math.nan, {}, pixels))
+        rows.setdefault(prompt, []).append(Sample("", "", plan, math.nan, {}, pixels))
         matplotlib.image.imsave(grid.with_name(f"{grid.stem}-{s:03d}.png"), pixels)
         print(f"{prompt} -> {plan}")
     draw_grid(rows, grid)

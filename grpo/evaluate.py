@@ -114,3 +114,11 @@ def entropy_bits(counts: Tensor) -> float:
     """Entropy in bits of a histogram: of all plans' tokens, it falls when the plans become alike."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * p.log2()).sum())
+
+
+def reward_rows(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[str, float | None, float | None]]:
+    """(task type, mean reward before, after), and the mean of all; none without samples from before."""
+    if not before:
+        return []
+    first, last = mean_by_task(before), mean_by_task(after)
+    return [*((task, first[task], last.get(task)) for task in first), ("all", mean_reward(before), mean_reward(after))]

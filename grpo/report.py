@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 import json
+import logging
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from tqdm import tqdm
 
 from .config import Config
-from .evaluate import Sample
+from .evaluate import Sample, load_samples, reward_rows
 
 if TYPE_CHECKING:  # who trains without pictures need not have it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GRID_COLUMNS = 8
-_PICTURE_INCHES = 2.1
+_PITCH, _PICTURE = 2.3, 2.1  # inches from picture to picture, and of one
+_TITLE_LINE, _LINE = 0.2, 0.14
+_MOST_PIXELS = 30_000  # matplotlib draws at most 65,536
+_SMALL = 128  # pixels, of a picture whose pixels are to be seen
+_FONT = "DejaVu Sans"  # ships with matplotlib
+_NO_TEXT = ("Last Resort", "cm")  # fonts of boxes, and of symbols at other characters' codes
 _PHASES = ("plan", "draw", "decode", "reward", "reference", "train")
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1em;overflow-wrap:anywhere}
+img{max-width:100%;height:auto} table{border-collapse:collapse;margin:1em 0} caption,th{text-align:left}
+h2{font-size:1.25em}
+td,th{padding:.1em 1.5em .1em 0} td+td,th+th{text-align:right;font-variant-numeric:tabular-nums}
+.plots,.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26em),1fr));gap:1.5em}
+.pictures{grid-template-columns:repeat(auto-fill,minmax(min(100%,17em),1fr))}
+figure{margin:0} p{margin:.3em 0} pre{white-space:pre-wrap}
+.tags{display:grid;grid-template-columns:repeat(auto-fit,minmax(0,1fr));gap:.7em}
+.tags img{width:100%} .pixels{image-rendering:pixelated}
+"""
+
+
+@contextmanager
+def no_failure(what: str) -> Iterator[None]:
+    """Whatever a text or a machine makes of it, a picture is not worth a run: its failure is one line."""
+    try:
+        yield
+    except Exception as error:
+        tqdm.write(f"{what}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def pick(samples: Sequence[Sample], count: int = GRID_COLUMNS) -> list[Sample]:
@@ -43,77 +73,196 @@ def pick(samples: Sequence[Sample], count: int = GRID_COLUMNS) -> list[Sample]:
 
 
 def grid_figure(rows: Mapping[str, Sequence[Sample]]) -> Figure:
-    """A row of pictures for each entry, with prompt, reward and plan under each picture."""
+    """Pictures in rows of at most GRID_COLUMNS below each title, with prompt, reward and plan under each picture."""
     from matplotlib.figure import Figure
 
-    columns = max(len(samples) for samples in rows.values())
-    captions = {title: [_caption(sample) for sample in samples] for title, samples in rows.items()}
-    lines = [max(len("\n".join(caption).splitlines()) for caption in captions[title]) for title in rows]
-    heights = [height for count in lines for height in (_PICTURE_INCHES, 0.14 * count + 0.2)]
-    figure = Figure(figsize=((_PICTURE_INCHES + 0.2) * columns, sum(heights) + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(2 * len(rows), columns, squeeze=False, height_ratios=heights)
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (title, samples) in enumerate(rows.items()):
-        axes[2 * row][0].set_title(title, loc="left", fontsize=11, parse_math=False)
-        for column, sample in enumerate(samples):
-            small = sample.image.shape[0] < 128
-            axes[2 * row][column].imshow(sample.image, interpolation="nearest" if small else None)
-            head, plan = captions[title][column]
-            place = {"transform": axes[2 * row + 1][column].transAxes, "va": "top", "x": 0, "y": 1, "in_layout": False}
-            place["parse_math"] = False  # a dollar sign is a dollar sign
-            axes[2 * row + 1][column].text(s=head, fontsize=8, weight="bold", **place)
-            axes[2 * row + 1][column].text(s="\n" * len(head.splitlines()) + plan, fontsize=8, **place)
+    columns = min(GRID_COLUMNS, max(len(samples) for samples in rows.values()))
+    bands: list[tuple[list[str], list[tuple[Sample, str, str]]]] = []  # lines of the title, pictures
+    for title, samples in rows.items():
+        captioned = [(sample, *_caption(sample)) for sample in samples]
+        for start in range(0, len(samples), columns):
+            lines = _wrap(title, 24 * columns, 4).split("\n") if title and not start else []
+            bands.append((lines, captioned[start : start + columns]))
+    heights = []
+    for lines, band in bands:
+        most = max(f"{head}\n{plan}".count("\n") + 1 for _, head, plan in band)
+        heights.append((_TITLE_LINE * len(lines) + 0.15, _LINE * most + 0.2))
+    width, top = _PITCH * columns, sum(title + _PICTURE + caption for title, caption in heights)
+    figure = Figure(figsize=(width, top))
+    height = top
+
+    def axes(left: float, top: float, wide: float, high: float) -> Axes:
+        area = figure.add_axes((left / width, (top - high) / height, wide / width, high / height))
+        area.axis("off")
+        return area
+
+    for (lines, band), (title_height, caption_height) in zip(bands, heights, strict=True):
+        for column, (sample, head, plan) in enumerate(band):
+            left = _PITCH * column + 0.1
+            small = sample.image.shape[0] < _SMALL
+            axes(left, top - title_height, _PICTURE, _PICTURE).imshow(
+                sample.image, interpolation="nearest" if small else None
+            )
+            caption = axes(left, top - title_height - _PICTURE - 0.05, _PITCH - 0.1, caption_height - 0.05)
+            _write(caption, head, 8, "bold")
+            _write(caption, "\n" * len(head.splitlines()) + plan, 8)
+        if lines:
+            _write(axes(0.1, top - 0.05, width - 0.1, title_height), "\n".join(lines), 11)
+        top -= title_height + _PICTURE + caption_height
     return figure
 
 
 def _caption(sample: Sample) -> tuple[str, str]:
     """(prompt and reward, plan), wrapped to the width of a picture."""
-    head = textwrap.fill(sample.prompt, 31)
-    if not math.isnan(sample.reward):
-        head += f"\nreward {sample.reward:.2f}"
-    return head, textwrap.fill(textwrap.shorten(sample.plan, 240, placeholder=" …"), 34)
+    reward = "" if math.isnan(sample.reward) else f"reward {sample.reward:.2f}"
+    return "\n".join(filter(None, (_wrap(sample.prompt, 31, 6), reward))), _wrap(sample.plan, 34, 8)
+
+
+def _wrap(text: str, width: int, lines: int) -> str:
+    """At most so many lines, the cut marked; what is wide (Chinese, Japanese, Korean, emoji) takes two columns."""
+    marked = "".join(c + "\0" * (unicodedata.east_asian_width(c) in "WF") for c in " ".join(text.split()))
+    found = textwrap.wrap(marked, width)
+    if len(found) > lines:
+        found = [*found[: lines - 1], found[lines - 1][: width - 2].rstrip() + " …"]
+    return "\n".join(found).replace("\0", "")
+
+
+def _write(area: Axes, text: str, size: int, weight: str = "normal") -> None:
+    """From the upper left corner, as it is: a dollar sign is a dollar sign. What is too wide ends with the area."""
+    text, families = _legible(text, weight)
+    area.text(
+        0, 1, text, size=size, weight=weight, family=families, va="top", transform=area.transAxes, parse_math=False,
+        clip_on=True,
+    )  # fmt: skip
+
+
+def _legible(text: str, weight: str) -> tuple[str, list[str]]:
+    """The text with … for what no font here has, and the fonts that have the rest."""
+    found = {character: _family_with(character, weight) for character in set(text) - {"\n"}}
+    missing = re.escape("".join(character for character, family in found.items() if family is None))
+    if missing:
+        _say_no_font()
+        text = re.sub(f"[{missing}]+", "…", text)
+    return text, [_FONT, *sorted({family for family in found.values() if family} - {_FONT})]
+
+
+@functools.cache
+def _say_no_font() -> None:
+    tqdm.write("no font on this machine has some characters of the texts: pictures show … (Noto's fonts have most)")
+
+
+@functools.cache
+def _family_with(character: str, weight: str) -> str | None:
+    """The font family that has it in this weight, matplotlib's own if that does; None if none does."""
+    from matplotlib.font_manager import fontManager
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it tells the weights that each font lacks
+    families = sorted({font.name for font in fontManager.ttflist if not font.name.startswith(_NO_TEXT)} - {_FONT})
+    return next((family for family in (_FONT, *families) if ord(character) in _characters(family, weight)), None)
+
+
+@functools.cache
+def _characters(family: str, weight: str) -> frozenset[int]:
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    try:
+        path = findfont(FontProperties(family=family, weight=weight), fallback_to_default=False)
+        return frozenset(get_font(path).get_charmap())
+    except (ValueError, OSError, RuntimeError):  # a font that matplotlib cannot read
+        return frozenset()
 
 
 def draw_grid(rows: Mapping[str, Sequence[Sample]], path: Path) -> None:
     """Write `grid_figure` as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid_figure(rows).savefig(path, dpi=100)
+    figure = grid_figure(rows)
+    figure.savefig(path, dpi=min(100, _MOST_PIXELS / max(figure.get_size_inches())))
 
 
 def write_report(
     output: Path, config: Config, summary: Mapping[str, Any], heldout: Mapping[str, Sequence[Sample]]
 ) -> None:
-    """Write before_after.png and report.html from metrics.jsonl and the held-out samples in `output`."""
+    """Write before_after.png and report.html from metrics.jsonl and the samples in `output`.
+
+    A part that cannot be drawn is left out, and said in one line.
+    """
     lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
     metrics = [json.loads(line) for line in lines]
-    sections = [_table(summary)]
-    if metrics:
-        sections += [
-            _section("Reward", _curves(metrics, ("reward", *_keys(metrics, "reward_by_task/")))),
-            _section("Rewards and monitors", _curves(metrics, _keys(metrics, "rewards/", "/mean"))),
-            _section("Milliseconds of a step that a reward took", _reward_times(metrics)),
-            _section("KL to the initial model", _curves(metrics, ("kl", "text/kl", "image/kl"))),
-            _section("Entropy (nats a token)", _curves(metrics, ("entropy", "text/entropy", "image/entropy"))),
-            _section("Seconds of a step, by phase", _phase_bars(metrics)),
-        ]
+    picked = {tag: pick(samples) for tag, samples in heldout.items()}
+    plots: dict[str, Callable[[], str]] = {
+        "Reward": lambda: _curves(metrics, ("reward", *_keys(metrics, "reward_by_task/"))),
+        "Rewards and monitors": lambda: _curves(metrics, _keys(metrics, "rewards/", "/mean")),
+        "Milliseconds of a step that a reward took": lambda: _reward_times(metrics),
+        "KL to the initial model": lambda: _curves(metrics, ("kl", "text/kl", "image/kl")),
+        "Entropy (nats a token)": lambda: _curves(metrics, ("entropy", "text/entropy", "image/entropy")),
+        "Seconds of a step, by phase": lambda: _phase_bars(metrics),
+    }
+    pictures = {f"Held-out prompts, {' and '.join(heldout)} training": lambda: _pictures(picked)} if heldout else {}
+    steps = sorted((output / "samples").glob("step-*.jsonl"))
+    for path in [path for path in steps if int(path.stem.removeprefix("step-")) <= summary["steps"]][-3:]:
+        pictures[f"Training samples, {path.stem}"] = functools.partial(_saved_pictures, path)
+
+    def sections(parts: Mapping[str, Callable[[], str]]) -> str:
+        written = []
+        for title, draw in parts.items():
+            with no_failure(f"report.html: no {title!r}"):
+                written.append(_section(title, draw()))
+        return "\n".join(written)
+
     if heldout:
-        figure = grid_figure({tag: pick(samples) for tag, samples in heldout.items()})
-        figure.savefig(output / "before_after.png", dpi=100)
-        sections.append(_section(f"Held-out prompts, {' and '.join(heldout)} training", _image(figure, "png")))
-    for grid in sorted((output / "samples").glob("step-*.png"))[-3:]:
-        sections.append(_section(f"Training samples, {grid.stem}", _tag(grid.read_bytes(), "image/png")))
+        with no_failure("no before_after.png"):
+            draw_grid(picked, output / "before_after.png")
     settings = html.escape(yaml.safe_dump(asdict(config), sort_keys=False))
-    sections.append(f"<details><summary>Settings</summary><pre>{settings}</pre></details>")
-    style = (
-        "body{font:15px system-ui;max-width:1200px;margin:2em auto;padding:0 1em}img{max-width:100%}td{padding:2px 1em}"
-    )
-    body = "\n".join(sections)
-    (output / "report.html").write_text(
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(output.name)}</title>"
-        f"<style>{style}</style><h1>{html.escape(output.name)}</h1>\n{body}</html>\n",
-        encoding="utf-8",
-    )
+    name = html.escape(output.name)
+    page = f"""<!doctype html>
+<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>
+<title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>
+{_reward_table(heldout)}{_table(summary)}
+<div class='plots'>{sections(plots) if metrics else ""}</div>
+{sections(pictures)}
+<details><summary>Settings</summary><pre>{settings}</pre></details></body></html>
+"""
+    (output / "report.html").write_text(page, encoding="utf-8")
+
+
+def _reward_table(heldout: Mapping[str, Sequence[Sample]]) -> str:
+    rows = [
+        f"<tr><td>{html.escape(task)}</td>" + "".join(f"<td>{_show(value)}</td>" for value in pair) + "</tr>"
+        for task, *pair in reward_rows(heldout.get("before", ()), heldout.get("after", ()))
+    ]
+    head = "<caption>Held-out reward</caption><tr><th></th><th>before</th><th>after</th></tr>"
+    return f"<table>{head}{''.join(rows)}</table>" if rows else ""
+
+
+def _pictures(picked: Mapping[str, Sequence[Sample]]) -> str:
+    """A card for each prompt: its text, and under it a picture for each tag, with reward and plan."""
+    cards: dict[tuple[int, str], list[str]] = {}
+    for tag, samples in picked.items():
+        for i, sample in enumerate(samples):
+            reward = "" if math.isnan(sample.reward) else f"reward {sample.reward:.2f}"
+            said = "".join(
+                f"<p>{html.escape(text)}</p>" for text in (": ".join(filter(None, (tag, reward))), sample.plan)
+            )
+            cards.setdefault((i, sample.prompt), []).append(f"<div>{_picture(sample)}{said}</div>")
+    figures = [
+        f"<figure><figcaption><strong>{html.escape(prompt)}</strong></figcaption>"
+        f"<div class='tags'>{''.join(parts)}</div></figure>"
+        for (_, prompt), parts in cards.items()
+    ]
+    return f"<div class='pictures'>{''.join(figures)}</div>"
+
+
+def _saved_pictures(path: Path) -> str:
+    return _pictures({"": load_samples(path)})
+
+
+def _picture(sample: Sample) -> str:
+    from matplotlib.image import imsave
+
+    buffer, small = io.BytesIO(), sample.image.shape[0] < _SMALL
+    kind = "png" if small else "jpeg"
+    imsave(buffer, sample.image, format=kind)
+    return _tag(buffer.getvalue(), f"image/{kind}", "class='pixels' " if small else "")
 
 
 def _keys(metrics: Sequence[Mapping[str, float]], prefix: str, suffix: str = "") -> tuple[str, ...]:
@@ -121,19 +270,20 @@ def _keys(metrics: Sequence[Mapping[str, float]], prefix: str, suffix: str = "")
 
 
 def _section(title: str, content: str) -> str:
-    return f"<h2>{html.escape(title)}</h2>\n{content}" if content else ""
+    return f"<section><h2>{html.escape(title)}</h2>\n{content}</section>" if content else ""
+
+
+def _show(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _table(summary: Mapping[str, Any]) -> str:
-    def show(value: Any) -> str:
-        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{show(value)}</td></tr>" for key, value in summary.items())
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{_show(value)}</td></tr>" for key, value in summary.items())
     return f"<table>{rows}</table>"
 
 
-def _tag(data: bytes, mime: str) -> str:
-    return f"<img alt='' src='data:{mime};base64,{base64.b64encode(data).decode()}'>"
+def _tag(data: bytes, mime: str, attributes: str = "") -> str:
+    return f"<img {attributes}alt='' src='data:{mime};base64,{base64.b64encode(data).decode()}'>"
 
 
 def _image(figure: Figure, kind: str) -> str:
@@ -145,7 +295,7 @@ def _image(figure: Figure, kind: str) -> str:
 def _plot() -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3), layout="constrained")
+    figure = Figure(figsize=(5, 3.4), layout="constrained")  # no wider: a phone shrinks its text as well
     axis = figure.subplots()
     axis.grid(alpha=0.3)
     axis.set_xlabel("step")
@@ -162,15 +312,19 @@ def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str:
         steps, values = zip(*points, strict=True)
         window = max(1, len(values) // 15)
         smooth = [sum(v := values[max(0, i - window + 1) : i + 1]) / len(v) for i in range(len(values))]
-        (line,) = axis.plot(
-            steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=re.sub("^reward(s|_by_task)/|/mean$", "", key)
-        )
+        label = textwrap.shorten(re.sub("^reward(s|_by_task)/|/mean$", "", key), 30, placeholder=" …")
+        (line,) = axis.plot(steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=label)
         axis.plot(steps, values, lw=0.7, alpha=0.25, color=line.get_color())
     if not axis.lines:
         return ""
-    for text in axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
-        text.set_parse_math(False)
+    _legend(figure)
     return _image(figure, "svg")
+
+
+def _legend(figure: Figure) -> None:
+    for text in figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False).get_texts():
+        words, families = _legible(text.get_text(), "normal")
+        text.set(text=words, family=families, parse_math=False)
 
 
 def _reward_times(metrics: Sequence[Mapping[str, float]]) -> str:
@@ -193,5 +347,5 @@ def _phase_bars(metrics: Sequence[Mapping[str, float]]) -> str:
         axis.bar(steps, height, bottom=base, label=phase, width=0.9 * max(1, len(metrics) // 50))
         base = [b + h for b, h in zip(base, height, strict=True)]
     axis.set_ylabel("s")
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(figure)
     return _image(figure, "svg")

@@ -36,14 +36,14 @@ from .evaluate import (
     evaluate,
     load_samples,
     mean_by_name,
-    mean_by_task,
     mean_reward,
+    reward_rows,
     samples_of,
     save_samples,
 )
 from .optim import MasterAdamW
 from .output import go_back, locked, make_room
-from .report import draw_grid, pick, write_report
+from .report import draw_grid, no_failure, pick, write_report
 from .rollout import roll_out
 from .step import reference_logprobs, split, update
 from .tracking import Log, require_trackers
@@ -189,12 +189,12 @@ class Trainer:
         grid = None
         if config.sample_steps and self.step % config.sample_steps == 0 and ranks.main:
             samples = samples_of(rollout, repeated, scores, self.ensemble)
-            grid = self.output / "samples" / f"step-{self.step:06d}.png"
-            try:
-                draw_grid({f"step {self.step}": pick(samples[:: config.num_generations])}, grid)
-            except Exception as error:  # whatever a plan makes of it, a picture is not worth a run
-                print(f"step {self.step}: no grid of samples: {type(error).__name__}: {error}")
-                grid = None
+            picked = pick(samples[:: config.num_generations])
+            path = self.output / "samples" / f"step-{self.step:06d}.png"
+            save_samples(picked, path)
+            with no_failure(f"step {self.step}: no grid of samples"):
+                draw_grid({f"step {self.step}": picked}, path)
+                grid = path
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         return {
@@ -286,19 +286,21 @@ class Trainer:
         }
         (self.output / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         grids = {"before": before, "after": after}
-        write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v})
+        files = ["checkpoint", "metrics"]
+        with no_failure("no report.html"):
+            write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v})
+            files.append("report.html")
         print(_table(before, after))
-        print(f"{self.step} steps in {self.seconds:.0f} s; checkpoint, metrics and report.html are in {self.output}")
+        what = f"{', '.join(files[:-1])} and {files[-1]}"
+        print(f"{self.step} steps in {self.seconds:.0f} s; {what} are in {self.output}")
         return summary
 
 
 def _table(before: list[Sample], after: list[Sample]) -> str:
     """Held-out mean reward before → after, by task type and overall."""
-    if not before:
+    rows = reward_rows(before, after)
+    if not rows:
         return "no held-out prompts (eval_file): no reward before and after"
-    first, last = mean_by_task(before), mean_by_task(after) if after else {}
-    rows = [(task, first[task], last.get(task)) for task in first]
-    rows.append(("all", mean_reward(before), mean_reward(after)))
     lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]
     return "\n".join(
         lines

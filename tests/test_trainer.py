@@ -237,6 +237,17 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
     run(job, tmp_path, "--max_steps", "2")
     assert "step 2: no grid of samples: RuntimeError: no such glyph" in capsys.readouterr().out
     assert len(metrics(tmp_path)) == 2
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(job)
+    for name in ("before_after.png", "report.html"):
+        (tmp_path / "again" / name).mkdir(parents=True)  # neither can be written
+    assert run(job, tmp_path / "again", "--max_steps", "2")["steps"] == 2
+    said = capsys.readouterr().out.splitlines()
+    for name in ("before_after.png", "report.html"):
+        assert sum(line.startswith(f"no {name}: IsADirectoryError: ") for line in said) == 1
+    assert said[-1].endswith(f"checkpoint and metrics are in {tmp_path / 'again'}")
+    assert (tmp_path / "again" / "checkpoint-000002" / "manifest.json").is_file()
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["steps"] == 2
 
 
 def test_going_back_to_an_earlier_checkpoint(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
