@@ -1,7 +1,8 @@
 """Janus's language model for decoding alone: packed prompts in, their keys and values kept; then a token a row a step.
 
 It reads `Weights` and writes a `KVPool`. A step has nine or ten launches a layer and no shape that depends on a length,
-so a CUDA graph can hold it. R rows, D hidden, N packed prompt tokens.
+so a CUDA graph can hold it; a prefill's shapes depend on its number of tokens alone, and graphs hold those of some
+numbers. R rows, D hidden, N packed prompt tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.decode_attention import decode_attention
+from ..kernels.prefill_attention import prefill_attention
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope_kv_write import rope_kv_write
 from ..kernels.silu_mul import silu_mul
-from .kv import KVPool
+from .graphs import StepGraphs
+from .kv import SCRATCH, KVPool
 from .packed import upload
 from .policy import Policy
 from .weights import Weights
 
-PREFILL_TOKENS = 16384  # of one pass: enough to be bound by arithmetic, and a bound on activations
+PREFILL_TOKENS = 4096  # of one pass: enough to be bound by arithmetic, and a bound on activations
+_BUCKET = 64  # tokens; a pass of fewer takes as long
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence at hand
 
 
@@ -33,20 +37,21 @@ class Decoder:
         weights: its newest values.
         pool: where keys and values go.
         max_context: most positions.
+        graphs: what runs prefills.
 
     Raises:
         ValueError: a rotary embedding that changes with the length of a sequence.
     """
 
-    def __init__(self, policy: Policy, weights: Weights, pool: KVPool, max_context: int) -> None:
+    def __init__(self, policy: Policy, weights: Weights, pool: KVPool, max_context: int, graphs: StepGraphs) -> None:
         config, rotary = policy.config.text_config, policy.decoder.rotary_emb
         if rotary.rope_type not in _STATIC_ROPE:
             raise ValueError(
                 f"rope_type {rotary.rope_type!r} changes with the length; the engine decodes {_STATIC_ROPE}"
             )
-        self.weights, self.pool = weights, pool
+        self.weights, self.pool, self.graphs = weights, pool, graphs
+        self._tables: dict[int, Tensor] = {}  # what the graph of so many tokens reads
         self.eps = config.rms_norm_eps
-        self.query_heads = config.num_attention_heads
         positions = torch.arange(max_context, device=policy.device)
         like = torch.empty(0, dtype=policy.dtype, device=policy.device)
         self.cos, self.sin = (t[0, :, : pool.dim // 2].contiguous() for t in rotary(like, positions[None]))
@@ -101,32 +106,40 @@ class Decoder:
             self._prefill(prompts[begin:], starts[begin:])
 
     def _prefill(self, prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        device = self.cos.device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ends = lengths.cumsum(0)
-        ids = upload([token for prompt in prompts for token in prompt], device)
-        positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        slots = upload(positions + torch.repeat_interleave(torch.tensor(starts), lengths), device)
-        # attention alone needs a rectangle: right-padded, its pads repeat a row's last token and are dropped again
-        columns = torch.arange(int(lengths.max()))
-        packed = upload((ends - lengths)[:, None] + torch.minimum(columns, lengths[:, None] - 1), device)
-        kept = upload((columns < lengths[:, None]).flatten().nonzero()[:, 0], device)
+        begins = lengths.cumsum(0) - lengths
+        tokens = int(lengths.sum())
+        size = self._bucket(tokens)
+        table = torch.zeros(4, size, dtype=torch.int64)
+        table[0, :tokens] = torch.tensor([token for prompt in prompts for token in prompt])
+        table[3] = torch.arange(size)  # tokens that fill a bucket are prompts of their own, all in one slot
+        table[3, :tokens] = torch.repeat_interleave(begins, lengths)
+        table[1, :tokens] = torch.arange(tokens) - table[3, :tokens]
+        table[2] = SCRATCH
+        table[2, :tokens] = torch.arange(tokens) + torch.repeat_interleave(torch.tensor(starts) - begins, lengths)
+        on_device = upload(table, self.cos.device)
+        if self.graphs.enabled:
+            on_device = self._tables.setdefault(size, on_device).copy_(on_device)
+        key, step = ("prefill", size), lambda: self._write(on_device)
+        self.graphs.capture(key, step)
+        self.graphs.run(key, step)
+
+    def _bucket(self, tokens: int) -> int:
+        """Tokens of the pass that takes so many: each bucket has one graph."""
+        if not self.graphs.enabled:
+            return tokens
+        step = max(_BUCKET, 1 << max(0, (tokens - 1).bit_length() - 3))
+        return -(-tokens // step) * step
+
+    def _write(self, table: Tensor) -> None:
+        """Keys and values of packed tokens: their ids, positions, slots, and the number of their prompt's first."""
+        ids, positions, slots, first = table
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, *scales: Tensor | None) -> Tensor:
-            caches = zip((keys, values), scales, strict=True)
-            key, value = (_read(cache, scale, slots, query.dtype)[packed].transpose(1, 2) for cache, scale in caches)
-            grouped = self.query_heads != self.pool.heads
-            attended = F.scaled_dot_product_attention(
-                query[packed].transpose(1, 2), key, value, is_causal=True, enable_gqa=grouped
+            key_scales, value_scales = scales
+            return prefill_attention(
+                query, keys, values, slots, first, key_scales=key_scales, value_scales=value_scales
             )
-            return attended.transpose(1, 2).flatten(2).flatten(0, 1)[kept]
 
         x = F.embedding(ids, self.weights.embed_text.tensor)
-        self._layers(x, upload(positions, device), slots, attend, keys_only=True)
-
-
-def _read(cache: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values at `slots`, out of an fp8 pool as well."""
-    if scales is None:
-        return cache[slots]
-    return (cache[slots].float() * scales[slots][..., None]).to(dtype)
+        self._layers(x, positions, slots, attend, keys_only=True)

@@ -188,11 +188,11 @@ class RolloutEngine:
         self.weights = Weights(policy)
         dtype = FP8 if kv_dtype == "fp8" else policy.dtype
         self.pool = KVPool(policy.config.text_config, dtype, self.device, kv_bytes)
-        self.decoder = Decoder(policy, self.weights, self.pool, max_context)
         # before rewards, which work beside them at the default priority
         self.decode_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self.picture_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self.graphs = StepGraphs(self.decode_stream if graphs else None)
+        self.decoder = Decoder(policy, self.weights, self.pool, max_context, self.graphs)
         self.plan_stage: PlanStage | None = None
         self.image_stage: ImageStage | None = None
 
@@ -218,7 +218,7 @@ class RolloutEngine:
         """
         limit = sampling.max_completion_length
         asked = [self.encoder.plan_ids(prompt, limit) for prompt in prompts]
-        # the request for a plan has all that the picture's has but the plan, whose text may take more tokens than it did
+        # a request for a plan has all that a picture's has but the plan, whose text may take more tokens than it did
         longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1
         most = [min(len(ids) + longest, room) for ids in asked]
         samples = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import decode_attention, rms_norm, rope_kv_write, silu_mul
+from bicot.kernels import decode_attention, prefill_attention, rms_norm, rope_kv_write, silu_mul
 from bicot.kernels.kv_pool import FP8
 
 pytestmark = needs_compiler
@@ -145,3 +145,32 @@ def test_combining_splits(arch: int) -> None:
         assert_clean(code)
         assert splits == 2 or 16 in code.load_widths
         assert code.registers <= 128
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(("dtype", "Hq", "Hkv", "E"), [(torch.bfloat16, 32, 32, 128), (torch.float32, 4, 2, 256)])
+def test_prefill_attention(dtype: torch.dtype, Hq: int, Hkv: int, E: int, fp8: bool, arch: int) -> None:
+    """On tensor cores, with 16 bytes of queries, keys and values at a time."""
+    if fp8 and arch < 89:
+        pytest.skip("converts no float8")
+    config = prefill_attention.launch_config(E, dtype.itemsize)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    types = dict.fromkeys(("p_q", "p_keys", "p_values", "p_out"), TYPES[dtype])
+    types |= {"p_slots": "*i64", "p_first": "*i64", "q_stride": "i32", "N": "i32", "scale": "fp32"}
+    constants = {"HQ": Hq, "HKV": Hkv, "E": E, "WIDE": False, **config}
+    scales = ("p_key_scales", "p_value_scales")
+    types |= dict.fromkeys(scales, "*fp32") | dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv") if fp8 else {}
+    constants |= {} if fp8 else dict.fromkeys(scales)
+    code = compile_kernel(
+        prefill_attention._prefill_attention_kernel,
+        types,
+        constants,
+        divisible=types.keys() - {"scale"},
+        arch=arch,
+        **options,
+    )
+    assert_clean(code)
+    assert code.registers <= 240 and code.shared <= 64 * 1024
+    if dtype == torch.bfloat16:
+        assert code.count("HMMA", "HGMMA") >= 2 and 16 in code.load_widths

@@ -18,6 +18,7 @@ import torch
 from forced import FORMAT, PROMPTS, TOLERANCE, engine_of, gap, greedy
 from oracle import BFLOAT16_ROUNDING, CUDA, assert_no_worse, no_host_sync, poisoned_outputs
 from test_engine import assert_same, rollout
+from test_prefill_attention import packed
 from test_rms_norm import inputs as norm_inputs
 from test_rope_kv_write import CANARY
 from test_rope_kv_write import tokens as rope_tokens
@@ -40,6 +41,7 @@ from bicot.kernels.group_advantages import group_advantages
 from bicot.kernels.grpo_loss import TokenStream, grpo_loss
 from bicot.kernels.kv_pool import choose_for_pool, quantize_fp8
 from bicot.kernels.linear_logprobs import linear_logprobs
+from bicot.kernels.prefill_attention import prefill_attention
 from bicot.kernels.rms_norm import rms_norm
 from bicot.kernels.rope_kv_write import rope_kv_write
 from bicot.kernels.silu_mul import silu_mul
@@ -292,6 +294,13 @@ def test_decode_attention(
 
     rows = [torch.full_like(row, 3), prefix * (1 - row % 2), start, length]
     compare(run, [], [normal(R, Hq + 2 * Hkv, E, std=2).to(dtype), *pools, *rows, *scales])
+
+
+@pytest.mark.parametrize(("Hq", "Hkv", "E", "dtype"), [(16, 16, 128, BF16), (6, 2, 20, F32)])
+def test_prefill_attention(Hq: int, Hkv: int, E: int, dtype: torch.dtype) -> None:
+    run = lambda impl, *given: {"out": prefill_attention(*given, impl=impl)}  # noqa: E731
+    output = (2 * BFLOAT16_ROUNDING, 2e-3) if dtype == BF16 else OUTPUT
+    compare(run, [], [x.to(DEVICE) for x in packed(Hq, Hkv, E, dtype)], output)
 
 
 @pytest.mark.parametrize(
