@@ -104,4 +104,5 @@ def _summary(metrics: dict[str, float]) -> str:
     seconds = [f"{k.split('/')[1]} {v:.2f}" for k, v in metrics.items() if k.startswith("seconds/")]
     kl = f" kl {metrics['kl']:.4f}" if "kl" in metrics else ""
     reward = f"reward {metrics['reward']:.3f} ({', '.join(tasks)})" if "reward" in metrics else "no reward applies"
-    return f"{reward}{kl} entropy {metrics['entropy']:.2f} | s: {' '.join(seconds)}"
+    entropy = f" entropy {metrics['entropy']:.2f}" if "entropy" in metrics else ""
+    return f"{reward}{kl}{entropy} | s: {' '.join(seconds)}"

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, fields
@@ -174,6 +175,7 @@ class Trainer:
         with clock("reward"):
             scores = handle.result()
         everyone = ranks.cat(scores)
+        scored = ranks.sum((~self.ensemble.total(scores).isnan()).sum()).item()  # samples of all ranks
         advantages = group_advantages(
             everyone,
             config.num_generations,
@@ -184,8 +186,17 @@ class Trainer:
         mine = advantages[ranks.rank * len(scores) :][: len(scores)].to(ranks.device)
         learning_rate = self.optimizer.learning_rate
         with clock("train"):
-            metrics = update(self.policy, self.optimizer, micro_batches, mine, reference, self.encoder, config, ranks)
+            if scored:
+                parts = (micro_batches, mine, reference, self.encoder, config, ranks)
+                metrics = update(self.policy, self.optimizer, *parts)
+            else:  # the KL alone would train, so the schedule alone goes on
+                metrics = {}
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's warning before the first update
+                    self.optimizer.schedule.step()
         self.step += 1
+        if not scored and ranks.main:
+            print(f"step {self.step}: no reward applies to any sample; the update is skipped")
         grid = None
         if config.sample_steps and self.step % config.sample_steps == 0 and ranks.main:
             samples = samples_of(rollout, repeated, scores, self.ensemble)
@@ -201,6 +212,7 @@ class Trainer:
             **self._reward_metrics(everyone, ranks.gather([example.task_type for example in repeated])),
             **self._reward_costs(handle),
             **{key: value.item() for key, value in metrics.items()},
+            "update_skipped": float(not scored),
             **self._plan_metrics(rollout),
             "learning_rate": learning_rate,
             "images_per_second": len(everyone) / elapsed,

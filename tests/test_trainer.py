@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, tiny_policy
 
 from bicot.grpo.cli import parse_config
+from bicot.grpo.data import step_indices
 from bicot.grpo.output import locked
 from bicot.grpo.trainer import train
 from bicot.model.policy import load_policy
@@ -211,6 +213,8 @@ def test_steps_in_which_no_reward_applies(job: Path, tmp_path: Path, monkeypatch
     )
     monkeypatch.syspath_prepend(tmp_path)
     run(job, tmp_path / "out", "--rewards.names", "never:never", "--max_steps", "2")
+    assert [row["update_skipped"] for row in metrics(tmp_path / "out")] == [1, 1]
+    assert_same_weights(weights(tmp_path / "out", 2), load_file(job / "model" / "model.safetensors"))
     rows = (tmp_path / "out" / "metrics.jsonl").read_text()
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2] and "NaN" not in rows and '"reward"' not in rows
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["heldout_reward_after"] is None
@@ -364,6 +368,64 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(job: Path, tmp_path: Pa
         torch.testing.assert_close(weights(tmp_path / "two", 2)[name], weight, atol=1e-6, rtol=0)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+def test_two_ranks_skip_the_steps_in_which_no_reward_applies(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step with a reward on one of them is trained by both; a run that stops after a skipped step goes on as ever."""
+    (tmp_path / "partial_reward.py").write_text(
+        "class Partial:\n"
+        "    name = 'partial'\n"
+        "    def applies(self, example):\n"
+        "        return example.task_type == 'object'\n"
+        "    def score(self, images, examples):\n"
+        "        return images[:, 0].mean((1, 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    applies = [(True, False), (False, False), (False, True), (False, False)]  # step by step, on the two ranks
+    rows: list[str] = [""] * 8
+    for step, on_ranks in enumerate(applies):
+        for index, applicable in zip(step_indices(8, 2, step, seed=0), on_ranks, strict=True):
+            kind = "object" if applicable else "non"
+            rows[index] = json.dumps({"prompt": f"a circle and w{index}", "task_type": kind})
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    more = [
+        "--train_file",
+        str(tmp_path / "prompts.jsonl"),
+        "--eval_file",
+        "null",
+        "--rewards.names",
+        "partial_reward:Partial",
+    ]
+    more += ["--max_steps", "4", "--sample_steps", "0", "--save_steps", "1", "--save_total_limit", "null"]
+    more += ["--per_device_train_batch_size", "1", "--adam_epsilon", "1e-3", "--lr_scheduler_type", "linear"]
+
+    def two_ranks(output: str, *rest: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command += [str(ROOT / "train.py"), *words(job, tmp_path / output, *more, "--gradient_accumulation_steps", "1")]
+        environment = _environment(job) | {"PYTHONPATH": f"{_environment(job)['PYTHONPATH']}:{tmp_path}"}
+        done = subprocess.run([*command, *rest], check=True, env=environment, timeout=300, stdout=subprocess.PIPE)
+        return done.stdout.decode()
+
+    said = two_ranks("whole")
+    skipped = [line for line in said.splitlines() if "skipped" in line]
+    assert skipped == [f"step {step}: no reward applies to any sample; the update is skipped" for step in (2, 4)]
+    steps = metrics(tmp_path / "whole")
+    assert [step["update_skipped"] for step in steps] == [0, 1, 0, 1]
+    assert ["grad_norm" in step for step in steps] == ["reward" in step for step in steps] == [True, False, True, False]
+    assert [step["learning_rate"] for step in steps] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    head = [weights(tmp_path / "whole", step)["lm_head.weight"] for step in (1, 2, 3, 4)]
+    assert [torch.equal(a, b) for a, b in itertools.pairwise(head)] == [True, False, True]
+
+    run(job, tmp_path / "one", *more, "--gradient_accumulation_steps", "2")
+    for name, weight in weights(tmp_path / "one", 4).items():
+        torch.testing.assert_close(weights(tmp_path / "whole", 4)[name], weight, atol=1e-6, rtol=0)
+
+    two_ranks("parts", "--stop_after", "2")
+    two_ranks("parts", "--resume", "auto")
+    assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(
