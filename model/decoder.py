@@ -56,25 +56,33 @@ class Decoder:
         like = torch.empty(0, dtype=policy.dtype, device=policy.device)
         self.cos, self.sin = (t[0, :, : pool.dim // 2].contiguous() for t in rotary(like, positions[None]))
 
-    def step(self, x: Tensor, prefix_start: Tensor, prefix_length: Tensor, start: Tensor, length: Tensor) -> Tensor:
+    def step(
+        self,
+        x: Tensor,
+        prefix_start: Tensor,
+        prefix_length: Tensor,
+        start: Tensor,
+        length: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+    ) -> Tensor:
         """One token a row.
 
         Args:
             x: [R, D] the tokens' embeddings; overwritten.
-            prefix_start, prefix_length, start, length: [R] int64, where each row's earlier tokens lie; this one goes
-                to slot start + length.
+            prefix_start, prefix_length, start, length: [R] int64, where each row's tokens lie, with this one.
+            positions, slots: [R] int64, of this one in its sequence and in the pool.
 
         Returns:
             [R, D] hidden states after the last norm.
         """
-        lengths = length + 1
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, *scales: Tensor | None) -> Tensor:
-            rows = (prefix_start, prefix_length, start, lengths)
+            rows = (prefix_start, prefix_length, start, length)
             key_scales, value_scales = scales
             return decode_attention(query, keys, values, *rows, key_scales=key_scales, value_scales=value_scales)
 
-        return self._layers(x, prefix_length + length, start + length, attend)
+        return self._layers(x, positions, slots, attend)
 
     def _layers(
         self, x: Tensor, positions: Tensor, slots: Tensor, attend: Callable[..., Tensor], keys_only: bool = False

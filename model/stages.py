@@ -10,22 +10,24 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.cfg_sample import Draw, cfg_sample
+from ..kernels.record_draw import record_draw
 from .decoder import Decoder
 from .graphs import StepGraphs
 from .kv import SCRATCH
 from .packed import upload
 from .settings import Sampling
 
-# The numbers of a row. LENGTH, OUTPUT and COUNTER grow by ADVANCE at every step: by 1, or by 0 where a row only fills
-# its batch.
-PREFIX_START, PREFIX_LENGTH, START, LENGTH, OUTPUT, COUNTER, ADVANCE = range(7)
+# The numbers of a row: where its keys lie, those of its own with the token of this step; where that token stands in its
+# sequence and in the pool; where its draw goes, and what it is drawn by. Those from LENGTH on grow by ADVANCE at every
+# step: by 1, or by 0 where a row only fills its batch.
+PREFIX_START, PREFIX_LENGTH, START, LENGTH, POSITION, SLOT, OUTPUT, COUNTER, ADVANCE = range(9)
 
 POLL = 8  # most steps that the host hands over at once: it looks at which plans have ended after so many
 _BUCKETS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
@@ -61,7 +63,7 @@ class Stage:
         self.block = max(n for n in range(1, POLL + 1) if length % n == 0) if graphs.enabled else 1
         rows = self.bucket(samples) * rows_per_sample
         self.x = torch.zeros(rows, self.weights.embed_text.tensor.shape[1], dtype=decoder.cos.dtype, device=self.device)
-        self.numbers = torch.zeros(7, rows, dtype=torch.int64, device=self.device)
+        self.numbers = torch.zeros(ADVANCE + 1, rows, dtype=torch.int64, device=self.device)
         self.running = torch.zeros(rows, dtype=torch.bool, device=self.device)
         self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
         # one place more than S·L, where rows that only fill their batch write
@@ -86,21 +88,24 @@ class Stage:
 
     def _begin(self, rows: Sequence[Row], first_row: int, counter: int) -> None:
         """Set the numbers of `rows`, from `first_row` of the buffers on, and fill their bucket."""
-        table = torch.zeros(7, len(rows), dtype=torch.int64)
-        table[:OUTPUT] = torch.tensor([row[:OUTPUT] for row in rows]).T
-        table[OUTPUT] = torch.arange(len(rows)) * self.length
-        table[COUNTER] = torch.tensor([(row.sample << 32) + counter for row in rows])
-        table[ADVANCE] = 1
+        numbers = [
+            (*row[:LENGTH], row.length + 1, row.prefix_length + row.length, row.start + row.length, i * self.length,
+             (row.sample << 32) + counter, 1)
+            for i, row in enumerate(rows)
+        ]  # fmt: skip
         end = first_row + len(rows)
-        self.numbers[:, first_row:end] = upload(table, self.device)
+        self.numbers[:, first_row:end] = upload(numbers, self.device).T
         self.running[first_row:end] = True
         self._fill(end, first_row + self.bucket(len(rows)))
 
     def _fill(self, begin: int, end: int) -> None:
         """Rows that only fill a batch write to the scratch slot, read it, and draw into the place nobody reads."""
+        if begin == end:
+            return
         idle = self.numbers[:, begin:end]
         idle.zero_()
-        idle[START] = SCRATCH
+        idle[START] = idle[SLOT] = SCRATCH
+        idle[LENGTH] = 1
         idle[OUTPUT] = len(self.tokens) - 1
         self.x[begin:end] = 0
         self.running[begin:end] = False
@@ -108,18 +113,12 @@ class Stage:
     def _hidden(self, rows: int) -> Tensor:
         """[R, D] after one token of each row."""
         numbers = self.numbers[:, :rows]
-        return self.decoder.step(self.x[:rows], *numbers[: LENGTH + 1])
+        return self.decoder.step(self.x[:rows], *numbers[: SLOT + 1])
 
-    def _record(self, draw: Draw, rows: int) -> None:
-        """Keep what the first rows drew, and count it for all."""
-        at = self.numbers[OUTPUT, : len(draw.token)]
-        self.tokens.index_copy_(0, at, draw.token)
-        self.logp_cond.index_copy_(0, at, draw.logp_cond.float())
-        self.logp_guided.index_copy_(0, at, draw.logp_guided.float())
-        self.numbers[LENGTH:ADVANCE, :rows] += self.numbers[ADVANCE, :rows]
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weights.embed_text.tensor)
+    def _record(self, draw: Draw, rows: int, table: Tensor, **ends: Any) -> None:
+        """Keep what was drawn, count it, and make it the input of the next step."""
+        columns, numbers = (self.tokens, self.logp_cond, self.logp_guided), self.numbers[:, :rows]
+        record_draw(draw, numbers, columns, table, self.x[:rows], grows=LENGTH, place=OUTPUT, **ends)
 
     def _drawn(self, column: Tensor, samples: int) -> Tensor:
         """[S, L] of an output buffer."""
@@ -132,6 +131,10 @@ class PlanStage(Stage):
     Ids that the tokenizer does not have are never drawn. As with top-k and top-p, the log-probs are still those of the
     softmax over all V logits, which is what training computes.
     """
+
+    def __init__(self, decoder: Decoder, graphs: StepGraphs, samples: int, rows_per_sample: int, length: int) -> None:
+        super().__init__(decoder, graphs, samples, rows_per_sample, length)
+        self.look = _Look(self.device, len(self.running))
 
     def prepare(self, samples: int, eos: int, sampling: Sampling) -> None:
         """Capture the graphs of a batch of so many, and of what may be left of it."""
@@ -152,9 +155,10 @@ class PlanStage(Stage):
         """
         self.prepare(len(rows), eos, sampling)
         self.seed.fill_(seed)
-        self.x[: len(rows)] = self._embed(upload(last_tokens, self.device))
+        self.x[: len(rows)] = F.embedding(upload(last_tokens, self.device), self.weights.embed_text.tensor)
         self._begin(rows, 0, counter=0)
-        count, look = len(rows), _Look(self.device, len(self.running))
+        count, look = len(rows), self.look
+        look.forget()
         for t in range(0, self.length, self.block):
             size = self.bucket(count)
             self.graphs.run(*self._graph(size, eos, sampling), self.block)
@@ -186,9 +190,7 @@ class PlanStage(Stage):
             seed=self.seed,
             offset=self.numbers[COUNTER, :rows],
         )
-        self._record(draw, rows)
-        self.running[:rows] &= draw.token != eos
-        self.x[:rows] = self._embed(draw.token)
+        self._record(draw, rows, self.weights.embed_text.tensor, running=self.running[:rows], end=eos)
 
     def _keep(self, going: list[int]) -> None:
         index = upload(going, self.device)
@@ -245,8 +247,7 @@ class ImageStage(Stage):
             seed=self.seed,
             offset=self.numbers[COUNTER, :samples],
         )
-        self._record(draw, rows)
-        self.x[:rows].view(-1, samples, self.x.shape[1])[:] = F.embedding(draw.token, self.weights.embed_image)
+        self._record(draw, rows, self.weights.embed_image)
 
 
 class _Look:
@@ -276,5 +277,5 @@ class _Look:
         return seen
 
     def forget(self) -> None:
-        """The rows have moved: what was asked for means other rows."""
-        self.pending = 0
+        """Other rows, or at other places: what was asked for means nothing to them."""
+        self.pending = self.next_look = 0

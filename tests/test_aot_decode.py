@@ -8,7 +8,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import decode_attention, prefill_attention, rms_norm, rope_kv_write, silu_mul
+from bicot.kernels import decode_attention, prefill_attention, record_draw, rms_norm, rope_kv_write, silu_mul
 from bicot.kernels.kv_pool import FP8
 
 pytestmark = needs_compiler
@@ -174,3 +174,18 @@ def test_prefill_attention(dtype: torch.dtype, Hq: int, Hkv: int, E: int, fp8: b
     assert code.registers <= 240 and code.shared <= 64 * 1024
     if dtype == torch.bfloat16:
         assert code.count("HMMA", "HGMMA") >= 2 and 16 in code.load_widths
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("running", [False, True])
+def test_record_draw(running: bool, arch: int) -> None:
+    kernel, constants = record_draw._record_draw_kernel, {"K": 9, "GROWS": 3, "PLACE": 6, "D": 2048, "DB": 2048}
+    constants |= {} if running else {"p_running": None}
+    types = dict.fromkeys(("p_cond", "p_guided", "p_conds", "p_guideds"), "*fp32") | {"p_running": "*i1"}
+    types |= {"p_table": "*bf16", "p_x": "*bf16", "stride": "i32", "end": "i32", "B": "i32"}
+    signature = {name: types.get(name, "*i64") for name in kernel.arg_names if name not in constants}
+    code = compile_kernel(
+        kernel, signature, constants, divisible=signature.keys() - {"end", "B"}, arch=arch, num_warps=4
+    )
+    assert_clean(code)
+    assert code.registers <= 64 and 16 in code.load_widths and 16 in code.store_widths

@@ -312,7 +312,9 @@ def test_the_kernels_of_a_decode_step() -> None:
     row = decode_kernels.measure("tiny", torch.float32, bench_rollout.TINY_IMAGE, 6, 4, "cpu", True)
     counts = {name: count for name, count, _ in row["kernels"]}
     assert counts["bicot::decode_attention"] == 2 and counts["bicot::cfg_sample"] == 1, "of a step, and two layers"
-    assert row["busy_us"] >= sum(us for *_, us in row["kernels"]) > 0 < row["gap_us"] and row["ms"] == sorted(row["ms"])
+    rounding = 0.05 + 0.005 * len(row["kernels"])
+    assert row["busy_us"] + rounding >= sum(us for *_, us in row["kernels"]) > 0 < row["gap_us"]
+    assert row["ms"] == sorted(row["ms"])
     written = (12 - 4) // 2 + (4 + 1) / 2
     assert row["floor_gb"] == pytest.approx(
         bench_rollout.floor_bytes("tiny", 4, bench_rollout.TINY_IMAGE, 3, written, False) / 1e9, rel=1e-3
