@@ -73,7 +73,7 @@ class PromptFile:
                 bad[number] = str(error)
         if bad and not (self.skip_bad and good):
             number, why = next(iter(bad.items()))
-            more = f" (and {len(bad) - 1} rows more)" if len(bad) > 1 else ""
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             fix = "no row is left" if self.skip_bad else "mend it, or leave such rows out with --skip_bad_prompts true"
             raise ValueError(f"{self.path}:{number}: {why}{more}; {fix}")
         if not good:

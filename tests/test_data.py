@@ -67,7 +67,7 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     rows = [GOOD if i % 3 else {**GOOD, "prompt": ""} for i in range(90)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(ValueError, match=r"p\.jsonl:1: prompt must .* \(and 29 rows more\)"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: prompt must .* \(and 29 more\)"):
         load_examples(path)
     numbers = iter(range(60))
 
@@ -86,7 +86,7 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
         f"  {path}:4: prompt must be a non-empty string, got ''",
     ]
     numbers = iter(())
-    with pytest.raises(ValueError, match=r"p\.jsonl:3: even \(and 29 rows more\); no row is left"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: even \(and 29 more\); no row is left"):
         file.check(odd_ones_only)
 
 
