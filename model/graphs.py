@@ -10,8 +10,6 @@ import torch
 
 from ..kernels.dispatch import choose
 
-_WARM_UP = 2  # runs before a capture: Triton compiles, cuBLAS picks, workspaces are allocated
-
 
 def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch.dtype) -> bool:
     """Whether decode steps become CUDA graphs. "auto" means on a GPU with Triton's kernels; a GPU without them warns.
@@ -86,8 +84,7 @@ class StepGraphs:
         """
         if not self.lacks(key):
             return
-        for _ in range(_WARM_UP):
-            step()
+        step()  # Triton compiles, cuBLAS picks, workspaces are allocated
         self._graphs[key] = self._record(lambda: _repeat(step, times))
 
     def run(self, key: Hashable, step: Callable[[], None], times: int = 1) -> None:

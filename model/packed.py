@@ -24,11 +24,11 @@ class Packed:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device | str = "cpu") -> Packed:
-        """Pack lists of token ids (int64) or 1-D tensors (their dtype)."""
+        """Pack lists of token ids (int64) or 1-D tensors (their dtype); on a GPU, without waiting for it."""
         tensors = [row if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.int64) for row in rows]
         lengths = torch.tensor([0, *(len(row) for row in tensors)])
         values = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
-        return cls(values.to(device), lengths.cumsum(0))
+        return cls(upload(values, torch.device(device)), lengths.cumsum(0))
 
     @classmethod
     def cat(cls, parts: Sequence[Packed]) -> Packed:
@@ -63,10 +63,12 @@ class Packed:
 
     def row_of(self) -> Tensor:
         """[N] int64: which row each value belongs to, on the device of the values."""
-        return torch.repeat_interleave(self.lengths).to(self.values.device)
+        return upload(torch.repeat_interleave(self.lengths), self.values.device)
 
 
 def upload(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A tensor of the host, or lists of integers, on the device, without waiting for what the device is doing."""
+    """A tensor, or lists of integers, on the device, without waiting for what the device is doing."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -208,9 +208,11 @@ def _module(name: str, known: dict[str, nn.Module]) -> nn.Module:
 
 
 def _state(module: nn.Module) -> list[tuple[int, int]] | None:
-    """Where the parameters lie and how often they were written; None if one trains, and may change all the time."""
+    """Where the parameters lie and how often they were written. None if that says nothing: one trains, and may change
+    all the time, or ZeRO-3 has it, and then all ranks must gather it or none."""
     parameters = list(module.parameters())
-    return None if any(p.requires_grad for p in parameters) else [(p.data_ptr(), p._version) for p in parameters]
+    changing = any(p.requires_grad or hasattr(p, "ds_id") for p in parameters)
+    return None if changing else [(p.data_ptr(), p._version) for p in parameters]
 
 
 @contextmanager

@@ -188,11 +188,12 @@ def test_rows_that_fill_a_bucket_change_nothing(policy: Policy, monkeypatch: pyt
 
 def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """What surrounds CUDA graphs, without CUDA: a replay runs what was captured first under its key."""
-    captured = []
+    captured: list[Any] = []
+    replayed: list[Any] = []
 
     def record(self: StepGraphs, step: Callable[[], None]) -> Any:
         captured.append(step)
-        return SimpleNamespace(replay=step)
+        return SimpleNamespace(replay=lambda: (replayed.append(step), step()))
 
     monkeypatch.setattr(StepGraphs, "_record", record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -205,8 +206,10 @@ def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: py
         assert_same(chunk, rollout(policy, PROMPTS, 8, sampling))
     before = len(captured)
     assert before > 40
+    replayed.clear()
     list(engine.generate(PROMPTS, 8, sampling, seed=11))
     assert len(captured) == before, "nothing is captured twice"
+    assert len(replayed) <= 3 + 40 / 8 + 2 * 16 / 8, "prefills of plans and of two chunks, and eight steps each time"
 
 
 def test_a_longer_plan_moves_nothing(policy: Policy) -> None:
@@ -390,6 +393,34 @@ def test_the_image_loop_never_waits_for_the_device() -> None:
     graphs.run = watched  # type: ignore[method-assign]
     second = next(engine.generate(PROMPTS, 4, sampling, seed=1))
     assert stage is engine.image_stage and torch.equal(first.image_tokens, second.image_tokens)
+
+
+@gpu
+def test_a_rollout_waits_for_the_device_only_for_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tiny_policy()
+    policy.model.cuda()
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=16)
+    sampling, read, tolist = Sampling(max_completion_length=10, cfg_weight=2.0), [], Tensor.tolist
+    first = RolloutChunk.cat(list(engine.generate(PROMPTS, 4, sampling, seed=1)))  # compiles and captures
+
+    def named(tensor: Tensor) -> Any:
+        read.append(tuple(tensor.shape) if tensor.is_cuda else ())
+        with torch_syncs():
+            return tolist(tensor)
+
+    @contextmanager
+    def torch_syncs() -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        yield
+        torch.cuda.set_sync_debug_mode(before)
+
+    monkeypatch.setattr(Tensor, "tolist", named)
+    with no_host_sync():
+        chunks = list(engine.generate(PROMPTS, 4, sampling, seed=1))
+    monkeypatch.undo()
+    assert [shape for shape in read if shape] == [(12, 10)] and len(chunks) == 2
+    assert torch.equal(first.image_tokens, RolloutChunk.cat(chunks).image_tokens)
 
 
 @gpu
