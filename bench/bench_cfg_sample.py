@@ -2,7 +2,7 @@
 
 python -m bicot.bench.bench_cfg_sample [--device cpu|cuda] [--output FILE.json]
 Floor: every logit is read once. Image rows [16, 16384] with guidance 5 and no truncation; text rows [2, 102400] without
-guidance. Checked: the log-probs, that the token survives the truncation, and for draws from Philox that u falls on it.
+guidance. Checked: the log-probs, that the token survives the truncation, and for ours that it comes in first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.cfg_sample import Draw, cfg_sample, philox_uniform
+from ..kernels.cfg_sample import Draw, cfg_sample, exponential, philox
 from ..kernels.dispatch import Impl
 from .harness import Case, Outputs, Provider, compiled, kernel, main, relative_error, short
 
@@ -63,8 +63,10 @@ def truth(x: Inputs) -> Callable[[Outputs], float]:
     mixed = guided(cond, None if x.uncond is None else x.uncond.double())
     order = mixed.sort(dim=-1, descending=True, stable=True).indices[:, : x.top_k or None]
     probs = torch.zeros_like(mixed).scatter_(-1, order, mixed.gather(-1, order).softmax(-1))
-    least, u = mixed.gather(-1, order[:, -1:]), philox_uniform(SEED, x.offset)
-    cdf = probs.cumsum(-1)
+    least, v = mixed.gather(-1, order[:, -1:]), torch.arange(probs.shape[1], device=probs.device)
+    words = torch.stack(philox(SEED, x.offset[:, None], v // 256 * 64 + v % 64))
+    noise = exponential(words.gather(0, (v // 64 % 4).expand(1, *probs.shape))[0])
+    log_times = noise.double().log() - probs.log()
 
     def error_of(outputs: Outputs) -> float:
         token, *reported = outputs
@@ -73,9 +75,7 @@ def truth(x: Inputs) -> Callable[[Outputs], float]:
         assert not (mixed.gather(-1, pick) < least).any(), "a token that the truncation drops"
         error = relative_error(reported, logprobs(cond, mixed, token))
         if isinstance(outputs, Draw):
-            upper = cdf.gather(-1, pick)[:, 0]
-            lower = upper - probs.gather(-1, pick)[:, 0]
-            error = max(error, float(torch.maximum(lower - u, u - upper).amax()))
+            error = max(error, float((log_times.gather(-1, pick)[:, 0] - log_times.amin(-1)).amax()))
         return error
 
     return error_of

@@ -2,32 +2,33 @@
 
     z = z_u + w·(z_c - z_u)                       the guided logits (z = z_c without an unconditional row, or at w = 1)
     q = top-p of top-k of softmax(z / temperature)          what is drawn from, in that order
-    token = the first v with Σ_{v' <= v} q_v' > u·Σ q       inverse transform, u uniform in (0, 1)
+    token = argmin E_v / q_v,  E_v ~ Exp(1)                 the exponential race: argmax of log q_v + Gumbel noise
     logp_cond = log_softmax(z_c / temperature)[token],  logp_guided = log_softmax(z / temperature)[token]
 
 The log-probs are those of the whole distributions, before truncation: what a training forward computes again.
 Temperature 0 is greedy (the smallest id among equals); the log-probs are then those of temperature 1. A logit of -inf
 masks its token: one that either row masks is never drawn.
 
-u comes from Philox4x32-10 (Salmon et al., SC'11) with key `seed` and counter `offset`, one counter a row: a row draws
-the same token wherever and with whomever it is sampled.
+The noise of token v is word ⌊v / 64⌋ mod 4 of Philox4x32-7 (Salmon et al., SC'11: the fewest rounds that pass
+BigCrush) with key `seed` and counter (offset, 64·⌊v / 256⌋ + v mod 64): neighbouring tokens are lanes of a vector, and
+any piece of a row is raced alone. A row has one offset, and draws the same token wherever and with whomever it is
+sampled.
 
-Every implementation draws the same token, bit for bit, because none sums floats. In float32, each operation rounded on
-its own (no fused multiply-add):
+Every implementation draws the same token, bit for bit. In float32, each operation rounded on its own (no fused
+multiply-add), with 2^x and ln by the polynomials of `_exp2` and `exponential`:
 
     z = z_u + w·(z_c - z_u),  d = (z - max z)·(log2 e / temperature)
-    weight = ⌊2^40·2^d⌋, 2^d by the polynomial of `exp2_nonpositive` (csrc/simd.h): exact in float32, and an integer
+    u = (word + 1/2) / 2^32, at most 1 - 2^-24;  E = -ln(1 - u), right to 3e-7 of itself however small it is
+    token = argmin E·2^-d, 2^-d at most 2^64;  the smallest id among equals
     top-k: the k largest z, ties to the smaller ids
-    top-p: in that order, a token stays while the weight before it is < ⌊top_p·total⌋ (a float64 product), or is first
-    token = the first v with Σ_{v' <= v} weight_v' > T,  T = ⌊(2r + 1)·total / 2^25⌋,  u = (r + 1/2) / 2^24
+    top-p: in that order, a token stays while the weight before it is < ⌊top_p·total⌋ (a float64 product), or is first;
+        a weight is ⌊2^40·2^d⌋, so sums are exact in int64, in any order, as V < 2^23
 
-V < 2^17, so a total is below 2^57 and sums of weights are exact in int64, in any order. T < total because
-(2r + 1) / 2^25 < 1, and the most likely token weighs 2^40, so some v passes T; the first one does with its own weight,
-which is therefore positive: a masked token is never drawn. What the integers cost: a token less likely than 2^-40 times
-the most likely one is never drawn, and the log-prob of the whole moves by 2^-23 at most.
+E is between 2^-33 and 17, so the likeliest token comes in before 17, and a masked one never wins: it takes 2^31 at
+least. A token 2^38 times less likely than the likeliest is never drawn.
 
-Shapes: cond and uncond [B, V], the rest [B]. Floor: 2·B·V logits read once (B·V without guidance); about 50 FLOPs a
-logit. PyTorch makes some 30 passes, and sorts to truncate.
+Shapes: cond and uncond [B, V], the rest [B]. Floor: 2·B·V logits read once (B·V without guidance); about 100 operations
+a logit. PyTorch makes some 30 passes, and sorts to truncate.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from . import cfg_sample_triton, native
 from .dispatch import NATIVE_DTYPES, Impl, choose
 
 _MASK = 0xFFFFFFFF
-_FLOAT_MAX = torch.finfo(torch.float32).max
+_FLOAT = torch.finfo(torch.float32)
 _BAD_ROW = "cfg_sample: a row of logits is not finite (NaN, or +inf, or every token masked by -inf)"
 
 
@@ -62,57 +63,65 @@ def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox_uniform(seed: int | Tensor, offset: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1), one for each counter.
-
-    Args:
-        seed: 64-bit key, int or int64 scalar tensor.
-        offset: int64 tensor of counters, any shape.
-
-    Returns:
-        float64 of the same shape: (the 24 high bits of the first Philox word + 1/2) / 2^24.
-    """
+def philox(seed: int | Tensor, offset: Tensor, call: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of 32 random bits, as int64 of the shape that offset (int64) and call (int64 in [0, 2^32)) span."""
     seed = torch.as_tensor(seed, dtype=torch.int64, device=offset.device)
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
-    zero = torch.zeros_like(offset)
-    c0, c1, c2, c3 = offset & _MASK, (offset >> 32) & _MASK, zero, zero
-    for _ in range(10):
+    c0, c1, c2, c3 = offset & _MASK, (offset >> 32) & _MASK, call, torch.zeros_like(call)
+    for _ in range(7):
         hi0, lo0 = _mul_hi_lo(c0, 0xD2511F53)
         hi1, lo1 = _mul_hi_lo(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = hi1 ^ c1 ^ key0, lo1, hi0 ^ c3 ^ key1, lo0
         key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
-    return ((c0 >> 8).double() + 0.5) / 2**24
+    return c0, c1, c2, c3
 
 
-def _scales(temperature: float) -> tuple[float, float]:
-    """1 / temperature and log2 e / temperature, kept finite in float32; at temperature 0 those of 1."""
-    temperature = temperature or 1.0
-    return min(1 / temperature, _FLOAT_MAX), min(math.log2(math.e) / temperature, _FLOAT_MAX)
+def exponential(word: Tensor) -> Tensor:
+    """-ln(1 - u) as float32, u = (word + 1/2) / 2^32: small ones, which win, as finely as 32 bits can say."""
+    u = ((word.float() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
+    rest = 1 - u
+    m, exponent = rest.frexp()
+    q = torch.where(rest >= 0.5, u, 1 - m)  # 1 - u = (1 - q)·2^exponent, with q in [0, 1/2] exact
+    p = q * 1.16061389 - 1.03616726
+    for coefficient in (0.75161618, 0.0508236513, 0.269662917, 0.33212924, 0.500024617, 1.0):
+        p = p * q + coefficient
+    return q * p - exponent.clamp(max=0) * 0.693147182
 
 
-def _weigh(d: Tensor) -> Tensor:
-    """⌊2^40·2^d⌋ as int64, for float32 d <= 0."""
-    d = d.clamp(min=-60)  # 0 from -41 on
-    n = d.round()
-    r = d - n
+def _exp2(x: Tensor) -> Tensor:
+    """2^x for float32 |x| <= 126."""
+    n = x.round()
+    r = x - n
     p = r * 0.000154531634 + 0.00133908633
     for coefficient in (0.00961808302, 0.0555035695, 0.240226507, 0.693147182, 1.0):
         p = p * r + coefficient
-    return ((p * 2**24).long() << 16) >> -n.long()  # p, in [0.7, 1.42], is a multiple of 2^-24
+    return (p.view(torch.int32) + (n.int() << 23)).view(torch.float32)
 
 
-def _truncate(weights: Tensor, logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Weights with those outside top-k, then top-p, at 0. Ties go to the smaller ids."""
+def _truncate(d: Tensor, logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which tokens top-k, then top-p, keep. Ties go to the smaller ids."""
     order = logits.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    ranked = weights.gather(-1, order)
-    if top_k:
-        ranked = ranked.masked_fill(rank >= top_k, 0)
+    stays = (rank < (top_k or len(rank))).expand_as(order)
     if top_p < 1:
-        before = ranked.cumsum(-1) - ranked
-        limit = (ranked.sum(-1, keepdim=True).double() * top_p).long()
-        ranked = ranked.masked_fill((before >= limit) & (rank > 0), 0)
-    return torch.zeros_like(weights).scatter_(-1, order, ranked)
+        weights = (_exp2(d.clamp(min=-60)) * 2**40).long().gather(-1, order) * stays
+        limit = (weights.sum(-1, keepdim=True).double() * top_p).long()
+        stays = stays & ((weights.cumsum(-1) - weights < limit) | (rank == 0))
+    return torch.zeros_like(stays).scatter_(-1, order, stays)
+
+
+def _scales(temperature: float) -> tuple[float, float]:
+    """1 / temperature and log2 e / temperature, within float32; at temperature 0 those of 1."""
+    temperature = temperature or 1.0
+    return tuple(min(max(x / temperature, _FLOAT.tiny), _FLOAT.max) for x in (1.0, math.log2(math.e)))  # type: ignore
+
+
+def _race(d: Tensor, seed: int | Tensor, offset: Tensor) -> Tensor:
+    """When each token comes in: the first is drawn. d [B, V] float32 <= 0."""
+    V = d.shape[1]
+    call = torch.arange(-(-V // 256) * 64, device=d.device)
+    words = torch.stack(philox(seed, offset[:, None], call), dim=1).unflatten(-1, (-1, 64))  # [B, 4, chunks, 64]
+    return exponential(words.transpose(1, 2).flatten(1)[:, :V]) * _exp2((-d).clamp(max=64))
 
 
 def cfg_sample_ref(
@@ -138,25 +147,21 @@ def cfg_sample_ref(
         guided = (uncond + guidance * (cond - uncond)).masked_fill(masked, -torch.inf)
         good = good & uncond.amax(-1).isfinite() & guided.amax(-1).isfinite()
     inverse, scale = _scales(temperature)
-    below_top = guided - guided.amax(-1, keepdim=True)
+
+    def logp(z: Tensor) -> Tensor:
+        below_top = (z - z.amax(-1, keepdim=True)) * inverse
+        return below_top.log_softmax(-1).gather(-1, token[:, None])[:, 0].masked_fill(~good, torch.nan)
+
     if temperature == 0:
         token = guided.argmax(-1)
     else:
-        weights = _weigh((below_top * scale).float())
+        d = ((guided - guided.amax(-1, keepdim=True)) * scale).float()
+        times = _race(d, seed, offset)
         if 0 < top_k < cond.shape[-1] or top_p < 1:
-            weights = _truncate(weights, guided, top_k, top_p)
-        cumulative = weights.cumsum(-1)
-        total = cumulative[:, -1]
-        odd = (philox_uniform(seed, offset) * 2**25).long()
-        threshold = odd * (total >> 25) + (odd * (total & 0x1FFFFFF) >> 25)  # odd·total would overflow
-        token = (cumulative > threshold[:, None]).byte().argmax(-1)
-    picked = token[:, None]
-    logp_guided = (below_top * inverse).log_softmax(-1).gather(-1, picked)[:, 0].masked_fill(~good, torch.nan)
-    if guided is cond:
-        return Draw(token, logp_guided, logp_guided.clone())
-    below_top = cond - cond.amax(-1, keepdim=True)
-    logp_cond = (below_top * inverse).log_softmax(-1).gather(-1, picked)[:, 0].masked_fill(~good, torch.nan)
-    return Draw(token, logp_cond, logp_guided)
+            times = times.masked_fill(~_truncate(d, guided, top_k, top_p), torch.inf)
+        token = times.argmin(-1)
+    logp_guided = logp(guided)
+    return Draw(token, logp_guided.clone() if guided is cond else logp(cond), logp_guided)
 
 
 def _require(finite: Tensor, name: str) -> None:
@@ -177,42 +182,12 @@ def _check_rows(draw: Draw, cond: Tensor, uncond: Tensor | None) -> None:
         _require(good, "guided")
 
 
-def _native(
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    inverse_temperature: float,
-    scale: float,
-    greedy: bool,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    offset: Tensor,
-    draw: Draw,
-) -> None:
-    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    rows = (pointer, integer, pointer, integer, integer, integer)
-    options = (real, ctypes.c_double, real, ctypes.c_int, integer, ctypes.c_double)
-    run = native.function(
-        f"bicot_cfg_sample_{NATIVE_DTYPES[cond.dtype]}", *rows, *options, *(pointer,) * 5, ctypes.c_int
-    )
-    run(
-        cond.data_ptr(),
-        cond.stride(0),
-        None if uncond is None else uncond.data_ptr(),
-        0 if uncond is None else uncond.stride(0),
-        *cond.shape,
-        guidance,
-        inverse_temperature,
-        scale,
-        greedy,
-        top_k,
-        top_p,
-        seed.data_ptr(),
-        offset.data_ptr(),
-        *(column.data_ptr() for column in draw),
-        torch.get_num_threads(),
-    )
+def _native(cond: Tensor, uncond: Tensor | None, options: tuple[Any, ...], *tensors: Tensor) -> None:
+    pointer, integer, real, double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+    types = (pointer, integer) * 2 + (integer,) * 2 + (real, double, real, ctypes.c_int, integer, double)
+    run = native.function(f"bicot_cfg_sample_{NATIVE_DTYPES[cond.dtype]}", *types, *(pointer,) * 5, ctypes.c_int)
+    rows = [part for x in (cond, uncond) for part in ((None, 0) if x is None else (x.data_ptr(), x.stride(0)))]
+    run(*rows, *cond.shape, *options, *(x.data_ptr() for x in tensors), torch.get_num_threads())
 
 
 @torch.library.custom_op("bicot::cfg_sample", mutates_args=())
@@ -230,11 +205,16 @@ def _op(
     cond = cond if cond.stride(1) == 1 else cond.contiguous()
     uncond = uncond if uncond is None or uncond.stride(1) == 1 else uncond.contiguous()
     draw = Draw(*_fake(cond))
-    launch = cfg_sample_triton.launch if impl == "triton" else _native
     top_k = top_k if top_k < cond.shape[1] else 0
     options = (guidance, *_scales(temperature), temperature == 0, top_k, top_p)
-    launch(cond, uncond, *options, seed, offset.contiguous(), draw)
-    _check_rows(draw, cond, uncond)
+    if impl == "native":
+        _native(cond, uncond, options, seed, offset.contiguous(), *draw)
+    elif len(cond):
+        good = cfg_sample_triton.launch(cond, uncond, *options, seed, offset.contiguous(), draw)
+        if cond.is_cuda:
+            torch._assert_async(good, _BAD_ROW)
+    if not cond.is_cuda:
+        _check_rows(draw, cond, uncond)
     return draw.token, draw.logp_cond, draw.logp_guided
 
 
@@ -248,8 +228,8 @@ def _check(cond: Tensor, uncond: Tensor | None, offset: Tensor) -> None:
     if cond.ndim != 2 or (uncond is not None and uncond.shape != cond.shape) or offset.shape != cond.shape[:1]:
         other = None if uncond is None else tuple(uncond.shape)
         raise ValueError(f"cond [B, V] {tuple(cond.shape)}, uncond {other} and offset [B] {tuple(offset.shape)} differ")
-    if not 0 < cond.shape[1] < 2**17:
-        raise ValueError(f"a vocabulary has 1 to {2**17 - 1} tokens, got V = {cond.shape[1]}")
+    if not 0 < cond.shape[1] < 2**23:
+        raise ValueError(f"a vocabulary has 1 to {2**23 - 1} tokens, got V = {cond.shape[1]}")
     if offset.dtype != torch.int64:
         raise ValueError(f"offset must be int64 counters, got {offset.dtype}")
     if not cond.is_floating_point() or (uncond is not None and uncond.dtype != cond.dtype):
@@ -272,7 +252,7 @@ def cfg_sample(
     """Draw one token a row from guided logits. Not differentiable; the same tokens from every implementation.
 
     Args:
-        cond, uncond: [B, V] logits of the conditional and unconditional rows, V < 2^17, of one floating dtype; no
+        cond, uncond: [B, V] logits of the conditional and unconditional rows, V < 2^23, of one floating dtype; no
             `uncond` = no guidance. Rows may be strided.
         guidance: w; 1 is the conditional distribution, and `uncond` is not read.
         temperature: >= 0; 0 is greedy.
@@ -281,8 +261,8 @@ def cfg_sample(
         seed: Philox key, int or int64 scalar tensor.
         offset: [B] int64 Philox counters, one a row and draw. With `seed` a tensor too, a CUDA graph can replay the
             call: nothing is made on the host.
-        impl: "triton" is one launch on a GPU, "native" the C++ kernel on a CPU (float32 or bfloat16), "torch" plain
-            PyTorch; "auto" is the first that takes the logits. Float64 is PyTorch's.
+        impl: "triton" is two launches on a GPU, three to truncate; "native" the C++ kernel on a CPU (float32 or
+            bfloat16); "torch" plain PyTorch; "auto" the first that takes the logits. Float64 is PyTorch's.
 
     Raises:
         ValueError: shapes, dtypes or devices that differ, V or an option out of range, an `impl` that cannot take these

@@ -1,8 +1,9 @@
-"""The Triton kernel of `cfg_sample`: one launch, one program a row. The formulas are those of cfg_sample.py.
+"""The Triton kernels of `cfg_sample`. The formulas are those of cfg_sample.py.
 
-A program walks over its row a block at a time, first for the maxima, then for the sums; from the second walk on the
-row comes out of L1 or L2. It remembers the weight of each block, so that the draw looks into one block alone.
-Truncation needs no sort: bisection finds the smallest logit that stays, some 10 to 20 more walks.
+Two launches: a program a BLOCK of columns measures them, then, with the row's maximum at hand, races them; the last
+program of a row to arrive writes the draw. What they count in is reset by the first launch, so that a CUDA graph can
+replay both, and no result depends on who arrives when. Truncation is one launch between: a program a row finds by
+bisection, without a sort, the smallest logit that stays, in some 10 to 20 walks.
 
 Rows may begin anywhere and V may be anything. Loads are 16 bytes wide where V, the row strides (in elements) and the
 pointers are multiples of 16, which the launch finds out by itself, and one element wide otherwise.
@@ -13,12 +14,14 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from . import dispatch
 from .dispatch import tl, triton
 
-BLOCK = 4096  # columns a program holds at a time: 16 a thread of 8 warps
+BLOCK = 2048  # columns a program measures or races: 32 a thread of 2 warps
+TRUNCATE_BLOCK = 4096  # columns the truncating program holds at a time: 16 a thread of 8 warps
 
 
 @triton.jit
@@ -35,11 +38,10 @@ def _load(p_c, p_u, o_v, V, guidance, GUIDED: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _exp2(b_d):  # type: ignore[no-untyped-def]
-    """2^d for d <= 0, 2^-126 below it, by the operations of `exp2_nonpositive` in csrc/simd.h."""
-    b_d = tl.where(b_d < -126.0, -126.0, b_d)
-    b_n = b_d + 12582912.0  # 1.5·2^23: rounds d to an integer, and leaves it in the low bits
-    b_r = b_d - (b_n - 12582912.0)
+def _exp2(b_x):  # type: ignore[no-untyped-def]
+    """2^x for |x| <= 126, by the operations of `exp2_near_zero` in csrc/simd.h."""
+    b_n = b_x + 12582912.0  # 1.5·2^23: rounds x to an integer, and leaves it in the low bits
+    b_r = b_x - (b_n - 12582912.0)
     b_p = 0.000154531634 * b_r + 0.00133908633
     b_p = b_p * b_r + 0.00961808302
     b_p = b_p * b_r + 0.0555035695
@@ -52,58 +54,77 @@ def _exp2(b_d):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _weigh(b_z, top, scale):  # type: ignore[no-untyped-def]
-    return (_exp2((b_z - top) * scale) * 1099511627776.0).to(tl.int64)  # 2^40
+    return (_exp2(tl.maximum((b_z - top) * scale, -60.0)) * 1099511627776.0).to(tl.int64)  # 2^40
 
 
 @triton.jit
-def _measure(b_z, o_v, top, scale, cut, last, TIES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """1 for each logit equal to `cut`, or the weights of the tokens that stay."""
-    if TIES:
-        b_m = (b_z == cut).to(tl.int64)
-    else:
-        b_m = tl.where((b_z > cut) | ((b_z == cut) & (o_v <= last)), _weigh(b_z, top, scale), 0)
-    return b_m
+def _exponential(b_word):  # type: ignore[no-untyped-def]
+    """-ln(1 - u), by the operations of `exponential` in cfg_sample.py."""
+    b_u = tl.minimum((b_word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
+    b_rest = 1.0 - b_u
+    b_bits = b_rest.to(tl.int32, bitcast=True)
+    b_halvings = tl.maximum(126 - (b_bits >> 23), 0)
+    b_m = (b_bits + (b_halvings << 23)).to(tl.float32, bitcast=True)
+    b_q = tl.where(b_halvings == 0, b_u, 1.0 - b_m)
+    b_p = b_q * 1.16061389 - 1.03616726
+    b_p = b_p * b_q + 0.75161618
+    b_p = b_p * b_q + 0.0508236513
+    b_p = b_p * b_q + 0.269662917
+    b_p = b_p * b_q + 0.33212924
+    b_p = b_p * b_q + 0.500024617
+    b_p = b_p * b_q + 1.0
+    return b_q * b_p + b_halvings.to(tl.float32) * 0.693147182
 
 
 @triton.jit
-def _block_sums(  # type: ignore[no-untyped-def]
-    p_c, p_u, V, guidance, top, scale, cut, last, GUIDED: tl.constexpr, TIES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The measure of each block of the row; V < 2^17."""
-    BLOCKS: tl.constexpr = 131072 // BLOCK
-    o_block = tl.arange(0, BLOCKS)
-    b_sums = tl.zeros([BLOCKS], tl.int64)
-    for i in range(tl.cdiv(V, BLOCK)):
-        o_v = i * BLOCK + tl.arange(0, BLOCK)
-        _, _, b_z = _load(p_c, p_u, o_v, V, guidance, GUIDED)
-        b_sums += tl.where(o_block == i, tl.sum(_measure(b_z, o_v, top, scale, cut, last, TIES), 0), 0)
-    return b_sums
+def _reduce(p_top, p_sum, parts, scale):  # type: ignore[no-untyped-def]
+    """Maximum and softmax sum of a row from those of its parts; NaN if one of them is."""
+    o_part = tl.arange(0, 128)
+    top = tl.full([], float("-inf"), tl.float32)
+    for begin in range(0, parts, 128):
+        b_top = tl.load(p_top + begin + o_part, mask=begin + o_part < parts, other=float("-inf"))
+        bad = tl.max((b_top != b_top).to(tl.int32), 0)
+        top = tl.where((bad > 0) | (top != top), float("nan"), tl.maximum(top, tl.max(b_top, 0)))
+    b_sum = tl.zeros([128], tl.float32)
+    for begin in range(0, parts, 128):
+        m_part = begin + o_part < parts
+        b_top = tl.load(p_top + begin + o_part, mask=m_part, other=float("-inf"))
+        b_sum += tl.load(p_sum + begin + o_part, mask=m_part, other=0.0) * tl.exp2((b_top - top) * scale)
+    return top, tl.sum(b_sum, 0)
 
 
 @triton.jit
-def _find(  # type: ignore[no-untyped-def]
-    b_sums,
-    target,
-    p_c,
-    p_u,
-    V,
-    guidance,
-    top,
-    scale,
-    cut,
-    last,
-    GUIDED: tl.constexpr,
-    TIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The first column whose inclusive cumulative measure is above `target`; b_sums are the measures of the blocks."""
-    BLOCKS: tl.constexpr = 131072 // BLOCK
-    i = tl.sum((tl.cumsum(b_sums, 0) <= target).to(tl.int32), 0)
-    before = tl.sum(tl.where(tl.arange(0, BLOCKS) < i, b_sums, 0), 0)
-    o_v = i * BLOCK + tl.arange(0, BLOCK)
-    _, _, b_z = _load(p_c, p_u, o_v, V, guidance, GUIDED)
-    b_m = _measure(b_z, o_v, top, scale, cut, last, TIES)
-    return i * BLOCK + tl.sum((before + tl.cumsum(b_m, 0) <= target).to(tl.int32), 0)
+def _measure(b_x, scale):  # type: ignore[no-untyped-def]
+    """Maximum and softmax sum of one part; 0 is the sum of nothing."""
+    top = tl.max(b_x, 0)
+    return top, tl.sum(tl.exp2((b_x - tl.where(top > float("-inf"), top, 0.0)) * scale), 0)
+
+
+@triton.jit
+def measure_kernel(  # type: ignore[no-untyped-def]
+    p_cond, p_uncond, p_parts, p_first, p_arrived, p_good, V, cond_stride, uncond_stride, guidance, scale,
+    GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one part of a row, the maximum NaN where a logit is NaN or +inf."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    all_parts = tl.num_programs(0) * tl.num_programs(1)
+    p_part = p_parts + row * tl.num_programs(1) + part
+    o_v = part * BLOCK + tl.arange(0, BLOCK)
+    b_c, b_u, b_z = _load(p_cond + row * cond_stride, p_uncond + row * uncond_stride, o_v, V, guidance, GUIDED)
+    b_good = b_z < float("inf")  # false for NaN
+    if GUIDED:
+        b_good = b_good & (b_c < float("inf")) & (b_u < float("inf"))
+        top_c, sum_c = _measure(b_c, scale)
+        tl.store(p_part + 2 * all_parts, top_c)
+        tl.store(p_part + 3 * all_parts, sum_c)
+    top, total = _measure(b_z, scale)
+    good = tl.min(b_good.to(tl.int32), 0) > 0
+    tl.store(p_part, tl.where(good, top, float("nan")))
+    tl.store(p_part + all_parts, total)
+    if part == 0:
+        tl.store(p_first + row, 0x7FFFFFFFFFFFFFFF)
+        tl.store(p_arrived + row, 0)
+        tl.store(p_good, 1)  # by every row alike
 
 
 @triton.jit
@@ -140,7 +161,7 @@ def _select(  # type: ignore[no-untyped-def]
         b_next = tl.full([BLOCK], float("inf"), tl.float32)  # the smallest logit >= pivot
         b_previous = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest below it
         for begin in range(0, V, BLOCK):
-            _, _, b_z = _load(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)
+            b_z = _load(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
             inside = b_z >= pivot
             b_next = tl.minimum(b_next, tl.where(inside, b_z, float("inf")))
             b_previous = tl.maximum(b_previous, tl.where(inside, float("-inf"), b_z))
@@ -157,109 +178,99 @@ def _select(  # type: ignore[no-untyped-def]
     return _value(lo), above
 
 
-@triton.jit(do_not_specialize=["top_k", "top_p_bits"])
-def cfg_sample_kernel(  # type: ignore[no-untyped-def]
-    p_cond,
-    p_uncond,
-    p_seed,
-    p_offset,
-    p_token,
-    p_logp_cond,
-    p_logp_guided,
-    V,
-    cond_stride,
-    uncond_stride,
-    guidance,
-    inverse_temperature,
-    scale,
-    top_k,
-    top_p_bits,
-    GUIDED: tl.constexpr,
-    GREEDY: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One row. A row without an answer (NaN or +inf in it, or every token masked) gets NaN log-probs and token 0."""
+@triton.jit(do_not_specialize=["top_k", "top_p_bits", "parts"])
+def truncate_kernel(  # type: ignore[no-untyped-def]
+    p_cond, p_uncond, p_parts, p_cut, p_last, V, parts, cond_stride, uncond_stride, guidance, scale, top_k, top_p_bits,
+    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What stays of a row: every logit above `cut`, and of those equal to it the first, up to column `last`."""
     row = tl.program_id(0).to(tl.int64)
     p_c = p_cond + row * cond_stride
     p_u = p_uncond + row * uncond_stride
-    o_v = tl.arange(0, BLOCK)
-    NAN: tl.constexpr = tl.PropagateNan.ALL
-
-    b_top = tl.full([BLOCK], float("-inf"), tl.float32)
-    b_top_c = b_top
-    b_top_u = b_top
-    for begin in range(0, V, BLOCK):
-        b_c, b_u, b_z = _load(p_c, p_u, begin + o_v, V, guidance, GUIDED)
-        b_top = tl.maximum(b_top, b_z, propagate_nan=NAN)
-        if GUIDED:
-            b_top_c = tl.maximum(b_top_c, b_c, propagate_nan=NAN)
-            b_top_u = tl.maximum(b_top_u, b_u, propagate_nan=NAN)
-    finite = b_top < float("inf")  # false for NaN
-    if GUIDED:
-        finite = finite & (b_top_c < float("inf")) & (b_top_u < float("inf"))
-    top = tl.max(b_top, 0)
-    top_c = tl.max(b_top_c, 0)
-    good = (tl.min(finite.to(tl.int32), 0) > 0) & (top > float("-inf"))
-    top = tl.where(good, top, 0.0)
-
-    BLOCKS: tl.constexpr = 131072 // BLOCK
-    o_block = tl.arange(0, BLOCKS)
-    b_sums = tl.zeros([BLOCKS], tl.int64)
-    b_sum_c = tl.zeros([BLOCK], tl.float32)
-    for i in range(tl.cdiv(V, BLOCK)):
-        b_c, b_u, b_z = _load(p_c, p_u, i * BLOCK + o_v, V, guidance, GUIDED)
-        b_sums += tl.where(o_block == i, tl.sum(_weigh(b_z, top, scale), 0), 0)
-        if GUIDED:
-            b_sum_c += _exp2((b_c - top_c) * scale)
-    total = tl.sum(b_sums, 0)
-
-    # what stays: every logit above `cut`, and of those equal to it the first `ties`, which end at column `last`
-    lowest = tl.full([], float("-inf"), tl.float32)
-    cut = lowest
-    last = 0
-    ties = tl.full([], 1, tl.int64)
-    mass = total
-    if GREEDY:
-        cut = top
-    if TOP_K:
-        cut, above = _select(p_c, p_u, V, guidance, top, scale, lowest, top_k, GUIDED, False, BLOCK)
-        ties = top_k - above
-    if TOP_P:
+    p_top = p_parts + row * parts
+    top = _reduce(p_top, p_top, parts, scale)[0]
+    if top > float("-inf"):  # false for NaN
+        cut = tl.full([], float("-inf"), tl.float32)
+        ties = tl.full([], 0, tl.int64)
         if TOP_K:
-            lowest = cut
-            mass = tl.sum(_block_sums(p_c, p_u, V, guidance, top, scale, cut, -1, GUIDED, False, BLOCK), 0)
-            mass += ties * _weigh(cut, top, scale)
-        top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
-        # below the mass: top_p <= 1 - 2^-53 takes off at least what rounding the mass to float64 may have added
-        limit = tl.maximum((mass.to(tl.float64) * top_p).to(tl.int64), 1)
-        cut, above = _select(p_c, p_u, V, guidance, top, scale, lowest, limit, GUIDED, True, BLOCK)
-        ties = tl.cdiv(limit - above, tl.maximum(_weigh(cut, top, scale), 1))
-    if GREEDY or TOP_K or TOP_P:
-        b_ties = _block_sums(p_c, p_u, V, guidance, top, scale, cut, last, GUIDED, True, BLOCK)
-        last = _find(b_ties, ties - 1, p_c, p_u, V, guidance, top, scale, cut, last, GUIDED, True, BLOCK)
-    token = last
-    if not GREEDY:
-        if TOP_K or TOP_P:
-            b_sums = _block_sums(p_c, p_u, V, guidance, top, scale, cut, last, GUIDED, False, BLOCK)
-        mass = tl.sum(b_sums, 0)
-        counter = tl.load(p_offset + row)
-        word, _, _, _ = tl.philox(tl.load(p_seed), counter.to(tl.uint32), (counter >> 32).to(tl.uint32), 0, 0)
-        odd = (word >> 8).to(tl.int64) * 2 + 1
-        target = odd * (mass >> 25) + ((odd * (mass & 0x1FFFFFF)) >> 25)
-        token = _find(b_sums, target, p_c, p_u, V, guidance, top, scale, cut, last, GUIDED, False, BLOCK)
-    token = tl.where(good, token, 0)
+            cut, above = _select(p_c, p_u, V, guidance, top, scale, cut, top_k, GUIDED, False, BLOCK)
+            ties = top_k - above
+        if TOP_P:
+            b_mass = tl.zeros([BLOCK], tl.int64)
+            for begin in range(0, V, BLOCK):
+                b_z = _load(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
+                b_mass += tl.where(b_z > cut, _weigh(b_z, top, scale), 0)
+            mass = tl.sum(b_mass, 0) + ties * _weigh(cut, top, scale)
+            top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
+            # below the mass: top_p <= 1 - 2^-53 takes off at least what rounding the mass to float64 may have added
+            limit = tl.maximum((mass.to(tl.float64) * top_p).to(tl.int64), 1)
+            cut, above = _select(p_c, p_u, V, guidance, top, scale, cut, limit, GUIDED, True, BLOCK)
+            ties = tl.cdiv(limit - above, tl.maximum(_weigh(cut, top, scale), 1))
+        last = 0  # columns up to which there are fewer than `ties`
+        seen = tl.full([], 0, tl.int64)
+        for begin in range(0, V, BLOCK):
+            b_z = _load(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
+            b_ties = seen + tl.cumsum((b_z == cut).to(tl.int32), 0)
+            last += tl.sum((b_ties < ties).to(tl.int32), 0)
+            seen = tl.max(b_ties, 0)
+        tl.store(p_cut + row, cut)
+        tl.store(p_last + row, last)
 
-    c, _, z = _load(p_c, p_u, token, V, guidance, GUIDED)
-    log_total = tl.log(total.to(tl.float64) * 9.094947017729282e-13)  # 2^-40
-    logp = (z - top).to(tl.float64) * inverse_temperature - log_total
-    logp_c = logp
-    if GUIDED:
-        logp_c = (c - top_c).to(tl.float64) * inverse_temperature - tl.log(tl.sum(b_sum_c, 0).to(tl.float64))
-    tl.store(p_token + row, token.to(tl.int64))
-    tl.store(p_logp_cond + row, tl.where(good, logp_c, float("nan")).to(tl.float32))
-    tl.store(p_logp_guided + row, tl.where(good, logp, float("nan")).to(tl.float32))
+
+@triton.jit
+def race_kernel(  # type: ignore[no-untyped-def]
+    p_cond, p_uncond, p_seed, p_offset, p_cut, p_last, p_parts, p_first, p_arrived, p_good, p_token, p_logp_cond,
+    p_logp_guided, V, cond_stride, uncond_stride, guidance, inverse_temperature, scale,
+    GUIDED: tl.constexpr, GREEDY: tl.constexpr, TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first token of one part to come in, and, from the last part of a row, the draw. A row without an answer (NaN
+    or +inf in it, or every token masked) gets NaN log-probs and token 0."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    parts = tl.num_programs(1)
+    all_parts = tl.num_programs(0) * parts
+    p_c = p_cond + row * cond_stride
+    p_u = p_uncond + row * uncond_stride
+    p_top = p_parts + row * parts
+    top, total = _reduce(p_top, p_top + all_parts, parts, scale)
+
+    o_chunk, o_lane = tl.arange(0, BLOCK // 256)[:, None], tl.arange(0, 64)[None, :]
+    o_v = part * BLOCK + 256 * o_chunk + o_lane
+    if not GREEDY:
+        counter = tl.load(p_offset + row)
+        low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+        o_call = part * (BLOCK // 4) + 64 * o_chunk + o_lane
+        b_words = tl.philox(tl.load(p_seed), low, high, o_call.to(tl.uint32), 0, 7)
+    if TRUNCATED:
+        cut, last = tl.load(p_cut + row), tl.load(p_last + row)
+    b_time = tl.full([BLOCK // 256, 64], float("inf"), tl.float32)
+    b_first = o_v
+    for i in tl.static_range(4):
+        b_z = _load(p_c, p_u, o_v + 64 * i, V, guidance, GUIDED)[2]
+        b_t = top - b_z
+        if not GREEDY:
+            b_t = _exponential(b_words[i]) * _exp2(tl.minimum(b_t * scale, 64.0))
+        if TRUNCATED:
+            b_t = tl.where((b_z > cut) | ((b_z == cut) & (o_v + 64 * i <= last)), b_t, float("inf"))
+        sooner = b_t < b_time
+        b_time = tl.where(sooner, b_t, b_time)
+        b_first = tl.where(sooner, o_v + 64 * i, b_first)
+    # positive floats order like their bits; among equals the smallest id is first
+    b_arrival = (b_time.to(tl.int32, bitcast=True).to(tl.int64) << 32) | b_first
+    tl.atomic_min(p_first + row, tl.min(b_arrival))
+    if tl.atomic_add(p_arrived + row, 1) == parts - 1:
+        good = top > float("-inf")  # false for NaN
+        token = tl.where(good, (tl.atomic_min(p_first + row, 0x7FFFFFFFFFFFFFFF) & 0x7FFFFFFF).to(tl.int32), 0)
+        picked = _load(p_c, p_u, token, V, guidance, GUIDED)
+        logp = (picked[2] - top).to(tl.float64) * inverse_temperature - tl.log(total.to(tl.float64))
+        logp_c = logp
+        if GUIDED:
+            top_c, sum_c = _reduce(p_top + 2 * all_parts, p_top + 3 * all_parts, parts, scale)
+            logp_c = (picked[0] - top_c).to(tl.float64) * inverse_temperature - tl.log(sum_c.to(tl.float64))
+        tl.store(p_token + row, token.to(tl.int64))
+        tl.store(p_logp_cond + row, tl.where(good, logp_c, float("nan")).to(tl.float32))
+        tl.store(p_logp_guided + row, tl.where(good, logp, float("nan")).to(tl.float32))
+        if not good:
+            tl.store(p_good, 0)
 
 
 def launch(
@@ -274,35 +285,34 @@ def launch(
     seed: Tensor,
     offset: Tensor,
     draw: Sequence[Tensor],
-) -> None:
-    """Fill draw = (token, logp_cond, logp_guided), [B] each.
+) -> Tensor:
+    """Fill draw = (token, logp_cond, logp_guided), [B] each -> whether every row had an answer, one bool.
 
-    Columns of the logits are adjacent, `offset` is contiguous, 0 <= top_k < V."""
+    Columns of the logits are adjacent, `offset` is contiguous, B > 0, 0 <= top_k < V."""
     B, V = cond.shape
+    parts = -(-V // BLOCK)
     other = cond if uncond is None else uncond
-    truncates = top_p < 1 and not greedy
+    truncated = (top_k > 0 or top_p < 1) and not greedy
+    statistics = cond.new_empty((4, B, parts), dtype=torch.float32)
+    first, arrived, last = cond.new_empty((3, B), dtype=torch.int64)
+    good, cut = cond.new_empty((), dtype=torch.uint8), cond.new_empty(B, dtype=torch.float32)
+    strides = (cond.stride(0), other.stride(0))
+    # every operation rounded: only so do all implementations draw the same tokens
+    options = {"GUIDED": uncond is not None, "enable_fp_fusion": False}
+    counted = (statistics, first, arrived, good)
     dispatch.launch(
-        cfg_sample_kernel,
-        (B,),
-        cond,
-        other,
-        seed,
-        offset,
-        *draw,
-        V,
-        cond.stride(0),
-        other.stride(0),
-        guidance,
-        inverse_temperature,
-        scale,
-        top_k,
-        struct.unpack("q", struct.pack("d", top_p))[0],  # a float argument would be rounded to float32
-        GUIDED=uncond is not None,
-        GREEDY=greedy,
-        TOP_K=top_k > 0 and not greedy,
-        TOP_P=truncates,
-        BLOCK=BLOCK,
-        num_warps=8,
-        maxnreg=168 if truncates else None,  # else ptxas spills for more programs at a time
-        enable_fp_fusion=False,  # the weights of all implementations are the same only if every operation is rounded
-    )
+        measure_kernel, (B, parts), cond, other, *counted, V, *strides, guidance, scale,
+        **options, BLOCK=BLOCK, num_warps=2,
+    )  # fmt: skip
+    if truncated:
+        bits = struct.unpack("q", struct.pack("d", top_p))[0]  # a float argument would be rounded to float32
+        dispatch.launch(
+            truncate_kernel, (B,), cond, other, statistics, cut, last, V, parts, *strides, guidance, scale, top_k, bits,
+            **options, TOP_K=top_k > 0, TOP_P=top_p < 1, BLOCK=TRUNCATE_BLOCK, num_warps=8,
+            maxnreg=168,  # else ptxas spills for more programs at a time
+        )  # fmt: skip
+    dispatch.launch(
+        race_kernel, (B, parts), cond, other, seed, offset, cut, last, *counted, *draw, V, *strides, guidance,
+        inverse_temperature, scale, **options, GREEDY=greedy, TRUNCATED=truncated, BLOCK=BLOCK, num_warps=2,
+    )  # fmt: skip
+    return good.view(torch.bool)

@@ -127,30 +127,41 @@ def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
     assert constants == {"CISPO", "KL", "CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "GRADIENT", "BLOCK", "ALIGNED"}
 
 
+def compile_sampling(name: str, element: str, arch: int, **constants: bool) -> Compiled:
+    kernel = getattr(cfg_sample_triton, name)
+    options = {"num_warps": 8, "maxnreg": 168} if name == "truncate_kernel" else {"num_warps": 2}
+    block = cfg_sample_triton.TRUNCATE_BLOCK if name == "truncate_kernel" else cfg_sample_triton.BLOCK
+    types = {"p_cond": element, "p_uncond": element, "p_good": "*u8", "top_k": "i32", "top_p_bits": "i64"}
+    types |= dict.fromkeys(("p_seed", "p_offset", "p_token", "p_first", "p_arrived", "p_last"), "*i64")
+    types |= dict.fromkeys(("p_cut", "p_parts", "p_logp_cond", "p_logp_guided"), "*fp32")
+    types |= dict.fromkeys(("V", "parts", "cond_stride", "uncond_stride"), "i32")
+    signature = {n: types.get(n, "fp32") for n in kernel.arg_names if n not in constants and n != "BLOCK"}
+    divisible = {n for n in signature if n.startswith("p_")} | {"V", "cond_stride", "uncond_stride"}
+    return compile_kernel(
+        kernel, signature, constants | {"BLOCK": block}, divisible=divisible, arch=arch, enable_fp_fusion=False,
+        **options,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("element", ["*bf16", "*fp32"])
-@pytest.mark.parametrize(
-    ("guided", "greedy", "top_k", "top_p"),
-    [(True, False, False, False), (False, False, True, False), (True, False, True, True), (True, True, False, False)],
-    ids=["guided", "top-k", "guided top-k top-p", "greedy"],
-)
-def test_cfg_sample(guided: bool, greedy: bool, top_k: bool, top_p: bool, element: str, arch: int) -> None:
-    kernel = cfg_sample_triton.cfg_sample_kernel
-    constants = {"GUIDED": guided, "GREEDY": greedy, "TOP_K": top_k, "TOP_P": top_p, "BLOCK": cfg_sample_triton.BLOCK}
-    types = {"p_cond": element, "p_uncond": element, "p_seed": "*i64", "p_offset": "*i64", "p_token": "*i64"}
-    types |= dict.fromkeys(("p_logp_cond", "p_logp_guided"), "*fp32") | {"top_k": "i32", "top_p_bits": "i64"}
-    types |= dict.fromkeys(("V", "cond_stride", "uncond_stride"), "i32")
-    signature = {n: types.get(n, "fp32") for n in kernel.arg_names if n not in constants}
-    divisible = {n for n in signature if n.startswith("p_")} | {"V", "cond_stride", "uncond_stride"}
-    limit = {"maxnreg": 168} if top_p else {}
-    code = compile_kernel(
-        kernel, signature, constants, divisible=divisible, num_warps=8, arch=arch, enable_fp_fusion=False, **limit
-    )
-    assert_clean(code)
-    assert 16 in code.load_widths
-    if not greedy:  # the weights of the draw: each operation rounded, as the other implementations do
-        assert "0f3F317218" in code.ptx, "the polynomial's coefficient ln 2 is in the code"
-    assert "fma.rn.f32" not in code.ptx
+@pytest.mark.parametrize("guided", [False, True])
+def test_cfg_sample(guided: bool, element: str, arch: int) -> None:
+    """A row travels 16 bytes at a time, and what decides the draw rounds every operation: no fused multiply-add."""
+    logits = (1 + guided) * cfg_sample_triton.BLOCK * (2 if element == "*bf16" else 4)
+    kernels = {"measure_kernel": {}, "truncate_kernel": {"TOP_K": True, "TOP_P": True}}
+    racing = [{"GREEDY": False, "TRUNCATED": False}, {"GREEDY": False, "TRUNCATED": True}]
+    racing += [{"GREEDY": True, "TRUNCATED": False}]
+    for name, constants in [*kernels.items(), *(("race_kernel", options) for options in racing)]:
+        code = compile_sampling(name, element, arch, GUIDED=guided, **constants)
+        assert_clean(code)
+        assert 16 in code.load_widths and "fma.rn.f32" not in code.ptx
+        if name != "truncate_kernel":
+            assert code.registers <= 128
+            wide = sum(n for opcode, n in code.opcodes.items() if opcode.startswith("LDG") and ".128" in opcode)
+            assert wide == logits // 16 // 64  # of each thread
+        if constants.get("GREEDY") is False:
+            assert "0f3F317218" in code.ptx, "the polynomials' ln 2 is in the code"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

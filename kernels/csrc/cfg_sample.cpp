@@ -1,7 +1,7 @@
 // Guidance, temperature, top-k, top-p, one draw and both log-probs of each row; the formulas are those of cfg_sample.py.
-// Logits are read from memory once; what follows works on the guided logits of one row, which stay in L2, and the draw
-// looks into one block. This file must be compiled with -ffp-contract=off (CMakeLists.txt): a fused multiply-add would
-// round the weights differently from the other implementations.
+// Logits are read from memory once; what follows works on the guided logits of one row, which stay in L2. This file must
+// be compiled with -ffp-contract=off (CMakeLists.txt): a fused multiply-add would round the race differently from the
+// other implementations.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -13,7 +13,7 @@ namespace bicot {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // 4 KiB of float32, an eighth of the smallest L1; also bounds float32 summation error
-constexpr int64_t kBlocks = 128;  // of a row: V < 2^17
+constexpr int64_t kLanes = 64, kChunk = 4 * kLanes;  // tokens that one word, or all four, of a run of Philox calls serve
 constexpr int64_t kSerial = 32768;  // fewer logits than this cost less than waking a second thread
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -84,18 +84,84 @@ BICOT_CLONES Mix mix(const bfloat16* c, const bfloat16* u, int64_t V, float guid
   return mix_row(c, u, V, guidance, scale, z);
 }
 
-// The weight of each block, and of the row.
-BICOT_CLONES int64_t weigh_row(const float* z, int64_t V, float top, float scale, int64_t* blocks) {
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
-    int64_t sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += weigh(z[begin + j], top, scale);
-    *blocks++ = sum;
-    total += sum;
+struct Key {
+  uint64_t seed, counter;
+};
+
+// The four words of kLanes calls, word by word. A round at a time over all calls: the state stays in L1, and the
+// compiler vectorises it.
+BICOT_INLINE void philox(Key key, uint32_t call, uint32_t* words) {
+  uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
+  uint32_t *c0 = words, *c1 = c0 + kLanes, *c2 = c1 + kLanes, *c3 = c2 + kLanes;
+  for (int64_t j = 0; j < kLanes; ++j) {
+    c0[j] = static_cast<uint32_t>(key.counter);
+    c1[j] = static_cast<uint32_t>(key.counter >> 32);
+    c2[j] = call + static_cast<uint32_t>(j);
+    c3[j] = 0;
   }
-  return total;
+  for (int round = 0; round < 7; ++round) {
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const uint32_t a = c0[j], b = c2[j];
+      c0[j] = static_cast<uint32_t>((uint64_t{0xCD9E8D57} * b) >> 32) ^ c1[j] ^ key0;
+      c1[j] = 0xCD9E8D57u * b;
+      c2[j] = static_cast<uint32_t>((uint64_t{0xD2511F53} * a) >> 32) ^ c3[j] ^ key1;
+      c3[j] = 0xD2511F53u * a;
+    }
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+}
+
+// -ln(1 - u), by the operations of `exponential` in cfg_sample.py.
+float exponential(uint32_t word) {
+  const float u = std::min((static_cast<float>(word) + 0.5f) * 0x1p-32f, 1 - 0x1p-24f), rest = 1 - u;
+  int exponent;
+  const float m = std::frexp(rest, &exponent);
+  const float q = rest >= 0.5f ? u : 1 - m;
+  float p = q * 1.16061389f - 1.03616726f;
+  for (const float c : {0.75161618f, 0.0508236513f, 0.269662917f, 0.33212924f, 0.500024617f, 1.0f}) p = p * q + c;
+  return q * p - static_cast<float>(std::min(exponent, 0)) * 0.693147182f;
+}
+
+struct Race {
+  double sum;  // of 2^((z - top) * scale)
+  int64_t first;
+};
+
+// The softmax sum of a row and, if it `draws`, the token that comes in first. Only a token that may beat the best so far
+// needs its exact time E * 2^-d: u <= E tells from random bits and weight alone, so that a row takes some tens of them.
+BICOT_CLONES Race race(const float* z, int64_t V, float top, float scale, bool draws, Key key) {
+  Race row = {0, 0};
+  float best = 17, weights[kChunk];  // the likeliest token comes in sooner whatever its noise
+  uint32_t words[kChunk];
+  for (int64_t begin = 0; begin < V; begin += kChunk) {
+    const int64_t n = std::min(V - begin, kChunk);
+    float sum = 0, most = 0;
+#pragma omp simd reduction(+ : sum) reduction(max : most)
+    for (int64_t j = 0; j < n; ++j) {
+      const float w = exp2_nonpositive((z[begin + j] - top) * scale);
+      weights[j] = w;
+      sum += w;
+      most = w > most ? w : most;
+    }
+    row.sum += sum;
+    constexpr float kWords = 0x1p32f * 1.00001f;  // more than all that is rounded here
+    if (!draws || most * best * kWords < 0.5f) continue;
+    philox(key, static_cast<uint32_t>(begin / 4), words);
+    for (int64_t part = 0; part < n; part += kLanes) {
+      const int64_t end = std::min(n, part + kLanes);
+      int32_t any = 0;
+#pragma omp simd reduction(| : any)
+      for (int64_t j = part; j < end; ++j) any |= static_cast<float>(words[j]) <= weights[j] * (best * kWords);
+      for (int64_t j = part; any && j < end; ++j) {
+        if (static_cast<float>(words[j]) > weights[j] * (best * kWords)) continue;
+        const float time = exponential(words[j]) * exp2_near_zero(std::min((top - z[begin + j]) * scale, 64.0f));
+        if (time < best) best = time, row.first = begin + j;
+      }
+    }
+  }
+  return row;
 }
 
 struct Probe {
@@ -181,22 +247,6 @@ Selected select(float top, int64_t limit, Measure measure) {
   return {value(lo), above};
 }
 
-// 24 random bits.
-uint32_t philox(uint64_t seed, uint64_t counter) {
-  uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ key0;
-    c1 = static_cast<uint32_t>(b);
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ key1;
-    c3 = static_cast<uint32_t>(a);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return c0 >> 8;
-}
-
 struct Options {
   float guidance;
   double inverse_temperature;
@@ -206,26 +256,21 @@ struct Options {
   double top_p;
 };
 
-// A token out of a row of weight `total`; `blocks` holds the weight of each block. Masks what truncation drops.
-int64_t draw(float* z, int64_t V, float top, const Options& o, int64_t total, int64_t* blocks, int64_t r) {
+// Mask what truncation drops.
+void truncate(float* z, int64_t V, float top, const Options& o) {
   if (o.top_k) {
     const Selected s = select(top, o.top_k, [=](float pivot) { return count_above(z, V, pivot); });
     keep(z, V, s.cut, o.top_k - s.above);
-    total = weigh_row(z, V, top, o.scale, blocks);
   }
   if (o.top_p < 1) {
+    const auto mass = [=](float pivot) { return weigh_above(z, V, pivot, top, o.scale); };
+    const int64_t total = mass(-kInf).measure;
     // below the total: top_p <= 1 - 2^-53 takes off at least what rounding the total to a double may have added
     const int64_t limit = std::max(static_cast<int64_t>(static_cast<double>(total) * o.top_p), int64_t{1});
-    const Selected s = select(top, limit, [=](float pivot) { return weigh_above(z, V, pivot, top, o.scale); });
+    const Selected s = select(top, limit, mass);
     const int64_t weight = weigh(s.cut, top, o.scale);
     keep(z, V, s.cut, (limit - s.above + weight - 1) / weight);
-    total = weigh_row(z, V, top, o.scale, blocks);
   }
-  const int64_t odd = 2 * r + 1;
-  int64_t rest = odd * (total >> 25) + (odd * (total & 0x1ffffff) >> 25), v = 0;
-  for (; *blocks <= rest; v += kBlock) rest -= *blocks++;
-  while ((rest -= weigh(z[v], top, o.scale)) >= 0) ++v;
-  return v;
 }
 
 template <class T>
@@ -235,7 +280,6 @@ void sample(const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_
 #pragma omp parallel num_threads(num_threads) if (B * V > kSerial)
   {
     const std::unique_ptr<float[]> z(new float[V]);
-    int64_t blocks[kBlocks];
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B; ++i) {
       const T* c = cond + i * cond_stride;
@@ -243,10 +287,16 @@ void sample(const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_
       token[i] = 0;
       logp_cond[i] = logp_guided[i] = std::numeric_limits<float>::quiet_NaN();
       if (!row.good) continue;
-      const int64_t total = weigh_row(z.get(), V, row.top, o.scale, blocks);
-      const int64_t v = o.greedy ? std::find(z.get(), z.get() + V, row.top) - z.get()
-                                 : draw(z.get(), V, row.top, o, total, blocks, philox(seed, offset[i]));
-      const double logp = (static_cast<double>(z[v]) - row.top) * o.inverse_temperature - std::log(total * 0x1p-40);
+      const Key key = {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset[i])};
+      const bool truncated = !o.greedy && (o.top_k || o.top_p < 1);
+      Race drawn = race(z.get(), V, row.top, o.scale, !o.greedy && !truncated, key);
+      const double log_sum = std::log(drawn.sum);  // of the whole distribution
+      if (truncated) {
+        truncate(z.get(), V, row.top, o);
+        drawn = race(z.get(), V, row.top, o.scale, true, key);
+      }
+      const int64_t v = o.greedy ? std::find(z.get(), z.get() + V, row.top) - z.get() : drawn.first;
+      const double logp = (static_cast<double>(z[v]) - row.top) * o.inverse_temperature - log_sum;
       token[i] = v;
       logp_guided[i] = static_cast<float>(logp);
       logp_cond[i] = uncond ? static_cast<float>((static_cast<double>(load(c + v)) - row.top_c) * o.inverse_temperature -
