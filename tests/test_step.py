@@ -42,7 +42,7 @@ def double_policy(seed: int) -> Policy:
 def frozen_rollout(policy: Policy, cfg: Config) -> RolloutChunk:
     engine = RolloutEngine(policy, policy.prompt_encoder(PromptFormat("t2i_r1", "", "plan {}")))
     sampling = Sampling(max_completion_length=cfg.max_completion_length, top_k=0, cfg_weight=cfg.cfg_weight)
-    return RolloutChunk.cat(list(engine.generate(PROMPTS, G, sampling, seed=4)))
+    return RolloutChunk.cat(list(engine.generate(PROMPTS, G, sampling, seed=5)))
 
 
 def plain_logprobs(model: torch.nn.Module, rollout: RolloutChunk, s: int, w: float | None) -> Tensor:
