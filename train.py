@@ -29,7 +29,10 @@ def main(words: list[str]) -> None:
 
         ranks = Ranks.start()
         try:
-            profile(config, ranks, Path(config.profile), command=f"python train.py {' '.join(words)}")
+            file = Path(config.profile)
+            profile(config, ranks, file, command=f"python train.py {' '.join(words)}", brief=True)
+            if ranks.main:
+                print(f"more in {file}; picture and trace (for https://ui.perfetto.dev) are beside it")
         finally:
             ranks.close()
     else:

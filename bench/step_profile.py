@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, shorten
 from typing import Any
 
 import torch
@@ -217,10 +217,11 @@ def profile(
     command: str = COMMAND,
     make: Make = Trainer,
     tiny: bool = False,
+    brief: bool = False,
 ) -> dict[str, Any]:
     """Profile, print the table, and write `output` (.json) with the picture and the trace beside it, on the main rank.
 
-    On other ranks the result is theirs and nothing is written.
+    On other ranks the result is theirs and nothing is written. `brief`: print no more than a terminal shows.
     """
     main, device = ranks.main, ranks.device.type
     with tempfile.TemporaryDirectory() as folder:
@@ -244,7 +245,10 @@ def profile(
             draw(result, kept.with_suffix(".svg"))
         except ImportError as error:
             result["missing"].append(f"the picture: {error}")
-    if main:
+    if main and brief:
+        save(result, kept)
+        print(short_table(result))
+    elif main:
         print(section(result))
         finish(result, kept)
     return result
@@ -278,6 +282,17 @@ def stacked(bars: dict[str, dict[str, float]], unit: str, path: Path) -> None:
     axes.set_xlabel(unit)
     figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     write_svg(figure, path)
+
+
+def short_table(result: dict[str, Any]) -> str:
+    """The phases that take at least 1 % of a step, within 100 columns."""
+    lines = [f"{'phase':<22}{'ms':>9}{'%':>7}   bound by"]
+    for row in result["rows"]:
+        if row["pct"] >= 1:
+            why = shorten(row["binds"], 59, placeholder=" …")
+            lines.append(f"{shorten(row['phase'], 22, placeholder='…'):<22}{row['ms']:>9.1f}{row['pct']:>7.1f}   {why}")
+    total = f"{result['step_ms'][1]:.1f} ms for {result['images']} images, {result['images_per_second']} images/s"
+    return "\n".join([*lines, f"a step: {total}"])
 
 
 def section(result: dict[str, Any]) -> str:

@@ -9,9 +9,11 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..rewards.config import RewardConfig
@@ -47,10 +49,13 @@ def _keys(cls: Any) -> list[str]:
     return keys
 
 
-def build_parser(description: str) -> ArgumentParser:
-    """`--config FILE`, every field of Config as an option, `--print_config`, `--help`."""
+def build_parser(description: str, defaults: Sequence[str] = ()) -> ArgumentParser:
+    """`--config FILE`, every field of Config as an option, `--print_config`, `--help`; `defaults` are files."""
     parser = _Parser(
-        allow_abbrev=False, description=description, usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]"
+        allow_abbrev=False,
+        description=description,
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]",
+        default_config_files=list(defaults),
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -70,7 +75,14 @@ def parse_config(argv: Sequence[str]) -> Config:
     words = list(argv)
     if not any(word == "--config" or word.startswith("--config=") for word in words):
         words = [f"--config={ROOT / 'configs' / 'toy.yaml'}", *words]
+    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    files += [value for word, value in pairwise(words) if word == "--config"]
     parser = build_parser("Train a Janus model with BiCoT-GRPO.")
+    for file in files:
+        if problem := _problem_of(file):
+            parser.error(f"--config {file}: {problem}" if file else "--config needs a file")
+    if {"-h", "--help"} & set(words):  # it shows the defaults of the files, which otherwise are settings like others
+        parser = build_parser("Train a Janus model with BiCoT-GRPO.", files)
     for word in words:
         if single := re.match(r"--rewards\.options\.([^.=]+)\.", word):  # jsonargparse would forget the others
             parser.error(
@@ -86,6 +98,19 @@ def parse_config(argv: Sequence[str]) -> Config:
         return Config(**values)
     except ValueError as error:
         parser.error(str(error), error)
+
+
+def _problem_of(file: str) -> str | None:
+    """What makes a config file unreadable, in one line. One that is not there is the parser's to name."""
+    if file and not Path(file).is_file():
+        return None
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return f"no YAML: {' '.join(str(error).split())}"
+    if settings is None:
+        return "the file is empty"
+    return None if isinstance(settings, dict) else "no settings, which are lines `name: value`"
 
 
 def resume_command() -> str:

@@ -15,7 +15,9 @@ from ..kernels.grpo_loss import KLEstimator, LossType
 from ..model.engine import KVDtype
 from ..model.policy import PUBLISHED_FREEZE
 from ..model.prompts import ChatTemplate
-from ..rewards.config import RewardConfig
+from ..rewards.config import RewardConfig, words_of
+
+TRACKERS = {"tensorboard", "wandb", "trackio"}
 
 
 @dataclass
@@ -85,12 +87,13 @@ class Config:
         save_total_limit: keep that many newest checkpoints, null = all.
         sample_steps: write a grid of samples every so many steps, 0 = never.
         profile: instead of training, write to this .json where a step's time goes, its picture and trace beside it.
-        report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio.
+        report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio. This, freeze and reward_weights take a
+            list, or one string with commas.
     """
 
     model_name_or_path: str = "deepseek-community/Janus-Pro-7B"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    freeze: list[str] = field(default_factory=lambda: list(PUBLISHED_FREEZE))
+    freeze: list[str] | str = field(default_factory=lambda: list(PUBLISHED_FREEZE))
     gradient_checkpointing: bool = False
 
     train_file: str = "t2i_r1_prompts.jsonl"
@@ -117,7 +120,7 @@ class Config:
     rollout_kv_dtype: KVDtype = "auto"
 
     rewards: RewardConfig = field(default_factory=RewardConfig)
-    reward_weights: list[float] | None = None
+    reward_weights: list[float] | float | str | None = None
     scale_rewards: Scale = "group"
     multi_objective_aggregation: Combine = "sum_then_normalize"
 
@@ -153,9 +156,11 @@ class Config:
     save_total_limit: int | None = None
     sample_steps: int = 50
     profile: str | None = None
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    report_to: list[str] | str = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.freeze, self.report_to = words_of(self.freeze), words_of(self.report_to)
+        _require(set(self.report_to) <= TRACKERS, "report_to", self.report_to, f"any of {', '.join(sorted(TRACKERS))}")
         for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_iterations", "max_completion_length", "save_steps", "num_eval_generations"):
@@ -189,9 +194,15 @@ class Config:
         _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
         names = self.rewards.names
         _require(bool(names), "rewards.names", names, "at least one reward, such as scene or my_module:MyReward")
-        if self.reward_weights is not None and len(self.reward_weights) != len(names):
-            raise ValueError(f"reward_weights has {len(self.reward_weights)} entries for {len(names)} rewards {names}")
-        _require(all(map(math.isfinite, self.reward_weights or [])), "reward_weights", self.reward_weights, "finite")
+        weights = self.reward_weights
+        if isinstance(weights, (str, int, float)):
+            try:
+                weights = self.reward_weights = [float(word) for word in words_of(str(weights))]
+            except ValueError:
+                raise ValueError(f"reward_weights={weights!r} must be numbers") from None
+        if weights is not None and len(weights) != len(names):
+            raise ValueError(f"reward_weights has {len(weights)} entries for {len(names)} rewards {names}")
+        _require(all(map(math.isfinite, weights or [])), "reward_weights", weights, "finite")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

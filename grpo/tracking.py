@@ -5,14 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import logging
 import math
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO, cast
 
 from tqdm import tqdm
 
 from .config import Config
+
+BAR_COLUMNS = 100
 
 
 class Tracker(Protocol):
@@ -78,7 +84,10 @@ class Log:
         self.trackers: list[Tracker] = [
             TensorBoard(config) if name == "tensorboard" else WandbLike(config, name) for name in config.report_to
         ]
-        self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", dynamic_ncols=True)
+        columns = min(BAR_COLUMNS, shutil.get_terminal_size().columns)
+        self.bar = tqdm(total=config.max_steps, initial=first_step, unit="step", ncols=columns)
+        self.around = ExitStack()
+        self.around.enter_context(_above(self.bar))
 
     def write(self, step: int, metrics: dict[str, float], grid: Path | None = None) -> None:
         """Record one step: a JSON line {"step": …, metric: value, …}, trackers, and the bar. What is not finite is left
@@ -92,17 +101,58 @@ class Log:
         self.bar.update()
 
     def close(self) -> None:
+        self.around.close()
         self.bar.close()
         self.file.close()
         for tracker in self.trackers:
             tracker.close()
 
 
+class _AboveTheBar:
+    """A stream whose lines stand above the bar, which another stream may show."""
+
+    def __init__(self, stream: TextIO, bar: tqdm) -> None:
+        self.stream, self.bar, self.begun = stream, bar, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.begun = (self.begun + text).split("\n")
+        # of another bar only the last state: a state before it ends with the way back up
+        shown = [line.rpartition("\r")[2] for line in lines if line and not line.endswith("\x1b[A")]
+        if shown:
+            with tqdm.external_write_mode(file=self.bar.fp):
+                self.stream.write("".join(f"{line}\n" for line in shown))
+                self.stream.flush()
+        return len(text)
+
+    def end(self) -> None:
+        if self.begun:
+            self.write("\n")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def _above(bar: tqdm) -> Iterator[None]:
+    """What libraries and rewards print, log or warn stands in lines of its own, and the bar goes on below."""
+    output, errors = (_AboveTheBar(stream, bar) for stream in (sys.stdout, sys.stderr))
+    with ExitStack() as stack:
+        stack.callback(output.end)
+        stack.callback(errors.end)
+        for name in (None, *logging.root.manager.loggerDict):
+            for handler in logging.getLogger(name).handlers:  # it holds its stream since it was made
+                for stream, above in ((sys.stdout, output), (sys.stderr, errors)):
+                    if isinstance(handler, logging.StreamHandler) and vars(handler).get("stream") is stream:
+                        stack.callback(handler.setStream, stream)
+                        handler.setStream(above)
+        stack.enter_context(redirect_stdout(cast(TextIO, output)))
+        stack.enter_context(redirect_stderr(cast(TextIO, errors)))
+        yield
+
+
 def _summary(metrics: dict[str, float]) -> str:
-    """reward, reward per task type, KL, entropy and seconds per phase, in one line."""
-    tasks = [f"{k.split('/')[1]} {v:.2f}" for k, v in metrics.items() if k.startswith("reward_by_task/")]
-    seconds = [f"{k.split('/')[1]} {v:.2f}" for k, v in metrics.items() if k.startswith("seconds/")]
+    """reward, KL and entropy: what fits beside the bar; all the rest is in metrics.jsonl."""
+    reward = f"reward {metrics['reward']:.3f}" if "reward" in metrics else "no reward applies"
     kl = f" kl {metrics['kl']:.4f}" if "kl" in metrics else ""
-    reward = f"reward {metrics['reward']:.3f} ({', '.join(tasks)})" if "reward" in metrics else "no reward applies"
     entropy = f" entropy {metrics['entropy']:.2f}" if "entropy" in metrics else ""
-    return f"{reward}{kl}{entropy} | s: {' '.join(seconds)}"
+    return f"{reward}{kl}{entropy}"

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ class Trainer:
         require_trackers(config.report_to)
         files = [PromptFile(path, config.skip_bad_prompts) for path in (config.train_file, config.eval_file) if path]
         self.settings = rollout_settings(config)
-        self.ensemble = config.rewards.build(config.reward_weights, device=ranks.device, failures=self.output)
+        weights = cast(list[float] | None, config.reward_weights)
+        self.ensemble = config.rewards.build(weights, device=ranks.device, failures=self.output)
         for file in files:
             file.check(self.ensemble.check)
         checkpoint, said = find_checkpoint(config.resume, self.output)

@@ -6,6 +6,8 @@ import difflib
 import functools
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -29,7 +31,8 @@ BUILTIN = {
 _PLACEMENT = tuple(item.name for item in fields(Placement))
 
 
-def _words(value: list[str] | str) -> list[str]:
+def words_of(value: list[str] | str) -> list[str]:
+    """A list as it is; of a string, what stands between its commas."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
@@ -56,7 +59,7 @@ class RewardConfig:
     on_reward_error: OnError = "raise"
 
     def __post_init__(self) -> None:
-        self.names, self.monitor = _words(self.names), _words(self.monitor)
+        self.names, self.monitor = words_of(self.names), words_of(self.monitor)
         known = [*self.names, *self.monitor, *BUILTIN]  # options in a file may be for rewards that are not chosen now
         for name in self.options:
             if name not in known:
@@ -117,10 +120,13 @@ def load_reward(name: str, **options: Any) -> Reward:
         raise ValueError(
             f"unknown reward {name!r}; built in are {', '.join(sorted(BUILTIN))}, your own is package.module:Class"
         )
+    here = os.getcwd()
+    if here not in sys.path:  # a script has its own folder there instead; last, so as to hide no installed module
+        sys.path.append(here)
     try:
         target = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be imported: {error}") from error
+        raise ValueError(f"reward {name!r} cannot be imported: {error} (looked in {here} too)") from error
     is_function = inspect.isfunction(target)
     if is_function or inspect.isclass(target):
         make = getattr(target, "from_pretrained", target)

@@ -56,6 +56,28 @@ def test_reward_names_take_a_list_or_words() -> None:
     assert parse_config(["--rewards.names", "a.b:C"]).rewards.names == ["a.b:C"]
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--report_to", "tensorboard"], "report_to", ["tensorboard"]),
+        (["--report_to", "tensorboard,wandb"], "report_to", ["tensorboard", "wandb"]),
+        (["--report_to", "[trackio]"], "report_to", ["trackio"]),
+        (["--report_to", "[]"], "report_to", []),
+        (["--freeze", "model.vision_model"], "freeze", ["model.vision_model"]),
+        (["--reward_weights", "0.5"], "reward_weights", [0.5]),
+        (["--reward_weights", "2"], "reward_weights", [2.0]),
+        (["--reward_weights", "1,0.5", "--rewards.names", "scene,a.b:C"], "reward_weights", [1.0, 0.5]),
+        (["--reward_weights", "[1, 0.5]", "--rewards.names", "scene,a.b:C"], "reward_weights", [1.0, 0.5]),
+        (["--reward_weights", "null"], "reward_weights", None),
+    ],
+)
+def test_a_list_needs_no_brackets(words: list[str], name: str, value: object, tmp_path: Path) -> None:
+    assert getattr(parse_config(words), name) == value
+    file = tmp_path / "my.yaml"
+    file.write_text("".join(f"{word[2:]}: {text}\n" for word, text in zip(words[::2], words[1::2], strict=True)))
+    assert getattr(parse_config(["--rewards.names", "scene", f"--config={file}"]), name) == value
+
+
 def test_reward_options_are_given_reward_by_reward() -> None:
     words = ["--config", str(ROOT / "configs/janus-pro-7b.yaml"), "--rewards.options.hps", "{path: x, micro_batch: 8}"]
     rewards = parse_config(words).rewards
@@ -88,6 +110,9 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--rollout_kv_dtype", "int8"], "rollout_kv_dtype"),
         (["--seed", "-1"], "seed=-1 must be in [0, 2^31)"),
         (["--rewards.names", "[]"], "at least one reward"),
+        (["--report_to", "tensorbord"], "report_to=['tensorbord'] must be any of tensorboard, trackio, wandb"),
+        (["--reward_weights", "much"], "reward_weights='much' must be numbers"),
+        (["--config", ""], "--config needs a file"),
         (["--learning_rat", "1e-4"], "unknown setting 'learning_rat'; did you mean 'learning_rate'?"),
         (["--max_grad_norm", "-1"], "max_grad_norm=-1.0 must be above 0"),
         (["--max_grad_norm", ".inf"], "max_grad_norm=inf must be finite"),
@@ -120,6 +145,44 @@ def test_unknown_keys_of_a_file_are_named(
     with pytest.raises(SystemExit):
         parse_config(["--config", str(tmp_path / "my.yaml")])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "the file is empty"),
+        (b"# beta: 1\n", "the file is empty"),
+        (b"---\n", "the file is empty"),
+        (b"- beta\n", "no settings, which are lines `name: value`"),
+        (b"beta\n", "no settings, which are lines `name: value`"),
+        (b"beta: [1\n", "no YAML: while parsing a flow sequence"),
+        (b"\xff\xfe", "no YAML: 'utf-8' codec can't decode byte 0xff"),
+        (b"beta: \x00", "no YAML: unacceptable character"),
+    ],
+)
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_config_file_without_settings_is_named(
+    content: bytes, problem: str, joined: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_bytes(content)
+    with pytest.raises(SystemExit):
+        parse_config([f"--config={file}"] if joined else ["--config", str(file)])
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: --config {file}: {problem}")
+
+
+def test_help_shows_the_defaults_that_apply(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "my.yaml").write_text("max_steps: 1234\nrewards:\n  names: [a.b:C]\n")
+    for words, steps, names in (
+        ([], "150", "['scene']"),
+        (["--config", str(tmp_path / "my.yaml")], "1234", "['a.b:C']"),
+        ([f"--config={ROOT / 'configs/janus-pro-1b.yaml'}"], "1600", "['hps', 'git', 'grounding']"),
+    ):
+        with pytest.raises(SystemExit, match="0"):
+            parse_config([*words, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"the schedule ends there. (type: int, default: {steps})" in text
+        assert f"(type: list[str] | str, default: {names})" in text
 
 
 def test_help_explains_every_field() -> None:

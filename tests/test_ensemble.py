@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -333,6 +334,20 @@ def test_rewards_by_dotted_path(module: str) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             load_reward(name)
+
+
+def test_a_reward_is_found_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python train.py` and torchrun put the script's folder on the path in its stead."""
+    (tmp_path / "reward_lying_here.py").write_text(MODULE + "import helper_lying_here\n")
+    (tmp_path / "helper_lying_here.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])
+    assert load_reward("reward_lying_here:Brightness").name == "brightness"
+    (tmp_path / "json.py").write_text("raise RuntimeError('hides what is installed')")
+    with pytest.raises(ValueError, match="module 'json' has no attribute 'X'"):
+        load_reward("json:X")
+    with pytest.raises(ValueError, match=f"looked in {tmp_path} too"):
+        load_reward("no_such_module:X")
 
 
 def test_options(module: str, tmp_path: Path) -> None:

@@ -447,7 +447,11 @@ def test_train_py_profiles_instead_of_training(tmp_path: Path) -> None:
     command += [word for name, value in step_profile.TINY.items() for word in (f"--{name}", str(value))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result == json.loads(output.read_text()) and result["command"].startswith("python train.py --profile")
+    result, said = json.loads(output.read_text()), done.stdout[done.stdout.index("phase ") :].splitlines()
+    assert result["command"].startswith("python train.py --profile") and said[-1].startswith(f"more in {output}; ")
+    rows = [row for row in result["rows"] if row["pct"] >= 1]
+    assert [line.split("  ")[0] for line in said[1:-2]] == [row["phase"] for row in rows]
+    assert said[-2].startswith(f"a step: {result['step_ms'][1]:.1f} ms for 4 images, ")
+    assert max(map(len, said[:-1])) <= 100 and len(rows) > 5
     assert {path.suffix for path in output.parent.iterdir()} == {".json", ".svg", ".gz"}
     assert not (tmp_path / "run").exists()

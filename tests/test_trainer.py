@@ -476,8 +476,7 @@ def test_sigterm_finishes_the_step_and_saves(job: Path, tmp_path: Path) -> None:
 def test_a_signal_before_the_first_step_is_said(number: signal.Signals, job: Path, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import pathlib, time\npathlib.Path('asked').touch()\ntime.sleep(60)\n")
     command = [sys.executable, str(ROOT / "train.py"), *words(job, tmp_path / "out", "--rewards.names", "slow:Slow")]
-    environment = _environment(job) | {"PYTHONPATH": f"{_environment(job)['PYTHONPATH']}:{tmp_path}"}
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=_environment(job), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "asked").exists():
