@@ -7,7 +7,7 @@ numbers. R rows, D hidden, N packed prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from .packed import upload
 from .policy import Policy
 from .weights import Weights
 
-PREFILL_TOKENS = 4096  # of one pass: enough to be bound by arithmetic, and a bound on activations
-_BUCKET = 64  # tokens; a pass of fewer takes as long
+PREFILL_TOKENS = 2048  # of one pass: enough to be bound by arithmetic, and a bound on activations
+_BUCKET = 256  # tokens: a pass of fewer takes nearly as long, and there are eight graphs at most
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence at hand
 
 
@@ -126,18 +126,30 @@ class Decoder:
         table[2] = SCRATCH
         table[2, :tokens] = torch.arange(tokens) + torch.repeat_interleave(torch.tensor(starts) - begins, lengths)
         on_device = upload(table, self.cos.device)
-        if self.graphs.enabled:
-            on_device = self._tables.setdefault(size, on_device).copy_(on_device)
-        key, step = ("prefill", size), lambda: self._write(on_device)
-        self.graphs.capture(key, step)
-        self.graphs.run(key, step)
+        if not self.graphs.enabled:
+            return self._write(on_device)
+        self._capture(size)  # of a prompt longer than any pass of several
+        self._tables[size].copy_(on_device)
+        self.graphs.run(*self._graph(size))
+
+    def prepare(self) -> None:
+        """Capture the graphs of all passes but those of one very long prompt."""
+        for size in range(_BUCKET, PREFILL_TOKENS + 1, _BUCKET):
+            self._capture(size)
+
+    def _capture(self, size: int) -> None:
+        key, step = self._graph(size)
+        if self.graphs.lacks(key):
+            # the run before a capture writes to the scratch slot, and to no other pass's
+            self._tables[size] = torch.zeros(4, size, dtype=torch.int64, device=self.cos.device)
+            self.graphs.capture(key, step)
+
+    def _graph(self, size: int) -> tuple[Hashable, Callable[[], None]]:
+        return ("prefill", size), lambda: self._write(self._tables[size])
 
     def _bucket(self, tokens: int) -> int:
         """Tokens of the pass that takes so many: each bucket has one graph."""
-        if not self.graphs.enabled:
-            return tokens
-        step = max(_BUCKET, 1 << max(0, (tokens - 1).bit_length() - 3))
-        return -(-tokens // step) * step
+        return -(-tokens // _BUCKET) * _BUCKET if self.graphs.enabled else tokens
 
     def _write(self, table: Tensor) -> None:
         """Keys and values of packed tokens: their ids, positions, slots, and the number of their prompt's first."""

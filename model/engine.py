@@ -285,7 +285,7 @@ class RolloutEngine:
             self.graphs.clear()
 
     def _prepare(self, samples: int, rows_per_image: int, sampling: Sampling) -> None:
-        """Both stages, and the graphs of the largest batch of so many samples."""
+        """Both stages, and the graphs of prefills and of the largest batch of so many samples."""
         limit, length, most = sampling.max_completion_length, self.policy.num_image_tokens, self.max_rows
         if self.plan_stage is None or self.plan_stage.length != limit:
             self.graphs.clear()
@@ -295,7 +295,8 @@ class RolloutEngine:
             images = self._most_images(rows_per_image)
             self.image_stage = ImageStage(self.decoder, self.graphs, images, rows_per_image, length)
         if self.graphs.missing and os.environ.get("RANK", "0") == "0":
-            print("capturing the CUDA graphs of decode steps, which takes some seconds", file=sys.stderr, flush=True)
+            print("capturing the CUDA graphs of rollouts, which takes some seconds", file=sys.stderr, flush=True)
+        self.decoder.prepare()
         self.plan_stage.prepare(min(samples, most), self.policy.tokenizer.eos_token_id, sampling)
         self.image_stage.prepare(min(samples, self._most_images(rows_per_image)), sampling)
 

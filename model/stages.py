@@ -138,8 +138,8 @@ class PlanStage(Stage):
 
     def prepare(self, samples: int, eos: int, sampling: Sampling) -> None:
         """Capture the graphs of a batch of so many, and of what may be left of it."""
-        size = self.bucket(samples)
-        self._capture(dict(self._graph(rows, eos, sampling) for rows in [*(n for n in _BUCKETS if n < size), size]))
+        sizes = sorted({self.bucket(n) for n in range(1, samples + 1)}) if self.graphs.enabled else []
+        self._capture(dict(self._graph(rows, eos, sampling) for rows in sizes))
 
     def _graph(self, rows: int, eos: int, sampling: Sampling) -> tuple[Hashable, Callable[[], None]]:
         return ("plan", rows, eos, sampling), lambda: self._step(rows, eos, sampling)

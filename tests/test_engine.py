@@ -186,8 +186,9 @@ def test_rows_that_fill_a_bucket_change_nothing(policy: Policy, monkeypatch: pyt
     assert_same(rollout(policy, PROMPTS, 8, sampling), exact)
 
 
-def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What surrounds CUDA graphs, without CUDA: a replay runs what was captured first under its key."""
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
+    """What surrounds CUDA graphs, without CUDA: what was captured, and what replayed."""
     captured: list[Any] = []
     replayed: list[Any] = []
 
@@ -197,6 +198,14 @@ def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: py
 
     monkeypatch.setattr(StepGraphs, "_record", record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return captured, replayed
+
+
+def test_warming_up_and_replaying_change_nothing(
+    policy: Policy, replays: tuple[list[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay runs what was captured first under its key."""
+    captured, replayed = replays
     monkeypatch.setattr(stages, "_BUCKETS", list(range(1, 41)))  # each row that leaves means another graph
     engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=40)
     engine.graphs.stream = SimpleNamespace(device=engine.device)  # type: ignore[assignment]
@@ -210,6 +219,22 @@ def test_warming_up_and_replaying_change_nothing(policy: Policy, monkeypatch: py
     list(engine.generate(PROMPTS, 8, sampling, seed=11))
     assert len(captured) == before, "nothing is captured twice"
     assert len(replayed) <= 3 + 40 / 8 + 2 * 16 / 8, "prefills of plans and of two chunks, and eight steps each time"
+
+
+def test_a_graph_captured_between_two_passes_changes_nothing(
+    policy: Policy, replays: tuple[list[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", 48)
+    monkeypatch.setattr(decoder, "_BUCKET", 2)
+    engine, sampling = RolloutEngine(policy, policy.prompt_encoder(FORMAT)), Sampling(max_completion_length=8)
+    engine.graphs.stream = SimpleNamespace(device=engine.device)  # type: ignore[assignment]
+    list(engine.generate(PROMPTS, 4, sampling, seed=11))
+    once = decoder.Decoder._prefill
+    monkeypatch.setattr(decoder.Decoder, "_prefill", lambda self, *a: (engine.graphs.clear(), once(self, *a)))
+    other = PROMPTS[::-1]
+    chunk = RolloutChunk.cat(list(engine.generate(other, 4, sampling, seed=11)))
+    monkeypatch.undo()
+    assert_same(chunk, rollout(policy, other, 4, sampling))
 
 
 def test_a_longer_plan_moves_nothing(policy: Policy) -> None:
