@@ -1,13 +1,19 @@
-"""LlamaRMSNorm, with the residual add in front of it. Forward only: it serves the decoder.
+"""LlamaRMSNorm, with the residual add in front of it, forward and backward.
 
-    residual := residual + x,  x = residual               with a residual, in place, rounded to its dtype
-    y = x · rsqrt(mean(x²) + eps)                         in float32, rounded to x's dtype
+    total = residual + x                                  with a residual, rounded to its dtype; else total = x
+    y = total · r,  r = rsqrt(mean(total²) + eps)         in float32, rounded to x's dtype
     out = weight · y                                      rounded once
 
-The roundings are those of transformers' LlamaRMSNorm after the model's own residual add.
+With g = weight · d_out (rounded to x's dtype), the gradient of x, and of the residual, is
 
-Shapes: x, residual, out [N, D], weight [D]. Floor: 2·N·D elements moved, 4·N·D with a residual, about 5·N·D FLOPs.
-Plain PyTorch takes nine launches; a decode step has two norms a layer, and their rows fit a GPU's L2 cache.
+    d_x = d_total + r · (g - y · mean(g · y)),  d_weight = Σ_N d_out · y        in float32, rounded once
+
+The forward pass rounds at the same points as transformers' LlamaRMSNorm after the model's own residual add. In the
+backward pass autograd would round d_x once more, before it adds d_total.
+
+Shapes: x, residual, out [N, D], weight [D]. Floor: 2·N·D elements moved, 4·N·D with a residual, about 5·N·D FLOPs;
+backward 3·N·D elements, 4·N·D with d_total. Plain PyTorch takes nine launches forward and about fourteen backward; a
+decode step has two norms a layer, and their rows fit a GPU's L2 cache.
 
 Source: RMSNorm (arXiv 1910.07467), transformers' `LlamaRMSNorm`.
 """
@@ -36,7 +42,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 
 @triton.jit
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
-    p_x, p_weight, p_residual, p_out, eps, D: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+    p_x, p_weight, p_residual, p_total, p_out, eps, D: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * D
     o = tl.arange(0, BLOCK)
@@ -44,12 +50,39 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     b_x = tl.load(p_x + row + o, m, other=0).to(tl.float32)
     if HAS_RESIDUAL:
         b_r = tl.load(p_residual + row + o, m, other=0).to(tl.float32)
-        b_sum = (b_r + b_x).to(p_residual.dtype.element_ty)
-        tl.store(p_residual + row + o, b_sum, m)
+        b_sum = (b_r + b_x).to(p_total.dtype.element_ty)
+        tl.store(p_total + row + o, b_sum, m)
         b_x = b_sum.to(tl.float32)
     b_y = (b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps)).to(p_out.dtype.element_ty)
     b_w = tl.load(p_weight + o, m, other=0).to(tl.float32)
     tl.store(p_out + row + o, (b_w * b_y.to(tl.float32)).to(p_out.dtype.element_ty), m)
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    p_total, p_weight, p_dout, p_dtotal, p_dx, p_dweight, size, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, HAS_DTOTAL: tl.constexpr, HAS_DWEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Each program takes every `num_programs`-th row, and adds up the weight's gradient over its rows."""
+    dtype = p_dx.dtype.element_ty
+    o = tl.arange(0, BLOCK)
+    m = o < D
+    b_w = tl.load(p_weight + o, m, other=0).to(tl.float32)
+    b_dweight = tl.zeros((BLOCK,), tl.float32)
+    for row in range(tl.program_id(0).to(tl.int64) * D, size, tl.num_programs(0) * D):
+        b_x = tl.load(p_total + row + o, m, other=0).to(tl.float32)
+        b_dout = tl.load(p_dout + row + o, m, other=0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps)
+        b_y = b_x * scale
+        if HAS_DWEIGHT:
+            b_dweight += b_dout * b_y.to(dtype).to(tl.float32)
+        b_g = (b_w * b_dout).to(dtype).to(tl.float32)
+        b_dx = scale * (b_g - b_y * (tl.sum(b_g * b_y, 0) / D))
+        if HAS_DTOTAL:
+            b_dx += tl.load(p_dtotal + row + o, m, other=0).to(tl.float32)
+        tl.store(p_dx + row + o, b_dx.to(dtype), m)
+    if HAS_DWEIGHT:
+        tl.store(p_dweight + tl.program_id(0).to(tl.int64) * D + o, b_dweight, m)
 
 
 def launch_config(D: int) -> dict[str, Any]:
@@ -58,18 +91,26 @@ def launch_config(D: int) -> dict[str, Any]:
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": True}
 
 
-def _launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, impl: str) -> Tensor:
+def _run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, total: Tensor | None, impl: str) -> Tensor:
+    """`total`, which may be `residual`, receives the sum."""
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     N, D = x.shape
     if impl == "native":
-        added = None if residual is None else residual.data_ptr()
+        if total is not None and total is not residual:
+            total.copy_(residual)
+        added = None if total is None else total.data_ptr()
         run = native.function(f"bicot_rms_norm_{NATIVE_DTYPES[x.dtype]}", *_NATIVE)
         run(x.data_ptr(), weight.data_ptr(), added, out.data_ptr(), N, D, eps, torch.get_num_threads())
     elif N:
         has_residual = residual is not None
-        launch(_rms_norm_kernel, (N,), x, weight, residual, out, eps, D, HAS_RESIDUAL=has_residual, **launch_config(D))
+        config = launch_config(D)
+        launch(_rms_norm_kernel, (N,), x, weight, residual, total, out, eps, D, HAS_RESIDUAL=has_residual, **config)
     return out
+
+
+def _launch(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, impl: str) -> Tensor:
+    return _run(x, weight, eps, residual, residual, impl)
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
@@ -79,8 +120,86 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
 _op = register("rms_norm", _launch, _fake, ("residual",))
 
 
+def _launch_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    """-> out and total; without a residual total is empty."""
+    total = x.new_empty(0 if residual is None else x.shape)
+    return _run(x, weight, eps, residual, None if residual is None else total, impl), total
+
+
+def _fake_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
+    return _fake(x), x.new_empty(0 if residual is None else x.shape)
+
+
+def rms_norm_backward_ref(
+    d_out: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients above in plain PyTorch -> d_x [N, D] and d_weight [D]; float64 in, float64 out."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    x, g = total.to(wide), (weight * d_out).to(wide)
+    r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    y = x * r
+    d_x = torch.addcmul(g, y, (g * y).mean(-1, keepdim=True), value=-1).mul_(r)
+    if d_total is not None:
+        d_x += d_total
+    d_weight = torch.einsum("nd,nd->d", d_out.to(wide), y.to(total.dtype).to(wide))
+    return d_x.to(total.dtype), d_weight.to(weight.dtype)
+
+
+def _launch_backward(
+    d_out: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, eps: float, trains: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    """-> d_x, and d_weight, which is empty where the weight does not train."""
+    if impl != "triton":
+        d_x, d_weight = rms_norm_backward_ref(d_out, d_total, total, weight, eps)
+        return d_x, d_weight if trains else weight.new_empty(0)
+    d_out, weight = d_out.contiguous(), weight.contiguous()
+    d_total = None if d_total is None else d_total.contiguous()
+    N, D = total.shape
+    d_x = torch.empty_like(total)
+    # one float32 sum a program, added up in a fixed order
+    programs = min(N, 2 * _processors(total.device))
+    sums = total.new_empty(programs if trains else 0, D, dtype=torch.float32)
+    if N:
+        has = {"HAS_DTOTAL": d_total is not None, "HAS_DWEIGHT": trains}
+        given = (total, weight, d_out, d_total, d_x, sums, N * D, eps, D)
+        launch(_backward_kernel, (programs,), *given, **has, **launch_config(D))
+    return d_x, sums.sum(0).to(weight.dtype) if trains else weight.new_empty(0)
+
+
+def _fake_backward(
+    d_out: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, eps: float, trains: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(total), weight.new_empty(len(weight) if trains else 0)
+
+
+_add_op = register("add_rms_norm", _launch_add, _fake_add)
+_backward_op = register("rms_norm_backward", _launch_backward, _fake_backward)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.eps, residual, ctx.impl = inputs
+    ctx.save_for_backward(x if residual is None else output[1], weight)
+    ctx.has_residual = residual is not None
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, d_out: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, weight = ctx.saved_tensors
+    d_total = d_total if ctx.has_residual else None
+    if d_out is None:
+        return d_total, None, None, d_total, None
+    trains = ctx.needs_input_grad[1]
+    d_x, d_weight = _backward_op(d_out, d_total, total.contiguous(), weight, ctx.eps, trains, ctx.impl)
+    return d_x, d_weight if trains else None, None, d_x if ctx.has_residual else None, None
+
+
+torch.library.register_autograd("bicot::add_rms_norm", _autograd_backward, setup_context=_save_for_backward)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-    """LlamaRMSNorm of x, or of `residual + x`, which then takes the residual's place. Not differentiable.
+    """LlamaRMSNorm of x, or of `residual + x`, which then takes the residual's place.
+
+    Differentiable without a residual; `add_rms_norm` is where both train.
 
     Args:
         x: [N, D] floating point.
@@ -95,22 +214,62 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        RuntimeError: x or weight wants a gradient, or `impl="native"` and the C++ library is missing.
+        RuntimeError: x or weight wants a gradient beside a residual, or `impl="native"` and the C++ library is missing.
 
     Source: arXiv 1910.07467.
     """
-    forward_only("rms_norm", x, weight)
-    if x.ndim != 2 or weight.shape != x.shape[1:] or weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(f"x must be [N, D] and weight [D] alike in dtype and device, got {_of(x)} and {_of(weight)}")
     if residual is not None:
-        if residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device:
-            raise ValueError(f"residual must be like x, {_of(x)}, got {_of(residual)}")
-        if not residual.is_contiguous():
-            raise ValueError(f"residual is written in place and must be contiguous, got strides {residual.stride()}")
-    chosen = choose(impl, x.device, x.dtype)
+        forward_only("rms_norm with a residual", x, weight)
+    chosen = _check(x, weight, residual, impl)
+    if residual is not None and not residual.is_contiguous():
+        raise ValueError(f"residual is written in place and must be contiguous, got strides {residual.stride()}")
     if chosen == "torch":
         return rms_norm_ref(x, weight, eps, residual)
+    if residual is None and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _add_op(x, weight, eps, None, chosen)[0]
     return _op(x, weight, eps, residual, chosen)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The sum of x and the residual stream, and its LlamaRMSNorm. Differentiable.
+
+    Args:
+        x: [N, D] floating point.
+        residual: [N, D], dtype and device of x.
+        weight: [D], dtype and device of x.
+        eps: added to the mean square.
+        impl: as for `rms_norm`; the backward pass of "native" is PyTorch's.
+
+    Returns:
+        The norm and the sum, both [N, D], dtype of x.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, or an `impl` that cannot run.
+        RuntimeError: `impl="native"` and the C++ library is missing.
+
+    Source: arXiv 1910.07467.
+    """
+    chosen = _check(x, weight, residual, impl)
+    if chosen == "torch":
+        total = residual + x
+        return rms_norm_ref(total, weight, eps), total
+    return _add_op(x, weight, eps, residual.contiguous(), chosen)
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None, impl: Impl) -> str:
+    """-> the implementation that runs."""
+    if x.ndim != 2 or weight.shape != x.shape[1:] or weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(f"x must be [N, D] and weight [D] alike in dtype and device, got {_of(x)} and {_of(weight)}")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(f"residual must be like x, {_of(x)}, got {_of(residual)}")
+    return choose(impl, x.device, x.dtype)
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of the interpreter two."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _of(x: Tensor) -> str:

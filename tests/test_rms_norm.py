@@ -17,7 +17,7 @@ from oracle import (
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bicot.kernels.rms_norm import _op, rms_norm, rms_norm_ref
+from bicot.kernels.rms_norm import _add_op, _op, add_rms_norm, rms_norm, rms_norm_ref
 
 EPS = 1e-6
 # Float32: the order of the sum. Bfloat16: every rounding is where the reference has it, three of them.
@@ -68,6 +68,64 @@ def test_kernels(N: int, D: int, added: bool, dtype: torch.dtype, impl: str) -> 
         assert torch.equal(x, before)
 
 
+def gradients(
+    values: tuple[Tensor, ...], added: bool, impl: str, outputs: str = "both", dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Of x, weight and residual, for given gradients of the norm and of the sum, or of one of them."""
+    leaves = [v.to(dtype or v.dtype).requires_grad_() for v in values]
+    x, weight, residual = leaves
+    if added:
+        found = list(add_rms_norm(x, residual, weight, EPS, impl=impl))
+    else:
+        found, leaves = [rms_norm(x, weight, EPS, impl=impl)], leaves[:2]
+    generator = torch.Generator().manual_seed(3)
+    given = [torch.randn(x.shape, generator=generator).to(values[0]).to(x) for _ in found]
+    chosen = {"both": slice(None), "norm": slice(1), "sum": slice(1, 2)}[outputs]
+    with poisoned_outputs():
+        return list(torch.autograd.grad(found[chosen], leaves, given[chosen], allow_unused=True))
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize(("N", "D"), SHAPES[1:])  # of one column the gradient is what rounding leaves
+def test_gradients(N: int, D: int, added: bool, dtype: torch.dtype, impl: str) -> None:
+    for scale in (1.0, 1e-3, 1e3):
+        values = inputs(N, D, dtype, device(impl), scale)
+        gt = gradients(values, added, "torch", dtype=torch.float64)
+        eager = gradients(values, added, "torch")
+        ours = gradients(values, added, impl)
+        for name, *each in zip(("x", "weight", "residual"), ours, eager, gt, strict=False):
+            level = each[2].abs().max().item()
+            assert_no_worse(name, *each, RELATIVE[dtype], 1e-6 * level, elementwise=dtype == torch.float32)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_only_what_is_asked_for_has_a_gradient(impl: str) -> None:
+    values = inputs(9, 40, torch.float32, device(impl))
+    for outputs in ("norm", "sum"):
+        both = (gradients(values, True, which, outputs) for which in (impl, "torch"))
+        for ours, eager in zip(*both, strict=True):
+            assert (ours is None) == (eager is None)
+            if ours is not None and eager is not None:
+                torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+    x, weight, residual = values
+    x.requires_grad_()
+    (alone,) = torch.autograd.grad(add_rms_norm(x, residual, weight, EPS, impl=impl)[0].square().sum(), x)
+    x, weight, residual = (v.detach().requires_grad_() for v in values)
+    every = torch.autograd.grad(add_rms_norm(x, residual, weight, EPS, impl=impl)[0].square().sum(), [x, weight])
+    assert torch.equal(alone, every[0]), "with the weight frozen"
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_gradients_of_many_rows_have_the_same_bits_twice(impl: str) -> None:
+    values = inputs(700 if not INTERPRETED else 40, 64, torch.bfloat16, device(impl))
+    assert all(map(torch.equal, gradients(values, True, impl), gradients(values, True, impl)))
+    empty = tuple(v[:0] if v.ndim == 2 else v for v in values)
+    x, weight, residual = gradients(empty, True, impl)
+    assert x.shape == residual.shape == (0, 64) and torch.equal(weight, torch.zeros_like(weight))
+
+
 @pytest.mark.parametrize("impl", [NATIVE])
 def test_rounds_where_transformers_rounds(impl: str) -> None:
     """With a rounding left out, a quarter of all elements would differ."""
@@ -107,6 +165,8 @@ def test_threads_do_not_change_the_bits(impl: str) -> None:
 def test_op(added: bool, impl: str) -> None:
     x, weight, residual = inputs(3, 16, torch.float32, device(impl))
     torch.library.opcheck(_op, (x, weight, EPS, residual if added else None, impl))
+    leaves = [v.clone().requires_grad_() for v in (x, weight, residual)]
+    torch.library.opcheck(_add_op, (*leaves[:2], EPS, leaves[2] if added else None, impl))
 
 
 @pytest.mark.parametrize("impl", ["torch", NATIVE])
@@ -133,5 +193,7 @@ def test_errors(impl: str) -> None:
             rms_norm(x, weight, EPS, other, impl=impl)
     with pytest.raises(ValueError, match="must be contiguous"):
         rms_norm(x, weight, EPS, torch.zeros(6, 4, device=x.device).T, impl=impl)
+        with pytest.raises(ValueError, match="residual must be like x"):
+            add_rms_norm(x, other, weight, EPS, impl=impl)
     with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
-        rms_norm(x, weight.clone().requires_grad_(), EPS, impl=impl)
+        rms_norm(x, weight.clone().requires_grad_(), EPS, residual, impl=impl)
