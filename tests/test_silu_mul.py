@@ -44,6 +44,34 @@ def test_kernels(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
         assert torch.equal(gate_up, before)
 
 
+def gradient(gate_up: Tensor, impl: str) -> Tensor:
+    leaf = gate_up.detach().requires_grad_()
+    out = silu_mul(leaf, impl=impl)  # type: ignore[arg-type]
+    given = torch.linspace(-2, 2, out.numel(), dtype=torch.float64).view(out.shape).sin().bfloat16()
+    with poisoned_outputs():
+        return torch.autograd.grad(out, leaf, given.to(out))[0]
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "size"), [(1, 1), (3, 7), (2, 5632), (5, 1025), (33, 128)])
+def test_gradients(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
+    for scale in (3.0, 0.01, 40.0):
+        gate_up = inputs(N, size, dtype, device(impl), scale)
+        eager, gt = gradient(gate_up, "torch"), gradient(gate_up.double(), "torch")
+        assert_no_worse("gate_up", gradient(gate_up, impl), eager, gt, RELATIVE[dtype], 1e-6)
+    assert gradient(gate_up[:0], impl).shape == (0, 2 * size)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_gradients_far_out(impl: str) -> None:
+    """silu is the identity on the right and 0 on the left."""
+    gate_up = torch.tensor([[1e4, -1e4, 3e38, -3e38] + [0.5] * 4], device=device(impl))
+    found = gradient(gate_up, impl)
+    assert found[0, :4].isfinite().all() and found[0, 1] == found[0, 3] == 0
+    assert (found[0, [0, 2]] != 0).all() and (found[0, [5, 7]] == 0).all()
+
+
 def test_the_first_half_is_the_gate() -> None:
     gate, up = torch.randn(2, 3, 5)
     assert torch.equal(silu_mul_ref(torch.cat([gate, up], dim=1)), F.silu(gate) * up)
@@ -96,7 +124,7 @@ def test_threads_do_not_change_the_bits(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_op(impl: str) -> None:
-    torch.library.opcheck(_op, (inputs(3, 16, torch.float32, device(impl)), impl))
+    torch.library.opcheck(_op, (inputs(3, 16, torch.float32, device(impl)).requires_grad_(), impl))
 
 
 @pytest.mark.parametrize("impl", ["torch", NATIVE])
@@ -115,5 +143,3 @@ def test_errors(impl: str) -> None:
     for bad in (gate_up[0], gate_up[:, :7]):
         with pytest.raises(ValueError, match=r"gate_up must be \[N, 2·I\]"):
             silu_mul(bad, impl=impl)
-    with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
-        silu_mul(gate_up.requires_grad_(), impl=impl)
