@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration
 
+from . import body
 from .adapters import merged
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
-from .rows import ATTENTION, Layout, lay_out
+from .rows import Layout, lay_out
 
 # What the published recipe trains is the language model and its head; everything else stays as it came.
 PUBLISHED_FREEZE = (
@@ -50,7 +51,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.config = self.model.config
-        self.decoder.config._attn_implementation = ATTENTION
+        body.install(self.decoder)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
             if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"the tokenizer defines no {name}; a Janus tokenizer has bos, eos, pad and boi tokens")
@@ -123,14 +124,7 @@ class Policy:
         """
         blocks = [[[*p, *c[:-1]] for p, c in zip(*stream, strict=True)] for stream in streams]
         ids, tables, layout = self.lay_out(blocks)
-        hidden = self.decoder(
-            inputs_embeds=self._embed(ids)[None],
-            position_ids=layout.positions[None],
-            # of four dimensions, it keeps transformers from making one of N x N; nobody reads it
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device),
-            use_cache=False,
-            rows=layout,
-        )[0][0]
+        hidden = body.forward(self.decoder, self._embed(ids), layout)
         predicting = []
         for stream, table in zip(streams, tables, strict=True):
             at = [i for tokens, p, c in zip(table, *stream, strict=True) for i in tokens[len(p) - 1 :][: len(c)]]

@@ -1,4 +1,4 @@
-"""Rows of tokens through the language model in one pass, in which what rows begin with in common is computed once.
+"""Rows of tokens in one pass: what neighbouring rows begin with in common is one token of the pass.
 
 The linear layers see N tokens side by side: of every row those that its neighbour above does not share, and no padding.
 Attention sees whole rows [S, L], padded on the right: a row's queries, keys and values are gathered from the N, its
@@ -13,34 +13,40 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from ..kernels.rope_rows import rope_gather, rope_spread
 from .packed import upload
 
-ATTENTION = "bicot_rows"  # what transformers calls it
+
+@dataclass(frozen=True)
+class Block:
+    """Where the tokens of S rows are. They have S·L places, row by row.
+
+    Args:
+        shape: (S, L).
+        tokens: which of the pass's N tokens these n are.
+        token_at: [S·L] of the n, the one at each place; of padding any.
+        starts: [n + 1] where the places of each token begin in `places`.
+        places: the places of each token, the first one first.
+        first: [n] the first place of each token.
+    """
+
+    shape: tuple[int, int]
+    tokens: slice
+    token_at: Tensor
+    starts: Tensor
+    places: Tensor
+    first: Tensor
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of rows are. There are M = Σ S·L places in the padded rows of all blocks.
+    """The blocks of a pass, and the positions [N] of its tokens in their rows."""
 
-    Args:
-        shapes: (S, L) of each block.
-        positions: [N] of the distinct tokens, in their rows.
-        token_at: [M] the token at each place; of padding any.
-        place_of: [N] the first place of each token.
-        copies, copied: places at which a token stands again, and that token.
-    """
-
-    shapes: tuple[tuple[int, int], ...]
+    blocks: tuple[Block, ...]
     positions: Tensor
-    token_at: Tensor
-    place_of: Tensor
-    copies: Tensor
-    copied: Tensor
 
 
 def lay_out(
@@ -48,83 +54,100 @@ def lay_out(
 ) -> tuple[list[int], list[list[list[int]]], Layout]:
     """Blocks of rows -> ids of the N tokens, which of them each row is made of, and the layout."""
     ids: list[int] = []
+    positions: list[int] = []
     tables: list[list[list[int]]] = []
-    at: dict[str, list[int]] = {name: [] for name in ("positions", "token_at", "place_of", "copies", "copied")}
+    parts: list[Tensor] = []
+    shapes = []
     for rows in blocks:
         longest, table = max(map(len, rows)), []
+        begin, token_at = len(ids), list[int]()
         above: Sequence[int] = ()
         tokens: list[int] = []
         for row in rows:
             pairs = zip(row, above, strict=False)
             shared = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(row), len(above)))
-            place = len(at["token_at"])
             tokens = [*tokens[:shared], *range(len(ids), len(ids) + len(row) - shared)]
             ids += row[shared:]
-            at["positions"] += range(shared, len(row))
-            at["place_of"] += range(place + shared, place + len(row))
-            at["copies"] += range(place, place + shared)
-            at["copied"] += tokens[:shared]
-            at["token_at"] += tokens + [0] * (longest - len(row))
+            positions += range(shared, len(row))
+            token_at += tokens + [-1] * (longest - len(row))
             table.append(tokens)
             above = row
         tables.append(table)
-    shapes = tuple((len(rows), max(map(len, rows))) for rows in blocks)
-    return ids, tables, Layout(shapes, **{name: upload(values, device) for name, values in at.items()})
+        at = torch.tensor(token_at, dtype=torch.int64)
+        at = torch.where(at < 0, at, at - begin)
+        counts = torch.bincount(at[at >= 0], minlength=len(ids) - begin)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        places = at.argsort(stable=True)[len(at) - int(starts[-1]) :]
+        parts += [at.clamp(min=0), starts, places, places[starts[:-1]]]
+        shapes.append(((len(rows), longest), slice(begin, len(ids))))
+    parts.append(torch.tensor(positions, dtype=torch.int64))
+    *tensors, at_positions = upload(torch.cat(parts), device).split([len(part) for part in parts])
+    each = zip(shapes, *(tensors[i::4] for i in range(4)), strict=True)
+    return ids, tables, Layout(tuple(Block(*shape, *rest) for shape, *rest in each), at_positions)
 
 
 class _Spread(torch.autograd.Function):
-    """[N, D] tokens -> [M, D] places."""
+    """qkv [N, (Hq + 2·Hkv)·E] of the tokens -> of each block rotated queries, keys, and values [S·L, heads, E]."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return tokens.index_select(0, layout.token_at)
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, layout: Layout) -> tuple[Tensor, ...]:
+        ctx.layout, ctx.shape = layout, qkv.shape
+        ctx.save_for_backward(cos, sin)
+        return tuple(
+            x
+            for block in layout.blocks
+            for x in rope_spread(*(t[block.tokens] for t in (qkv, cos, sin)), block.token_at, kv_heads)
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        layout = ctx.layout
-        tokens = grad.index_select(0, layout.place_of)
-        return tokens.index_add_(0, layout.copied, grad.index_select(0, layout.copies)), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        d_qkv = grads[0].new_empty(ctx.shape)
+        for i, block in enumerate(ctx.layout.blocks):
+            each = (grad.contiguous() for grad in grads[3 * i : 3 * i + 3])
+            own = (t[block.tokens] for t in (cos, sin))
+            rope_gather(*each, *own, block.starts, block.places, d_qkv[block.tokens])
+        return d_qkv, None, None, None, None
 
 
 class _Collect(torch.autograd.Function):
-    """[M, D] places -> [N, D] tokens."""
+    """Of each block [S·L, D] at its places -> [N, D] of the tokens, each from its first place."""
 
     @staticmethod
-    def forward(ctx: Any, places: Tensor, layout: Layout) -> Tensor:
+    def forward(ctx: Any, layout: Layout, *places: Tensor) -> Tensor:
         ctx.layout = layout
-        return places.index_select(0, layout.place_of)
+        out = places[0].new_empty(len(layout.positions), places[0].shape[1])
+        for block, x in zip(layout.blocks, places, strict=True):
+            torch.index_select(x, 0, block.first, out=out[block.tokens])
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        places = grad.new_zeros(len(ctx.layout.token_at), grad.shape[1])
-        return places.index_copy_(0, ctx.layout.place_of, grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = []
+        for block in ctx.layout.blocks:
+            places = grad.new_zeros(len(block.token_at), grad.shape[1])
+            grads.append(places.index_copy_(0, block.first, grad[block.tokens]))
+        return None, *grads
 
 
-def rows_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    rows: Layout | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """As transformers calls it: [1, heads, N, head_dim] in, [1, N, heads, head_dim] out. Without rows it is SDPA."""
-    if rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    sizes = [S * L for S, L in rows.shapes]
+def rows_attention(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, scale: float | None, layout: Layout) -> Tensor:
+    """Rotary embedding and causal attention of every row.
 
-    def blocks(x: Tensor) -> list[Tensor]:
-        heads, N, width = x.shape[1:]
-        spread = _Spread.apply(x[0].transpose(0, 1).reshape(N, heads * width), rows).split(sizes)
-        return [p.view(*shape, heads, width).transpose(1, 2) for p, shape in zip(spread, rows.shapes, strict=True)]
+    Args:
+        qkv: [N, (Hq + 2·Hkv)·E], the projections of the tokens.
+        cos, sin: [N, E/2], at their positions.
+        kv_heads: Hkv.
+        scale: of the scores; None = E^-1/2.
+        layout: of their rows.
 
-    every = zip(blocks(query), blocks(key), blocks(value), strict=True)
-    outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in every]
-    joined = torch.cat([out.flatten(0, 1).flatten(1) for out in outputs])
-    return _Collect.apply(joined, rows).view(1, -1, *outputs[0].shape[2:]), None
-
-
-AttentionInterface.register(ATTENTION, rows_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    Returns:
+        [N, Hq·E].
+    """
+    spread = _Spread.apply(qkv, cos, sin, kv_heads, layout)
+    outputs = []
+    for i, block in enumerate(layout.blocks):
+        q, k, v = (x.view(*block.shape, *x.shape[1:]).transpose(1, 2) for x in spread[3 * i : 3 * i + 3])
+        grouped = q.shape[1] != kv_heads
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+    return _Collect.apply(layout, *outputs)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .adapters import is_adapted, merged, unmerged
+from .body import side_by_side
 from .policy import Policy
 from .vq import ImageDecoder
 
@@ -163,7 +163,7 @@ class Joined:
         """The parameters as one view of the storage they have, or get; None where that is not ours to give."""
         if any(not isinstance(p, nn.Parameter) or hasattr(p, "ds_id") for p in parameters):
             return None  # PEFT computes it; or ZeRO-3, where storage comes and goes
-        shared = _side_by_side(parameters)
+        shared = side_by_side(parameters)
         if shared is None and all(_is_alone(parameter, self.tensor) for parameter in parameters):
             shared = _move_together(parameters)
         return shared
@@ -235,18 +235,6 @@ def _is_alone(parameter: Tensor, joined: Tensor | None) -> bool:
     moved = joined is not None and joined.untyped_storage().data_ptr() == storage.data_ptr()
     size = (joined if moved else parameter).nbytes  # type: ignore[union-attr]
     return storage.nbytes() == size and not hasattr(parameter, "_hp_mapping")  # ZeRO-1 or 2, with one in a flat buffer
-
-
-def _side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
-    """The parameters as one view, if each begins where the one before it ends."""
-    first = parameters[0].detach()
-    for left, right in pairwise(parameters):
-        adjacent = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
-        if not adjacent or left.storage_offset() + left.numel() != right.storage_offset():
-            return None
-    if not all(parameter.is_contiguous() for parameter in parameters):
-        return None
-    return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride(), first.storage_offset())
 
 
 def _move_together(parameters: Sequence[Tensor]) -> Tensor:

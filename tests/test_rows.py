@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tiny import tiny_policy
 from torch import Tensor
 
 from bicot.model.policy import Policy
-from bicot.model.rows import ATTENTION, lay_out
+from bicot.model.rows import lay_out
 
 CPU = torch.device("cpu")
 ROW = st.lists(st.integers(0, 2), min_size=1, max_size=6)
@@ -41,7 +42,7 @@ def one_by_one(policy: Policy) -> list[Tensor]:
         embeds = torch.cat([words, policy.model.prepare_embeddings_for_image_generation(tokens[None])], dim=1)
         hidden = model.language_model(inputs_embeds=embeds).last_hidden_state[0]
         image.append(hidden[len(prompt) - 1 : -1])
-    model.language_model.config._attn_implementation = ATTENTION
+    model.language_model.config._attn_implementation = "sdpa"
     return [torch.cat(text), torch.cat(image)]
 
 
@@ -79,12 +80,12 @@ def test_outputs_and_gradients(kv_heads: int, checkpointing: bool) -> None:
 
 def test_each_common_beginning_is_computed_once() -> None:
     policy, seen = tiny_policy(), []
-    policy.decoder.layers[0].mlp.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
+    policy.decoder.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
     policy.hidden(*streams(policy))
     # what a completion ends with is no input: [8 9 10 20 21 22] [30 31 32] [] [] then [0 8 9], which the row above has
     text = {tuple((*p, *c[:-1])[: i + 1]) for p, c in zip(PROMPTS, PLANS, strict=True) for i in range(len(p + c) - 1)}
     image = {tuple(p[: i + 1]) for p in IMAGE_PROMPTS for i in range(len(p))}
-    assert seen == [(1, len(text) + len(image) + 6 * 15)]
+    assert seen == [len(text) + len(image) + 6 * 15]
 
 
 def test_an_empty_completion_has_no_states() -> None:
@@ -97,10 +98,15 @@ def test_layout() -> None:
     ids, tables, layout = lay_out([[[5, 6, 7], [5, 6], [5, 8]], [[5], [9, 9]]], CPU)
     assert ids == [5, 6, 7, 8, 5, 9, 9], "what two streams have in common is computed twice"
     assert tables == [[[0, 1, 2], [0, 1], [0, 3]], [[4], [5, 6]]]
-    assert layout.shapes == ((3, 3), (2, 2)) and layout.positions.tolist() == [0, 1, 2, 1, 0, 0, 1]
-    assert layout.token_at.tolist() == [0, 1, 2, 0, 1, 0, 0, 3, 0, 4, 0, 5, 6]
-    assert layout.place_of.tolist() == [0, 1, 2, 7, 9, 11, 12]
-    assert layout.copies.tolist() == [3, 4, 6] and layout.copied.tolist() == [0, 1, 0]
+    assert layout.positions.tolist() == [0, 1, 2, 1, 0, 0, 1]
+    first, second = layout.blocks
+    assert (first.shape, first.tokens) == ((3, 3), slice(0, 4)) and (second.shape, second.tokens) == (
+        (2, 2),
+        slice(4, 7),
+    )
+    assert first.token_at.tolist() == [0, 1, 2, 0, 1, 0, 0, 3, 0] and second.token_at.tolist() == [0, 0, 1, 2]
+    assert first.starts.tolist() == [0, 3, 5, 6, 7] and first.places.tolist() == [0, 3, 6, 1, 4, 2, 7]
+    assert first.first.tolist() == [0, 1, 2, 7] and second.first.tolist() == second.places.tolist() == [0, 2, 3]
 
 
 @given(st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=3))
@@ -110,14 +116,18 @@ def test_any_layout(blocks: list[list[list[int]]]) -> None:
     rows = [tokens for table in tables for tokens in table]
     for tokens in rows:
         assert layout.positions[tokens].tolist() == list(range(len(tokens)))
-    every = [i for tokens in rows for i in tokens]
-    assert sorted(set(every)) == list(range(len(ids))), "each token is in a row"
-    assert len(layout.token_at) == sum(S * L for S, L in layout.shapes)
-    # every place of a row is the first one of its token, or a copy
-    places = torch.cat([layout.place_of, layout.copies]).tolist()
-    assert len(set(places)) == len(places) == len(every)
-    assert torch.equal(layout.token_at[layout.place_of], torch.arange(len(ids)))
-    assert torch.equal(layout.token_at[layout.copies], layout.copied)
+    assert {i for tokens in rows for i in tokens} == set(range(len(ids))), "each token is in a row"
+    for block, table in zip(layout.blocks, tables, strict=True):
+        S, L = block.shape
+        own = torch.arange(len(ids))[block.tokens]
+        real = [s * L + i for s, tokens in enumerate(table) for i in range(len(tokens))]
+        assert own[block.token_at[real]].tolist() == [i for tokens in table for i in tokens]
+        assert len(block.token_at) == S * L and sorted(block.places.tolist()) == real, "every place but pads"
+        for i, (begin, end) in enumerate(pairwise(block.starts.tolist())):
+            places = block.places[begin:end].tolist()
+            assert (
+                places == sorted(places) and places[0] == block.first[i] and set(block.token_at[places].tolist()) == {i}
+            )
     beginnings = sum(len({tuple(row[: i + 1]) for row in block for i in range(len(row))}) for block in blocks)
     assert len(ids) >= beginnings == len(lay_out(list(map(sorted, blocks)), CPU)[0]), "sorted, each is there once"
 

@@ -1,0 +1,290 @@
+"""Rotary embedding of packed tokens on their way into the padded rows that attention sees, and its adjoint.
+
+A head x of a token, split in halves (a, b), becomes at each of the token's places, in float32 and rounded once,
+
+    rotate(x) = (a·cos - b·sin, b·cos + a·sin)
+
+for queries and keys; values are copied. The adjoint sums over a token's places, in float32 and in a fixed order, then
+rotates back and rounds once:
+
+    d_x = rotate⁻¹(Σ_places d_place),  rotate⁻¹(a, b) = (a·cos + b·sin, b·cos - a·sin)
+
+qkv holds Hq query heads, then Hkv key heads, then Hkv value heads of each token.
+
+Shapes: N tokens, M places, Hq query and Hkv key/value heads of E elements. qkv [N, (Hq + 2·Hkv)·E], cos and sin
+[N, E/2], queries [M, Hq, E], keys and values [M, Hkv, E]. Floor: (N + M)·(Hq + 2·Hkv)·E elements moved either way.
+Plain PyTorch rotates in eight launches, gathers in three, and adds in the tensors' dtype.
+
+Source: RoFormer (arXiv 2104.09864) in the layout of transformers' `rotate_half`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import Impl, choose, forward_only, launch, register, tl, triton
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def rope_spread_ref(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int) -> list[Tensor]:
+    """The first formula above in plain PyTorch; float64 in, float64 out."""
+    E = 2 * cos.shape[1]
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    q, k, v = qkv.view(len(qkv), -1, E).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
+    c, s = (table[:, None].to(wide) for table in (cos, sin))
+    turned = (_rotate(x.to(wide), c, s).to(qkv.dtype) for x in (q, k))
+    return [x.index_select(0, token_at) for x in (*turned, v)]
+
+
+def rope_gather_ref(
+    queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, starts: Tensor, places: Tensor
+) -> Tensor:
+    """The second formula above in plain PyTorch; float64 in, float64 out."""
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    token = torch.repeat_interleave(starts.diff())
+    c, s = (table[:, None].to(wide) for table in (cos, sin))
+
+    def summed(x: Tensor) -> Tensor:
+        total = x.new_zeros(len(cos), *x.shape[1:], dtype=wide)
+        return total.index_add_(0, token, x.index_select(0, places).to(wide))
+
+    each = (_rotate(summed(queries), c, -s), _rotate(summed(keys), c, -s), summed(values))
+    return torch.cat(list(each), dim=1).to(queries.dtype).flatten(1)
+
+
+@triton.jit
+def _heads(block, HQ: tl.constexpr, HKV: tl.constexpr, HB: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block of heads -> kind (0 query, 1 key, 2 value), the heads [HB] within it, and how many it has."""
+    Q_BLOCKS: tl.constexpr = (HQ + HB - 1) // HB
+    KV_BLOCKS: tl.constexpr = (HKV + HB - 1) // HB
+    kind, count, heads = 0, block, HQ
+    if block >= Q_BLOCKS + KV_BLOCKS:
+        kind, count, heads = 2, block - Q_BLOCKS - KV_BLOCKS, HKV
+    elif block >= Q_BLOCKS:
+        kind, count, heads = 1, block - Q_BLOCKS, HKV
+    return kind, count * HB + tl.arange(0, HB), heads
+
+
+@triton.jit
+def _spread_kernel(  # type: ignore[no-untyped-def]
+    p_qkv, p_cos, p_sin, p_token_at, p_q, p_k, p_v,
+    HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr,
+):  # fmt: skip
+    """One program takes HB heads of one place, all of them queries, keys or values."""
+    place = tl.program_id(0).to(tl.int64)
+    token = tl.load(p_token_at + place)
+    kind, o_h, heads = _heads(tl.program_id(1), HQ, HKV, HB)
+    o_e = tl.arange(0, EB)[None, :]
+    m = (o_h < heads)[:, None] & (o_e < HALF)
+    first = tl.where(kind == 0, 0, tl.where(kind == 1, HQ, HQ + HKV))
+    p_a = p_qkv + (token * (HQ + 2 * HKV) + first + o_h[:, None]) * (2 * HALF) + o_e
+    b_a = tl.load(p_a, m, other=0).to(tl.float32)
+    b_b = tl.load(p_a + HALF, m, other=0).to(tl.float32)
+    if kind < 2:
+        o_table = tl.broadcast_to(token * HALF + o_e, (HB, EB))
+        b_cos = tl.load(p_cos + o_table, m, other=0).to(tl.float32)
+        b_sin = tl.load(p_sin + o_table, m, other=0).to(tl.float32)
+        b_a, b_b = b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin
+    o_out = (place * heads + o_h[:, None]) * (2 * HALF) + o_e
+    b_a, b_b = b_a.to(p_q.dtype.element_ty), b_b.to(p_q.dtype.element_ty)
+    if kind == 0:
+        tl.store(p_q + o_out, b_a, m)
+        tl.store(p_q + o_out + HALF, b_b, m)
+    elif kind == 1:
+        tl.store(p_k + o_out, b_a, m)
+        tl.store(p_k + o_out + HALF, b_b, m)
+    else:
+        tl.store(p_v + o_out, b_a, m)
+        tl.store(p_v + o_out + HALF, b_b, m)
+
+
+@triton.jit
+def _gather_kernel(  # type: ignore[no-untyped-def]
+    p_q, p_k, p_v, p_cos, p_sin, p_starts, p_places, p_qkv,
+    HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr,
+):  # fmt: skip
+    """One program takes HB heads of one token, all of them queries, keys or values."""
+    token = tl.program_id(0).to(tl.int64)
+    kind, o_h, heads = _heads(tl.program_id(1), HQ, HKV, HB)
+    o_e = tl.arange(0, EB)[None, :]
+    m = (o_h < heads)[:, None] & (o_e < HALF)
+    o_head = o_h[:, None] * (2 * HALF) + o_e
+    b_a = tl.zeros((HB, EB), tl.float32)
+    b_b = tl.zeros((HB, EB), tl.float32)
+    for i in range(tl.load(p_starts + token), tl.load(p_starts + token + 1)):
+        o_in = tl.load(p_places + i) * heads * (2 * HALF) + o_head
+        if kind == 0:
+            b_a += tl.load(p_q + o_in, m, other=0).to(tl.float32)
+            b_b += tl.load(p_q + o_in + HALF, m, other=0).to(tl.float32)
+        elif kind == 1:
+            b_a += tl.load(p_k + o_in, m, other=0).to(tl.float32)
+            b_b += tl.load(p_k + o_in + HALF, m, other=0).to(tl.float32)
+        else:
+            b_a += tl.load(p_v + o_in, m, other=0).to(tl.float32)
+            b_b += tl.load(p_v + o_in + HALF, m, other=0).to(tl.float32)
+    if kind < 2:
+        o_table = tl.broadcast_to(token * HALF + o_e, (HB, EB))
+        b_cos = tl.load(p_cos + o_table, m, other=0).to(tl.float32)
+        b_sin = tl.load(p_sin + o_table, m, other=0).to(tl.float32)
+        b_a, b_b = b_a * b_cos + b_b * b_sin, b_b * b_cos - b_a * b_sin
+    first = tl.where(kind == 0, 0, tl.where(kind == 1, HQ, HQ + HKV))
+    p_a = p_qkv + (token * (HQ + 2 * HKV) + first) * (2 * HALF) + o_head
+    tl.store(p_a, b_a.to(p_qkv.dtype.element_ty), m)
+    tl.store(p_a + HALF, b_b.to(p_qkv.dtype.element_ty), m)
+
+
+def launch_config(half: int) -> dict[str, Any]:
+    """One warp takes 256 pairs, 16 bytes a thread of each half: as many heads as that makes."""
+    EB = triton.next_power_of_2(half)
+    return {"HB": max(1, min(16, 256 // EB)), "EB": EB, "num_warps": 1, "enable_fp_fusion": True}
+
+
+def _run(kernel: Any, programs: int, q_heads: int, kv_heads: int, half: int, *tensors: Tensor) -> None:
+    config = launch_config(half)
+    blocks = triton.cdiv(q_heads, config["HB"]) + 2 * triton.cdiv(kv_heads, config["HB"])
+    if programs:
+        launch(kernel, (programs, blocks), *tensors, q_heads, kv_heads, half, **config)
+
+
+def _spread(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, impl: str) -> list[Tensor]:
+    M, E = len(token_at), 2 * cos.shape[1]
+    q_heads = qkv.shape[1] // E - 2 * kv_heads
+    out = [qkv.new_empty(M, heads, E) for heads in (q_heads, kv_heads, kv_heads)]
+    _run(_spread_kernel, M, q_heads, kv_heads, E // 2, qkv, cos, sin, token_at, *out)
+    return out
+
+
+def _gather(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    places: Tensor,
+    out: Tensor,
+    impl: str,
+) -> None:
+    tensors = (queries, keys, values, cos, sin, starts, places, out)
+    _run(_gather_kernel, len(out), queries.shape[1], keys.shape[1], cos.shape[1], *tensors)
+
+
+def _fake_spread(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, impl: str) -> list[Tensor]:
+    M, E = len(token_at), 2 * cos.shape[1]
+    return [qkv.new_empty(M, n, E) for n in (qkv.shape[1] // E - 2 * kv_heads, kv_heads, kv_heads)]
+
+
+_spread_op = register("rope_spread", _spread, _fake_spread)
+_gather_op = register("rope_gather", _gather, lambda *_: None, ("out",))
+
+
+def rope_spread(
+    qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, *, impl: Impl = "auto"
+) -> list[Tensor]:
+    """Rotate the queries and keys of each token, and put its heads to every place where the token stands.
+
+    Not differentiable by itself: `rope_gather` is its adjoint.
+
+    Args:
+        qkv: [N, (Hq + 2·Hkv)·E] floating point.
+        cos, sin: [N, E/2], dtype of qkv.
+        token_at: [M] int64 in [0, N), the token at each place; nothing looks whether it is.
+        kv_heads: Hkv.
+        impl: "triton" (CUDA), "torch", or "auto", the first that can run.
+
+    All tensors are contiguous and on one device.
+
+    Returns:
+        Queries [M, Hq, E], keys and values [M, Hkv, E], dtype of qkv.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
+        RuntimeError: qkv wants a gradient.
+
+    Source: arXiv 2104.09864.
+    """
+    forward_only("rope_spread", qkv)
+    E = 2 * cos.shape[-1]
+    if qkv.ndim != 2 or not 0 < E <= 256 or qkv.shape[1] % E or qkv.shape[1] <= 2 * kv_heads * E:
+        raise ValueError(f"qkv must be [N, (Hq + 2·{kv_heads})·{E}] for cos {[*cos.shape]}, got {[*qkv.shape]}")
+    _check([qkv], [token_at], cos, sin, len(qkv))
+    chosen = _choose(impl, qkv)
+    if chosen == "torch":
+        return rope_spread_ref(qkv, cos, sin, token_at, kv_heads)
+    return list(_spread_op(qkv, cos, sin, token_at, kv_heads, chosen))
+
+
+def rope_gather(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    starts: Tensor,
+    places: Tensor,
+    out: Tensor,
+    *,
+    impl: Impl = "auto",
+) -> Tensor:
+    """The adjoint of `rope_spread`: of the gradients at all places, those of the tokens.
+
+    Args:
+        queries: [M, Hq, E] floating point.
+        keys, values: [M, Hkv, E], dtype of queries.
+        cos, sin: [N, E/2], dtype of queries.
+        starts: [N + 1] int64, where the places of each token begin in `places`.
+        places: int64 in [0, M), the places of each token, in the order in which they are added; nothing looks whether
+            they are.
+        out: [N, (Hq + 2·Hkv)·E], dtype of queries; overwritten.
+        impl: as for `rope_spread`.
+
+    All tensors are contiguous and on one device.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
+        RuntimeError: an input wants a gradient.
+    """
+    forward_only("rope_gather", queries, keys, values)
+    N, E = out.shape[0], 2 * cos.shape[-1]
+    M, width = len(queries), (queries.shape[1] + 2 * keys.shape[1]) * E
+    if queries.shape[2:] != (E,) or keys.shape != (M, keys.shape[1], E) or values.shape != keys.shape:
+        shapes = [[*t.shape] for t in (queries, keys, values)]
+        raise ValueError(f"queries must be [M, Hq, {E}], keys and values [M, Hkv, {E}], got {shapes}")
+    if out.shape != (N, width) or starts.shape != (N + 1,):
+        raise ValueError(f"out must be [N, {width}] and starts [N + 1], got {[*out.shape]} and {[*starts.shape]}")
+    _check([queries, keys, values, out], [starts, places], cos, sin, N)
+    chosen = _choose(impl, queries)
+    if chosen == "torch":
+        return out.copy_(rope_gather_ref(queries, keys, values, cos, sin, starts, places))
+    _gather_op(queries, keys, values, cos, sin, starts, places, out, chosen)
+    return out
+
+
+def _check(x: Sequence[Tensor], indices: Sequence[Tensor], cos: Tensor, sin: Tensor, N: int) -> None:
+    if cos.ndim != 2 or len(cos) != N or sin.shape != cos.shape:
+        raise ValueError(f"cos and sin must be [N, E/2] of {N} tokens, got {[*cos.shape]} and {[*sin.shape]}")
+    like = x[0]
+    for dtype, tensors in ((like.dtype, (*x, cos, sin)), (torch.int64, indices)):
+        for t in tensors:
+            if t.dtype != dtype or t.device != like.device or not t.is_contiguous():
+                raise ValueError(
+                    f"this tensor must be {dtype}, contiguous and on {like.device}: "
+                    f"{[*t.shape]} {t.dtype} with strides {t.stride()} on {t.device}"
+                )
+
+
+def _choose(impl: Impl, x: Tensor) -> str:
+    if impl == "native":
+        raise ValueError('impl="native" cannot run here: there is no C++ kernel; use impl="torch"')
+    return "torch" if impl == "auto" and x.device.type == "cpu" else choose(impl, x.device, x.dtype)

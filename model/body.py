@@ -1,0 +1,116 @@
+"""Janus's language model in training: packed tokens through the modules of transformers' Llama, in few launches.
+
+The linear layers are the model's own nn.Linear modules, so that adapters, ZeRO-3's hooks and each parameter's gradient
+work as in transformers. Where q, k, v (or gate, up) lie side by side in memory, as `RolloutEngine` leaves them, and
+nothing is hooked to them, they are one product. What stands between the products is one kernel each: the residual add
+with the norm, the rotary embedding with the way into attention's rows, and the activation. N tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from ..kernels.rms_norm import add_rms_norm, rms_norm
+from ..kernels.silu_mul import silu_mul
+from .rows import Layout, rows_attention
+
+
+class Norm(LlamaRMSNorm):
+    """LlamaRMSNorm that can add the residual stream first; a module, so that hooks on it are called."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """[..., D] -> the norm; with a residual the norm of the sum, and the sum."""
+        if residual is None:
+            return rms_norm(x.flatten(0, -2), self.weight, self.variance_epsilon).view(x.shape)
+        return add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+
+
+def install(decoder: nn.Module) -> None:
+    """Let the norms of a LlamaModel add the residual stream."""
+    for module in decoder.modules():
+        if type(module) is LlamaRMSNorm:
+            module.__class__ = Norm
+
+
+def forward(decoder: Any, x: Tensor, layout: Layout) -> Tensor:
+    """x [N, D], the embeddings of the tokens -> [N, D], hidden states after the last norm.
+
+    Layers with `gradient_checkpointing` in train mode recompute their activations, as in transformers.
+    """
+    cos, sin = (t[0, :, : t.shape[-1] // 2].contiguous() for t in decoder.rotary_emb(x[None], layout.positions[None]))
+    residual: Tensor | None = None
+    for layer in decoder.layers:
+        if layer.gradient_checkpointing and layer.training:
+            x, residual = layer._gradient_checkpointing_func(_layer, layer, x, residual, cos, sin, layout)
+        else:
+            x, residual = _layer(layer, x, residual, cos, sin, layout)
+    normed, _ = decoder.norm(x, residual)
+    return normed
+
+
+def _layer(
+    layer: Any, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """What the layer adds, not yet added, and the residual stream before that."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if residual is None:
+        normed, residual = layer.input_layernorm(x), x
+    else:
+        normed, residual = layer.input_layernorm(x, residual)
+    qkv = linears(normed, [attention.q_proj, attention.k_proj, attention.v_proj])
+    kv_heads = attention.config.num_key_value_heads
+    x = attention.o_proj(rows_attention(qkv, cos, sin, kv_heads, attention.scaling, layout))
+    normed, residual = layer.post_attention_layernorm(x, residual)
+    return mlp.down_proj(silu_mul(linears(normed, [mlp.gate_proj, mlp.up_proj]))), residual
+
+
+def linears(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    """x [N, D] through several linear layers -> their outputs side by side [N, ΣD_out]."""
+    weights = [module.weight for module in modules]
+    if all(map(_is_plain, modules)) and (joined := side_by_side(weights)) is not None:  # type: ignore[arg-type]
+        return _Joined.apply(x, joined, *weights)
+    return torch.cat([module(x) for module in modules], dim=-1)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether nobody sees the difference if the module is not called."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) is nn.Linear and module.bias is None and not any(hooks)
+
+
+def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
+    """The parameters as one view, if each begins where the one before it ends."""
+    first = parameters[0].detach()
+    for left, right in pairwise(parameters):
+        adjacent = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
+        if not adjacent or left.storage_offset() + left.numel() != right.storage_offset():
+            return None
+    if not all(parameter.is_contiguous() for parameter in parameters):
+        return None
+    return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+class _Joined(torch.autograd.Function):
+    """x @ joined.T, where `joined` is the weights side by side; each weight gets its part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, joined: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, joined)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        d_x = grad @ side_by_side(weights) if ctx.needs_input_grad[0] else None
+        needed = ctx.needs_input_grad[2:]
+        if not any(needed):
+            return d_x, None, *([None] * len(weights))
+        each = (grad.T @ x).split([len(weight) for weight in weights])
+        return d_x, None, *(part if wanted else None for part, wanted in zip(each, needed, strict=True))
