@@ -30,6 +30,8 @@ from . import native
 from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton
 
 _NATIVE = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2 + (ctypes.c_double, ctypes.c_int)
+_NATIVE_BACKWARD = (ctypes.c_void_p,) * 6 + (ctypes.c_int64,) * 3 + (ctypes.c_double, ctypes.c_int)
+_NATIVE_ROWS = 64  # whose part of the weight's gradient is one sum
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -130,40 +132,27 @@ def _fake_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, im
     return _fake(x), x.new_empty(0 if residual is None else x.shape)
 
 
-def rms_norm_backward_ref(
-    d_out: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The gradients above in plain PyTorch -> d_x [N, D] and d_weight [D]; float64 in, float64 out."""
-    wide = torch.promote_types(total.dtype, torch.float32)
-    x, g = total.to(wide), (weight * d_out).to(wide)
-    r = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    y = x * r
-    d_x = torch.addcmul(g, y, (g * y).mean(-1, keepdim=True), value=-1).mul_(r)
-    if d_total is not None:
-        d_x += d_total
-    d_weight = torch.einsum("nd,nd->d", d_out.to(wide), y.to(total.dtype).to(wide))
-    return d_x.to(total.dtype), d_weight.to(weight.dtype)
-
-
 def _launch_backward(
     d_out: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, eps: float, trains: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
     """-> d_x, and d_weight, which is empty where the weight does not train."""
-    if impl != "triton":
-        d_x, d_weight = rms_norm_backward_ref(d_out, d_total, total, weight, eps)
-        return d_x, d_weight if trains else weight.new_empty(0)
     d_out, weight = d_out.contiguous(), weight.contiguous()
     d_total = None if d_total is None else d_total.contiguous()
     N, D = total.shape
     d_x = torch.empty_like(total)
-    # one float32 sum a program, added up in a fixed order
-    programs = min(N, 2 * _processors(total.device))
-    sums = total.new_empty(programs if trains else 0, D, dtype=torch.float32)
-    if N:
+    native_impl = impl == "native"
+    # one float32 sum a program, or so many rows; they are added up in a fixed order
+    parts = -(-N // _NATIVE_ROWS) if native_impl else min(N, 2 * _processors(total.device))
+    sums = total.new_empty(parts, D, dtype=torch.float32) if trains else None
+    if native_impl:
+        pointers = [None if t is None else t.data_ptr() for t in (total, weight, d_out, d_total, d_x, sums)]
+        run = native.function(f"bicot_rms_norm_backward_{NATIVE_DTYPES[total.dtype]}", *_NATIVE_BACKWARD)
+        run(*pointers, N, D, _NATIVE_ROWS, eps, torch.get_num_threads())
+    elif N:
         has = {"HAS_DTOTAL": d_total is not None, "HAS_DWEIGHT": trains}
         given = (total, weight, d_out, d_total, d_x, sums, N * D, eps, D)
-        launch(_backward_kernel, (programs,), *given, **has, **launch_config(D))
-    return d_x, sums.sum(0).to(weight.dtype) if trains else weight.new_empty(0)
+        launch(_backward_kernel, (parts,), *given, **has, **launch_config(D))
+    return d_x, weight.new_empty(0) if sums is None else sums.sum(0).to(weight.dtype)
 
 
 def _fake_backward(
@@ -240,7 +229,7 @@ def add_rms_norm(
         residual: [N, D], dtype and device of x.
         weight: [D], dtype and device of x.
         eps: added to the mean square.
-        impl: as for `rms_norm`; the backward pass of "native" is PyTorch's.
+        impl: as for `rms_norm`.
 
     Returns:
         The norm and the sum, both [N, D], dtype of x.

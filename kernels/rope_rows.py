@@ -20,13 +20,15 @@ Source: RoFormer (arXiv 2104.09864) in the layout of transformers' `rotate_half`
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose, forward_only, launch, register, tl, triton
+from . import native
+from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -147,18 +149,26 @@ def launch_config(half: int) -> dict[str, Any]:
     return {"HB": max(1, min(16, 256 // EB)), "EB": EB, "num_warps": 1, "enable_fp_fusion": True}
 
 
-def _run(kernel: Any, programs: int, q_heads: int, kv_heads: int, half: int, *tensors: Tensor) -> None:
+def _run(
+    impl: str, name: str, kernel: Any, count: int, q_heads: int, kv_heads: int, half: int, *tensors: Tensor
+) -> None:
+    """`count` places or tokens, by a Triton kernel or by the C++ function of that name."""
+    if impl == "native":
+        types = (ctypes.c_void_p,) * len(tensors) + (ctypes.c_int64,) * 4 + (ctypes.c_int,)
+        run = native.function(f"bicot_{name}_{NATIVE_DTYPES[tensors[0].dtype]}", *types)
+        run(*(t.data_ptr() for t in tensors), count, q_heads, kv_heads, half, torch.get_num_threads())
+        return
     config = launch_config(half)
     blocks = triton.cdiv(q_heads, config["HB"]) + 2 * triton.cdiv(kv_heads, config["HB"])
-    if programs:
-        launch(kernel, (programs, blocks), *tensors, q_heads, kv_heads, half, **config)
+    if count:
+        launch(kernel, (count, blocks), *tensors, q_heads, kv_heads, half, **config)
 
 
 def _spread(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, impl: str) -> list[Tensor]:
     M, E = len(token_at), 2 * cos.shape[1]
     q_heads = qkv.shape[1] // E - 2 * kv_heads
     out = [qkv.new_empty(M, heads, E) for heads in (q_heads, kv_heads, kv_heads)]
-    _run(_spread_kernel, M, q_heads, kv_heads, E // 2, qkv, cos, sin, token_at, *out)
+    _run(impl, "rope_spread", _spread_kernel, M, q_heads, kv_heads, E // 2, qkv, cos, sin, token_at, *out)
     return out
 
 
@@ -174,7 +184,8 @@ def _gather(
     impl: str,
 ) -> None:
     tensors = (queries, keys, values, cos, sin, starts, places, out)
-    _run(_gather_kernel, len(out), queries.shape[1], keys.shape[1], cos.shape[1], *tensors)
+    heads = (queries.shape[1], keys.shape[1])
+    _run(impl, "rope_gather", _gather_kernel, len(out), *heads, cos.shape[1], *tensors)
 
 
 def _fake_spread(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, impl: str) -> list[Tensor]:
@@ -198,7 +209,8 @@ def rope_spread(
         cos, sin: [N, E/2], dtype of qkv.
         token_at: [M] int64 in [0, N), the token at each place; nothing looks whether it is.
         kv_heads: Hkv.
-        impl: "triton" (CUDA), "torch", or "auto", the first that can run.
+        impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
+            run.
 
     All tensors are contiguous and on one device.
 
@@ -207,7 +219,7 @@ def rope_spread(
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        RuntimeError: qkv wants a gradient.
+        RuntimeError: qkv wants a gradient, or `impl="native"` and the C++ library is missing.
 
     Source: arXiv 2104.09864.
     """
@@ -216,7 +228,7 @@ def rope_spread(
     if qkv.ndim != 2 or not 0 < E <= 256 or qkv.shape[1] % E or qkv.shape[1] <= 2 * kv_heads * E:
         raise ValueError(f"qkv must be [N, (Hq + 2·{kv_heads})·{E}] for cos {[*cos.shape]}, got {[*qkv.shape]}")
     _check([qkv], [token_at], cos, sin, len(qkv))
-    chosen = _choose(impl, qkv)
+    chosen = choose(impl, qkv.device, qkv.dtype)
     if chosen == "torch":
         return rope_spread_ref(qkv, cos, sin, token_at, kv_heads)
     return list(_spread_op(qkv, cos, sin, token_at, kv_heads, chosen))
@@ -253,7 +265,7 @@ def rope_gather(
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        RuntimeError: an input wants a gradient.
+        RuntimeError: an input wants a gradient, or `impl="native"` and the C++ library is missing.
     """
     forward_only("rope_gather", queries, keys, values)
     N, E = out.shape[0], 2 * cos.shape[-1]
@@ -264,7 +276,7 @@ def rope_gather(
     if out.shape != (N, width) or starts.shape != (N + 1,):
         raise ValueError(f"out must be [N, {width}] and starts [N + 1], got {[*out.shape]} and {[*starts.shape]}")
     _check([queries, keys, values, out], [starts, places], cos, sin, N)
-    chosen = _choose(impl, queries)
+    chosen = choose(impl, queries.device, queries.dtype)
     if chosen == "torch":
         return out.copy_(rope_gather_ref(queries, keys, values, cos, sin, starts, places))
     _gather_op(queries, keys, values, cos, sin, starts, places, out, chosen)
@@ -282,9 +294,3 @@ def _check(x: Sequence[Tensor], indices: Sequence[Tensor], cos: Tensor, sin: Ten
                     f"this tensor must be {dtype}, contiguous and on {like.device}: "
                     f"{[*t.shape]} {t.dtype} with strides {t.stride()} on {t.device}"
                 )
-
-
-def _choose(impl: Impl, x: Tensor) -> str:
-    if impl == "native":
-        raise ValueError('impl="native" cannot run here: there is no C++ kernel; use impl="torch"')
-    return "torch" if impl == "auto" and x.device.type == "cpu" else choose(impl, x.device, x.dtype)

@@ -25,6 +25,7 @@ from . import native
 from .dispatch import NATIVE_DTYPES, Impl, choose, launch, register, tl, triton
 
 _NATIVE = (ctypes.c_void_p,) * 2 + (ctypes.c_int64,) * 2 + (ctypes.c_int,)
+_NATIVE_BACKWARD = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 2 + (ctypes.c_int,)
 _CONFIG = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}  # eight elements a thread
 
 
@@ -81,23 +82,14 @@ def _fake(gate_up: Tensor, *_: Any) -> Tensor:
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-def silu_mul_backward_ref(d_out: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradients above in plain PyTorch -> [N, 2·I]; float64 in, float64 out."""
-    wide = torch.promote_types(gate_up.dtype, torch.float32)
-    gate, up = gate_up.to(wide).chunk(2, dim=-1)
-    s, g = gate.sigmoid(), d_out.to(wide)
-    silu = gate * s
-    d_gate = g * up * (s + silu * (1 - s))
-    return torch.cat([d_gate, g * silu.to(gate_up.dtype)], dim=-1).to(gate_up.dtype)
-
-
 def _launch_backward(d_out: Tensor, gate_up: Tensor, impl: str) -> Tensor:
-    if impl != "triton":
-        return silu_mul_backward_ref(d_out, gate_up)
     d_out, gate_up = d_out.contiguous(), gate_up.contiguous()
     d_gate_up = torch.empty_like(gate_up)
     N, size = d_out.shape
-    if d_out.numel():
+    if impl == "native":
+        run = native.function(f"bicot_silu_mul_backward_{NATIVE_DTYPES[gate_up.dtype]}", *_NATIVE_BACKWARD)
+        run(gate_up.data_ptr(), d_out.data_ptr(), d_gate_up.data_ptr(), N, size, torch.get_num_threads())
+    elif d_out.numel():
         grid = (N, triton.cdiv(size, _CONFIG["BLOCK"]))
         launch(_backward_kernel, grid, gate_up, d_out, d_gate_up, size, **_CONFIG)
     return d_gate_up
@@ -129,7 +121,7 @@ def silu_mul(gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
     Args:
         gate_up: [N, 2·I] floating point.
         impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
-            run; the backward pass of "native" is PyTorch's.
+            run.
 
     Returns:
         [N, I], dtype of gate_up.
