@@ -35,7 +35,7 @@ class MasterAdamW:
             "eps": config.adam_epsilon,
             "weight_decay": config.weight_decay,
         }
-        self.adamw = torch.optim.AdamW(self.masters, **self.options)
+        self.adamw = torch.optim.AdamW(self.masters, **self.options, fused=True)
         self.schedule = get_scheduler(config.lr_scheduler_type, self.adamw, config.warmup_steps, config.max_steps)
 
     @property
@@ -66,10 +66,10 @@ class MasterAdamW:
             )
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
+        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
         return norm
 
     def state_dict(self) -> dict[str, Any]:
