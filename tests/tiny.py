@@ -43,6 +43,7 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 def tiny_policy(
     *,
     kv_heads: int = 4,
+    layers: int = 2,
     vocab: int = 61,
     codes: int = 37,
     seed: int = 0,
@@ -60,7 +61,7 @@ def tiny_policy(
         vocab_size=vocab,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
