@@ -69,7 +69,7 @@ class MasterAdamW:
         pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         if pairs:
             with torch.no_grad():
-                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+                torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def _run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, total: 
     out = torch.empty_like(x)
     N, D = x.shape
     if impl == "native":
-        if total is not None and total is not residual:
+        if total is not None and residual is not None and total is not residual:
             total.copy_(residual)
         added = None if total is None else total.data_ptr()
         run = native.function(f"bicot_rms_norm_{NATIVE_DTYPES[x.dtype]}", *_NATIVE)
@@ -149,9 +149,10 @@ def _launch_backward(
         run = native.function(f"bicot_rms_norm_backward_{NATIVE_DTYPES[total.dtype]}", *_NATIVE_BACKWARD)
         run(*pointers, N, D, _NATIVE_ROWS, eps, torch.get_num_threads())
     elif N:
-        has = {"HAS_DTOTAL": d_total is not None, "HAS_DWEIGHT": trains}
-        given = (total, weight, d_out, d_total, d_x, sums, N * D, eps, D)
-        launch(_backward_kernel, (parts,), *given, **has, **launch_config(D))
+        launch(
+            _backward_kernel, (parts,), total, weight, d_out, d_total, d_x, sums, N * D, eps, D,
+            HAS_DTOTAL=d_total is not None, HAS_DWEIGHT=trains, **launch_config(D),
+        )  # fmt: skip
     return d_x, weight.new_empty(0) if sums is None else sums.sum(0).to(weight.dtype)
 
 

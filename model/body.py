@@ -102,15 +102,16 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, joined: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x, joined)
+        ctx.sizes = [len(weight) for weight in weights]
         return F.linear(x, joined)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        d_x = grad @ side_by_side(weights) if ctx.needs_input_grad[0] else None
+        x, joined = ctx.saved_tensors
+        d_x = grad @ joined if ctx.needs_input_grad[0] else None
         needed = ctx.needs_input_grad[2:]
         if not any(needed):
-            return d_x, None, *([None] * len(weights))
-        each = (grad.T @ x).split([len(weight) for weight in weights])
+            return d_x, None, *([None] * len(needed))
+        each = (grad.T @ x).split(ctx.sizes)
         return d_x, None, *(part if wanted else None for part, wanted in zip(each, needed, strict=True))

@@ -93,20 +93,20 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, layout: Layout) -> tuple[Tensor, ...]:
         ctx.layout, ctx.shape = layout, qkv.shape
         ctx.save_for_backward(cos, sin)
-        return tuple(
-            x
-            for block in layout.blocks
-            for x in rope_spread(*(t[block.tokens] for t in (qkv, cos, sin)), block.token_at, kv_heads)
-        )
+        spread: list[Tensor] = []
+        for block in layout.blocks:
+            own = block.tokens
+            spread += rope_spread(qkv[own], cos[own], sin[own], block.token_at, kv_heads)
+        return tuple(spread)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         d_qkv = grads[0].new_empty(ctx.shape)
         for i, block in enumerate(ctx.layout.blocks):
-            each = (grad.contiguous() for grad in grads[3 * i : 3 * i + 3])
-            own = (t[block.tokens] for t in (cos, sin))
-            rope_gather(*each, *own, block.starts, block.places, d_qkv[block.tokens])
+            queries, keys, values = (grad.contiguous() for grad in grads[3 * i : 3 * i + 3])
+            own = block.tokens
+            rope_gather(queries, keys, values, cos[own], sin[own], block.starts, block.places, d_qkv[own])
         return d_qkv, None, None, None, None
 
 

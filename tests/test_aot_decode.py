@@ -1,4 +1,4 @@
-"""The machine code of a decode step's kernels, compiled ahead of time."""
+"""The machine code of the kernels between a layer's products, in decoding and in training, compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import decode_attention, prefill_attention, record_draw, rms_norm, rope_kv_write, silu_mul
+from bicot.kernels import decode_attention, prefill_attention, record_draw, rms_norm, rope_kv_write, rope_rows, silu_mul
 from bicot.kernels.kv_pool import FP8
 
 pytestmark = needs_compiler
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-POINTERS = {"p_positions": "*i64", "p_slots": "*i64", "p_key_scales": "*fp32", "p_value_scales": "*fp32"}
+INDICES = ("p_token_at", "p_starts", "p_places")
+POINTERS = dict.fromkeys(INDICES, "*i64") | {
+    "p_dweight": "*fp32",
+    "p_positions": "*i64",
+    "p_slots": "*i64",
+    "p_key_scales": "*fp32",
+    "p_value_scales": "*fp32",
+}
 
 
 def compiled(kernel: Any, element: str, config: dict[str, Any], constants: dict[str, Any], arch: int) -> Compiled:
     """Every argument that is no constant is a pointer that torch allocated, but for eps."""
     options = {name: config[name] for name in ("num_warps", "enable_fp_fusion")}
     constants = {name: value for name, value in config.items() if name not in options} | constants
-    types = POINTERS | {"eps": "fp32"}
+    types = POINTERS | {"eps": "fp32", "size": "i64"}
     signature = {name: types.get(name, element) for name in kernel.arg_names if name not in constants}
     if constants.get("FP8"):
         signature |= dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
@@ -34,7 +41,8 @@ def compiled(kernel: Any, element: str, config: dict[str, Any], constants: dict[
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("D", [1000, 2048, 4096])
 def test_rms_norm(D: int, residual: bool, dtype: torch.dtype, arch: int) -> None:
-    constants = {"D": D, "HAS_RESIDUAL": residual} | ({} if residual else {"p_residual": None})
+    constants = {"D": D, "HAS_RESIDUAL": residual}
+    constants |= {} if residual else {"p_residual": None, "p_total": None}
     code = compiled(rms_norm._rms_norm_kernel, TYPES[dtype], rms_norm.launch_config(D), constants, arch)
     assert_clean(code)
     assert code.registers <= 40 and code.load_widths == code.store_widths == {16}
@@ -42,6 +50,39 @@ def test_rms_norm(D: int, residual: bool, dtype: torch.dtype, arch: int) -> None
     assert code.count("LDG") == (2 + residual) * accesses and code.count("STG") == (1 + residual) * accesses
     if dtype == torch.bfloat16:  # y, the product and the sum are each rounded, two elements at a time
         assert sum(n for opcode, n in code.opcodes.items() if "BF16" in opcode) == 4 * (2 + residual)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("D", [1000, 4096])
+def test_rms_norm_backward(D: int, trains: bool, dtype: torch.dtype, arch: int) -> None:
+    constants = {"D": D, "HAS_DTOTAL": True, "HAS_DWEIGHT": trains} | ({} if trains else {"p_dweight": None})
+    code = compiled(rms_norm._backward_kernel, TYPES[dtype], rms_norm.launch_config(D), constants, arch)
+    assert_clean(code)
+    assert code.registers <= 64 and code.load_widths == code.store_widths == {16}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize(("Hq", "Hkv", "E"), [(16, 16, 128), (32, 8, 80)])
+def test_rope_rows(Hq: int, Hkv: int, E: int, gather: bool, dtype: torch.dtype, arch: int) -> None:
+    kernel = rope_rows._gather_kernel if gather else rope_rows._spread_kernel
+    constants = {"HQ": Hq, "HKV": Hkv, "HALF": E // 2}
+    code = compiled(kernel, TYPES[dtype], rope_rows.launch_config(E // 2), constants, arch)
+    assert_clean(code)
+    assert code.registers <= 64 and code.load_widths <= {8, 16} and code.store_widths == {16}
+    assert code.shared == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("size", [5632, 11008])
+def test_silu_mul_backward(size: int, dtype: torch.dtype, arch: int) -> None:
+    code = compiled(silu_mul._backward_kernel, TYPES[dtype], silu_mul._CONFIG, {"SIZE": size}, arch)
+    assert_clean(code)
+    assert code.registers <= 64 and code.load_widths == code.store_widths == {16}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -356,7 +356,7 @@ def test_training_variants_agree_and_recompute() -> None:
         x = case.inputs()
         error_of = case.truth(x)
         assert case.check(case.providers["reference"], x, error_of) < 1e-5
-        layer, calls = x.contest.policy.decoder.layers[0].mlp, []
+        layer, calls = x.contest.policy.decoder.layers[0].mlp.down_proj, []
         hook = layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         assert case.check(case.providers["update"], x, error_of) < 1e-5, "and no update changes the weights"
         hook.remove()
