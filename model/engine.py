@@ -193,6 +193,7 @@ class RolloutEngine:
         self.picture_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self.graphs = StepGraphs(self.decode_stream if graphs else None)
         self.decoder = Decoder(policy, self.weights, self.pool, max_context, self.graphs)
+        self.weights.image_decoder.graphs = StepGraphs(self.picture_stream if graphs else None)
         self.plan_stage: PlanStage | None = None
         self.image_stage: ImageStage | None = None
 
@@ -297,8 +298,12 @@ class RolloutEngine:
         if self.graphs.missing and os.environ.get("RANK", "0") == "0":
             print("capturing the CUDA graphs of rollouts, which takes some seconds", file=sys.stderr, flush=True)
         self.decoder.prepare()
+        images = min(samples, self._most_images(rows_per_image))
         self.plan_stage.prepare(min(samples, most), self.policy.tokenizer.eos_token_id, sampling)
-        self.image_stage.prepare(min(samples, self._most_images(rows_per_image)), sampling)
+        self.image_stage.prepare(images, sampling)
+        if self.weights.image_decoder.graphs.missing:
+            with self._on(self.picture_stream, self.decode_stream):
+                self.weights.image_decoder(torch.zeros(images, length, dtype=torch.int64, device=self.device))
 
     def _parts(
         self, samples: Sequence[_Sample], most: int, slots: Callable[[Sequence[_Sample]], int]

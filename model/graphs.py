@@ -1,4 +1,4 @@
-"""CUDA graphs of prefills and decode steps: captured once for each shape, replayed without the host."""
+"""CUDA graphs of a rollout's passes: captured once for each shape, replayed without the host."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
+from .graphs import StepGraphs
 from .policy import Policy
 
 CHUNK_BYTES = 2**30  # of activations: bounds the memory beside the KV cache, and still fills a GPU
@@ -33,6 +34,8 @@ class ImageDecoder:
         del model.encoder, model.quant_conv
         model.to_empty(device=policy.device).to(policy.dtype, memory_format=torch.channels_last)
         self.model = model.eval()
+        self.graphs = StepGraphs(None)  # of its own: pictures are decoded beside the next chunk's steps
+        self._static: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # what a graph reads and writes
         scale = 2 ** (len(config.channel_multiplier) - 1)
         pixels = (config.num_patches * scale) ** 2
         widest = config.base_channels * max(config.channel_multiplier[:2])
@@ -47,5 +50,23 @@ class ImageDecoder:
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """[S, T] int64 -> [S, 3, H, W] float32 in [0, 1]."""
-        decoded = [self.model.decode(part) for part in tokens.split(self.chunk)]
-        return torch.cat(decoded).float().add_(1).div_(2).clamp_(0, 1)
+        decode = self._replay if self.graphs.enabled else self._decode
+        return torch.cat([decode(part) for part in tokens.split(self.chunk)])
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        return self.model.decode(tokens).float().add_(1).div_(2).clamp_(0, 1)
+
+    def _replay(self, tokens: Tensor) -> Tensor:
+        """The same by the graph for so many pictures."""
+        key = tuple(tokens.shape)
+        if self.graphs.lacks(key):
+            self._static[key] = tokens.clone(), self._decode(tokens)
+        given, pictures = self._static[key]
+
+        def step() -> None:
+            pictures.copy_(self._decode(given))
+
+        self.graphs.capture(key, step)
+        given.copy_(tokens)
+        self.graphs.run(key, step)
+        return pictures.clone()

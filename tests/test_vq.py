@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
+from oracle import gpu
 from tiny import tiny_policy
 
+from bicot.model.graphs import StepGraphs
 from bicot.model.vq import ImageDecoder
 
 
@@ -32,6 +39,44 @@ def test_refresh_follows_the_vq_model() -> None:
     assert torch.equal(decoder(tokens), before)
     decoder.refresh(policy.model.model.vqmodel)
     torch.testing.assert_close(decoder(tokens), (before + 0.1).clamp(0, 1))
+
+
+def test_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What surrounds CUDA graphs, without CUDA; on a GPU the rollouts of other tests have them."""
+    captured = []
+
+    def record(self: StepGraphs, step: Callable[[], None]) -> Any:
+        captured.append(step)
+        return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr(StepGraphs, "_record", record)
+    policy = tiny_policy()
+    decoder = ImageDecoder(policy)
+    decoder.refresh(policy.model.model.vqmodel)
+    tokens, more = torch.randint(0, 37, (2, 5, 16))
+    decoder.chunk = 2
+    whole = decoder(torch.cat([tokens, more]))
+    decoder.graphs = StepGraphs(SimpleNamespace())  # type: ignore[arg-type]
+    first, second = decoder(tokens), decoder(more)
+    torch.testing.assert_close(torch.cat([first, second]), whole)
+    assert len(captured) == 2, "of two pictures, and of the last one"
+
+
+@gpu
+def test_graphs_decode_what_eager_passes_decode() -> None:
+    policy = tiny_policy()
+    policy.model.cuda()
+    decoder = ImageDecoder(policy)
+    decoder.refresh(policy.model.model.vqmodel)
+    decoder.chunk, tokens = 2, torch.randint(0, 37, (5, 16), device="cuda")
+    eager, stream = decoder(tokens), torch.cuda.Stream()
+    decoder.graphs = StepGraphs(stream)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            graphed = decoder(tokens)
+    stream.synchronize()
+    torch.testing.assert_close(graphed, eager)
 
 
 def test_memory_bounds_the_chunk() -> None:
