@@ -15,8 +15,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from bicot.grpo.cli import parse_config, resume_command
-from bicot.grpo.distributed import Ranks
+from bicot.grpo.cli import parse_config
+from bicot.grpo.distributed import Ranks, resume_command
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.trainer import train
 

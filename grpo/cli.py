@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import re
-import shlex
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -111,12 +108,3 @@ def _problem_of(file: str) -> str | None:
     if settings is None:
         return "the file is empty"
     return None if isinstance(settings, dict) else "no settings, which are lines `name: value`"
-
-
-def resume_command() -> str:
-    """The command line of this process, to go on from its newest checkpoint."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return shlex.join([*sys.orig_argv, "--resume", "auto"])
-    several = " …" if int(os.environ["GROUP_WORLD_SIZE"]) > 1 else ""  # machines: each with its own options
-    command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}{several}"
-    return f"{command} {shlex.join([*sys.argv, '--resume', 'auto'])}"

@@ -7,8 +7,10 @@ one rank with twice the accumulation.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -166,3 +168,12 @@ def _log_of(rank: int) -> str:
     local = rank - first + int(os.environ.get("LOCAL_RANK", 0))
     log = own.parent.parent / str(local) / "stderr.log"
     return f"its log: {log}" if log.is_file() else "its log is above (torchrun --log-dir DIR --tee 3 keeps one by rank)"
+
+
+def resume_command() -> str:
+    """The command line of this process, to go on from its newest checkpoint."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join([*sys.orig_argv, "--resume", "auto"])
+    several = " …" if int(os.environ["GROUP_WORLD_SIZE"]) > 1 else ""  # machines: each with its own options
+    command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}{several}"
+    return f"{command} {shlex.join([*sys.argv, '--resume', 'auto'])}"

@@ -26,10 +26,9 @@ from ..model.settings import RolloutSettings, Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
 from .checkpoint import find_checkpoint, load_state, save_checkpoint
-from .cli import resume_command
 from .config import Config
 from .data import PromptFile, step_indices
-from .distributed import Ranks
+from .distributed import Ranks, resume_command
 from .errors import interrupt
 from .evaluate import (
     Sample,
