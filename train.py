@@ -30,7 +30,8 @@ def main(words: list[str]) -> None:
         ranks = Ranks.start()
         try:
             file = Path(config.profile)
-            profile(config, ranks, file, command=f"python train.py {' '.join(words)}", brief=True)
+            with ranks.naming_the_lost():
+                profile(config, ranks, file, command=f"python train.py {' '.join(words)}", brief=True)
             if ranks.main:
                 print(f"more in {file}; picture and trace (for https://ui.perfetto.dev) are beside it")
         finally:

@@ -40,12 +40,12 @@ _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1em;overflow-wrap:anywhere}
 img{max-width:100%;height:auto} table{border-collapse:collapse;margin:1em 0} caption,th{text-align:left}
 h2{font-size:1.25em}
-td,th{padding:.1em 1.5em .1em 0} td+td,th+th{text-align:right;font-variant-numeric:tabular-nums}
+td,th{padding:.1em 1.5em .1em 0} td+td,th+th{text-align:right;white-space:nowrap}
 .plots,.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26em),1fr));gap:1.5em}
 .pictures{grid-template-columns:repeat(auto-fill,minmax(min(100%,17em),1fr))}
 figure{margin:0} p{margin:.3em 0} pre{white-space:pre-wrap}
 .tags{display:grid;grid-template-columns:repeat(auto-fit,minmax(0,1fr));gap:.7em}
-.tags img{width:100%} .pixels{image-rendering:pixelated}
+.tags p:last-child{max-height:12em;overflow:auto} .tags img{width:100%} .pixels{image-rendering:pixelated}
 """
 
 
@@ -148,7 +148,12 @@ def _legible(text: str, weight: str) -> tuple[str, list[str]]:
 
 @functools.cache
 def _say_no_font() -> None:
-    tqdm.write("no font on this machine has some characters of the texts: pictures show … (Noto's fonts have most)")
+    from matplotlib import get_cachedir
+
+    tqdm.write(
+        "no font on this machine has some characters of the texts: pictures show … (Noto's fonts have most; matplotlib "
+        f"finds a new one after {get_cachedir()} is deleted)"
+    )
 
 
 @functools.cache
@@ -322,7 +327,9 @@ def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str:
 
 
 def _legend(figure: Figure) -> None:
-    for text in figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False).get_texts():
+    longest = max(len(label) for axis in figure.axes for label in axis.get_legend_handles_labels()[1])
+    columns = max(1, min(3, 60 // (longest + 6)))  # 60 characters are as wide as the figure
+    for text in figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False).get_texts():
         words, families = _legible(text.get_text(), "normal")
         text.set(text=words, family=families, parse_math=False)
 

@@ -202,8 +202,8 @@ class Trainer:
             samples = samples_of(rollout, repeated, scores, self.ensemble)
             picked = pick(samples[:: config.num_generations])
             path = self.output / "samples" / f"step-{self.step:06d}.png"
-            save_samples(picked, path)
             with no_failure(f"step {self.step}: no grid of samples"):
+                save_samples(picked, path)
                 draw_grid({f"step {self.step}": picked}, path)
                 grid = path
         elapsed = time.perf_counter() - start

@@ -245,8 +245,10 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
     monkeypatch.syspath_prepend(job)
     for name in ("before_after.png", "report.html"):
         (tmp_path / "again" / name).mkdir(parents=True)  # neither can be written
+    (tmp_path / "again" / "samples" / "step-000002.jsonl").mkdir(parents=True)
     assert run(job, tmp_path / "again", "--max_steps", "2")["steps"] == 2
     said = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("step 2: no grid of samples: IsADirectoryError: ") for line in said) == 1
     for name in ("before_after.png", "report.html"):
         assert sum(line.startswith(f"no {name}: IsADirectoryError: ") for line in said) == 1
     assert said[-1].endswith(f"checkpoint and metrics are in {tmp_path / 'again'}")
