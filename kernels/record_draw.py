@@ -73,19 +73,26 @@ def record_draw(
         running: [B] bool, or None.
         end: the token that ends a sample.
         impl: "triton" (CUDA), "torch", or "auto": Triton on a GPU, and else PyTorch.
+
+    Raises:
+        ValueError: shapes or strides that do not fit together, or an `impl` that cannot run.
     """
     token, *logprobs = draw
+    B, (R, D) = len(token), x.shape
+    if numbers.shape[1] != R or R % B or table.shape[1] != D or table.dtype != x.dtype:
+        raise ValueError(f"{B} draws, numbers {[*numbers.shape]}, a table {[*table.shape]} and x {[*x.shape]} differ")
+    if numbers.stride(1) != 1 or not all(t.is_contiguous() for t in (*draw, *columns, table, x)):
+        raise ValueError("all but the rows of numbers must be contiguous")
     if choose("torch" if x.device.type == "cpu" and impl == "auto" else impl, x.device, x.dtype) != "triton":
-        at = numbers[place, : len(token)]
+        at = numbers[place, :B]
         for column, drawn in zip(columns, draw, strict=True):
             column.index_copy_(0, at, drawn.to(column.dtype))
         numbers[grows:-1] += numbers[-1]
         if running is not None:
             running &= token != end
-        x.view(-1, *token.shape, x.shape[1])[:] = F.embedding(token, table)
+        x.view(-1, B, D)[:] = F.embedding(token, table)
         return
-    D = x.shape[1]
     launch(
-        _record_draw_kernel, (len(x),), token, *logprobs, numbers, numbers.stride(0), *columns, running, end, table, x,
-        len(token), len(numbers), grows, place, D, triton.next_power_of_2(D), num_warps=4,
+        _record_draw_kernel, (R,), token, *logprobs, numbers, numbers.stride(0), *columns, running, end, table, x,
+        B, len(numbers), grows, place, D, triton.next_power_of_2(D), num_warps=4,
     )  # fmt: skip

@@ -37,3 +37,7 @@ def test_draws_are_kept_counted_and_embedded(B: int, R: int, D: int, dtype: torc
     assert torch.equal(x[:R], table[draw[0].repeat(R // B)]) and not x[R:].any()
     record_draw(draw, numbers, columns, table, x[:R], **options)  # type: ignore[arg-type]
     assert torch.equal(running, expected), "no row ends"
+    with pytest.raises(ValueError, match="draws, numbers .* differ"):
+        record_draw(draw, numbers, columns, table, x, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be contiguous"):
+        record_draw(draw, whole.T.contiguous().T[:, :R], columns, table, x[:R], **options)  # type: ignore[arg-type]
