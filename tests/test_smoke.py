@@ -370,10 +370,10 @@ def test_the_image_loop_never_waits_for_the_device(policy: Any) -> None:
     engine, sampling, steps = engine_of(policy), Sampling(max_completion_length=10, cfg_weight=2.0), []
     first, run = next(engine.generate(PROMPTS, 4, sampling, seed=1)), engine.graphs.run  # compiles and captures
 
-    def watched(*arguments: Any) -> None:
-        steps.extend([arguments[0]] * arguments[2])
+    def watched(key: Any, step: Callable[[], None], times: int = 1) -> None:
+        steps.extend([key] * times)
         with no_sync():
-            run(*arguments)
+            run(key, step, times)
 
     engine.graphs.run = watched
     second = next(engine.generate(PROMPTS, 4, sampling, seed=1))
