@@ -182,7 +182,7 @@ def _check_rows(draw: Draw, cond: Tensor, uncond: Tensor | None) -> None:
         _require(good, "guided")
 
 
-def _native(cond: Tensor, uncond: Tensor | None, options: tuple[Any, ...], *tensors: Tensor) -> None:
+def _native(cond: Tensor, uncond: Tensor | None, options: cfg_sample_triton.Options, *tensors: Tensor) -> None:
     pointer, integer, real, double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
     types = (pointer, integer) * 2 + (integer,) * 2 + (real, double, real, ctypes.c_int, integer, double)
     run = native.function(f"bicot_cfg_sample_{NATIVE_DTYPES[cond.dtype]}", *types, *(pointer,) * 5, ctypes.c_int)
@@ -210,7 +210,7 @@ def _op(
     if impl == "native":
         _native(cond, uncond, options, seed, offset.contiguous(), *draw)
     elif len(cond):
-        good = cfg_sample_triton.launch(cond, uncond, *options, seed, offset.contiguous(), draw)
+        good = cfg_sample_triton.launch(cond, uncond, options, seed, offset.contiguous(), draw)
         if cond.is_cuda:
             torch._assert_async(good, _BAD_ROW)
     if not cond.is_cuda:

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import dispatch
 from .dispatch import tl, triton
 
+Options = tuple[float, float, float, bool, int, float]  # guidance, 1 / temperature, scale, greedy, top_k, top_p
 BLOCK = 2048  # columns a program measures or races: 32 a thread of 2 warps
 TRUNCATE_BLOCK = 4096  # columns the truncating program holds at a time: 16 a thread of 8 warps
 
@@ -274,21 +275,12 @@ def race_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch(
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    inverse_temperature: float,
-    scale: float,
-    greedy: bool,
-    top_k: int,
-    top_p: float,
-    seed: Tensor,
-    offset: Tensor,
-    draw: Sequence[Tensor],
+    cond: Tensor, uncond: Tensor | None, options: Options, seed: Tensor, offset: Tensor, draw: Sequence[Tensor]
 ) -> Tensor:
     """Fill draw = (token, logp_cond, logp_guided), [B] each -> whether every row had an answer, one bool.
 
     Columns of the logits are adjacent, `offset` is contiguous, B > 0, 0 <= top_k < V."""
+    guidance, inverse_temperature, scale, greedy, top_k, top_p = options
     B, V = cond.shape
     parts = -(-V // BLOCK)
     other = cond if uncond is None else uncond
@@ -298,21 +290,21 @@ def launch(
     good, cut = cond.new_empty((), dtype=torch.uint8), cond.new_empty(B, dtype=torch.float32)
     strides = (cond.stride(0), other.stride(0))
     # every operation rounded: only so do all implementations draw the same tokens
-    options = {"GUIDED": uncond is not None, "enable_fp_fusion": False}
+    config = {"GUIDED": uncond is not None, "enable_fp_fusion": False}
     counted = (statistics, first, arrived, good)
     dispatch.launch(
         measure_kernel, (B, parts), cond, other, *counted, V, *strides, guidance, scale,
-        **options, BLOCK=BLOCK, num_warps=2,
+        **config, BLOCK=BLOCK, num_warps=2,
     )  # fmt: skip
     if truncated:
         bits = struct.unpack("q", struct.pack("d", top_p))[0]  # a float argument would be rounded to float32
         dispatch.launch(
             truncate_kernel, (B,), cond, other, statistics, cut, last, V, parts, *strides, guidance, scale, top_k, bits,
-            **options, TOP_K=top_k > 0, TOP_P=top_p < 1, BLOCK=TRUNCATE_BLOCK, num_warps=8,
+            **config, TOP_K=top_k > 0, TOP_P=top_p < 1, BLOCK=TRUNCATE_BLOCK, num_warps=8,
             maxnreg=168,  # else ptxas spills for more programs at a time
         )  # fmt: skip
     dispatch.launch(
         race_kernel, (B, parts), cond, other, seed, offset, cut, last, *counted, *draw, V, *strides, guidance,
-        inverse_temperature, scale, **options, GREEDY=greedy, TRUNCATED=truncated, BLOCK=BLOCK, num_warps=2,
+        inverse_temperature, scale, **config, GREEDY=greedy, TRUNCATED=truncated, BLOCK=BLOCK, num_warps=2,
     )  # fmt: skip
     return good.view(torch.bool)

@@ -27,61 +27,40 @@ BICOT_INLINE int64_t weigh(float z, float top, float scale) {
 
 struct Mix {
   float top, top_c;
-  double sum_c;  // sum of 2^((c - top_c) * scale); 0 without guidance
   bool good;
 };
 
-// The guided logits z of a row, their maximum, and the softmax sum of the conditional ones.
+// The guided logits z of a row and, where there is guidance, the conditional ones x as floats.
 template <class T>
-BICOT_INLINE Mix mix_row(const T* c, const T* u, int64_t V, float guidance, float scale, float* z) {
-  Mix row = {-kInf, -kInf, 0, true};
-  float buffer[kBlock];
+BICOT_INLINE Mix mix_row(const T* c, const T* u, int64_t V, float guidance, float* x, float* z) {
+  float top = -kInf, top_c = -kInf;
+  int32_t bad = 0;
   for (int64_t begin = 0; begin < V; begin += kBlock) {
-    const int64_t n = V - begin < kBlock ? V - begin : kBlock;
-    float top = -kInf, top_c = -kInf;
-    int32_t bad = 0;
-    if (!u) {
-      for (int64_t j = 0; j < n; ++j) z[begin + j] = load(c + begin + j);
-    } else {
+    const int64_t end = std::min(V, begin + kBlock);
+    for (int64_t j = begin; !u && j < end; ++j) z[j] = load(c + j);
 #pragma omp simd reduction(max : top_c) reduction(| : bad)
-      for (int64_t j = 0; j < n; ++j) {
-        const float x = load(c + begin + j), y = load(u + begin + j);
-        const float mixed = y + guidance * (x - y);
-        z[begin + j] = (x < y ? x : y) == -kInf ? -kInf : mixed;
-        buffer[j] = x;
-        bad |= !(x < kInf) | !(y < kInf);  // true for NaN
-        top_c = x > top_c ? x : top_c;
-      }
-      if (top_c > row.top_c) {
-        row.sum_c *= std::exp2((static_cast<double>(row.top_c) - top_c) * scale);  // 0 at first: 2^-inf
-        row.top_c = top_c;
-      }
-      if (row.top_c > -kInf) {
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; ++j) sum += exp2_nonpositive((buffer[j] - row.top_c) * scale);
-        row.sum_c += sum;
-      }
+    for (int64_t j = begin; j < (u ? end : begin); ++j) {
+      const float given = load(c + j), other = load(u + j), mixed = other + guidance * (given - other);
+      x[j] = given;
+      z[j] = (given < other ? given : other) == -kInf ? -kInf : mixed;
+      bad |= !(given < kInf) | !(other < kInf);  // true for NaN
+      top_c = given > top_c ? given : top_c;
     }
 #pragma omp simd reduction(max : top) reduction(| : bad)
-    for (int64_t j = 0; j < n; ++j) {
-      const float x = z[begin + j];
-      bad |= !(x < kInf);
-      top = x > top ? x : top;
+    for (int64_t j = begin; j < end; ++j) {
+      bad |= !(z[j] < kInf);
+      top = z[j] > top ? z[j] : top;
     }
-    row.top = top > row.top ? top : row.top;
-    if (bad) row.good = false;
   }
-  row.good = row.good && row.top > -kInf;
-  return row;
+  return {top, top_c, !bad && top > -kInf};
 }
 
 // target_clones does not apply to templates: one plain function for each dtype.
-BICOT_CLONES Mix mix(const float* c, const float* u, int64_t V, float guidance, float scale, float* z) {
-  return mix_row(c, u, V, guidance, scale, z);
+BICOT_CLONES Mix mix(const float* c, const float* u, int64_t V, float guidance, float* x, float* z) {
+  return mix_row(c, u, V, guidance, x, z);
 }
-BICOT_CLONES Mix mix(const bfloat16* c, const bfloat16* u, int64_t V, float guidance, float scale, float* z) {
-  return mix_row(c, u, V, guidance, scale, z);
+BICOT_CLONES Mix mix(const bfloat16* c, const bfloat16* u, int64_t V, float guidance, float* x, float* z) {
+  return mix_row(c, u, V, guidance, x, z);
 }
 
 struct Key {
@@ -170,29 +149,24 @@ struct Probe {
 };
 
 // The number of the logits >= pivot, or their weight.
-BICOT_CLONES Probe count_above(const float* z, int64_t V, float pivot) {
-  int32_t count = 0;
+template <class Measure>
+BICOT_INLINE Probe probe(const float* z, int64_t V, float pivot, Measure measure) {
+  decltype(measure(0.0f)) sum = 0;
   float next = kInf, previous = -kInf;
-#pragma omp simd reduction(+ : count) reduction(min : next) reduction(max : previous)
+#pragma omp simd reduction(+ : sum) reduction(min : next) reduction(max : previous)
   for (int64_t j = 0; j < V; ++j) {
     const float up = z[j] >= pivot ? z[j] : kInf, down = z[j] >= pivot ? -kInf : z[j];
-    count += z[j] >= pivot;
+    sum += z[j] >= pivot ? measure(z[j]) : 0;
     next = up < next ? up : next;
     previous = down > previous ? down : previous;
   }
-  return {count, next, previous};
+  return {sum, next, previous};
+}
+BICOT_CLONES Probe count_above(const float* z, int64_t V, float pivot) {
+  return probe(z, V, pivot, [](float) __attribute__((always_inline)) { return int32_t{1}; });
 }
 BICOT_CLONES Probe weigh_above(const float* z, int64_t V, float pivot, float top, float scale) {
-  int64_t mass = 0;
-  float next = kInf, previous = -kInf;
-#pragma omp simd reduction(+ : mass) reduction(min : next) reduction(max : previous)
-  for (int64_t j = 0; j < V; ++j) {
-    const float up = z[j] >= pivot ? z[j] : kInf, down = z[j] >= pivot ? -kInf : z[j];
-    mass += weigh(z[j] >= pivot ? z[j] : -kInf, top, scale);
-    next = up < next ? up : next;
-    previous = down > previous ? down : previous;
-  }
-  return {mass, next, previous};
+  return probe(z, V, pivot, [=](float x) __attribute__((always_inline)) { return weigh(x, top, scale); });
 }
 
 // Mask every logit below `cut`, and of those equal to it all but the first `ties`.
@@ -279,29 +253,29 @@ void sample(const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_
             int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (B * V > kSerial)
   {
-    const std::unique_ptr<float[]> z(new float[V]);
+    const std::unique_ptr<float[]> z(new float[V]), x(new float[uncond ? V : 0]);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B; ++i) {
-      const T* c = cond + i * cond_stride;
-      const Mix row = mix(c, uncond ? uncond + i * uncond_stride : nullptr, V, o.guidance, o.scale, z.get());
+      const T* u = uncond ? uncond + i * uncond_stride : nullptr;
+      const Mix row = mix(cond + i * cond_stride, u, V, o.guidance, x.get(), z.get());
       token[i] = 0;
       logp_cond[i] = logp_guided[i] = std::numeric_limits<float>::quiet_NaN();
       if (!row.good) continue;
+      const auto logp = [&](float logit, float top, double sum) {
+        return static_cast<float>((static_cast<double>(logit) - top) * o.inverse_temperature - std::log(sum));
+      };
       const Key key = {static_cast<uint64_t>(seed), static_cast<uint64_t>(offset[i])};
       const bool truncated = !o.greedy && (o.top_k || o.top_p < 1);
       Race drawn = race(z.get(), V, row.top, o.scale, !o.greedy && !truncated, key);
-      const double log_sum = std::log(drawn.sum);  // of the whole distribution
+      const double sum = drawn.sum;  // of the whole distribution
       if (truncated) {
         truncate(z.get(), V, row.top, o);
         drawn = race(z.get(), V, row.top, o.scale, true, key);
       }
       const int64_t v = o.greedy ? std::find(z.get(), z.get() + V, row.top) - z.get() : drawn.first;
-      const double logp = (static_cast<double>(z[v]) - row.top) * o.inverse_temperature - log_sum;
       token[i] = v;
-      logp_guided[i] = static_cast<float>(logp);
-      logp_cond[i] = uncond ? static_cast<float>((static_cast<double>(load(c + v)) - row.top_c) * o.inverse_temperature -
-                                                 std::log(row.sum_c))
-                            : logp_guided[i];
+      logp_guided[i] = logp(z[v], row.top, sum);
+      logp_cond[i] = uncond ? logp(x[v], row.top_c, race(x.get(), V, row.top_c, o.scale, false, key).sum) : logp_guided[i];
     }
   }
 }
