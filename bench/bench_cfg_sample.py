@@ -1,8 +1,8 @@
-"""cfg_sample: one token a row from guided logits or from the 50 likeliest, and its log-probs.
+"""cfg_sample: one token a row from guided logits, from all, or from the 50 likeliest, and its log-probs.
 
 python -m bicot.bench.bench_cfg_sample [--device cpu|cuda] [--output FILE.json]
-Floor: every logit is read once. Image rows [16, 16384] with guidance 5 and no truncation; text rows [2, 102400] without
-guidance. Checked: the log-probs, that the token survives the truncation, and for ours that it comes in first.
+Floor: every logit is read once. Image rows [16, 16384] with guidance 5; text rows [16, 102400] and, truncated,
+[2, 102400] without. Checked: the log-probs, that the token survives the truncation, and for ours that it comes in first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from ..kernels.dispatch import Impl
 from .harness import Case, Outputs, Provider, compiled, kernel, main, relative_error, short
 
 GUIDANCE, SEED = 5.0, 7
-IMAGE, TEXT = (16, 16384, 0), (2, 102400, 50)  # rows, vocabulary, top-k
+# rows, vocabulary, guidance, top-k
+SHAPES = [(16, 16384, True, 0), (16, 102400, False, 0), (2, 102400, False, 50)]
+TINY = [(4, 384, True, 0), (4, 384, False, 0), (2, 384, False, 50)]
 DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
 
 
@@ -30,11 +32,11 @@ class Inputs(NamedTuple):
     top_k: int
 
 
-def inputs(B: int, V: int, top_k: int, dtype: torch.dtype, device: str) -> Inputs:
+def inputs(B: int, V: int, guidance: bool, top_k: int, dtype: torch.dtype, device: str) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
     both, cond, uncond = torch.randn(3, B, V, generator=generator, device=device)
     logits = [(2 * both + 0.3 * own).to(dtype) for own in (cond, uncond)]
-    return Inputs(logits[0], None if top_k else logits[1], torch.arange(B, device=device), top_k)
+    return Inputs(logits[0], logits[1] if guidance else None, torch.arange(B, device=device), top_k)
 
 
 def guided(cond: Tensor, uncond: Tensor | None) -> Tensor:
@@ -81,13 +83,13 @@ def truth(x: Inputs) -> Callable[[Outputs], float]:
     return error_of
 
 
-def case(B: int, V: int, top_k: int, dtype: torch.dtype, device: str) -> Case:
+def case(B: int, V: int, guidance: bool, top_k: int, dtype: torch.dtype, device: str) -> Case:
     impl = kernel(device)
-    labels = {"B": B, "V": V} | ({"top_k": top_k} if top_k else {"guidance": GUIDANCE}) | {"dtype": short(dtype)}
+    labels = {"B": B, "V": V} | ({"guidance": GUIDANCE} if guidance else {"top_k": top_k}) | {"dtype": short(dtype)}
     return Case(
         labels,
         torch.float32,  # what all compute in
-        partial(inputs, B, V, top_k, dtype, device),
+        partial(inputs, B, V, guidance, top_k, dtype, device),
         truth,
         {
             "ours": Provider(partial(ours, impl=impl), f'impl="{impl}"'),
@@ -95,13 +97,12 @@ def case(B: int, V: int, top_k: int, dtype: torch.dtype, device: str) -> Case:
             "torch.compile": Provider(compiled(eager), "of eager"),
             "ours in PyTorch": Provider(partial(ours, impl="torch"), 'impl="torch"; the tokens of the kernel'),
         },
-        bytes=(1 if top_k else 2) * B * V * dtype.itemsize,
+        bytes=(2 if guidance else 1) * B * V * dtype.itemsize,
     )
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
-    shapes = [(4, 384, 0), (2, 384, 50)] if tiny else [IMAGE, TEXT]
-    return [case(*shape, dtype, device) for shape in shapes for dtype in DTYPES[device]]
+    return [case(*shape, dtype, device) for shape in (TINY if tiny else SHAPES) for dtype in DTYPES[device]]
 
 
 if __name__ == "__main__":
