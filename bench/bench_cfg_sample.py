@@ -2,7 +2,7 @@
 
 python -m bicot.bench.bench_cfg_sample [--device cpu|cuda] [--output FILE.json]
 Floor: every logit is read once. Image rows [16, 16384] with guidance 5; text rows [16, 102400] and, truncated,
-[2, 102400] without. Checked: the log-probs, that the token survives the truncation, and for ours that it comes in first.
+[2, 102400] without. Checked: the log-probs, that the token survives the truncation, that ours is the first to come in.
 """
 
 from __future__ import annotations
