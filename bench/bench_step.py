@@ -151,7 +151,7 @@ class Contest:
         self.baseline_prompts = setting.baseline_prompts
         self.config = config = setting.config
         self.policy = setting.policy(device)
-        self.reference = Policy(copy.deepcopy(self.policy.model).requires_grad_(False), self.policy.tokenizer)
+        self.reference = Policy(copy.deepcopy(self.policy.model), self.policy.tokenizer).freeze()
         if config.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.ranks = Ranks(0, 1, self.policy.device)

@@ -76,9 +76,9 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
         options = ["--shape", "Janus-Pro-1B"] * gpu + ["--steps", str(count)]
         return bench("step_profile", seconds, *options, module="step_profile", ends=False)
 
-    smoke = program("smoke", 60, sys.executable, "-m", "pytest", "-q", "tests/test_smoke.py", **DETERMINISTIC)
+    smoke = program("smoke", 80, sys.executable, "-m", "pytest", "-q", "tests/test_smoke.py", **DETERMINISTIC)
     if mode == "quick":
-        return [smoke, profile(75, 1), bench("decode_kernels", 30, module="decode_kernels", ends=False)]
+        return [smoke, profile(60, 1), bench("decode_kernels", 25, module="decode_kernels", ends=False)]
     if mode == "tests":
         options = ["--output", str(out / "tests.json"), *(["--seconds", "520"] if gpu else ["--collect-only"])]
         tests = program("tests", 530, sys.executable, "-m", "bicot.bench.gpu_tests", *options, **DETERMINISTIC)

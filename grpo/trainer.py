@@ -130,9 +130,7 @@ class Trainer:
             device=self.ranks.device,
             freeze=self.config.freeze,
         )
-        if reference:
-            policy.model.requires_grad_(False)
-        return policy
+        return policy.freeze() if reference else policy
 
     def run(self) -> dict[str, float | int | None]:
         """Train to `max_steps` (or `stop_after`, or a SIGTERM/SIGINT) -> the summary that is also written."""

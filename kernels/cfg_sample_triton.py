@@ -286,7 +286,8 @@ def launch(
     other = cond if uncond is None else uncond
     truncated = (top_k > 0 or top_p < 1) and not greedy
     statistics = cond.new_empty((4, B, parts), dtype=torch.float32)
-    first, arrived, last = cond.new_empty((3, B), dtype=torch.int64)
+    # each at a multiple of 16 bytes: Triton compiles anew for pointers that are not
+    first, arrived, last = cond.new_empty((3, B + B % 2), dtype=torch.int64)
     good, cut = cond.new_empty((), dtype=torch.uint8), cond.new_empty(B, dtype=torch.float32)
     strides = (cond.stride(0), other.stride(0))
     # every operation rounded: only so do all implementations draw the same tokens

@@ -1,9 +1,9 @@
 """Janus's language model in training: packed tokens through the modules of transformers' Llama, in few launches.
 
 The linear layers are the model's own nn.Linear modules, so that adapters, ZeRO-3's hooks and each parameter's gradient
-work as in transformers. Where q, k, v (or gate, up) lie side by side in memory, as `RolloutEngine` leaves them, and
-nothing is hooked to them, they are one product. What stands between the products is one kernel each: the residual add
-with the norm, the rotary embedding with the way into attention's rows, and the activation. N tokens, D hidden.
+work as in transformers. Where q, k, v (or gate, up) lie side by side in memory, as `join` leaves them, and nothing
+is hooked to them, they are one product. What stands between the products is one kernel each: the residual add with the
+norm, the rotary embedding with the way into attention's rows, and the activation. N tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -37,6 +37,16 @@ def install(decoder: nn.Module) -> None:
     for module in decoder.modules():
         if type(module) is LlamaRMSNorm:
             module.__class__ = Norm
+
+
+def join(decoder: Any) -> None:
+    """Put q, k, v and gate, up of each layer side by side in memory, as `RolloutEngine` does for a policy."""
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for group in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+            weights = [module.weight for module in group]
+            if all(map(_is_plain, group)) and side_by_side(weights) is None and all(map(is_alone, weights)):
+                move_together(weights)
 
 
 def forward(decoder: Any, x: Tensor, layout: Layout) -> Tensor:
@@ -95,6 +105,23 @@ def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
     if not all(parameter.is_contiguous() for parameter in parameters):
         return None
     return first.as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride(), first.storage_offset())
+
+
+def is_alone(parameter: Tensor, joined: Tensor | None = None) -> bool:
+    """Whether nobody else has views of the parameter's storage, which is its own or that of an earlier `joined`."""
+    storage = parameter.untyped_storage()
+    moved = joined is not None and joined.untyped_storage().data_ptr() == storage.data_ptr()
+    size = (joined if moved else parameter).nbytes  # type: ignore[union-attr]
+    # DeepSpeed marks what lies in a flat buffer of ZeRO-1 or 2, and what ZeRO-3 shards
+    return storage.nbytes() == size and not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, "ds_id")
+
+
+def move_together(parameters: Sequence[Tensor]) -> Tensor:
+    """Copy the parameters into one tensor, and make them views of it."""
+    joined = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters]), strict=True):
+        parameter.data = part
+    return joined
 
 
 class _Joined(torch.autograd.Function):

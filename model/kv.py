@@ -55,11 +55,13 @@ class KVPool:
     def reserve(self, tokens: int) -> bool:
         """Give all segments back; grow towards `tokens` as far as memory allows -> whether the pool has moved.
 
-        Memory is looked at once for a size: what is free changes from step to step, and the pool should not.
+        It grows to an eighth more than is asked for, so that longer prompts rarely move it again, which costs all
+        graphs. Memory is looked at once for a size: what is free changes from step to step, and the pool should not.
         """
         self.reset()
         if tokens <= max(self.capacity, self._asked):
             return False
+        tokens += tokens // 8
         self._asked = tokens
         limit = self.max_bytes
         if limit is None and self.device.type == "cuda":

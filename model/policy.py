@@ -101,6 +101,12 @@ class Policy:
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def freeze(self) -> Policy:
+        """Itself, as a reference model: nothing trains from now on."""
+        self.model.requires_grad_(False)
+        body.join(self.decoder)
+        return self
+
     def embed_text(self, ids: Tensor) -> Tensor:
         """[..., L] int64 -> [..., L, D]."""
         return self.decoder.get_input_embeddings()(ids)

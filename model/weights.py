@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .adapters import is_adapted, merged, unmerged
-from .body import side_by_side
+from .body import is_alone, move_together, side_by_side
 from .policy import Policy
 from .vq import ImageDecoder
 
@@ -164,8 +164,8 @@ class Joined:
         if any(not isinstance(p, nn.Parameter) or hasattr(p, "ds_id") for p in parameters):
             return None  # PEFT computes it; or ZeRO-3, where storage comes and goes
         shared = side_by_side(parameters)
-        if shared is None and all(_is_alone(parameter, self.tensor) for parameter in parameters):
-            shared = _move_together(parameters)
+        if shared is None and all(is_alone(parameter, self.tensor) for parameter in parameters):
+            shared = move_together(parameters)
         return shared
 
 
@@ -227,19 +227,3 @@ def whole(parameters: Iterable[Any]) -> Iterator[None]:
 
     with zero.GatheredParameters(sharded):
         yield
-
-
-def _is_alone(parameter: Tensor, joined: Tensor | None) -> bool:
-    """Whether nobody else has views of the parameter's storage, which is its own or that of an earlier `joined`."""
-    storage = parameter.untyped_storage()
-    moved = joined is not None and joined.untyped_storage().data_ptr() == storage.data_ptr()
-    size = (joined if moved else parameter).nbytes  # type: ignore[union-attr]
-    return storage.nbytes() == size and not hasattr(parameter, "_hp_mapping")  # ZeRO-1 or 2, with one in a flat buffer
-
-
-def _move_together(parameters: Sequence[Tensor]) -> Tensor:
-    """Copy the parameters into one tensor, and make them views of it."""
-    joined = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, joined.split([len(parameter) for parameter in parameters]), strict=True):
-        parameter.data = part
-    return joined

@@ -54,7 +54,7 @@ def one_by_one(policy: Policy) -> list[Tensor]:
         hidden = model.language_model(inputs_embeds=embeds).last_hidden_state[0]
         image.append(hidden[len(prompt) - 1 : -1])
     model.language_model.config._attn_implementation = "sdpa"
-    body.install(model)
+    body.install(model.language_model)
     assert all(type(norm) is body.Norm for norm in norms) and norms
     return [torch.cat(text), torch.cat(image)]
 
@@ -89,6 +89,14 @@ def test_outputs_and_gradients(kv_heads: int, checkpointing: bool) -> None:
     with torch.no_grad():
         for stream, together in zip(streams(policy), found, strict=True):
             close(policy.hidden(stream), [together])
+
+
+def test_a_reference_model_computes_the_same_in_fewer_products() -> None:
+    policy, reference = tiny_policy(), tiny_policy().freeze()
+    close(reference.hidden(*streams(policy)), policy.hidden(*streams(policy)))
+    assert not reference.trainable_parameters()
+    weights = [layer.mlp.gate_proj.weight for layer in reference.decoder.layers]
+    assert all(2 * weight.nbytes == weight.untyped_storage().nbytes() for weight in weights)
 
 
 def test_each_common_beginning_is_computed_once() -> None:
@@ -198,7 +206,7 @@ def test_launches_of_a_layer() -> None:
     counts = []
     for layers in (2, 3):
         policy = tiny_policy(layers=layers)
-        RolloutEngine(policy, policy.prompt_encoder(PromptFormat()))  # joins q, k, v and gate, up
+        body.join(policy.decoder)
         rows = streams(policy)
         with _Launches() as launches:
             outputs = policy.hidden(*rows)
@@ -227,4 +235,6 @@ def test_no_less_precise_than_transformers(to: str, dtype: torch.dtype) -> None:
     outputs = reference.hidden(*streams(reference))
     truth = [*outputs, *gradients(reference, outputs)]
     ours, theirs = errors(policy.hidden(*streams(policy))), errors(one_by_one(policy))
-    assert ours.mean() <= 1.1 * theirs.mean() and (ours <= 2 * theirs + torch.finfo(dtype).eps / 4).all()
+    rounding = torch.finfo(torch.float32).eps  # of float32, whose sums are in another order
+    assert ours.mean() <= 1.1 * theirs.mean() + rounding
+    assert (ours <= 2 * theirs + max(2 * rounding, torch.finfo(dtype).eps / 4)).all()
