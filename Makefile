@@ -17,10 +17,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kern
 train: $(STAMP)
 	.venv/bin/python train.py $(ARGS)
 
-# Triton's interpreter replaces its compiler for a whole process, so its tests have one of their own; 5: none was selected.
+# A process of one thread for each core, up to four; ARGS="-n 0" runs the tests in one process.
+test: export OMP_NUM_THREADS ?= 1
+test: PYTEST := .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# Triton's interpreter replaces its compiler for a whole process, so its tests have their own; 5: none was selected.
 test: $(STAMP)
-	.venv/bin/python -m pytest $(ARGS)
-	TRITON_INTERPRET=1 .venv/bin/python -m pytest -m triton $(ARGS) || [ $$? = 5 ]
+	$(PYTEST) $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS) || [ $$? = 5 ]
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

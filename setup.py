@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-TEST = ["pytest", "hypothesis", "pytest-benchmark", "tensorboard"]
+TEST = ["pytest", "pytest-xdist>=3.2,<4", "hypothesis", "pytest-benchmark", "tensorboard"]
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
 # The README's trainer overrides a private method of TRL and divides as 1.16 does; 2.0 is announced to remove options.
 TRL = ["trl>=1.16,<2; python_version >= '3.11'"]

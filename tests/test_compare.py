@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tiny import ROOT
 
-from bicot.bench.compare import compare
+from bicot.bench.compare import compare, main
 
 
 def row(case: str, provider: str, median: float, spread: float = 0.01) -> dict[str, Any]:
@@ -77,23 +77,27 @@ def test_whole_steps_are_compared_with_the_published_algorithm() -> None:
     assert compare(step(1), step(1.05))[1] and not compare(step(1), step(1.2))[1]
 
 
-def run(*files: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bicot.bench.compare", *map(str, files)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*files: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+        return main()
 
-
-def test_the_command(tmp_path: Path) -> None:
     committed = ROOT / "bench" / "results" / "silu_mul_cpu.json"
-    done = run(committed, committed)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "nothing got worse" and "+0.0%" in done.stdout
+    assert run(committed, committed) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "nothing got worse" and "+0.0%" in printed
     slower = json.loads(committed.read_text())
     for each in slower["rows"]:
         each["ms"] = [t * (1.2 if each["provider"] == "ours" else 1) for t in each["ms"]]
     (tmp_path / "slower.json").write_text(json.dumps(slower))
-    assert run(committed, tmp_path / "slower.json").returncode == 1
-    assert run(tmp_path / "slower.json", committed).returncode == 0, "faster is no regression"
+    command = [sys.executable, "-m", "bicot.bench.compare", str(committed), str(tmp_path / "slower.json")]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 1
+    assert run(tmp_path / "slower.json", committed) == 0, "faster is no regression"
     (tmp_path / "none.json").write_text(json.dumps({"bench": "scaling"}))
-    done = run(committed, tmp_path / "none.json")
-    assert done.returncode == 2 and "none.json: no result with a provider called eager or baseline" in done.stderr
-    done = run(committed, ROOT / "bench" / "results" / "rms_norm_cpu.json")
-    assert done.returncode == 2 and "results of two benches: silu_mul and rms_norm" in done.stderr
+    for other, words in (
+        (tmp_path / "none.json", "none.json: no result with a provider called eager or baseline"),
+        (ROOT / "bench" / "results" / "rms_norm_cpu.json", "results of two benches: silu_mul and rms_norm"),
+    ):
+        with pytest.raises(SystemExit, match="^2$"):
+            run(committed, other)
+        assert words in capsys.readouterr().err

@@ -195,6 +195,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_whoever_ends_it_ends_its_processes(tmp_path: Path) -> None:
     begun = tmp_path / "begun"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     write(tmp_path, slow=SLOW.replace("0.5", "600").replace("    time", "    open('begun', 'w').close()\n    time"))
 
     def interrupt() -> None:
@@ -206,4 +207,5 @@ def test_whoever_ends_it_ends_its_processes(tmp_path: Path) -> None:
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         tests.run()
+    signal.signal(signal.SIGINT, before)
     assert [worker.process.wait(10) for worker in tests.workers] == [-signal.SIGKILL]
