@@ -247,7 +247,7 @@ def race_kernel(  # type: ignore[no-untyped-def]
     b_first = o_v
     for i in tl.static_range(4):
         b_z = _load(p_c, p_u, o_v + 64 * i, V, guidance, GUIDED)[2]
-        b_t = top - b_z
+        b_t = tl.abs(top - b_z)  # -0 - 0 is -0, whose bits come before all others
         if not GREEDY:
             b_t = _exponential(b_words[i]) * _exp2(tl.minimum(b_t * scale, 64.0))
         if TRUNCATED:

@@ -491,6 +491,12 @@ class TestRounding:
         assert torch.equal(draw.token, first)
 
     @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("z", [[-0.0, 0.0], [0.0, -0.0], [-1.0, -0.0, 0.0, -0.0]])
+    def test_zeros_of_both_signs_tie(self, z: list[float], impl: str) -> None:
+        draw = sample(impl, torch.tensor([z]), None, temperature=0.0, seed=0, offset=torch.arange(1))
+        assert draw.token.item() == z.index(0.0)
+
+    @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
     @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}])
     def test_guided_logits(self, options: dict, impl: str) -> None:
         # 3·c - 2·u is the same for both tokens before rounding: what is drawn is what rounding makes the larger one
