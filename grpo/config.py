@@ -25,7 +25,7 @@ class Config:
     """A run.
 
     Args:
-        model_name_or_path: Janus checkpoint in Hugging Face layout: a folder or a hub id.
+        model_name_or_path: Janus checkpoint, in Hugging Face layout or DeepSeek's: a folder or a hub id.
         dtype: of the policy's weights; bfloat16 trains through float32 master weights.
         freeze: prefixes of parameter names that do not train.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration, PreTrainedConfig
 
 from . import body
 from .adapters import merged
+from .convert import ORIGINAL, load_original, original_config, original_tokenizer
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
 from .rows import Layout, lay_out
@@ -178,10 +179,10 @@ def load_policy(
     device: torch.device | str = "cpu",
     freeze: Sequence[str] = PUBLISHED_FREEZE,
 ) -> Policy:
-    """Load a Janus checkpoint in Hugging Face layout.
+    """Load a Janus checkpoint in Hugging Face layout, or in DeepSeek's.
 
     Args:
-        path: a local folder or a hub id such as `deepseek-community/Janus-Pro-7B`.
+        path: a local folder or a hub id such as `deepseek-community/Janus-Pro-7B` or `deepseek-ai/Janus-Pro-7B`.
         dtype: of the weights.
         device: where the weights go.
         freeze: prefixes of parameter names that do not train.
@@ -189,27 +190,30 @@ def load_policy(
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
         ValueError: another architecture, a tokenizer larger than the vocabulary, pictures that are not the VQ model's
-            grid, weights that are missing or unknown, or a freeze prefix that matches none.
+            grid, weights that are missing, unknown or of another shape, or a freeze prefix that matches none.
     """
     try:
-        config = AutoConfig.from_pretrained(path)
+        raw, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as error:
         raise FileNotFoundError(
             f"model_name_or_path={str(path)!r} is neither a folder with a config.json "
             f"nor a model the hub gives: {error}"
         ) from error
-    if config.model_type != "janus":
+    kind = raw.get("model_type")
+    if kind == ORIGINAL:
+        tokenizer = original_tokenizer(path)
+        config = original_config(path, raw, tokenizer)
+        _check_sizes(path, config, tokenizer)
+        model = load_original(path, config, tokenizer, dtype)
+    elif kind == "janus":
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        _check_sizes(path, AutoConfig.from_pretrained(path), tokenizer)
+        model = _load(path, dtype)
+    else:
         raise ValueError(
-            f"{path} is a {config.model_type!r} checkpoint; bicot trains Janus models "
-            "(model_type 'janus', such as deepseek-community/Janus-Pro-7B)"
+            f"{path} is a {kind!r} checkpoint; bicot trains Janus models (model_type 'janus', such as "
+            f"deepseek-community/Janus-Pro-7B, or {ORIGINAL!r}, such as deepseek-ai/Janus-Pro-7B)"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    _check_sizes(path, config, tokenizer)
-    loaded: Any = JanusForConditionalGeneration.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    model, report = loaded
-    for what, found in (("lacks", report["missing_keys"]), ("has unknown", report["unexpected_keys"])):
-        if found:  # transformers would fill in random values, or leave them out
-            raise ValueError(f"{path} {what} {len(found)} weights, such as {', '.join(sorted(found)[:3])}")
     model.to(device)
     names = [name for name, _ in model.named_parameters()]
     for prefix in freeze:
@@ -218,6 +222,19 @@ def load_policy(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(freeze)))
     return Policy(model.eval(), tokenizer)
+
+
+def _load(path: str | Path, dtype: torch.dtype) -> Any:
+    loaded: Any = JanusForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    model, report = loaded
+    shapes = [name for name, *_ in report["mismatched_keys"]]
+    wrong = {"lacks": report["missing_keys"], "has unknown": report["unexpected_keys"], "has misshapen": shapes}
+    for what, found in wrong.items():
+        if found:  # transformers would fill in random values, or leave them out
+            raise ValueError(f"{path} {what} {len(found)} weights, such as {', '.join(sorted(found)[:3])}")
+    return model
 
 
 def _check_sizes(path: str | Path, config: Any, tokenizer: Any) -> None:
