@@ -370,15 +370,17 @@ def test_an_archive_joins_the_results(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "## rms_norm on H" in (tmp_path / "RESULTS.md").read_text()
 
 
-def test_seeds_of_the_default_run(tmp_path: Path) -> None:
+def test_seeds_of_the_default_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     file = tmp_path / "results" / "toy_seeds.json"
-    command = [sys.executable, "-m", "bicot.bench.toy_seeds", "--seeds", "3", "--output", str(file), "--"]
-    command += ["--max_steps", "1", "--num_generations", "2", "--num_eval_generations", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    train = ["--max_steps", "1", "--num_generations", "2", "--num_eval_generations", "1"]
+    monkeypatch.setattr(sys, "argv", ["toy_seeds", "--seeds", "3", "--output", str(file), "--", *train])
+    importlib.import_module("bicot.bench.toy_seeds").main()
     result = json.loads(file.read_text())
-    assert result == json.loads(done.stdout.splitlines()[-1]) and [run["seed"] for run in result["runs"]] == [3]
+    printed = capsys.readouterr().out.splitlines()
+    assert result == json.loads(printed[-1]) and [run["seed"] for run in result["runs"]] == [3]
     assert file.with_suffix(".png").exists() and "| 3 | " in report.render(file.parent)
 
 

@@ -73,18 +73,32 @@ def test_a_missing_file_is_damage(tmp_path: Path) -> None:
     assert find_damage(path) == f"{path} is damaged: model.safetensors is missing"
 
 
+OTHER_RUN = """
+import sys
+from pathlib import Path
+from bicot.grpo.output import OutputInUse, locked
+try:
+    with locked(Path(sys.argv[1])):
+        sys.exit("not refused")
+except OutputInUse as error:
+    print(error, flush=True)
+input()
+with locked(Path(sys.argv[1])):
+    print("released")
+"""
+
+
 def test_one_run_at_a_time(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    other = (
-        "from pathlib import Path; from bicot.grpo.output import locked; import sys\nwith locked(Path(sys.argv[1])): 0"
-    )
-    command = [sys.executable, "-c", other, str(output)]
+    command = [sys.executable, "-c", OTHER_RUN, str(output)]
     with locked(output):
         (output / "metrics.jsonl").write_text("")
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        holder = f"process {os.getpid()} on {socket.gethostname()}"
-        assert f"{output} is in use by {holder}: choose another --output_dir" in done.stderr
-    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0, "released"
+        other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert other.stdout is not None
+        said = other.stdout.readline()
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"{output} is in use by {holder}: choose another --output_dir" in said
+    assert other.communicate("\n", timeout=120)[0] == "released\n" and other.returncode == 0
     assert (output / "metrics.jsonl").exists()
     with locked(tmp_path / "refused"):
         pass

@@ -25,6 +25,7 @@ from bicot.grpo.data import PromptFile, load_examples
 from bicot.grpo.trainer import train
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.check import EXAMPLES as CHECKED
+from bicot.rewards.check import main as check_main
 from bicot.rewards.config import RewardConfig
 from bicot.rewards.ensemble import RewardHandle
 from bicot.rewards.worker import RewardError
@@ -213,11 +214,16 @@ def test_check_says_what_is_missing(tmp_path: Path) -> None:
         (None, "No such file"),
     ],
 )
-def test_check_of_a_bad_file(tmp_path: Path, text: str | None, message: str) -> None:
+def test_check_of_a_bad_file(
+    tmp_path: Path, text: str | None, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if text is not None:
         (tmp_path / "my.yaml").write_text(text)
-    done = check(tmp_path / "my.yaml")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # as the check does, and for the time of this test
+    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path / "my.yaml"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="^2$"):
+        check_main()
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["1b", "7b"])

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -426,13 +427,12 @@ def test_what_cannot_be_sampled_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert "driver not loaded" in str(power.Sampler(torch.device("cuda")).missing)
 
 
-def test_random_weights_of_a_shape(tmp_path: Path) -> None:
+def test_random_weights_of_a_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As gpu.sh profiles Janus-Pro-1B: bfloat16, guidance, activations recomputed."""
-    command = [sys.executable, "-m", "bicot.bench.step_profile", "--device", "cpu", "--shape", "tiny", "--tiny"]
-    command += ["--steps", "2", "--output", str(tmp_path / "profile.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    given = ["--device", "cpu", "--shape", "tiny", "--tiny", "--steps", "2", "--output", str(tmp_path / "profile.json")]
+    monkeypatch.setattr(sys, "argv", ["step_profile", *given])
+    monkeypatch.setattr(step_profile, "logging", MagicMock())  # other tests may look at what it would turn off
+    step_profile.main()
     result = json.loads((tmp_path / "profile.json").read_text())
     rows = {row["phase"]: row for row in result["rows"]}
     assert result["command"].endswith("--device cpu --shape tiny") and result["images"] == 2 * 2 * 2

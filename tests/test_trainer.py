@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -26,6 +27,7 @@ from bicot.grpo.trainer import train
 from bicot.model.policy import load_policy
 from bicot.rewards.worker import RewardError
 
+SMALL = ("--eval_file", "null", "--sample_steps", "0")  # no pictures but those that train
 REWARD = """
 class Redness:
     name = "redness"
@@ -112,7 +114,7 @@ def test_a_run_leaves_everything(job: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_only_the_language_model_trains(job: Path, tmp_path: Path) -> None:
-    run(job, tmp_path, "--max_steps", "2")
+    run(job, tmp_path, *SMALL, "--max_steps", "2")
     before, after = load_file(job / "model" / "model.safetensors"), weights(tmp_path, 2)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith(("model.language_model", "lm_head")) for name in moved)
@@ -135,7 +137,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(job: Path, tmp_path: Path) -> 
 
 def test_settings_that_change_on_resume(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They take effect and are said, or are refused by name with both values."""
-    small = ("--eval_file", "null", "--sample_steps", "0", "--lr_scheduler_type", "linear")
+    small = (*SMALL, "--lr_scheduler_type", "linear")
     run(job, tmp_path, *small, "--stop_after", "2")
     for setting, value, words in (
         ("seed", "1", "seed 0, which cannot become 1"),
@@ -159,7 +161,7 @@ def test_settings_that_change_on_resume(job: Path, tmp_path: Path, capsys: pytes
 
 
 def test_resume_in_bfloat16_keeps_the_masters(job: Path, tmp_path: Path) -> None:
-    more = ("--dtype", "bfloat16", "--learning_rate", "1e-4", "--max_steps", "4")
+    more = (*SMALL, "--dtype", "bfloat16", "--learning_rate", "1e-4", "--max_steps", "4")
     run(job, tmp_path / "whole", *more)
     run(job, tmp_path / "parts", *more, "--stop_after", "2")
     run(job, tmp_path / "parts", *more, "--resume", str(tmp_path / "parts" / "checkpoint-000002"))
@@ -168,24 +170,24 @@ def test_resume_in_bfloat16_keeps_the_masters(job: Path, tmp_path: Path) -> None
 
 def test_rows_after_the_checkpoint_are_written_again(job: Path, tmp_path: Path) -> None:
     """A run killed between checkpoints leaves rows that the resumed run must not repeat."""
-    run(job, tmp_path, "--stop_after", "2")
+    run(job, tmp_path, *SMALL, "--stop_after", "2")
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 3, "reward": 9.0}) + "\n")
-    run(job, tmp_path, "--resume", "auto", "--stop_after", "4")
+    run(job, tmp_path, *SMALL, "--resume", "auto", "--stop_after", "4")
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 4]
     assert metrics(tmp_path)[2]["reward"] < 1
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_resumed(job: Path, tmp_path: Path) -> None:
-    run(job, tmp_path, "--stop_after", "2")
+    run(job, tmp_path, *SMALL, "--stop_after", "2")
     (tmp_path / ".checkpoint-000004.partial").mkdir()  # what a kill in the middle of saving leaves
     (tmp_path / "checkpoint-000005").mkdir()
-    run(job, tmp_path, "--resume", "auto", "--stop_after", "3")
+    run(job, tmp_path, *SMALL, "--resume", "auto", "--stop_after", "3")
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
 
 
 def test_an_earlier_run_is_not_lost(job: Path, tmp_path: Path) -> None:
-    run(job, tmp_path, "--max_steps", "2")
+    run(job, tmp_path, *SMALL, "--max_steps", "2")
     with pytest.raises(FileExistsError, match=r"--resume auto.*--overwrite_output_dir"):
         run(job, tmp_path, "--max_steps", "2", "--move_output_dir", "false")
     with pytest.raises(FileNotFoundError, match=r"no trainer_state\.pt there"):
@@ -226,7 +228,7 @@ def test_equal_rewards_have_no_spread(job: Path, tmp_path: Path, monkeypatch: py
         "import torch\ndef even(images, examples):\n    return torch.full((len(images),), 0.35)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    more = ("--max_steps", "1", "--num_generations", "8", "--eval_file", "null", "--sample_steps", "0")
+    more = (*SMALL, "--max_steps", "1", "--num_generations", "8")
     run(job, tmp_path / "out", "--rewards.names", "even:even", *more)
     assert metrics(tmp_path / "out")[0]["frac_reward_zero_std"] == 1.0
 
@@ -258,7 +260,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
 
 def test_going_back_to_an_earlier_checkpoint(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The checkpoints behind it are neither resumed nor let push out the new ones."""
-    small = ("--eval_file", "null", "--sample_steps", "0", "--save_total_limit", "3")
+    small = (*SMALL, "--save_total_limit", "3")
     run(job, tmp_path, *small)
     second = str(tmp_path / "checkpoint-000002")
     run(job, tmp_path, *small, "--resume", second, "--stop_after", "3", "--save_total_limit", "1")
@@ -285,7 +287,7 @@ def test_settings_of_section_one_all_run(job: Path, tmp_path: Path) -> None:
             ("--multi_objective_aggregation", "normalize_then_sum", "--top_p", "0.9"),
         )
     ):
-        run(job, tmp_path / str(i), "--max_steps", "1", *more)
+        run(job, tmp_path / str(i), *SMALL, "--max_steps", "1", *more)
         row = metrics(tmp_path / str(i))[0]
         assert row["grad_norm"] > 0
         assert ("kl" in row) == (i != 0)
@@ -293,7 +295,7 @@ def test_settings_of_section_one_all_run(job: Path, tmp_path: Path) -> None:
 
 def test_gradient_checkpointing_changes_nothing(job: Path, tmp_path: Path) -> None:
     for flag in ("false", "true"):
-        run(job, tmp_path / flag, "--max_steps", "2", "--gradient_checkpointing", flag)
+        run(job, tmp_path / flag, *SMALL, "--max_steps", "2", "--gradient_checkpointing", flag)
     assert_same_weights(weights(tmp_path / "false", 2), weights(tmp_path / "true", 2))
 
 
@@ -353,6 +355,17 @@ def test_plans_leave_room_for_the_picture(job: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+IN_TURN = """
+import json, os, sys
+from bicot.grpo.cli import parse_config
+from bicot.grpo.trainer import train
+for run, words in enumerate(json.loads(sys.argv[1])):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(run)  # so that the ranks do not meet where the run before did
+    train(parse_config(words))
+"""
+
+
 def _environment(job: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{job}", "OMP_NUM_THREADS": "1"}
 
@@ -364,8 +377,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(job: Path, tmp_path: Pa
     one = words(job, tmp_path / "one", *steps, "--gradient_accumulation_steps", "2")
     train(parse_config(one))
     two = words(job, tmp_path / "two", *steps, "--gradient_accumulation_steps", "1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*torchrun, str(ROOT / "train.py"), *two], check=True, env=_environment(job), timeout=300)
+    subprocess.run([*TWO_RANKS, str(ROOT / "train.py"), *two], check=True, env=_environment(job), timeout=300)
     for name, weight in weights(tmp_path / "one", 2).items():
         torch.testing.assert_close(weights(tmp_path / "two", 2)[name], weight, atol=1e-6, rtol=0)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
@@ -403,16 +415,17 @@ def test_two_ranks_skip_the_steps_in_which_no_reward_applies(
     more += ["--max_steps", "4", "--sample_steps", "0", "--save_steps", "1", "--save_total_limit", "null"]
     more += ["--per_device_train_batch_size", "1", "--adam_epsilon", "1e-3", "--lr_scheduler_type", "linear"]
 
-    def two_ranks(output: str, *rest: str) -> str:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += [str(ROOT / "train.py"), *words(job, tmp_path / output, *more, "--gradient_accumulation_steps", "1")]
+    def two_ranks(*runs: tuple[str, ...]) -> list[str]:
+        """Output folder and options of each -> what they said of skipped steps."""
+        each = [words(job, tmp_path / o, *more, "--gradient_accumulation_steps", "1", *rest) for o, *rest in runs]
+        (tmp_path / "in_turn.py").write_text(IN_TURN)
+        command = [*TWO_RANKS, str(tmp_path / "in_turn.py"), json.dumps(each)]
         environment = _environment(job) | {"PYTHONPATH": f"{_environment(job)['PYTHONPATH']}:{tmp_path}"}
-        done = subprocess.run([*command, *rest], check=True, env=environment, timeout=300, stdout=subprocess.PIPE)
-        return done.stdout.decode()
+        done = subprocess.run(command, check=True, env=environment, timeout=300, stdout=subprocess.PIPE)
+        return [line for line in done.stdout.decode().splitlines() if "skipped" in line]
 
-    said = two_ranks("whole")
-    skipped = [line for line in said.splitlines() if "skipped" in line]
-    assert skipped == [f"step {step}: no reward applies to any sample; the update is skipped" for step in (2, 4)]
+    skipped = two_ranks(("whole",), ("parts", "--stop_after", "2"))
+    assert skipped == [f"step {step}: no reward applies to any sample; the update is skipped" for step in (2, 4, 2)]
     steps = metrics(tmp_path / "whole")
     assert [step["update_skipped"] for step in steps] == [0, 1, 0, 1]
     assert ["grad_norm" in step for step in steps] == ["reward" in step for step in steps] == [True, False, True, False]
@@ -424,8 +437,7 @@ def test_two_ranks_skip_the_steps_in_which_no_reward_applies(
     for name, weight in weights(tmp_path / "one", 4).items():
         torch.testing.assert_close(weights(tmp_path / "whole", 4)[name], weight, atol=1e-6, rtol=0)
 
-    two_ranks("parts", "--stop_after", "2")
-    two_ranks("parts", "--resume", "auto")
+    two_ranks(("parts", "--resume", "auto"))
     assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
@@ -439,8 +451,21 @@ def test_two_ranks_skip_the_steps_in_which_no_reward_applies(
         ("generate.py", ("a", "--model", "nowhere/at-all"), "error: model_name_or_path='nowhere/at-all' is neither"),
     ],
 )
-def test_an_error_is_one_line(script: str, more: tuple[str, ...], line: str, job: Path, tmp_path: Path) -> None:
+def test_an_error_is_one_line(
+    script: str, more: tuple[str, ...], line: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = words(job, tmp_path / "out", *more) if script == "train.py" else list(more)
+    if more[0] in ("--train_file", "--report_to"):  # in this process: another imports everything for 4 seconds
+        handler = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+        monkeypatch.setattr(sys, "argv", [script, *given])
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        signal.signal(signal.SIGTERM, handler)
+        said = str(end.value.code)  # Python prints it, and ends with 1
+        assert line in said and "(--debug shows where)" in said and not (tmp_path / "out").exists()
+        return
     command = [sys.executable, str(ROOT / script), *given]
     environment = _environment(job) | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
@@ -452,7 +477,7 @@ def test_an_error_is_one_line(script: str, more: tuple[str, ...], line: str, job
 
 
 def test_sigterm_finishes_the_step_and_saves(job: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "train.py"), *words(job, tmp_path, "--max_steps", "100000")]
+    command = [sys.executable, str(ROOT / "train.py"), *words(job, tmp_path, *SMALL, "--max_steps", "100000")]
     process = subprocess.Popen(command, env=_environment(job), stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
