@@ -90,7 +90,7 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
         seconds = {"train": 30, "rewards": 45, "rollout": 20, "decode_attention": 15, "token_logprobs": 20}
         seconds |= {"linear_logprobs": 20, "grpo_loss": 20, "cfg_sample": 10, "rms_norm": 15, "silu_mul": 15}
         seconds |= {"rope_kv_write": 15, "group_advantages": 15}
-        return [smoke, profile(75, 1), *whole, *(bench(name, limit) for name, limit in seconds.items())]
+        return [smoke, profile(60, 1), *whole, *(bench(name, limit) for name, limit in seconds.items())]
     model = ["--results", str(results), "--output", str(results / "step_model.json")]
     return [
         profile(0, 2 if gpu else 5),

@@ -356,14 +356,6 @@ def test_plans_leave_room_for_the_picture(job: Path, tmp_path: Path) -> None:
 
 
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-IN_TURN = """
-import json, os, sys
-from bicot.grpo.cli import parse_config
-from bicot.grpo.trainer import train
-for run, words in enumerate(json.loads(sys.argv[1])):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(run)  # so that the ranks do not meet where the run before did
-    train(parse_config(words))
-"""
 
 
 def _environment(job: Path) -> dict[str, str]:
@@ -415,17 +407,16 @@ def test_two_ranks_skip_the_steps_in_which_no_reward_applies(
     more += ["--max_steps", "4", "--sample_steps", "0", "--save_steps", "1", "--save_total_limit", "null"]
     more += ["--per_device_train_batch_size", "1", "--adam_epsilon", "1e-3", "--lr_scheduler_type", "linear"]
 
-    def two_ranks(*runs: tuple[str, ...]) -> list[str]:
-        """Output folder and options of each -> what they said of skipped steps."""
-        each = [words(job, tmp_path / o, *more, "--gradient_accumulation_steps", "1", *rest) for o, *rest in runs]
-        (tmp_path / "in_turn.py").write_text(IN_TURN)
-        command = [*TWO_RANKS, str(tmp_path / "in_turn.py"), json.dumps(each)]
+    def two_ranks(output: str, *rest: str) -> str:
+        given = words(job, tmp_path / output, *more, "--gradient_accumulation_steps", "1", *rest)
         environment = _environment(job) | {"PYTHONPATH": f"{_environment(job)['PYTHONPATH']}:{tmp_path}"}
+        command = [*TWO_RANKS, str(ROOT / "train.py"), *given]
         done = subprocess.run(command, check=True, env=environment, timeout=300, stdout=subprocess.PIPE)
-        return [line for line in done.stdout.decode().splitlines() if "skipped" in line]
+        return done.stdout.decode()
 
-    skipped = two_ranks(("whole",), ("parts", "--stop_after", "2"))
-    assert skipped == [f"step {step}: no reward applies to any sample; the update is skipped" for step in (2, 4, 2)]
+    said = two_ranks("whole")
+    skipped = [line for line in said.splitlines() if "skipped" in line]
+    assert skipped == [f"step {step}: no reward applies to any sample; the update is skipped" for step in (2, 4)]
     steps = metrics(tmp_path / "whole")
     assert [step["update_skipped"] for step in steps] == [0, 1, 0, 1]
     assert ["grad_norm" in step for step in steps] == ["reward" in step for step in steps] == [True, False, True, False]
@@ -437,7 +428,8 @@ def test_two_ranks_skip_the_steps_in_which_no_reward_applies(
     for name, weight in weights(tmp_path / "one", 4).items():
         torch.testing.assert_close(weights(tmp_path / "whole", 4)[name], weight, atol=1e-6, rtol=0)
 
-    two_ranks(("parts", "--resume", "auto"))
+    two_ranks("parts", "--stop_after", "2")
+    two_ranks("parts", "--resume", "auto")
     assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
