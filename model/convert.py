@@ -244,7 +244,10 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         if args.output.exists() and any(args.output.iterdir()):
             raise ValueError(f"{args.output} is not empty; give a new folder")
-        raw, _ = PreTrainedConfig.get_config_dict(args.source)
+        try:
+            raw, _ = PreTrainedConfig.get_config_dict(args.source)
+        except OSError as error:
+            raise FileNotFoundError(f"{args.source} has no config.json: {error}") from error
         if raw.get("model_type") != ORIGINAL:
             raise ValueError(f"{args.source} is a {raw.get('model_type')!r} checkpoint, not in DeepSeek's layout")
         tokenizer = original_tokenizer(args.source)

@@ -274,6 +274,7 @@ def test_convert_writes_what_transformers_reads(twin: Any, folder: Path, tmp_pat
     assert_same_weights(model, twin.__class__.from_pretrained(None, config=twin.config, state_dict=half_of(twin)))
     for words, message in (
         ([str(folder), str(output)], "is not empty"),
+        ([str(tmp_path / "nothing"), str(tmp_path / "third")], "error: .*/nothing has no config.json"),
         ([str(output), str(tmp_path / "third")], "'janus' checkpoint, not in DeepSeek's layout"),
     ):
         with pytest.raises(SystemExit, match=message):
