@@ -1,7 +1,8 @@
-"""rms_norm: one decode step's norm of Janus-Pro-1B, with the residual add before it.
+"""rms_norm: a norm of Janus-Pro-1B with the residual add before it, of one decode step and of training.
 
 python -m bicot.bench.bench_rms_norm [--device cpu|cuda] [--output FILE.json]
-Floor: x and the residual read, the sum and the norm written, at the rate of a large copy.
+Training is forward and backward, with the gradient of the weight. Floor, at the rate of a large copy: x and the
+residual read, the sum and the norm written; in training also the sum and both gradients read, and one written.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels.rms_norm import rms_norm
-from .harness import Case, Outputs, Provider, compiled, expect, kernel, main, short
+from ..kernels.rms_norm import add_rms_norm, rms_norm
+from .harness import Case, Outputs, Provider, compiled, expect, kernel, main, short, with_gradients
 
 EPS = 1e-6
 Inputs = tuple[Tensor, Tensor, Tensor]  # x, weight, residual
@@ -60,9 +61,33 @@ def case(N: int, D: int, dtype: torch.dtype, device: str) -> Case:
     return Case({"N": N, "D": D, "dtype": short(dtype)}, dtype, make, truth, providers, 4 * N * D * dtype.itemsize)
 
 
+def training(N: int, D: int, dtype: torch.dtype, device: str) -> Case:
+    impl = kernel(device)
+
+    def ours(inputs: Inputs) -> Outputs:
+        x, weight, residual = inputs
+        return add_rms_norm(x, residual, weight, EPS, impl=impl)
+
+    providers = {
+        "ours": Provider(with_gradients(ours), f'impl="{impl}"'),
+        "eager": Provider(with_gradients(eager), "transformers"),
+        "torch.compile": Provider(with_gradients(compiled(eager)), "of eager"),
+    }
+
+    def exact(inputs: Inputs) -> Callable[[Outputs], float]:
+        return expect(with_gradients(eager)([t.double() for t in inputs]))
+
+    make = partial(inputs, N, D, dtype, device)
+    labels = {"what": "forward and backward", "N": N, "D": D, "dtype": short(dtype)}
+    return Case(labels, dtype, make, exact, providers, 8 * N * D * dtype.itemsize)
+
+
 def cases(device: str, tiny: bool) -> list[Case]:
+    dtypes = (torch.bfloat16, torch.float32)
     shapes = [(2, 64)] if tiny else [(16, 2048), (128, 2048)]
-    return [case(N, D, dtype, device) for N, D in shapes for dtype in (torch.bfloat16, torch.float32)]
+    trained = [(3, 64)] if tiny else [(11_000 if device == "cuda" else 1024, 2048)]
+    decoded = [case(N, D, dtype, device) for N, D in shapes for dtype in dtypes]
+    return decoded + [training(N, D, dtype, device) for N, D in trained for dtype in dtypes]
 
 
 if __name__ == "__main__":

@@ -135,6 +135,18 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def with_gradients(run: Callable[[Any], Outputs]) -> Callable[[Sequence[Tensor]], Outputs]:
+    """`run` and its backward pass: its outputs, and the gradients of all its inputs for the sum of the outputs' squares
+    halved, which are as large as the outputs."""
+
+    def both(inputs: Sequence[Tensor]) -> Outputs:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        outputs = [x for x in run(leaves) if x is not None]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])]
+
+    return both
+
+
 def gpu_only(tensor: Tensor) -> None:
     if not tensor.is_cuda:
         raise Unavailable("its kernel needs a GPU")

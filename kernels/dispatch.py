@@ -52,6 +52,7 @@ __all__ = [
     "register",
     "tl",
     "triton",
+    "wants_gradient",
 ]
 
 
@@ -113,7 +114,12 @@ def register(
     return getattr(torch.ops.bicot, name).default
 
 
+def wants_gradient(*inputs: Tensor) -> bool:
+    """Whether autograd records what is done with the inputs."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
 def forward_only(name: str, *inputs: Tensor) -> None:
     """RuntimeError if an input of op `name` wants a gradient: without it, the gradient would silently be missing."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         raise RuntimeError(f"{name} is forward only: call it under torch.no_grad()")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton, wants_gradient
 
 _NATIVE = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2 + (ctypes.c_double, ctypes.c_int)
 _NATIVE_BACKWARD = (ctypes.c_void_p,) * 6 + (ctypes.c_int64,) * 3 + (ctypes.c_double, ctypes.c_int)
@@ -166,24 +166,28 @@ _add_op = register("add_rms_norm", _launch_add, _fake_add)
 _backward_op = register("rms_norm_backward", _launch_backward, _fake_backward)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, ctx.eps, residual, ctx.impl = inputs
-    ctx.save_for_backward(x if residual is None else output[1], weight)
-    ctx.has_residual = residual is not None
-    ctx.set_materialize_grads(False)
+class _Norm(torch.autograd.Function):
+    """Not registered with the ops, which would cost three times as much of the host."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        out, total = _add_op(x, weight, eps, residual, impl)
+        ctx.save_for_backward(x if residual is None else total, weight)
+        ctx.eps, ctx.has_residual, ctx.impl = eps, residual is not None, impl
+        ctx.set_materialize_grads(False)
+        return out, total
 
-def _autograd_backward(ctx: Any, d_out: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, weight = ctx.saved_tensors
-    d_total = d_total if ctx.has_residual else None
-    if d_out is None:
-        return d_total, None, None, d_total, None
-    trains = ctx.needs_input_grad[1]
-    d_x, d_weight = _backward_op(d_out, d_total, total.contiguous(), weight, ctx.eps, trains, ctx.impl)
-    return d_x, d_weight if trains else None, None, d_x if ctx.has_residual else None, None
-
-
-torch.library.register_autograd("bicot::add_rms_norm", _autograd_backward, setup_context=_save_for_backward)
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        d_total = d_total if ctx.has_residual else None
+        if d_out is None:
+            return d_total, None, None, d_total, None
+        trains = ctx.needs_input_grad[1]
+        d_x, d_weight = _backward_op(d_out, d_total, total.contiguous(), weight, ctx.eps, trains, ctx.impl)
+        return d_x, d_weight if trains else None, None, d_x if ctx.has_residual else None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
@@ -215,8 +219,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         raise ValueError(f"residual is written in place and must be contiguous, got strides {residual.stride()}")
     if chosen == "torch":
         return rms_norm_ref(x, weight, eps, residual)
-    if residual is None and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _add_op(x, weight, eps, None, chosen)[0]
+    if residual is None and wants_gradient(x, weight):
+        return _Norm.apply(x, weight, eps, None, chosen)[0]
     return _op(x, weight, eps, residual, chosen)
 
 
@@ -245,7 +249,8 @@ def add_rms_norm(
     if chosen == "torch":
         total = residual + x
         return rms_norm_ref(total, weight, eps), total
-    return _add_op(x, weight, eps, residual.contiguous(), chosen)
+    run = _Norm.apply if wants_gradient(x, residual, weight) else _add_op
+    return run(x, weight, eps, residual.contiguous(), chosen)
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, impl: Impl) -> str:

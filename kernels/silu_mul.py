@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, launch, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, choose, launch, register, tl, triton, wants_gradient
 
 _NATIVE = (ctypes.c_void_p,) * 2 + (ctypes.c_int64,) * 2 + (ctypes.c_int,)
 _NATIVE_BACKWARD = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 2 + (ctypes.c_int,)
@@ -103,16 +103,18 @@ _op = register("silu_mul", _launch, _fake)
 _backward_op = register("silu_mul_backward", _launch_backward, _fake_backward)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate_up, ctx.impl = inputs
-    ctx.save_for_backward(gate_up)
+class _SiluMul(torch.autograd.Function):
+    """Not registered with the op, which would cost three times as much of the host."""
 
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, impl: str) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.impl = impl
+        return _op(gate_up, impl)
 
-def _autograd_backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
-    return _backward_op(d_out, *ctx.saved_tensors, ctx.impl), None
-
-
-torch.library.register_autograd("bicot::silu_mul", _autograd_backward, setup_context=_save_for_backward)
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        return _backward_op(d_out, *ctx.saved_tensors, ctx.impl), None
 
 
 def silu_mul(gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -135,4 +137,6 @@ def silu_mul(gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
     if gate_up.ndim != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [N, 2·I], got {list(gate_up.shape)}")
     chosen = choose(impl, gate_up.device, gate_up.dtype)
-    return silu_mul_ref(gate_up) if chosen == "torch" else _op(gate_up, chosen)
+    if chosen == "torch":
+        return silu_mul_ref(gate_up)
+    return (_SiluMul.apply if wants_gradient(gate_up) else _op)(gate_up, chosen)

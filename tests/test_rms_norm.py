@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import (
@@ -17,7 +19,7 @@ from oracle import (
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bicot.kernels.rms_norm import _add_op, _op, add_rms_norm, rms_norm, rms_norm_ref
+from bicot.kernels.rms_norm import _add_op, _backward_op, _op, add_rms_norm, rms_norm, rms_norm_ref
 
 EPS = 1e-6
 # Float32: the order of the sum. Bfloat16: every rounding is where the reference has it, three of them.
@@ -165,8 +167,8 @@ def test_threads_do_not_change_the_bits(impl: str) -> None:
 def test_op(added: bool, impl: str) -> None:
     x, weight, residual = inputs(3, 16, torch.float32, device(impl))
     torch.library.opcheck(_op, (x, weight, EPS, residual if added else None, impl))
-    leaves = [v.clone().requires_grad_() for v in (x, weight, residual)]
-    torch.library.opcheck(_add_op, (*leaves[:2], EPS, leaves[2] if added else None, impl))
+    torch.library.opcheck(_add_op, (x, weight, EPS, residual if added else None, impl))
+    torch.library.opcheck(_backward_op, (x, residual if added else None, residual, weight, EPS, added, impl))
 
 
 @pytest.mark.parametrize("impl", ["torch", NATIVE])
@@ -180,6 +182,21 @@ def test_compiles_whole(impl: str) -> None:
     out = torch.compile(layer, fullgraph=True)(x, ours)
     torch.testing.assert_close(out, layer(x, expected), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+def test_gradients_compile_whole(impl: str) -> None:
+    def run(values: tuple[Tensor, ...], function: Any) -> list[Tensor]:
+        leaves = [v.clone().requires_grad_() for v in values]
+        return list(torch.autograd.grad(function(*leaves).square().sum(), leaves))
+
+    def layer(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
+        normed, total = add_rms_norm(x, residual, weight, EPS, impl=impl)  # type: ignore[arg-type]
+        return normed + total
+
+    values = inputs(3, 16, torch.float32)
+    for ours, plain in zip(run(values, torch.compile(layer, fullgraph=True)), run(values, layer), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

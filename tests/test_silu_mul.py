@@ -17,7 +17,7 @@ from oracle import (
 )
 from torch import Tensor
 
-from bicot.kernels.silu_mul import _op, silu_mul, silu_mul_ref
+from bicot.kernels.silu_mul import _backward_op, _op, silu_mul, silu_mul_ref
 
 # Float32: the C++ exponential is right to 1 ulp of |g|, so far out on the left silu is so to |g| roundings. Bfloat16:
 # both roundings are where the reference has them.
@@ -124,7 +124,9 @@ def test_threads_do_not_change_the_bits(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", KERNELS)
 def test_op(impl: str) -> None:
-    torch.library.opcheck(_op, (inputs(3, 16, torch.float32, device(impl)).requires_grad_(), impl))
+    gate_up = inputs(3, 16, torch.float32, device(impl))
+    torch.library.opcheck(_op, (gate_up, impl))
+    torch.library.opcheck(_backward_op, (gate_up[:, :16].contiguous(), gate_up, impl))
 
 
 @pytest.mark.parametrize("impl", ["torch", NATIVE])
@@ -135,6 +137,9 @@ def test_compiles_whole(impl: str) -> None:
         return silu_mul(x + 1, impl=impl) * 2  # type: ignore[arg-type]
 
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(gate_up), layer(gate_up), rtol=1e-6, atol=1e-6)
+    leaf = gate_up.requires_grad_()
+    both = (torch.autograd.grad(way(leaf).sum(), leaf)[0] for way in (torch.compile(layer, fullgraph=True), layer))
+    torch.testing.assert_close(*both, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
