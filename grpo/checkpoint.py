@@ -28,7 +28,8 @@ from .optim import MasterAdamW
 
 STATE = "trainer_state.pt"
 MANIFEST = "manifest.json"
-FIXED = ("dtype", "freeze", "seed", "num_generations", "prompts_per_step")  # settings that hold for a whole run
+# settings that hold for a whole run
+FIXED = ("dtype", "freeze", "optim", "seed", "num_generations", "prompts_per_step")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -67,6 +67,8 @@ class Config:
         num_iterations: optimizer updates on one rollout.
         importance_sampling_correction: weigh tokens by truncated ratios of training to sampling log-probs.
         importance_sampling_clip_max: bound of those weights.
+        optim: adamw_torch_fused keeps float32 masters; adamw_8bit (torchao) keeps none, and moments of 8 bits: a third
+            of the memory. Its bfloat16 weights are rounded at random.
         learning_rate: of AdamW.
         adam_beta1: of AdamW.
         adam_beta2: of AdamW.
@@ -136,6 +138,7 @@ class Config:
     importance_sampling_correction: bool = False
     importance_sampling_clip_max: float = 3.0
 
+    optim: Literal["adamw_torch_fused", "adamw_8bit"] = "adamw_torch_fused"
     learning_rate: float = 1e-6
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999

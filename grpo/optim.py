@@ -3,11 +3,17 @@
 An update of lr 1e-6 to a bfloat16 weight of magnitude 1 rounds to nothing (its spacing there is 2^-7). So the optimizer
 owns float32 masters, gradients accumulate into them in float32, and the model's weights are the rounded masters.
 Weights of 32 bits or more are their own masters.
+
+`optim: adamw_8bit` has no masters: torchao's AdamW8bit keeps both moments in 8 bits and rounds bfloat16 weights up or
+down at random, so that their mean is the exact update. Weights, gradients and moments take 6 bytes a weight instead of
+18. The gradients of micro-batches add up in the weights' dtype, which rounds each sum: with random bfloat16 gradients,
+the sum of 2, 4, 16 and 64 has a relative error of 0.18, 0.27, 0.5 and 1.0 %, without a bias above 0.02 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,7 +33,10 @@ class MasterAdamW:
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: Config) -> None:
         self.parameters = list(parameters)
-        self.masters = [p if p.element_size() >= 4 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        small = config.optim == "adamw_8bit"
+        own = [small or p.element_size() >= 4 for p in self.parameters]
+        pairs = zip(self.parameters, own, strict=True)
+        self.masters = [p if is_own else nn.Parameter(p.detach().float()) for p, is_own in pairs]
         self.max_grad_norm = config.max_grad_norm
         self.options: dict[str, Any] = {
             "lr": config.learning_rate,
@@ -35,12 +44,17 @@ class MasterAdamW:
             "eps": config.adam_epsilon,
             "weight_decay": config.weight_decay,
         }
-        self.adamw = torch.optim.AdamW(self.masters, **self.options, fused=True)
+        if small:
+            self.adamw: torch.optim.Optimizer = adamw_8bit()(self.masters, **self.options, bf16_stochastic_round=True)
+            self.options["lr"] = torch.tensor(config.learning_rate)  # torchao's is a tensor
+        else:
+            self.adamw = torch.optim.AdamW(self.masters, **self.options, fused=True)
+        self.seed = config.seed
         self.schedule = get_scheduler(config.lr_scheduler_type, self.adamw, config.warmup_steps, config.max_steps)
 
     @property
     def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def collect(self) -> None:
         """Add the gradients of one backward pass to the masters', in float32."""
@@ -58,19 +72,34 @@ class MasterAdamW:
             FloatingPointError: a gradient is not finite; no weight has changed then.
         """
         reduce(self.masters)
-        norm = nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)
+        grads = [master.grad for master in self.masters if master.grad is not None]
+        # in float32: eight bits of a bfloat16 norm would scale every gradient
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
+        nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
         if not norm.isfinite():
             raise FloatingPointError(
                 f"the gradient norm is {norm.item()}: the loss diverged; the weights are as before this step. "
                 "Lower learning_rate, or resume from the last checkpoint"
             )
-        self.adamw.step()
+        with self._rounding():
+            self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
         return norm
+
+    @contextmanager
+    def _rounding(self) -> Iterator[None]:
+        """Inside, what is drawn (the stochastic rounding) is a function of the seed and the number of updates: the same
+        on all ranks, and in a run that goes on."""
+        updates = max((int(state["step"]) for state in self.adamw.state.values()), default=0)
+        device = self.masters[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed * (1 << 32) + updates)
+            yield
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's moments, the schedule, and the masters that are not the model's own weights."""
@@ -85,7 +114,7 @@ class MasterAdamW:
         for group in self.adamw.param_groups:
             before, now = group["initial_lr"], group["lr"]
             if before != rate:  # where the schedule stands, with the new rate
-                now = rate * now / before if before else 0.0
+                now = rate * now / before if before else 0 * rate
             group |= {**self.options, "lr": now, "initial_lr": rate}
         self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
@@ -94,3 +123,16 @@ class MasterAdamW:
                 if saved is not None:
                     master.copy_(saved)
                     parameter.copy_(saved)
+
+
+def adamw_8bit() -> Any:
+    """torchao's AdamW8bit.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError("optim=adamw_8bit needs torchao: pip install 'bicot[torchao]'") from error
+    return AdamW8bit

@@ -143,6 +143,7 @@ def test_settings_that_change_on_resume(job: Path, tmp_path: Path, capsys: pytes
         ("seed", "1", "seed 0, which cannot become 1"),
         ("num_generations", "2", "num_generations 4, which cannot become 2"),
         ("dtype", "bfloat16", "dtype 'float32', which cannot become 'bfloat16'"),
+        ("optim", "adamw_8bit", "optim 'adamw_torch_fused', which cannot become 'adamw_8bit'"),
         ("gradient_accumulation_steps", "1", "prompts_per_step 4, which cannot become 2"),
     ):
         with pytest.raises(ValueError, match=f"checkpoint-000002 was trained with {words} within a run"):
