@@ -39,7 +39,7 @@ SAMPLING_OPTIONS = {
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
     parser.add_argument("prompts", nargs="+", help="one or more prompts")
-    parser.add_argument("--model", default=str(TOY), help="checkpoint folder or hub id (default: the toy)")
+    parser.add_argument("--model", default=str(TOY), help="checkpoint or adapter folder, or hub id (default: the toy)")
     parser.add_argument("--num_generations", type=int, default=4, help="pictures of each prompt")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: the checkpoint's)")

@@ -1,6 +1,7 @@
 """Checkpoints: a Hugging Face folder plus what the trainer needs to go on as if it had never stopped.
 
     output_dir/checkpoint-000050/   config.json, model.safetensors, tokenizer files …   (load it like any Janus model)
+                                    (a LoRA run: adapter_config.json and adapter_model.safetensors of PEFT instead)
                                     bicot.json            (how to prompt and sample it)
                                     trainer_state.pt      (step, optimizer, schedule)
                                     manifest.json         (size and SHA-256 of every file)
@@ -30,6 +31,7 @@ STATE = "trainer_state.pt"
 MANIFEST = "manifest.json"
 # settings that hold for a whole run
 FIXED = ("dtype", "freeze", "optim", "seed", "num_generations", "prompts_per_step")
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -134,7 +136,7 @@ def load_state(checkpoint: Path, optimizer: MasterAdamW, run: dict[str, Any]) ->
     """
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     changed = {name: (old, run[name]) for name, old in state["run"].items() if name in run and run[name] != old}
-    for name in FIXED:
+    for name in FIXED + LORA:
         if name in changed:
             old, new = changed[name]
             raise ValueError(f"{checkpoint} was trained with {name} {old!r}, which cannot become {new!r} within a run")

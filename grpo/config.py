@@ -28,6 +28,10 @@ class Config:
         model_name_or_path: Janus checkpoint, in Hugging Face layout or DeepSeek's: a folder or a hub id.
         dtype: of the policy's weights; bfloat16 trains through float32 master weights.
         freeze: prefixes of parameter names that do not train.
+        lora_r: rank of LoRA adapters (PEFT), which then train instead of the weights; 0 = none.
+        lora_alpha: adapters are scaled by lora_alpha / lora_r.
+        lora_dropout: of the adapters' input, but not of adapted heads.
+        lora_target_modules: linear layers that get adapters, by the last part of their name, outside `freeze`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         train_file: prompts in T2I-R1's JSONL schema.
         eval_file: held-out prompts in the same schema, scored before and after training; null = none.
@@ -96,6 +100,10 @@ class Config:
     model_name_or_path: str = "deepseek-community/Janus-Pro-7B"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     freeze: list[str] | str = field(default_factory=lambda: list(PUBLISHED_FREEZE))
+    lora_r: int = 0
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: list[str] | str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     gradient_checkpointing: bool = False
 
     train_file: str = "t2i_r1_prompts.jsonl"
@@ -163,6 +171,11 @@ class Config:
 
     def __post_init__(self) -> None:
         self.freeze, self.report_to = words_of(self.freeze), words_of(self.report_to)
+        self.lora_target_modules = words_of(self.lora_target_modules)
+        _require(self.lora_r >= 0, "lora_r", self.lora_r, "0 or more")
+        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
+        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
+        _require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "at least one name")
         _require(set(self.report_to) <= TRACKERS, "report_to", self.report_to, f"any of {', '.join(sorted(TRACKERS))}")
         for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")

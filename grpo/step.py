@@ -63,10 +63,12 @@ def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder,
 def reference_logprobs(
     reference: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config
 ) -> list[list[Tensor]]:
-    """Log-probs of every token under the reference model: one tensor a stream and micro-batch."""
-    return [
-        [stream.stats().logprob for stream in token_streams(reference, part, encoder, config)] for part in micro_batches
-    ]
+    """Log-probs of every token under the reference model (without its adapters): one tensor a stream, micro-batch."""
+    with reference.without_adapters():
+        return [
+            [stream.stats().logprob for stream in token_streams(reference, part, encoder, config)]
+            for part in micro_batches
+        ]
 
 
 def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
@@ -99,7 +101,8 @@ def update(
     num_tokens = ranks.sum(torch.tensor(counts, dtype=torch.float32, device=policy.device).sum())
     num_samples = len(advantages) * ranks.size
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
-    policy.model.train(config.gradient_checkpointing)  # transformers recomputes activations in train mode only
+    # transformers recomputes activations in train mode only, and so does dropout drop
+    policy.model.train(config.gradient_checkpointing or config.lora_dropout > 0)
     for iteration in range(config.num_iterations):
         meter = _Meter()
         for i, part in enumerate(micro_batches):

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from ..kernels.group_advantages import group_advantages
+from ..model.adapters import adapter_base, add_lora, load_lora
 from ..model.engine import RolloutChunk, RolloutEngine
 from ..model.policy import Policy, load_policy
 from ..model.prompts import PromptFormat
@@ -82,7 +83,14 @@ class Trainer:
         for file in files:
             file.check(self.ensemble.check)
         checkpoint, said = find_checkpoint(config.resume, self.output)
-        self.policy = self._load(checkpoint or config.model_name_or_path)
+        if adapter_base(config.model_name_or_path):
+            raise ValueError(
+                f"model_name_or_path={config.model_name_or_path!r} is a LoRA adapter; merge it into its model first: "
+                f"python -m bicot.model.merge_lora {config.model_name_or_path} OUT"
+            )
+        self.policy = (
+            self._adapted(checkpoint) if config.lora_r else self._load(checkpoint or config.model_name_or_path)
+        )
         self.encoder = self.policy.prompt_encoder(self.settings.prompts)
         for file in files:
             file.check(self._fits)
@@ -91,7 +99,9 @@ class Trainer:
         self.heldout = files[1].examples if config.eval_file else []
         if config.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.reference = self._load(config.model_name_or_path, reference=True) if config.beta else None
+        self.reference: Policy | None = None
+        if config.beta:  # with LoRA the policy itself, its adapters off
+            self.reference = self.policy if config.lora_r else self._load(config.model_name_or_path, reference=True)
         self.engine = RolloutEngine(
             self.policy,
             self.encoder,
@@ -131,6 +141,23 @@ class Trainer:
             freeze=self.config.freeze,
         )
         return policy.freeze() if reference else policy
+
+    def _adapted(self, checkpoint: Path | None) -> Policy:
+        """The initial model with new adapters, the same on all ranks, or those of the checkpoint."""
+        config, policy = self.config, self._load(self.config.model_name_or_path)
+        if checkpoint is None:
+            set_seed(config.seed)
+            shape = (config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.freeze)
+            policy.adapters = add_lora(policy.model, *shape).eval()
+        elif adapter_base(checkpoint):
+            policy.adapters = load_lora(policy.model, checkpoint).eval()
+        else:
+            raise ValueError(
+                f"{checkpoint} was trained with lora_r 0, which cannot become {config.lora_r} within a run"
+            )
+        base = Path(config.model_name_or_path)  # whole, so that the adapter finds it from anywhere
+        policy.adapters.peft_config["default"].base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
+        return policy
 
     def run(self) -> dict[str, float | int | None]:
         """Train to `max_steps` (or `stop_after`, or a SIGTERM/SIGINT) -> the summary that is also written."""
@@ -185,6 +212,8 @@ class Trainer:
         learning_rate = self.optimizer.learning_rate
         with clock("train"):
             if scored:
+                # LoRA's dropout: other draws on each rank, the same in a run that goes on
+                torch.manual_seed(config.seed * _SEED_STRIDE + self.step * ranks.size + ranks.rank)
                 parts = (micro_batches, mine, reference, self.encoder, config, ranks)
                 metrics = update(self.policy, self.optimizer, *parts)
             else:  # the KL alone would train, so the schedule alone goes on

@@ -1,11 +1,17 @@
 """Parameters with the LoRA adapters that PEFT has put around their modules.
 
 PEFT computes W·x + scaling·B·A·x. What reads weights rather than calls modules (decoding, and the heads in the loss)
-needs W + scaling·B·A, and the biases that the adapters add.
+needs W + scaling·B·A, and the biases that the adapters add. An adapter is trained by `add_lora`, and is a folder in
+PEFT's format for `load_lora`.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -55,3 +61,47 @@ def merged(module: nn.Module, name: str) -> Any:
     dtype = adapted.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     return sum(term.to(wide) for term in terms).to(dtype) if terms else None  # type: ignore[union-attr]
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The model that an adapter folder of PEFT belongs to, as its config names it; None for any other path."""
+    file = Path(path) / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+
+
+def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: Sequence[str], freeze: Sequence[str]) -> Any:
+    """Put new LoRA adapters into the model, which alone train from now on -> PEFT's model around it.
+
+    Args:
+        targets: last parts of the names of linear layers.
+        freeze: prefixes of the names of those that stay as they are.
+
+    Raises:
+        ValueError: a target that no layer outside `freeze` has.
+    """
+    peft = _peft()
+    free = [name for name, _ in model.named_modules() if not name.startswith(tuple(freeze))]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in free):
+            raise ValueError(f"lora_target_modules: no layer outside freeze is named {target!r}")
+    config = peft.LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        exclude_modules="|".join(re.escape(prefix) + ".*" for prefix in freeze) or None,
+    )
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def load_lora(model: Any, folder: str | Path) -> Any:
+    """Likewise with the adapters in the folder."""
+    return _peft().PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("LoRA adapters need peft: pip install 'bicot[peft]'") from error
+    return peft

@@ -6,6 +6,7 @@ Shapes: S samples, T image tokens a picture, D hidden, V a head's vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration, PreTrainedConfig
 
 from . import body
-from .adapters import merged
+from .adapters import adapter_base, load_lora, merged
 from .convert import ORIGINAL, load_original, original_config, original_tokenizer
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
@@ -52,6 +53,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.config = self.model.config
+        self.adapters: Any = None  # PEFT's model around `model`, where LoRA adapters alone train
         body.install(self.decoder)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
             if getattr(tokenizer, name, None) is None:
@@ -107,6 +109,10 @@ class Policy:
         self.model.requires_grad_(False)
         body.join(self.decoder)
         return self
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Inside, this is the model that its LoRA adapters started from."""
+        return self.adapters.disable_adapter() if self.adapters else nullcontext()
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """[..., L] int64 -> [..., L, D]."""
@@ -167,8 +173,14 @@ class Policy:
         return self.image_features(self.hidden((prompts, self.image_ids(tokens.tolist())))[0])
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer files."""
-        self.model.save_pretrained(folder)
+        """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer files.
+
+        With adapters, PEFT's: adapter_config.json and adapter_model.safetensors instead of the model.
+        """
+        if self.adapters:
+            self.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
+        else:
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -179,10 +191,11 @@ def load_policy(
     device: torch.device | str = "cpu",
     freeze: Sequence[str] = PUBLISHED_FREEZE,
 ) -> Policy:
-    """Load a Janus checkpoint in Hugging Face layout, or in DeepSeek's.
+    """Load a Janus checkpoint in Hugging Face layout, or in DeepSeek's, or LoRA adapters with the model they name.
 
     Args:
-        path: a local folder or a hub id such as `deepseek-community/Janus-Pro-7B` or `deepseek-ai/Janus-Pro-7B`.
+        path: a local folder or a hub id such as `deepseek-community/Janus-Pro-7B` or `deepseek-ai/Janus-Pro-7B`; or a
+            folder with PEFT's adapter_config.json.
         dtype: of the weights.
         device: where the weights go.
         freeze: prefixes of parameter names that do not train.
@@ -192,6 +205,10 @@ def load_policy(
         ValueError: another architecture, a tokenizer larger than the vocabulary, pictures that are not the VQ model's
             grid, weights that are missing, unknown or of another shape, or a freeze prefix that matches none.
     """
+    if base := adapter_base(path):
+        policy = load_policy(base, dtype=dtype, device=device, freeze=freeze)
+        policy.adapters = load_lora(policy.model, path).eval()
+        return policy
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path)
     except OSError as error:

@@ -17,8 +17,9 @@ from bicot.grpo.distributed import Ranks
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.step import reference_logprobs, split, token_streams, update
 from bicot.kernels.group_advantages import group_advantages
+from bicot.model.adapters import add_lora
 from bicot.model.engine import RolloutChunk, RolloutEngine
-from bicot.model.policy import Policy
+from bicot.model.policy import PUBLISHED_FREEZE, Policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import Sampling
 
@@ -124,6 +125,37 @@ def test_update_equals_the_plain_step(policy_logits: str) -> None:
     for a, b in zip(policy.trainable_parameters(), reference.trainable_parameters(), strict=True):
         moved = max(moved, (a - b).abs().max().item())
     assert moved > 0.5 * cfg.learning_rate
+
+
+def test_a_lora_step_equals_one_of_peft_and_torch() -> None:
+    """And its reference is the model that the adapters started from."""
+    pytest.importorskip("peft")
+    cfg = config()
+    policy, reference = double_policy(0), double_policy(0)
+    targets = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
+    policy.adapters = add_lora(policy.model, 4, 8, 0.0, targets, PUBLISHED_FREEZE).eval()
+    with torch.no_grad():
+        for p in policy.trainable_parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
+    rollout = frozen_rollout(policy, cfg)
+    rewards = torch.randn(len(rollout), 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    plain = copy.deepcopy(policy)
+    expected = plain_step(plain, reference, rollout, rewards, cfg)
+
+    encoder, parts = policy.prompt_encoder(PromptFormat("t2i_r1", "", "plan {}")), split(rollout, cfg)
+    ref = reference_logprobs(policy, parts, encoder, cfg)
+    for own, base in zip(ref, reference_logprobs(reference, parts, encoder, cfg), strict=True):
+        torch.testing.assert_close(own, base, atol=1e-12, rtol=0)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    optimizer = MasterAdamW(policy.trainable_parameters(), cfg)
+    metrics = update(policy, optimizer, parts, group_advantages(rewards, G), ref, encoder, cfg, ALONE)
+    for key in ("loss", "kl", "grad_norm"):
+        torch.testing.assert_close(metrics[key].double(), expected[key].double(), atol=1e-6, rtol=1e-6)
+    moved = []
+    for (name, a), b, was in zip(policy.model.named_parameters(), plain.model.parameters(), before, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        moved += [] if torch.equal(a, was) else [name]
+    assert len(moved) == len(optimizer.parameters) == 2 * (2 * 5 + 1) and all("lora_" in name for name in moved)
 
 
 def test_micro_batches_do_not_change_the_step() -> None:

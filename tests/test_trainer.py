@@ -22,8 +22,10 @@ from tiny import ROOT, tiny_policy
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.data import step_indices
+from bicot.grpo.distributed import Ranks
 from bicot.grpo.output import locked
-from bicot.grpo.trainer import train
+from bicot.grpo.trainer import Trainer, train
+from bicot.model.merge_lora import main as merge_lora
 from bicot.model.policy import load_policy
 from bicot.rewards.worker import RewardError
 
@@ -530,3 +532,93 @@ def test_a_reward_that_fails_ends_the_run_with_its_picture(
     run(job, tmp_path / "skips", *more, "--rewards.on_reward_error", "skip")
     for row in metrics(tmp_path / "skips"):
         assert row["rewards/colour_blind/skipped"] == 16 * row["rewards/colour_blind/missing"] > 0
+
+
+LORA = ("--lora_r", "4", "--lora_alpha", "8", "--lora_target_modules", "q_proj,up_proj,down_proj,lm_head")
+LORA += ("--eval_file", "null", "--sample_steps", "0", "--lr_scheduler_type", "linear")
+
+
+def adapters(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output / f"checkpoint-{step:06d}" / "adapter_model.safetensors")
+
+
+def test_a_lora_run_goes_on_and_is_merged(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    more = (*LORA, "--lora_dropout", "0.1", "--max_steps", "4")
+    run(job, tmp_path / "whole", *more)
+    run(job, tmp_path / "parts", *more, "--stop_after", "2")
+    run(job, tmp_path / "parts", *more, "--resume", "auto")
+    last = tmp_path / "parts" / "checkpoint-000004"
+    assert_same_weights(adapters(tmp_path / "whole", 4), adapters(tmp_path / "parts", 4))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert metrics(tmp_path / "parts")[-1]["kl"] > 0
+    assert not (last / "model.safetensors").exists()
+    names = adapters(tmp_path / "parts", 4)
+    assert len(names) == 2 * (2 * 3 + 1) and all("lora_" in name for name in names)  # of the language model alone
+
+    for changed, message in (
+        (("--lora_r", "8"), "lora_r 4, which cannot become 8"),
+        (("--lora_r", "0"), "lora_r 4, which cannot become 0"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint-000004 was trained with {message} within a run"):
+            run(job, tmp_path / "parts", *more, "--resume", "auto", *changed)
+    with pytest.raises(ValueError, match=r"is a LoRA adapter; merge it .*bicot\.model\.merge_lora .*checkpoint-000004"):
+        run(job, tmp_path / "new", *more, "--model_name_or_path", str(last))
+
+    monkeypatch.setattr(sys, "argv", ["merge_lora", str(last), str(tmp_path / "merged")])
+    merge_lora()
+    assert f"wrote {tmp_path / 'merged'}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="merged exists; give a new folder"):
+        merge_lora()
+    ids = torch.tensor([[0, 8, 9, 10, 11]])
+    adapted, whole, base = (
+        load_policy(path, dtype=torch.float32).model(input_ids=ids).logits
+        for path in (last, tmp_path / "merged", job / "model")
+    )
+    torch.testing.assert_close(whole, adapted, atol=1e-5, rtol=1e-5)
+    assert (adapted - base).abs().max() > 1e-2
+    assert (tmp_path / "merged" / "bicot.json").read_text() == (last / "bicot.json").read_text()
+    command = [
+        sys.executable,
+        str(ROOT / "generate.py"),
+        "a red circle",
+        "--model",
+        str(last),
+        "--num_generations",
+        "1",
+    ]
+    drawn = subprocess.run(
+        [*command, "--output", str(tmp_path / "grid.png")], env=_environment(job), capture_output=True, timeout=120
+    )
+    assert drawn.returncode == 0 and (tmp_path / "grid.png").is_file(), drawn.stderr
+
+
+def test_lora_trains_and_keeps_its_adapters_alone(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    trainer = Trainer(parse_config(words(job, tmp_path, *LORA)), Ranks(0, 1, torch.device("cpu")))
+    assert trainer.reference is trainer.policy
+    sizes = [parameter.numel() for parameter in trainer.optimizer.parameters]
+    assert sum(sizes) == 2 * 4 * (32 + 32 + 2 * (32 + 48)) + 4 * (32 + 61)
+    with pytest.raises(ValueError, match="lora_target_modules: no layer outside freeze is named 'vision_head'"):
+        run(job, tmp_path, *LORA, "--lora_target_modules", "q_proj,vision_head")
+    run(job, tmp_path / "full", "--max_steps", "2", "--stop_after", "1")
+    with pytest.raises(ValueError, match="checkpoint-000001 was trained with lora_r 0, which cannot become 4"):
+        run(job, tmp_path / "full", *LORA, "--resume", "auto")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"LoRA adapters need peft: pip install 'bicot\[peft\]'"):
+        run(job, tmp_path / "none", *LORA)
+
+
+def test_two_ranks_with_lora_equal_one(job: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    more = (*LORA, "--max_steps", "2", "--adam_epsilon", "1e-3")
+    run(job, tmp_path / "one", *more, "--gradient_accumulation_steps", "2")
+    two = words(job, tmp_path / "two", *more, "--gradient_accumulation_steps", "1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, str(ROOT / "train.py"), *two], check=True, env=_environment(job), timeout=300)
+    for name, weight in adapters(tmp_path / "one", 2).items():
+        torch.testing.assert_close(adapters(tmp_path / "two", 2)[name], weight, atol=1e-6, rtol=0)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
