@@ -13,7 +13,7 @@ the sum of 2, 4, 16 and 64 has a relative error of 0.18, 0.27, 0.5 and 1.0 %, wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class MasterAdamW:
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: Config) -> None:
         self.parameters = list(parameters)
-        small = config.optim == "adamw_8bit"
-        own = [small or p.element_size() >= 4 for p in self.parameters]
+        self.rounds = config.optim == "adamw_8bit"
+        own = [self.rounds or p.element_size() >= 4 for p in self.parameters]
         pairs = zip(self.parameters, own, strict=True)
         self.masters = [p if is_own else nn.Parameter(p.detach().float()) for p, is_own in pairs]
         self.max_grad_norm = config.max_grad_norm
@@ -44,7 +44,7 @@ class MasterAdamW:
             "eps": config.adam_epsilon,
             "weight_decay": config.weight_decay,
         }
-        if small:
+        if self.rounds:
             self.adamw: torch.optim.Optimizer = adamw_8bit()(self.masters, **self.options, bf16_stochastic_round=True)
             self.options["lr"] = torch.tensor(config.learning_rate)  # torchao's is a tensor
         else:
@@ -82,7 +82,7 @@ class MasterAdamW:
                 f"the gradient norm is {norm.item()}: the loss diverged; the weights are as before this step. "
                 "Lower learning_rate, or resume from the last checkpoint"
             )
-        with self._rounding():
+        with self._rounding() if self.rounds else nullcontext():
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
@@ -95,7 +95,7 @@ class MasterAdamW:
     def _rounding(self) -> Iterator[None]:
         """Inside, what is drawn (the stochastic rounding) is a function of the seed and the number of updates: the same
         on all ranks, and in a run that goes on."""
-        updates = max((int(state["step"]) for state in self.adamw.state.values()), default=0)
+        updates = next((int(state["step"]) for state in self.adamw.state.values()), 0)
         device = self.masters[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.seed * (1 << 32) + updates)
