@@ -1,0 +1,145 @@
+"""How much of a GPU's memory a run takes, phase by phase, from its settings and the model's config.json alone.
+
+The formulas count what PyTorch allocates. N tokens and M places (padded, see model/rows.py) of a micro-batch, D hidden,
+I intermediate, Q and K the widths of queries and of keys, e bytes of the dtype. Autograd keeps of a layer
+
+    e·N·(4·D + Q + 3·I) + e·M·(2·Q + 2·K)      both norms' inputs and outputs, attention's output, gate, up and their
+                                               product; at the places queries, keys, values and attention's output
+
+and with `gradient_checkpointing` its two inputs, 2·e·N·D, and one whole layer at a time. Backward of a layer has in
+hand e·N·(2·D + 3·I) more. A pass without gradients holds at its widest e·N·(8·D + 4·I). The update's peak is the
+largest of these moments: the loss (the head's gradient in float32, a chunk of logits), the first and the last layer's
+backward pass, the conversion of gradients to float32, and the sum over ranks, in a flat copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..kernels.linear_logprobs import CHUNK_BYTES
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the formulas need of a model: widths, layers, rows of both heads, bytes of the dtype."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    keys: int
+    vocab: int
+    codes: int
+    bytes: int
+
+
+class Batch(NamedTuple):
+    """A micro-batch: tokens and places of the pass, and how many text and image tokens are predicted."""
+
+    tokens: int
+    places: int
+    texts: int
+    images: int
+
+    @classmethod
+    def of(cls, prompts: int, group: int, plan_prompt: int, image_prompt: int, plan: int, image: int) -> Batch:
+        """`group` samples of each prompt; `image_prompt` is without the plan, and shared as `plan_prompt` is."""
+        samples = prompts * group
+        tokens = prompts * (plan_prompt + image_prompt) + samples * (plan - 1 + plan + image - 1)
+        places = samples * (plan_prompt + plan - 1 + image_prompt + plan + image - 1)
+        return cls(tokens, places, samples * plan, samples * image)
+
+
+class Training(NamedTuple):
+    """What the optimizer holds, in bytes a trained weight, and over how many ranks ZeRO's stage divides it.
+
+    `accumulated` is what gradients between micro-batches take beside the weights' own; 0 where those add up.
+    """
+
+    masters: int = 4
+    moments: int = 8
+    accumulated: int = 4
+    ranks: int = 1
+    stage: int = 0
+
+    def held(self, trained: int) -> int:
+        """Masters and moments on one rank."""
+        return trained * (self.masters + self.moments) // (self.ranks if self.stage >= 1 else 1)
+
+
+class Update(NamedTuple):
+    """The update's memory at its peak, beyond weights, masters and moments."""
+
+    gradients: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def layer_bytes(shape: Shape, batch: Batch) -> int:
+    """What autograd keeps of one layer."""
+    each = 4 * shape.hidden + shape.queries + 3 * shape.intermediate
+    return shape.bytes * (batch.tokens * each + batch.places * 2 * (shape.queries + shape.keys))
+
+
+def reference_bytes(shape: Shape, batch: Batch) -> int:
+    """The most that a pass without gradients allocates; parts of q, k, v and of gate, up beside their whole."""
+    return shape.bytes * batch.tokens * (8 * shape.hidden + 4 * shape.intermediate)
+
+
+def update_peak(
+    shape: Shape,
+    batch: Batch,
+    trained: Sequence[int],
+    head: int,
+    training: Training,
+    micro_batches: int,
+    recompute: bool,
+) -> Update:
+    """The largest moment of an update.
+
+    Args:
+        trained: weights of each parameter that trains.
+        head: weights of the heads that train.
+    """
+    stream, layer = shape.bytes * batch.tokens * shape.hidden, layer_bytes(shape, batch)
+    backward = shape.bytes * batch.tokens * (2 * shape.hidden + 3 * shape.intermediate)
+    inputs = (2 * shape.layers - 1) * stream
+    kept = inputs if recompute else shape.layers * layer
+    ends = stream + shape.bytes * shape.hidden * (2 * batch.texts + 3 * batch.images)
+    hidden = shape.bytes * shape.hidden * (batch.texts + batch.images)  # what the streams still hold after backward
+    rows = max(batch.texts * shape.vocab, batch.images * shape.codes)
+    chunk = min(CHUNK_BYTES, shape.bytes * rows)
+    share = training.ranks if training.stage >= 2 else 1
+    weights, largest = sum(trained), max(trained, default=0)
+    own = shape.bytes * weights // share
+    wide = training.accumulated * weights // share
+    before = (wide or own) if micro_batches > 1 else 0
+    head_wide, head_own = 4 * head, shape.bytes * head
+    moments = [
+        Update(before + head_wide, kept + ends, chunk),
+        Update(before + head_wide + head_own, kept + ends, 0),
+        Update(before + head_own, kept + hidden + backward + layer * recompute, 0),
+        Update((before if wide else 0) + own, layer + backward + hidden, 0),
+    ]
+    if wide:
+        most = (before + own + 4 * largest) if before else wide + shape.bytes * largest
+        moments.append(Update(most, hidden, 0))
+    if training.ranks > 1 and training.stage == 0:
+        moments.append(Update(2 * (wide or own), hidden, 0))
+    return max(moments, key=lambda moment: moment.total)
+
+
+def kv_tokens(prompts: int, group: int, prompt: int, limit: int, image: int, guided: bool) -> int:
+    """Slots that RolloutEngine asks of the KV cache where all samples are one chunk, with the pool's own eighth."""
+    samples, longest = prompts * group, prompt + limit + limit // 4
+    pictures = samples * longest + guided * longest + samples * (1 + guided) * image
+    tokens = max(prompts * (prompt - 1) + samples * limit, pictures)
+    return tokens + tokens // 8

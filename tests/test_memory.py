@@ -1,0 +1,42 @@
+"""The memory plan against what an H200 measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from bicot.grpo.memory import MIB, Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
+
+JANUS_1B = Shape(24, 2048, 5632, 2048, 2048, 102400, 16384, 2)
+LAYER = [4 * 2048 * 2048, 3 * 2048 * 5632, 2 * 2048]
+TRAINED = [102400 * 2048, *LAYER * 24, 2048, 102400 * 2048]
+MEASURED = [(2, True, 10279), (1, True, 6747), (2, False, 17610), (1, False, 21307)]
+
+
+def batch_of(micro_batches: int) -> Batch:
+    """Two prompts of 8 samples, in so many micro-batches, of the lengths that were measured."""
+    return Batch.of(2 // micro_batches, 8, plan_prompt=90, image_prompt=19, plan=80, image=576)
+
+
+@pytest.mark.parametrize(("micro_batches", "recompute", "mib"), MEASURED)
+def test_update_is_within_15_percent_of_an_h200(micro_batches: int, recompute: bool, mib: int) -> None:
+    given = (JANUS_1B, batch_of(micro_batches), TRAINED, 102400 * 2048, Training(), micro_batches, recompute)
+    assert update_peak(*given).total / MIB == pytest.approx(mib, rel=0.15)
+
+
+@pytest.mark.parametrize(("micro_batches", "mib"), [(2, 449.6), (1, 892.5)])
+def test_reference_is_within_15_percent_of_an_h200(micro_batches: int, mib: float) -> None:
+    assert reference_bytes(JANUS_1B, batch_of(micro_batches)) / MIB == pytest.approx(mib, rel=0.15)
+
+
+def test_a_whole_step_is_within_15_percent_of_an_h200() -> None:
+    weights, trained = 1_699_382_283, sum(TRAINED)
+    update = update_peak(JANUS_1B, batch_of(2), TRAINED, 102400 * 2048, Training(), 2, True).total
+    cache = kv_tokens(2, 8, 30, 80, 576, True) * 196_608
+    assert (2 * 2 * weights + Training().held(trained) + update + cache) / MIB == pytest.approx(39771, rel=0.15)
+
+
+def test_stages_divide_what_they_should() -> None:
+    eight = [Training(ranks=8, stage=stage) for stage in range(4)]
+    assert [training.held(8000) for training in eight] == [96000, 12000, 12000, 12000]
+    peaks = [update_peak(JANUS_1B, batch_of(2), TRAINED, 0, training, 2, True).total for training in eight]
+    assert peaks[0] > peaks[1] > peaks[2] == peaks[3]
