@@ -4,6 +4,7 @@
     python train.py --max_steps 3 --output_dir OUT                    # a short run
     python train.py --output_dir OUT --resume auto                    # go on from OUT's newest checkpoint
     python train.py --profile outputs/profile.json                    # where a step's time goes, instead of training
+    python train.py --config FILE --dry_run --gpus 8 --gpu_gib 80     # does it fit? needs no GPU and no weights
     torchrun --nproc-per-node 8 train.py --config configs/janus-pro-7b.yaml --train_file prompts.jsonl \
         --rewards.names my_package.my_module:MyReward
 
@@ -15,15 +16,20 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from bicot.grpo.cli import parse_config
+from bicot.grpo.cli import parse
 from bicot.grpo.distributed import Ranks, resume_command
 from bicot.grpo.errors import one_line_errors
+from bicot.grpo.plan import dry_run, require_memory
 from bicot.grpo.trainer import train
 
 
 def main(words: list[str]) -> None:
     logging.disable_progress_bar()  # one bar is enough
-    config = parse_config(words)
+    config, options = parse(words)
+    if options.dry_run:
+        print(dry_run(config, options.gpus, options.gpu_gib))
+        return
+    require_memory(config, options.force_memory)
     if config.profile:
         from bicot.bench.step_profile import profile
 

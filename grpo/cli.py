@@ -56,12 +56,21 @@ def build_parser(description: str, defaults: Sequence[str] = ()) -> ArgumentPars
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("--dry_run", action="store_true", help="print the memory plan, without a GPU, and end")
+    parser.add_argument("--gpus", type=int, default=1, help="of --dry_run: how many GPUs the run will have")
+    parser.add_argument("--gpu_gib", type=float, default=80.0, help="of --dry_run: memory of one GPU in GiB")
+    parser.add_argument("--force_memory", action="store_true", help="run although the memory plan does not fit")
     parser.add_class_arguments(Config)
     return parser
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """Config from command-line words; without `--config` the toy's file is the base.
+    """The Config of `parse`."""
+    return parse(argv)[0]
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Any]:
+    """Config and the options that are no settings, from command-line words; without `--config` the toy's file is the base.
 
     Paths are relative to the working directory; one that is not there is looked up in bicot's own folder, so that the
     toy's settings, or a printed copy of them, work from anywhere.
@@ -92,7 +101,7 @@ def parse_config(argv: Sequence[str]) -> Config:
         for name in _PATHS:
             if values[name] is not None and not Path(values[name]).exists() and (ROOT / values[name]).exists():
                 values[name] = str(ROOT / values[name])
-        return Config(**values)
+        return Config(**values), namespace
     except ValueError as error:
         parser.error(str(error), error)
 

@@ -54,7 +54,15 @@ def test_options_and_links_exist(text: str) -> None:
         | {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
         | {"config"}
     )
-    fields |= {"help", "print_config", "model", "nproc-per-node"}  # of generate.py and torchrun
+    fields |= {
+        "help",
+        "print_config",
+        "dry_run",
+        "gpu_gib",
+        "force_memory",
+        "model",
+        "nproc-per-node",
+    }  # of generate.py and torchrun
     fields |= {"output", "gpu", "gpus", "shape", "quick", "tests"}  # of the benches
     assert set(re.findall(r"--([a-z][\w.-]+)", text)) <= fields
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):

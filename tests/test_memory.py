@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from tiny import ROOT, TOY
 
 from bicot.grpo.memory import MIB, Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
 
@@ -40,3 +46,18 @@ def test_stages_divide_what_they_should() -> None:
     assert [training.held(8000) for training in eight] == [96000, 12000, 12000, 12000]
     peaks = [update_peak(JANUS_1B, batch_of(2), TRAINED, 0, training, 2, True).total for training in eight]
     assert peaks[0] > peaks[1] > peaks[2] == peaks[3]
+
+
+def test_dry_run_needs_a_config_json_alone(tmp_path: Path) -> None:
+    shutil.copy(TOY / "config.json", tmp_path)
+    words = [sys.executable, "train.py", "--dry_run", "--model_name_or_path", str(tmp_path), "--gpu_gib"]
+    fits, tight = (subprocess.run([*words, gib], cwd=ROOT, capture_output=True, text=True) for gib in ("8", "1"))
+    assert fits.returncode == tight.returncode == 0, fits.stderr
+    assert "it fits 8 GiB" in fits.stdout and "KV cache" in fits.stdout
+    assert "does not fit 1 GiB" in tight.stdout and "--gradient_checkpointing true" in tight.stdout
+
+
+def test_dry_run_names_a_model_that_is_not_there() -> None:
+    words = [sys.executable, "train.py", "--dry_run", "--model_name_or_path", "./nowhere"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "model_name_or_path='./nowhere'" in done.stderr
