@@ -70,7 +70,7 @@ def parse_config(argv: Sequence[str]) -> Config:
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Any]:
-    """Config and the options that are no settings, from command-line words; without `--config` the toy's file is the base.
+    """Config, and the options that are no settings; without `--config` the toy's file is the base.
 
     Paths are relative to the working directory; one that is not there is looked up in bicot's own folder, so that the
     toy's settings, or a printed copy of them, work from anywhere.
