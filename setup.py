@@ -20,7 +20,6 @@ TRL = ["trl>=1.16,<2; python_version >= '3.11'"]
 PEFT = ["peft>=0.18,<1"]
 # ZeRO's marks on parameters (ds_id, _hp_mapping) are its internals: another minor version is tried first
 DEEPSPEED = ["deepspeed>=0.19,<0.20; platform_system == 'Linux'"]
-TORCHAO = ["torchao>=0.18,<0.19"]
 LINT = ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"]
 
 
@@ -81,7 +80,8 @@ setup(
         "bench": [*TRL, "liger-kernel>=0.8.2; platform_system == 'Linux'"],  # the peers; Liger needs Triton
         "peft": PEFT,  # LoRA
         "deepspeed": DEEPSPEED,  # ZeRO
-        "torchao": TORCHAO,  # AdamW of 8 bits
-        "dev": TEST + TRL + PEFT + DEEPSPEED + TORCHAO + LINT,
+        # AdamW of 8 bits; not in dev: transformers imports it, and on a CPU that prints warnings in every run
+        "torchao": ["torchao>=0.18,<0.19"],
+        "dev": TEST + TRL + PEFT + DEEPSPEED + LINT,
     },
 )
