@@ -101,20 +101,24 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     policy: Policy,
+    weights: dict[str, Any] | None,
     settings: RolloutSettings,
-    optimizer: MasterAdamW,
+    optimizer: dict[str, Any],
     seconds: float,
     run: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write checkpoint `step` of a run with the settings `run`, then drop the oldest beyond `keep`."""
+    """Write checkpoint `step` of a run with the settings `run`, then drop the oldest beyond `keep`.
+
+    `weights` are the policy's where ZeRO-3 has sharded its own; `optimizer` is a state.
+    """
     target = output_dir / f"checkpoint-{step:06d}"
     partial = output_dir / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    policy.save_pretrained(partial)
+    policy.save_pretrained(partial, weights)
     settings.save(partial)
-    state = {"step": step, "seconds": seconds, "run": run, "optimizer": optimizer.state_dict()}
+    state = {"step": step, "seconds": seconds, "run": run, "optimizer": optimizer}
     torch.save(state, partial / STATE)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     entries = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}

@@ -33,6 +33,9 @@ class Config:
         lora_dropout: of the adapters' input, but not of adapted heads.
         lora_target_modules: linear layers that get adapters, by the last part of their name, outside `freeze`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        distributed: what several ranks share: ddp nothing, deepspeed (ZeRO) masters, gradients and weights as its JSON
+            says; auto is deepspeed where `deepspeed` is given.
+        deepspeed: DeepSpeed's JSON, such as configs/zero2.json; what is "auto" there is taken from these settings.
         train_file: prompts in T2I-R1's JSONL schema.
         eval_file: held-out prompts in the same schema, scored before and after training; null = none.
         skip_bad_prompts: leave out prompts that cannot be read or scored, and list them; otherwise they are an error.
@@ -105,6 +108,8 @@ class Config:
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     gradient_checkpointing: bool = False
+    distributed: Literal["auto", "ddp", "deepspeed"] = "auto"
+    deepspeed: str | None = None
 
     train_file: str = "t2i_r1_prompts.jsonl"
     eval_file: str | None = None
@@ -219,6 +224,11 @@ class Config:
         if weights is not None and len(weights) != len(names):
             raise ValueError(f"reward_weights has {len(weights)} entries for {len(names)} rewards {names}")
         _require(all(map(math.isfinite, weights or [])), "reward_weights", weights, "finite")
+        if self.distributed not in ("auto", "deepspeed" if self.deepspeed else "ddp"):
+            needs = "a file, such as configs/zero2.json" if self.deepspeed is None else "null"
+            raise ValueError(f"distributed={self.distributed} needs deepspeed={needs}")
+        if self.deepspeed and self.optim != "adamw_torch_fused":
+            raise ValueError(f"optim={self.optim} does not go with deepspeed: it trains with adamw_torch_fused")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

@@ -61,7 +61,7 @@ class Ranks:
         return self.rank == 0
 
     def close(self) -> None:
-        if self.size > 1:
+        if dist.is_initialized():  # by DeepSpeed in a single process
             dist.destroy_process_group()
 
     @contextmanager

@@ -102,6 +102,8 @@ def evaluate(
         first = start * num_generations
         rollout, each, handle = roll_out(engine, ensemble, mine, num_generations, sampling, seed, first)
         samples = samples_of(rollout, each, handle.result(), ensemble)
+    else:  # under ZeRO-3, the others wait for this rank's shards
+        engine.weights.refresh()
     return ranks.gather(samples)
 
 

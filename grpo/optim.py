@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from .config import Config
+
+Result = TypeVar("Result")
 
 
 class MasterAdamW:
@@ -56,6 +58,13 @@ class MasterAdamW:
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
+    def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
+        """Compute a micro-batch's loss and more, and collect the loss's gradients -> both, the loss detached."""
+        loss, result = compute()
+        loss.backward()
+        self.collect()
+        return loss.detach(), result
+
     def collect(self) -> None:
         """Add the gradients of one backward pass to the masters', in float32."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -77,11 +86,7 @@ class MasterAdamW:
         wide = torch.promote_types(grads[0].dtype, torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
         nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
-        if not norm.isfinite():
-            raise FloatingPointError(
-                f"the gradient norm is {norm.item()}: the loss diverged; the weights are as before this step. "
-                "Lower learning_rate, or resume from the last checkpoint"
-            )
+        self._require_finite(norm)
         with self._rounding() if self.rounds else nullcontext():
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
@@ -101,6 +106,13 @@ class MasterAdamW:
             torch.manual_seed(self.seed * (1 << 32) + updates)
             yield
 
+    def _require_finite(self, norm: Tensor) -> None:
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"the gradient norm is {norm.item()}: the loss diverged; the weights are as before this step. "
+                "Lower learning_rate, or resume from the last checkpoint"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """AdamW's moments, the schedule, and the masters that are not the model's own weights."""
         own = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
@@ -109,7 +121,15 @@ class MasterAdamW:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state, but not its learning rate, betas, epsilon and decay: those of the configuration hold."""
         self.adamw.load_state_dict(state["adamw"])
-        self.schedule.load_state_dict(state["schedule"])
+        self._load_schedule(state["schedule"])
+        with torch.no_grad():
+            for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
+                if saved is not None:
+                    master.copy_(saved)
+                    parameter.copy_(saved)
+
+    def _load_schedule(self, schedule: dict[str, Any]) -> None:
+        self.schedule.load_state_dict(schedule)
         rate = self.options["lr"]
         for group in self.adamw.param_groups:
             before, now = group["initial_lr"], group["lr"]
@@ -118,11 +138,6 @@ class MasterAdamW:
             group |= {**self.options, "lr": now, "initial_lr": rate}
         self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
-        with torch.no_grad():
-            for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
-                if saved is not None:
-                    master.copy_(saved)
-                    parameter.copy_(saved)
 
 
 def adamw_8bit() -> Any:

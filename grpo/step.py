@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..kernels.grpo_loss import TokenStream, grpo_loss
+from ..kernels.grpo_loss import GRPOLoss, TokenStream, grpo_loss
 from ..model.engine import RolloutChunk
 from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
@@ -103,35 +104,39 @@ def update(
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
     # transformers recomputes activations in train mode only, and so does dropout drop
     policy.model.train(config.gradient_checkpointing or config.lora_dropout > 0)
+
+    def loss_of(i: int) -> tuple[Tensor, GRPOLoss]:
+        part = micro_batches[i]
+        streams = token_streams(policy, part, encoder, config)
+        for s, stream in enumerate(streams):
+            before, ref = old[i], None if reference is None else reference[i][s]
+            streams[s] = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])
+        result = grpo_loss(
+            streams,
+            advantages[i * config.micro_batch :][: len(part)],
+            beta=config.beta,
+            loss_type=config.loss_type,
+            kl_estimator=config.kl_estimator,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            delta=config.delta,
+            entropy_coef=config.entropy_coef,
+            importance_sampling_clip_max=config.importance_sampling_clip_max,
+            max_completion_length=config.max_completion_length + policy.num_image_tokens,
+            num_tokens=None if config.loss_type == "bnpo" else num_tokens,
+            num_samples=num_samples,
+        )
+        # bnpo averages over each micro-batch, and the micro-batches count alike
+        share = len(micro_batches) * ranks.size if config.loss_type == "bnpo" else 1
+        return result.loss / share, result
+
     for iteration in range(config.num_iterations):
         meter = _Meter()
-        for i, part in enumerate(micro_batches):
-            streams = token_streams(policy, part, encoder, config)
-            for s, stream in enumerate(streams):
-                before, ref = old[i], None if reference is None else reference[i][s]
-                streams[s] = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])
-            result = grpo_loss(
-                streams,
-                advantages[i * config.micro_batch :][: len(part)],
-                beta=config.beta,
-                loss_type=config.loss_type,
-                kl_estimator=config.kl_estimator,
-                epsilon=config.epsilon,
-                epsilon_high=config.epsilon_high,
-                delta=config.delta,
-                entropy_coef=config.entropy_coef,
-                importance_sampling_clip_max=config.importance_sampling_clip_max,
-                max_completion_length=config.max_completion_length + policy.num_image_tokens,
-                num_tokens=None if config.loss_type == "bnpo" else num_tokens,
-                num_samples=num_samples,
-            )
-            # bnpo averages over each micro-batch, and the micro-batches count alike
-            loss = result.loss / (len(micro_batches) * ranks.size) if config.loss_type == "bnpo" else result.loss
-            loss.backward()
-            optimizer.collect()
+        for i in range(len(micro_batches)):
+            loss, result = optimizer.backward(partial(loss_of, i))
             if iteration == 0 and config.num_iterations > 1:
                 old[i] = result.logprobs
-            meter.add(result.metrics, {"text": counts[i][0], "image": counts[i][1]}, loss.detach())
+            meter.add(result.metrics, {"text": counts[i][0], "image": counts[i][1]}, loss)
         grad_norm = optimizer.step(ranks.sum_gradients)
     optimizer.schedule.step()
     policy.model.eval()

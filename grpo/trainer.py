@@ -24,6 +24,7 @@ from ..model.engine import RolloutChunk, RolloutEngine
 from ..model.policy import Policy, load_policy
 from ..model.prompts import PromptFormat
 from ..model.settings import RolloutSettings, Sampling
+from ..model.weights import gathered
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
 from .checkpoint import find_checkpoint, load_state, save_checkpoint
@@ -48,6 +49,7 @@ from .report import draw_grid, no_failure, pick, write_report
 from .rollout import roll_out
 from .step import reference_logprobs, split, update
 from .tracking import Log, require_trackers
+from .zero import ZeroAdamW, engine_config
 
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
@@ -75,6 +77,7 @@ class Trainer:
         self.config, self.ranks = config, ranks
         self.output = Path(config.output_dir)
         set_seed(config.seed)
+        zero = engine_config(config, ranks)
         require_trackers(config.report_to)
         files = [PromptFile(path, config.skip_bad_prompts) for path in (config.train_file, config.eval_file) if path]
         self.settings = rollout_settings(config)
@@ -102,6 +105,10 @@ class Trainer:
         self.reference: Policy | None = None
         if config.beta:  # with LoRA the policy itself, its adapters off
             self.reference = self.policy if config.lora_r else self._load(config.model_name_or_path, reference=True)
+        if zero:
+            self.optimizer: MasterAdamW = ZeroAdamW(self.policy, config, zero, ranks)
+        else:
+            self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
         self.engine = RolloutEngine(
             self.policy,
             self.encoder,
@@ -109,7 +116,6 @@ class Trainer:
             kv_dtype=config.rollout_kv_dtype,
             kv_bytes=None if config.rollout_kv_gib is None else int(config.rollout_kv_gib * 2**30),
         )
-        self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
         self.step, self.seconds = 0, 0.0
         if checkpoint:
             self.step, self.seconds, changed = load_state(checkpoint, self.optimizer, self._run_settings())
@@ -282,7 +288,7 @@ class Trainer:
         return {**handle.metrics, **dict(zip(names, skipped.tolist(), strict=True))}
 
     def _plan_metrics(self, rollout: RolloutChunk) -> dict[str, float]:
-        vocabulary = self.policy.text_head.weight.shape[0]
+        vocabulary = self.policy.config.text_config.vocab_size
         words = torch.bincount(rollout.plans.values, minlength=vocabulary).float()
         ends = torch.stack([rollout.truncated.sum(), rollout.truncated.new_tensor(len(rollout), dtype=torch.int64)])
         words, (truncated, plans) = self.ranks.sum(words), self.ranks.sum(ends.float())
@@ -307,10 +313,11 @@ class Trainer:
         return load_samples(self.output / "samples" / f"heldout-{tag}")
 
     def _save(self) -> None:
+        state, weights = self.optimizer.state_dict(), gathered(self.policy.model, self.ranks.main)  # all ranks together
         if self.ranks.main:
             limit = self.config.save_total_limit
-            state = (self.policy, self.settings, self.optimizer, self.seconds, self._run_settings())
-            save_checkpoint(self.output, self.step, *state, limit)
+            parts = (self.policy, weights, self.settings, state, self.seconds, self._run_settings())
+            save_checkpoint(self.output, self.step, *parts, limit)
         self.ranks.barrier()
 
     def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, float | int | None]:

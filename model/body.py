@@ -83,9 +83,10 @@ def _layer(
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
     """x [N, D] through several linear layers -> their outputs side by side [N, ΣD_out]."""
-    weights = [module.weight for module in modules]
-    if all(map(_is_plain, modules)) and (joined := side_by_side(weights)) is not None:  # type: ignore[arg-type]
-        return _Joined.apply(x, joined, *weights)
+    if all(map(_is_plain, modules)):  # before a weight is read: ZeRO-3 would gather it, and keep it for the whole pass
+        weights = [module.weight for module in modules]
+        if (joined := side_by_side(weights)) is not None:  # type: ignore[arg-type]
+            return _Joined.apply(x, joined, *weights)
     return torch.cat([module(x) for module in modules], dim=-1)
 
 

@@ -172,15 +172,16 @@ class Policy:
         """Image-head features that predict each image token, packed: prompts S rows, tokens [S, T] -> [S·T, D]."""
         return self.image_features(self.hidden((prompts, self.image_ids(tokens.tolist())))[0])
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, weights: dict[str, Any] | None = None) -> None:
         """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer files.
 
         With adapters, PEFT's: adapter_config.json and adapter_model.safetensors instead of the model.
+        `weights`: in place of the model's own, which ZeRO-3 shards.
         """
         if self.adapters:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
         else:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
 
 

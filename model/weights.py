@@ -215,6 +215,18 @@ def _state(module: nn.Module) -> list[tuple[int, int]] | None:
     return None if changing else [(p.data_ptr(), p._version) for p in parameters]
 
 
+def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
+    """The state of a model that ZeRO-3 has sharded, on the host, where `keep`; otherwise None. All ranks call this."""
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return None
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        with whole([value]):
+            if keep:
+                state[name] = value.detach().cpu()
+    return state if keep else None
+
+
 @contextmanager
 def whole(parameters: Iterable[Any]) -> Iterator[None]:
     """Inside, parameters that ZeRO-3 has sharded are complete on every rank."""

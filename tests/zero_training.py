@@ -1,0 +1,93 @@
+"""torchrun --nproc-per-node 2 tests/zero_training.py JOB OUT: the runs of tests/test_zero.py, on a CPU.
+
+Each run writes to OUT/<its name>. The ranks roll out another number of chunks each, and rank 1 has no held-out prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import ROOT, tiny_policy
+
+from bicot.grpo.cli import parse_config
+from bicot.grpo.distributed import Ranks
+from bicot.grpo.trainer import Trainer
+from bicot.grpo.zero import ZeroAdamW, engine_config
+from bicot.model.weights import gathered
+
+STEPS, SAVED = 3, 2
+STAGES = {"ddp": None, **{name: f"{name}.json" for name in ("zero1", "zero2", "zero2_offload", "zero3")}}
+DTYPES = ("float32", "bfloat16")
+FACTORS = (0.0, 1.0, float("nan"))
+# run -> what it resumes from, after SAVED steps; the first word of a name is its stage
+RESUMED = {f"{stage} resumed": f"{stage} float32" for stage in STAGES}
+RESUMED |= {f"{stage} from {other}": f"{other} float32" for stage, other in [("zero3", "ddp"), ("ddp", "zero3")]}
+RESUMED |= {"zero1 resumed bfloat16": "zero1 bfloat16", "zero3 from zero2 bfloat16": "zero2 bfloat16"}
+
+
+def words(job: Path, output: Path, **changes: Any) -> list[str]:
+    settings = dict(
+        model_name_or_path=job / "model", train_file=job / "train.jsonl", eval_file=job / "heldout.jsonl",
+        reasoning_prompt_path=job / "plan.txt", output_dir=output, num_generations=4, per_device_train_batch_size=1,
+        gradient_accumulation_steps=2, max_completion_length=12, max_steps=STEPS, save_steps=SAVED, sample_steps=0,
+        learning_rate=1e-3, warmup_steps=0, cfg_weight=2.0, beta=0.1, num_iterations=2, dtype="float32",
+        max_grad_norm=0.5, weight_decay=0.1, save_total_limit="null",
+    )  # fmt: skip
+    options = [word for key, value in {**settings, **changes}.items() for word in (f"--{key}", str(value))]
+    return [*options, "--rewards.names", "redness:Redness", "--rewards.monitor", "[]"]
+
+
+def run(job: Path, output: Path, ranks: Ranks, **changes: Any) -> None:
+    Trainer(parse_config(words(job, output, **changes)), ranks).run()
+
+
+def step_of_gradient(factor: float, job: Path, ranks: Ranks, stage: str) -> dict[str, Any]:
+    """One step of bfloat16 weights, all of whose gradients are `factor`, or none -> what comes of it."""
+    words_ = words(job, job, dtype="bfloat16", deepspeed=f"{ROOT}/configs/{stage}.json", weight_decay=0.0)
+    config, policy = parse_config(words_), tiny_policy()
+    policy.model.bfloat16()
+    settings = engine_config(config, ranks)
+    assert settings
+    optimizer = ZeroAdamW(policy, config, settings, ranks)
+    before = gathered(policy.model, True) or {k: v.clone() for k, v in policy.model.state_dict().items()}
+    for _ in range(config.gradient_accumulation_steps):
+        optimizer.backward(lambda: (policy.text_head.weight.float().sum() * factor, None))
+    seen: dict[str, Any] = {"elements": policy.config.text_config.vocab_size * policy.config.text_config.hidden_size}
+    try:
+        seen["norm"] = optimizer.step(ranks.sum_gradients).item()
+    except FloatingPointError as error:
+        seen["error"] = str(error)
+    after = gathered(policy.model, True) or policy.model.state_dict()
+    seen["moved"] = [name for name in before if not torch.equal(before[name], after[name])]
+    return seen
+
+
+def main() -> None:
+    job, out = map(Path, sys.argv[1:])
+    sys.path.insert(0, str(job))
+    ranks = Ranks.start()
+    uneven = {"rollout_max_rows": (8, 2)[ranks.rank]}
+    runs = {f"{stage} {dtype}": {"dtype": dtype} for stage in STAGES for dtype in DTYPES}
+    runs |= {f"{stage} lora": {"lora_r": 4, "learning_rate": 0.02} for stage in ("ddp", "zero2")}
+    runs["zero3 checkpointing"] = {"gradient_checkpointing": "true"}
+    for name, other in RESUMED.items():
+        checkpoint = out / other / f"checkpoint-{SAVED:06d}"
+        runs[name] = {"dtype": "bfloat16" if "bfloat16" in name else "float32", "resume": str(checkpoint)}
+    for name, changes in runs.items():
+        file = STAGES[name.split()[0]]
+        run(job, out / name, ranks, **uneven, **changes, deepspeed=f"{ROOT}/configs/{file}" if file else "null")
+    seen = {
+        stage: {str(factor): step_of_gradient(factor, job, ranks, stage) for factor in FACTORS}
+        for stage, file in STAGES.items()
+        if file
+    }
+    (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()
