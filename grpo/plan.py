@@ -20,6 +20,7 @@ from ..model.kv import SHARE_OF_FREE
 from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
 from .config import Config
 from .memory import Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
+from .zero import read_settings
 
 GIB = 2**30
 PLAN_PROMPT, IMAGE_PROMPT = 200, 80  # tokens, the second without the plan
@@ -97,10 +98,11 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         merged = e * sum(m.weight.numel() for m in chosen.values())  # the engine decodes from merged copies
         trained = {n: config.lora_r * (m.in_features + m.out_features) for n, m in chosen.items()}
         head = 0
+    stage = read_settings(config.deepspeed)["zero_optimization"]["stage"] if config.deepspeed else 0
     if config.optim == "adamw_8bit":
         training = Training(masters=0, moments=2, accumulated=0, ranks=ranks)
     else:
-        training = Training(*((0, 8, 0) if e >= 4 else (4, 8, 4)), ranks=ranks)
+        training = Training(*((0, 8, 0) if e >= 4 else (4, 8, 4)), ranks=ranks, stage=stage)
     image, guided, limit = (
         model.config.vision_config.num_image_tokens,
         config.cfg_weight != 1,
@@ -169,7 +171,7 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
         yield "--max_completion_length 128", replace(config, max_completion_length=128)
     if config.rollout_kv_gib is None or config.rollout_kv_gib > 4:
         yield "--rollout_kv_gib 4", replace(config, rollout_kv_gib=4.0)
-    if config.optim != "adamw_8bit":
+    if config.optim != "adamw_8bit" and not config.deepspeed:
         yield "--optim adamw_8bit", replace(config, optim="adamw_8bit")
     if not config.lora_r:
         yield "--lora_r 32", replace(config, lora_r=32)

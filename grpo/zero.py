@@ -28,15 +28,12 @@ from .optim import MasterAdamW, Result
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
-    """What `config.deepspeed` means with the other settings, for `deepspeed.initialize`; None without DeepSpeed.
+def read_settings(file: str) -> dict[str, Any]:
+    """The JSON, with a ZeRO stage of 1, 2 or 3.
 
     Raises:
-        ValueError: the file cannot be read, or disagrees with a setting (both are named).
+        ValueError: it has none, or is no such JSON.
     """
-    if config.deepspeed is None:
-        return None
-    file = config.deepspeed
     try:
         settings = json.loads(Path(file).read_text())
     except ValueError as error:
@@ -46,6 +43,19 @@ def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
         raise ValueError(f"{file} is no DeepSpeed configuration: an object, with objects for {', '.join(sections)}")
     if settings.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise ValueError(f"{file}: zero_optimization.stage must be 1, 2 or 3; --distributed ddp is what 0 would be")
+    return settings
+
+
+def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
+    """What `config.deepspeed` means with the other settings, for `deepspeed.initialize`; None without DeepSpeed.
+
+    Raises:
+        ValueError: the file cannot be read, or disagrees with a setting (both are named).
+    """
+    if config.deepspeed is None:
+        return None
+    file = config.deepspeed
+    settings = read_settings(file)
     # the reference would read its heads outside of the engine, where ZeRO-3 has shards of them
     if config.lora_r and settings["zero_optimization"]["stage"] == 3:
         raise ValueError(f"lora_r={config.lora_r} does not go with {file}: ZeRO-3; take configs/zero2.json")

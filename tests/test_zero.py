@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from zero_training import DTYPES, FACTORS, RESUMED, SAVED, STAGES, STEPS, words
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
+from bicot.grpo.plan import changes, load_model, plan_of
 from bicot.grpo.trainer import train
 from bicot.grpo.zero import engine_config
 
@@ -203,3 +205,15 @@ def test_distributed_and_deepspeed_agree() -> None:
     with pytest.raises(ValueError, match="optim=adamw_8bit does not go with deepspeed"):
         Config(optim="adamw_8bit", deepspeed="configs/zero2.json", rewards=RewardConfig("scene"))
     assert parse_config(["--deepspeed", "configs/zero2.json"]).distributed == "auto"
+
+
+def test_the_memory_plan_knows_the_shares() -> None:
+    words = ["--config", str(ROOT / "configs" / "toy.yaml"), "--gradient_accumulation_steps", "2"]
+    plain = parse_config(words)
+    model = load_model(plain.model_name_or_path)
+    peaks = [
+        plan_of(config, model, 8, 80 * 2**30).peaks["update"]
+        for config in [plain, *(replace(plain, deepspeed=f"{ROOT}/configs/zero{stage}.json") for stage in (1, 2))]
+    ]
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert "--optim adamw_8bit" not in dict(changes(replace(plain, deepspeed=f"{ROOT}/configs/zero2.json")))
