@@ -119,7 +119,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     engine = merged + e * (decoder + shape.codes * shape.hidden) + PICTURE_BYTES
     engine += reference_bytes(shape, Batch(PREFILL_TOKENS, 0, 0, 0))
     reference = weights if config.beta and not config.lora_r else 0
-    masters = training.masters * sum(trained.values())
+    masters = training.masters * sum(trained.values()) // (ranks if training.stage else 1)
     scorers, pictures = _rewards(config)
     fixed = weights + reference + masters + engine + scorers + CONTEXT
     fp8 = config.rollout_kv_dtype == "fp8"

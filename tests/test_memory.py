@@ -5,12 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import ROOT, TOY
 
+from bicot.bench.models import toy_config
 from bicot.grpo.memory import MIB, Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
+from bicot.grpo.plan import load_model, plan_of
 
 JANUS_1B = Shape(24, 2048, 5632, 2048, 2048, 102400, 16384, 2)
 LAYER = [4 * 2048 * 2048, 3 * 2048 * 5632, 2 * 2048]
@@ -46,6 +49,14 @@ def test_stages_divide_what_they_should() -> None:
     assert [training.held(8000) for training in eight] == [96000, 12000, 12000, 12000]
     peaks = [update_peak(JANUS_1B, batch_of(2), TRAINED, 0, training, 2, True).total for training in eight]
     assert peaks[0] > peaks[1] > peaks[2] == peaks[3]
+
+
+def test_zero_divides_masters_and_moments_alike() -> None:
+    config = toy_config(dtype="bfloat16")
+    model = load_model(config.model_name_or_path)
+    plain, shared = (plan_of(c, model, 8, 2**40) for c in (config, replace(config, deepspeed="configs/zero2.json")))
+    for row in ("float32 masters", "optimizer moments"):
+        assert plain.rows[row][0] // 8 == pytest.approx(shared.rows[row][0], abs=8) and shared.rows[row][0] > 0
 
 
 def test_dry_run_needs_a_config_json_alone(tmp_path: Path) -> None:
