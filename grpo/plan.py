@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, JanusForConditionalGeneration
 
+from ..kernels.kv_pool import FP8
 from ..model.decoder import PREFILL_TOKENS
-from ..model.kv import SHARE_OF_FREE
+from ..model.kv import SHARE_OF_FREE, KVPool
 from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
 from .config import Config
 from .memory import Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
@@ -83,10 +84,11 @@ def load_model(path: str) -> Any:
 def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     """The plan of each of `ranks` GPUs."""
     text, e = model.config.text_config, getattr(torch, config.dtype).itemsize
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    cached = FP8 if config.rollout_kv_dtype == "fp8" else getattr(torch, config.dtype)
+    pool = KVPool(text, cached, torch.device("meta"), max_bytes=None)
     shape = Shape(
-        text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads * head_dim,
-        text.num_key_value_heads * head_dim, text.vocab_size, model.config.vq_config.num_embeddings, e,
+        text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads * pool.dim,
+        pool.heads * pool.dim, text.vocab_size, model.config.vq_config.num_embeddings, e,
     )  # fmt: skip
     trained = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(config.freeze))}
     weights = e * sum(p.numel() for p in model.parameters())
@@ -122,9 +124,8 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     masters = training.masters * sum(trained.values()) // (ranks if training.stage else 1)
     scorers, pictures = _rewards(config)
     fixed = weights + reference + masters + engine + scorers + CONTEXT
-    fp8 = config.rollout_kv_dtype == "fp8"
-    token = 2 * shape.layers * text.num_key_value_heads * (head_dim * (1 if fp8 else e) + 4 * fp8)
-    asked = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, guided) * token
+    tokens = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, guided)
+    asked = tokens * pool.bytes_per_token
     most = SHARE_OF_FREE * max(0, gpu_bytes - fixed) if config.rollout_kv_gib is None else config.rollout_kv_gib * GIB
     rows = {
         "weights": (weights,) * 3,

@@ -51,7 +51,7 @@ figure{margin:0} p{margin:.3em 0} pre{white-space:pre-wrap}
 
 @contextmanager
 def no_failure(what: str) -> Iterator[None]:
-    """Whatever a text or a machine makes of it, a picture is not worth a run: its failure is one line."""
+    """A picture that cannot be drawn must not end a run: its error is printed in one line."""
     try:
         yield
     except Exception as error:

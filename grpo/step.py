@@ -102,7 +102,7 @@ def update(
     num_tokens = ranks.sum(torch.tensor(counts, dtype=torch.float32, device=policy.device).sum())
     num_samples = len(advantages) * ranks.size
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
-    # transformers recomputes activations in train mode only, and so does dropout drop
+    # in train mode alone, activations are recomputed and LoRA's dropout acts
     policy.model.train(config.gradient_checkpointing or config.lora_dropout > 0)
 
     def loss_of(i: int) -> tuple[Tensor, GRPOLoss]:

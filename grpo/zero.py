@@ -131,7 +131,7 @@ class ZeroAdamW(MasterAdamW):
         except ImportError as error:
             raise ImportError(f"--deepspeed needs DeepSpeed: pip install 'bicot[deepspeed]' ({error})") from error
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # of names that DeepSpeed calls, at each step
+        # DeepSpeed calls deprecated functions in each step
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if ranks.device.type == "cpu":  # its shared-memory collectives would be compiled first; gloo's do
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -152,7 +152,7 @@ class ZeroAdamW(MasterAdamW):
     def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
         results: list[Result] = []
 
-        def loss_alone() -> Tensor:  # for the engine hooks and rebuilds what a forward pass takes and gives
+        def loss_alone() -> Tensor:  # DeepSpeed's hooks rebuild what a forward pass returns: give them one tensor
             loss, result = compute()
             results.append(result)
             return loss

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import native
 from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton
+from .rope_kv_write import launch_config
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -143,12 +144,6 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     tl.store(p_a + HALF, b_b.to(p_qkv.dtype.element_ty), m)
 
 
-def launch_config(half: int) -> dict[str, Any]:
-    """One warp takes 256 pairs, 16 bytes a thread of each half: as many heads as that makes."""
-    EB = triton.next_power_of_2(half)
-    return {"HB": max(1, min(16, 256 // EB)), "EB": EB, "num_warps": 1, "enable_fp_fusion": True}
-
-
 def _run(
     impl: str, name: str, kernel: Any, count: int, q_heads: int, kv_heads: int, half: int, *tensors: Tensor
 ) -> None:
@@ -165,9 +160,8 @@ def _run(
 
 
 def _spread(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, impl: str) -> list[Tensor]:
-    M, E = len(token_at), 2 * cos.shape[1]
-    q_heads = qkv.shape[1] // E - 2 * kv_heads
-    out = [qkv.new_empty(M, heads, E) for heads in (q_heads, kv_heads, kv_heads)]
+    out = _fake_spread(qkv, cos, sin, token_at, kv_heads, impl)
+    M, q_heads, E = out[0].shape
     _run(impl, "rope_spread", _spread_kernel, M, q_heads, kv_heads, E // 2, qkv, cos, sin, token_at, *out)
     return out
 

@@ -1,4 +1,4 @@
-"""Rows of tokens in one pass: what neighbouring rows begin with in common is one token of the pass.
+"""Rows of tokens in one pass: a prefix that neighbouring rows share is computed once.
 
 The linear layers see N tokens side by side: of every row those that its neighbour above does not share, and no padding.
 Attention sees whole rows [S, L], padded on the right: a row's queries, keys and values are gathered from the N, its

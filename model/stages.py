@@ -24,9 +24,9 @@ from .kv import SCRATCH
 from .packed import upload
 from .settings import Sampling
 
-# The numbers of a row: where its keys lie, those of its own with the token of this step; where that token stands in its
-# sequence and in the pool; where its draw goes, and what it is drawn by. Those from LENGTH on grow by ADVANCE at every
-# step: by 1, or by 0 where a row only fills its batch.
+# The integers that describe a row: first slot and length of its shared prefix; first slot and length of its own keys,
+# this step's token included; position and slot of that token; where its draw is written, and the counter it is drawn
+# with. LENGTH to COUNTER grow by ADVANCE at every step: 1, or 0 for a row that only fills its batch.
 PREFIX_START, PREFIX_LENGTH, START, LENGTH, POSITION, SLOT, OUTPUT, COUNTER, ADVANCE = range(9)
 
 POLL = 8  # most steps that the host hands over at once: it looks at which plans have ended after so many
