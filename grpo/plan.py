@@ -18,6 +18,7 @@ from transformers import AutoConfig, JanusForConditionalGeneration
 from ..kernels.kv_pool import FP8
 from ..model.decoder import PREFILL_TOKENS
 from ..model.kv import SHARE_OF_FREE, KVPool
+from ..model.policy import read_config
 from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
 from .config import Config
 from .memory import Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
@@ -69,14 +70,9 @@ def load_model(path: str) -> Any:
         FileNotFoundError: neither a folder with a config.json nor a model that the hub gives.
         ValueError: another architecture.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"model_name_or_path={path!r} is neither a folder with a config.json nor a model the hub gives: {error}"
-        ) from error
-    if config.model_type != "janus":
-        raise ValueError(f"the plan reads a config.json of model_type 'janus', {path} is {config.model_type!r}")
+    if (kind := read_config(path).get("model_type")) != "janus":
+        raise ValueError(f"the plan reads a config.json of model_type 'janus', {path} is {kind!r}")
+    config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
         return JanusForConditionalGeneration(config)
 

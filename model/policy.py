@@ -185,6 +185,17 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A model's config.json. FileNotFoundError where there is none."""
+    try:
+        return PreTrainedConfig.get_config_dict(path)[0]
+    except OSError as error:
+        raise FileNotFoundError(
+            f"model_name_or_path={str(path)!r} is neither a folder with a config.json "
+            f"nor a model the hub gives: {error}"
+        ) from error
+
+
 def load_policy(
     path: str | Path,
     *,
@@ -210,13 +221,7 @@ def load_policy(
         policy = load_policy(base, dtype=dtype, device=device, freeze=freeze)
         policy.adapters = load_lora(policy.model, path).eval()
         return policy
-    try:
-        raw, _ = PreTrainedConfig.get_config_dict(path)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"model_name_or_path={str(path)!r} is neither a folder with a config.json "
-            f"nor a model the hub gives: {error}"
-        ) from error
+    raw = read_config(path)
     kind = raw.get("model_type")
     if kind == ORIGINAL:
         tokenizer = original_tokenizer(path)
