@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -34,3 +35,25 @@ def one_line_errors(words: Sequence[str], go_on: str = "") -> Iterator[None]:
 def interrupt(number: int, frame: FrameType | None) -> None:
     """A handler that ends what runs, as Ctrl-C does, and says which signal it was."""
     raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT instead of dying of them: the step in progress is finished and saved."""
+    received: list[int] = []
+    first = 0.0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if not received:
+            first = time.monotonic()
+        elif time.monotonic() - first > 1:  # a second one means now; torchrun repeats a Ctrl-C at once
+            interrupt(number, frame)
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

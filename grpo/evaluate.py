@@ -124,3 +124,15 @@ def reward_rows(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple
         return []
     first, last = mean_by_task(before), mean_by_task(after)
     return [*((task, first[task], last.get(task)) for task in first), ("all", mean_reward(before), mean_reward(after))]
+
+
+def heldout_table(before: Sequence[Sample], after: Sequence[Sample]) -> str:
+    """Held-out mean reward before → after, by task type and overall."""
+    rows = reward_rows(before, after)
+    if not rows:
+        return "no held-out prompts (eval_file): no reward before and after"
+    lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]
+    return "\n".join(
+        lines
+        + [f"{task:<18}" + "".join(f"{'–' if x is None else f'{x:.3f}':>8}" for x in pair) for task, *pair in rows]
+    )

@@ -7,15 +7,12 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
 from ..kernels.group_advantages import group_advantages
@@ -31,18 +28,17 @@ from .checkpoint import find_checkpoint, load_state, save_checkpoint
 from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
-from .errors import interrupt
+from .errors import stop_signals
 from .evaluate import (
     Sample,
-    entropy_bits,
     evaluate,
+    heldout_table,
     load_samples,
-    mean_by_name,
     mean_reward,
-    reward_rows,
     samples_of,
     save_samples,
 )
+from .metrics import Phases, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
 from .output import go_back, locked, make_room
 from .report import draw_grid, no_failure, pick, write_report
@@ -172,7 +168,7 @@ class Trainer:
         last = min(config.max_steps, config.stop_after or config.max_steps)
         log = Log(config, self.step) if self.ranks.main else None
         stopped = 0
-        with closing(log) if log else nullcontext(), _stop_signals() as received:
+        with closing(log) if log else nullcontext(), stop_signals() as received:
             while self.step < last and not (stopped := self._agree(received)):
                 metrics, grid = self._train_step()
                 if log:
@@ -197,7 +193,7 @@ class Trainer:
         start = time.perf_counter()
         examples = self._step_examples()
         rollout, repeated, handle = self._roll_out(examples)
-        clock = _Phases(rollout.seconds, ranks.device)
+        clock = Phases(rollout.seconds, ranks.device)
         micro_batches = split(rollout, config)
         with clock("reference"):
             reference = (
@@ -242,11 +238,16 @@ class Trainer:
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         return {
-            **self._reward_metrics(everyone, ranks.gather([example.task_type for example in repeated])),
-            **self._reward_costs(handle),
+            **reward_metrics(
+                self.ensemble,
+                everyone,
+                config.num_generations,
+                ranks.gather([example.task_type for example in repeated]),
+            ),
+            **reward_costs(handle, ranks),
             **{key: value.item() for key, value in metrics.items()},
             "update_skipped": float(not scored),
-            **self._plan_metrics(rollout),
+            **plan_metrics(rollout, self.policy.config.text_config.vocab_size, ranks),
             "learning_rate": learning_rate,
             "images_per_second": len(everyone) / elapsed,
             **{f"seconds/{name}": value for name, value in clock.seconds.items()},
@@ -264,39 +265,6 @@ class Trainer:
         seed = self.config.seed * _SEED_STRIDE + self.step
         first = self.ranks.rank * len(examples) * group
         return roll_out(self.engine, self.ensemble, examples, group, self.settings.sampling, seed, first)
-
-    def _reward_metrics(self, scores: Tensor, task_types: list[str]) -> dict[str, float]:
-        """Of the whole step: scores [S, R] and task types [S] of all ranks, in rank order."""
-        total = self.ensemble.total(scores)
-        groups = total.view(-1, self.config.num_generations)
-        by_task = mean_by_name(zip(task_types, total.tolist(), strict=True))
-        spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(()) for g in groups])
-        largest, smallest = groups.nan_to_num(nan=-torch.inf).amax(1), groups.nan_to_num(nan=torch.inf).amin(1)
-        return {
-            "reward": total.nanmean().item(),
-            "reward_std": spread.mean().item(),
-            # not by the std: of eight times 0.35 it is not 0 but a rounding error
-            "frac_reward_zero_std": (largest == smallest).float().mean().item(),
-            **self.ensemble.metrics(scores),
-            **{f"reward_by_task/{task}": mean for task, mean in by_task.items() if mean is not None},
-        }
-
-    def _reward_costs(self, handle: RewardHandle) -> dict[str, float]:
-        """Times of this rank, skipped samples of all."""
-        names = [name for name in handle.metrics if name.endswith("/skipped")]
-        skipped = self.ranks.sum(torch.tensor([handle.metrics[name] for name in names], device=self.ranks.device))
-        return {**handle.metrics, **dict(zip(names, skipped.tolist(), strict=True))}
-
-    def _plan_metrics(self, rollout: RolloutChunk) -> dict[str, float]:
-        vocabulary = self.policy.config.text_config.vocab_size
-        words = torch.bincount(rollout.plans.values, minlength=vocabulary).float()
-        ends = torch.stack([rollout.truncated.sum(), rollout.truncated.new_tensor(len(rollout), dtype=torch.int64)])
-        words, (truncated, plans) = self.ranks.sum(words), self.ranks.sum(ends.float())
-        return {
-            "plan_tokens": (words.sum() / plans).item(),
-            "plan_truncated": (truncated / plans).item(),
-            "plan_entropy": entropy_bits(words),
-        }
 
     def _evaluate(self, tag: str) -> list[Sample]:
         """Score the held-out prompts, with the draws of `seed` whatever the step; none configured = no samples."""
@@ -336,60 +304,10 @@ class Trainer:
         with no_failure("no report.html"):
             write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v})
             files.append("report.html")
-        print(_table(before, after))
+        print(heldout_table(before, after))
         what = f"{', '.join(files[:-1])} and {files[-1]}"
         print(f"{self.step} steps in {self.seconds:.0f} s; {what} are in {self.output}")
         return summary
-
-
-def _table(before: list[Sample], after: list[Sample]) -> str:
-    """Held-out mean reward before → after, by task type and overall."""
-    rows = reward_rows(before, after)
-    if not rows:
-        return "no held-out prompts (eval_file): no reward before and after"
-    lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]
-    return "\n".join(
-        lines
-        + [f"{task:<18}" + "".join(f"{'–' if x is None else f'{x:.3f}':>8}" for x in pair) for task, *pair in rows]
-    )
-
-
-class _Phases:
-    """Wall seconds of named phases, added to those that the rollout measured itself."""
-
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self.seconds = dict(seconds)
-        self.device = device
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - start
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them: the step in progress is finished and saved."""
-    received: list[int] = []
-    first = 0.0
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if not received:
-            first = time.monotonic()
-        elif time.monotonic() - first > 1:  # a second one means now; torchrun repeats a Ctrl-C at once
-            interrupt(number, frame)
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def train(config: Config) -> dict[str, float | int | None]:
