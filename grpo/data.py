@@ -2,10 +2,13 @@
 
 A row: {"prompt": str, "task_type": str, "nouns"?: [str], "attr_nouns"?: [str],
         "spatial_info"?: {"obj1": str, "obj2": str, "locality": str}, "numeracy_info"?: [{"num": int, "obj_name": str}]}
+
+Any other key is the user's own: rewards see it as `example.metadata[key]`.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 
 from ..rewards.base import Example, NumeracyInfo, SpatialInfo
 
-_KEYS = {"prompt", "task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info"}
+_KEYS = ("prompt", "task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info")
 LISTED = 20  # most rows that are listed when they are left out
 T = TypeVar("T")
 
@@ -109,9 +112,14 @@ def parse_example(row: Any) -> Example:
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise ValueError(f"{half!r} is half of a surrogate pair, which is no character") from error
-    unknown = sorted(set(row) - _KEYS)
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r:.200}; the schema has {', '.join(sorted(_KEYS))}")
+    metadata = {key: value for key, value in row.items() if key not in _KEYS}
+    for key, value in metadata.items():
+        if near := difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.87):
+            raise ValueError(f"unknown key {key!r}; did you mean {near[0]!r}? give a key of your own another name")
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError(f"{key!r:.200} has a number that is not finite, which JSON does not have") from None
     spatial = _typed(row, "spatial_info", dict, None)
     return Example(
         prompt=_text(row, "prompt"),
@@ -122,6 +130,7 @@ def parse_example(row: Any) -> Example:
         if spatial is None
         else SpatialInfo(*(_text(spatial, k) for k in ("obj1", "obj2", "locality"))),
         numeracy_info=tuple(_numeracy(item) for item in _typed(row, "numeracy_info", list, [])),
+        metadata=metadata,
     )
 
 

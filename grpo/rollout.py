@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..model.engine import RolloutChunk, RolloutEngine
 from ..model.settings import Sampling
@@ -19,13 +20,15 @@ def roll_out(
     seed: int,
     first_sample: int = 0,
 ) -> tuple[RolloutChunk, list[Example], RewardHandle]:
-    """Draw `group_size` samples of every example -> the samples, the example of each, their scores on their way."""
-    each = [example for example in examples for _ in range(group_size)]
+    """Draw `group_size` samples of every example -> the samples, the example of each with its plan, their scores."""
+    repeated = [example for example in examples for _ in range(group_size)]
+    each: list[Example] = []
     chunks: list[RolloutChunk] = []
     handles: list[RewardHandle] = []
-    done = 0
     for chunk in engine.generate([e.prompt for e in examples], group_size, sampling, seed, first_sample):
-        handles.append(ensemble.submit(chunk.images, each[done : done + len(chunk)]))
+        asked = repeated[len(each) : len(each) + len(chunk)]
+        planned = [replace(example, plan=plan) for example, plan in zip(asked, chunk.plan_texts, strict=True)]
+        handles.append(ensemble.submit(chunk.images, planned))
         chunks.append(chunk)
-        done += len(chunk)
+        each += planned
     return RolloutChunk.cat(chunks), each, RewardHandle.cat(handles)

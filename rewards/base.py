@@ -7,7 +7,7 @@ to that sample's prompt (a missing reward is left out of the advantage; it is no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -33,7 +33,11 @@ class NumeracyInfo:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the annotations of T2I-R1's schema; the fields a row does not have are empty or None."""
+    """One prompt with the annotations of T2I-R1's schema; the fields a row does not have are empty or None.
+
+    `metadata` holds the row's other keys, as JSON has them. `plan` is the plan of the sample that is scored; before a
+    run, in `applies` and `check`, it is empty.
+    """
 
     prompt: str
     task_type: str
@@ -41,11 +45,15 @@ class Example:
     attr_nouns: tuple[str, ...] = ()
     spatial_info: SpatialInfo | None = None
     numeracy_info: tuple[NumeracyInfo, ...] = ()
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    plan: str = ""
 
 
 @runtime_checkable
 class Reward(Protocol):
     """Anything with a `name` and a batched `score`. See CONTRIBUTING for one in 20 lines.
+
+    `score` may read the plan of each sample in `example.plan`, and the row's own keys in `example.metadata`.
 
     It may have three members more:
 

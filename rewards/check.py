@@ -3,8 +3,8 @@
     python -m bicot.rewards.check configs/janus-pro-7b.yaml
     python -m bicot.rewards.check my.yaml --device cpu --pictures 8
 
-It downloads nothing. The pictures are noise: the scores show that a reward works, not that it is right. Exit status 1
-if one does not work.
+It downloads nothing. The pictures are noise, the plans are the prompts: the scores show that a reward works, not that
+it is right. Exit status 1 if one does not work.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def pictures(count: int, device: str) -> Tensor:
 def try_reward(reward: Reward, place: Placement, count: int, device: str) -> list[str]:
     """Score `count` pictures twice, time the second -> its columns of the table from "weights" to the scores."""
     ensemble = RewardEnsemble([reward], placements={reward.name: place}, device=device)
-    images, examples = pictures(count, device), [EXAMPLES[i % len(EXAMPLES)] for i in range(count)]
+    images, planned = pictures(count, device), [replace(example, plan=example.prompt) for example in EXAMPLES]
+    examples = [planned[i % len(EXAMPLES)] for i in range(count)]
     ensemble.submit(images, examples).result()
     handle = ensemble.submit(images, examples)
     scores = handle.result()[:, 0].tolist()

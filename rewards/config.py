@@ -25,6 +25,7 @@ BUILTIN = {
     "git": "bicot.rewards.git_vqa:GitReward",
     "grounding": "bicot.rewards.grounding:GroundingReward",
     "orm": "bicot.rewards.orm:OrmReward",
+    "plan": "bicot.rewards.plan:PlanReward",
     "scene": "bicot.rewards.scene:SceneReward",
     "scene_relation": "bicot.rewards.scene:SceneRelation",
 }
@@ -41,8 +42,8 @@ class RewardConfig:
     """Which rewards score a picture, and how.
 
     Args:
-        names: hps, git, grounding, orm, scene, scene_relation, or dotted paths `package.module:Class`; a list, or one
-            string with commas.
+        names: hps, git, grounding, orm, plan, scene, scene_relation, or dotted paths `package.module:Class`; a list,
+            or one string with commas.
         monitor: the same, for rewards that are scored and logged but never trained on.
         options: of single rewards, by the name above: device, micro_batch, offload, and the arguments of its class,
             such as path and dtype.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -37,6 +38,9 @@ def test_published_file_loads_whole() -> None:
         ({**GOOD, "prompt": "  "}, r"p\.jsonl:2: prompt must be a non-empty string"),
         ({"prompt": "a"}, r"p\.jsonl:2: task_type must be"),
         ({**GOOD, "nuns": []}, r"p\.jsonl:2: unknown key 'nuns'"),
+        ({**GOOD, "attr_noun": []}, r"p\.jsonl:2: unknown key 'attr_noun'; did you mean 'attr_nouns'"),
+        ({**GOOD, "weight": {"a": [1.5, math.nan]}}, r"p\.jsonl:2: 'weight' has a number that is not finite"),
+        ('{"prompt": "a cat", "task_type": "object", "far": 1e999}', r"p\.jsonl:2: 'far' has a number that is not"),
         ({**GOOD, "nouns": "cat"}, r"p\.jsonl:2: nouns must be a list"),
         ({**GOOD, "nouns": [1]}, r"p\.jsonl:2: nouns must hold non-empty strings"),
         ({**GOOD, "spatial_info": {"obj1": "a", "obj2": "b"}}, r"p\.jsonl:2: locality must be"),
@@ -61,6 +65,16 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path: Path, row: object, mess
     file = PromptFile(path, skip_bad=True)
     assert [number for number, _ in file.rows] == [1, 3] and len(file.examples) == 2
     assert file.said()[0].endswith("1 of 3 rows are left out:") and re.match(f".*{message}", file.said()[1])
+
+
+def test_keys_of_the_user_s_own_are_kept(tmp_path: Path) -> None:
+    own = {"id": 7, "must mention": ["fur", "été"], "source": {"url": None, "sharp": True}, "weight": 0.5}
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (GOOD, {**GOOD, **own}, {**GOOD, **own, "prompt": ""})))
+    file = PromptFile(path, skip_bad=True)
+    file.check(lambda example: None)
+    assert [example.metadata for example in file.examples] == [{}, own]
+    assert file.examples[1] != file.examples[0] and len(set(file.examples)) == 2  # an example is still hashable
 
 
 def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:

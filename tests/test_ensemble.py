@@ -330,7 +330,7 @@ def test_rewards_by_dotted_path(module: str) -> None:
         (f"{module}:Darkness", "cannot be imported: module 'ensemble_rewards' has no attribute 'Darkness'"),
         ("no_such_module:X", "cannot be imported: No module named 'no_such_module'"),
         (f"{module}:number", "needs a `name` and a `score"),
-        ("hpsv9", "unknown reward 'hpsv9'; built in are git, grounding, hps, orm, scene"),
+        ("hpsv9", "unknown reward 'hpsv9'; built in are git, grounding, hps, orm, plan, scene"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_reward(name)

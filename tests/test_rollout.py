@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +55,23 @@ def test_a_chunk_may_end_within_a_group(policy: Policy, schedule: Any) -> None:
         assert ours.plan == theirs.plan and (ours.image == theirs.image).all()
         assert ours.reward == pytest.approx(theirs.reward, abs=1e-5)
     assert len({round(s.reward, 4) for s in whole}) > 6
+
+
+@pytest.mark.parametrize("schedule", ["serial", "threads"])
+def test_each_sample_is_scored_with_its_own_plan(policy: Policy, schedule: Any) -> None:
+    seen: list[Example] = []
+
+    class Reading(Told):
+        def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+            seen.extend(examples)
+            return super().score(images, examples)
+
+    given = [replace(example, metadata={"id": i}) for i, example in enumerate(EXAMPLES)]
+    engine, ensemble = engine_of(policy, max_rows=6), RewardEnsemble([Reading()], schedule=schedule)
+    rollout, each, handle = roll_out(engine, ensemble, given, 4, SAMPLING, 7)
+    handle.result()
+    assert [example.plan for example in seen] == rollout.plan_texts and len(set(rollout.plan_texts)) > 6
+    assert seen == each and [replace(example, plan="") for example in each] == [e for e in given for _ in range(4)]
 
 
 def test_a_chunk_is_scored_while_the_next_is_drawn(policy: Policy) -> None:

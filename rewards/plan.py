@@ -1,0 +1,178 @@
+"""Does the plan say what the prompt asks for? Its words are compared with the prompt's annotations; no model is asked.
+
+The annotations are a set A of facts, and what the plan says of the same things is a set P:
+
+    thing      a phrase of nouns, attr_nouns, spatial_info or numeracy_info, such as "apple" or "red apple"
+    count      a number and the thing that numeracy_info counts, such as 3 "bottle"
+    relation   the two things of spatial_info, and how they lie to each other
+
+    score = F1 = 2 |A ∩ P| / (|A| + |P|),   precision = |A ∩ P| / |P|,   recall = |A ∩ P| / |A|
+
+A plan may add what the prompt leaves open. What lowers the precision is another number of a counted thing, another
+direction between the two things, or another attribute of a thing that has one (right before it: "green apple" where a
+red one is asked for; an attribute of this prompt, or a colour instead of a colour). The words of a thing stand
+together; case, plural and number words do not matter: "Three bottles" is 3 "bottle". In a sentence
+
+- a number counts the next counted thing, at most two words between ("three tall glass bottles"). "a" is 1 only where
+  1 is asked for, since a plan may go on about "a bottle" of three;
+- a relation stands between its two things. "A left of B" is "B right of A", and "above" is "on top of". To be near
+  counts only where it is asked for, since a thing may be near and left of another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from .base import Example, upload
+from .layout import DIRECTIONS, NEAR, fold
+
+Words = tuple[str, ...]
+Fact = tuple[object, ...]
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+OTHER_FORMS = {"people": "person", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot"}
+OTHER_FORMS |= {"teeth": "tooth", "grey": "gray"}
+SYNONYMS = {  # what plans say -> what prompts say
+    "over": "above",
+    "under": "below",
+    "underneath": "below",
+    "beneath": "below",
+    "left side of": "left of",
+    "right side of": "right of",
+    "side of": "near",
+    "beside": "near",
+}
+END = "."  # of a sentence, among words
+
+
+class PlanReward:
+    """How well the plan says what the prompt asks for, in [0, 1]; see the module's docstring."""
+
+    name = "plan"
+
+    def applies(self, example: Example) -> bool:
+        """Whether the prompt has annotations."""
+        return bool(asked(example))
+
+    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        """S examples with their plans -> [S] float32 on the device of `images`, which are not looked at."""
+        scores = []
+        for example in examples:
+            wanted, stated = asked(example), said(example)
+            scores.append(2 * len(wanted & stated) / (len(wanted) + len(stated)))
+        return upload(scores, images.device)
+
+
+def asked(example: Example) -> set[Fact]:
+    """A: the facts of the annotations."""
+    facts: set[Fact] = {("thing", name) for name in map(words, _names(example)) if name}
+    facts |= {("count", str(entry.num), words(entry.obj_name)) for entry in example.numeracy_info}
+    if info := example.spatial_info:
+        facts.add(relation(words(info.obj1), info.locality, words(info.obj2)))
+    return facts
+
+
+def said(example: Example) -> set[Fact]:
+    """P: what the plan says of the things that the annotations name."""
+    plan, wanted = words(example.plan), asked(example)
+    names = map(words, _names(example))
+    facts: set[Fact] = {("thing", name) for name in names if any(spans(plan, [name]))}
+    return facts | _attributes(plan, example) | _counts(plan, example, wanted) | _relations(plan, example, wanted)
+
+
+def _names(example: Example) -> list[str]:
+    """Every thing that the annotations name."""
+    info = example.spatial_info
+    pair = [info.obj1, info.obj2] if info else []
+    return [*example.nouns, *example.attr_nouns, *pair, *(entry.obj_name for entry in example.numeracy_info)]
+
+
+def words(text: str) -> Words:
+    """Stems, numbers as digits, and END for what ends a sentence: "Two knives." -> "2", "knif", "."."""
+    return tuple(_stem(word) for word in re.findall(r"\w+|[.!?;:\n]", text.lower()))
+
+
+def _stem(word: str) -> str:
+    """A form that singular and plural share; it need not be a word."""
+    if word in NUMBERS:
+        return str(NUMBERS.index(word))
+    if not word[0].isalnum():
+        return END
+    word = OTHER_FORMS.get(word, re.sub("men$", "man", word))
+    stem = re.sub("(?<!e)es$|(?<![su])s$|(?<!e)e$", "", word) if len(word) > 2 else word
+    return re.sub("v$", "f", re.sub("y$", "i", stem))
+
+
+def spans(plan: Words, phrases: Sequence[Words]) -> Iterator[tuple[int, int, Words]]:
+    """Where the phrases stand in the plan, from where to where; the longest that begins at a word, none in another."""
+    place = 0
+    while place < len(plan):
+        longest = max((p for p in phrases if plan[place : place + len(p)] == p), key=len, default=())
+        if longest:
+            yield place, place + len(longest), longest
+        place += len(longest) or 1
+
+
+COLOURS = set(words("red orange yellow green blue purple pink brown black white gray"))
+NO_ATTRIBUTES = set(words("a an the and or of in on with"))
+
+
+def _attributes(plan: Words, example: Example) -> set[Fact]:
+    """Things with an attribute that another thing has, or with another colour."""
+    nouns = sorted(map(words, example.nouns), key=len)
+    own: dict[Words, set[str]] = {}  # thing -> its attributes
+    phrases = list(map(words, example.attr_nouns))
+    for phrase in phrases:
+        thing = next((noun for noun in reversed(nouns) if phrase[-len(noun) :] == noun), phrase[-1:])
+        own.setdefault(thing, set()).update(phrase[: len(phrase) - len(thing)])
+    every = set().union(*own.values()) - NO_ATTRIBUTES
+    facts: set[Fact] = set()
+    for start, _, thing in spans(plan, [*own, *phrases]):  # the phrases, for they may have another thing within them
+        right = own.get(thing, set())
+        wrong = (every | COLOURS if right & COLOURS else every) - right
+        if right and start and plan[start - 1] in wrong:
+            facts.add(("thing", (plan[start - 1], *thing)))
+    return facts
+
+
+def _counts(plan: Words, example: Example, wanted: set[Fact]) -> set[Fact]:
+    things = [words(entry.obj_name) for entry in example.numeracy_info]
+    facts: set[Fact] = set()
+    last = 0  # end of the thing before: no number counts two things
+    for start, end, thing in spans(plan, things):
+        for word in reversed(plan[max(last, start - 3) : start]):
+            if word in (END, "of"):  # "one of the dogs"
+                break
+            if word.isdecimal() or word in ("a", "an"):
+                fact = ("count", word if word.isdecimal() else "1", thing)
+                facts |= {fact} if word.isdecimal() else {fact} & wanted
+                break
+        last = end
+    return facts
+
+
+def relation(one: Words, locality: str, two: Words) -> Fact:
+    """The same fact for all ways to say it."""
+    kind = SYNONYMS.get(fold(locality), fold(locality))
+    if kind in NEAR:
+        return ("near", *sorted((one, two)))
+    axis, sign = DIRECTIONS.get(kind, (kind, 1))
+    return ("relation", axis, one, two) if sign > 0 else ("relation", axis, two, one)
+
+
+def _relations(plan: Words, example: Example, wanted: set[Fact]) -> set[Fact]:
+    info = example.spatial_info
+    if info is None:
+        return set()
+    things = {words(info.obj1), words(info.obj2)}
+    known = {words(locality): locality for locality in (*DIRECTIONS, *NEAR, *SYNONYMS, info.locality)}
+    facts: set[Fact] = set()
+    for (_, end, one), (start, _, two) in pairwise(spans(plan, list(things))):
+        between = plan[end:start]
+        if {one, two} == things and END not in between:
+            facts |= {relation(one, known[phrase], two) for *_, phrase in spans(between, list(known))}
+    return {fact for fact in facts if fact[0] == "relation" or fact in wanted}
