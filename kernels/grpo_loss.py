@@ -8,12 +8,14 @@ For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log
     weight_t = min(exp(lpo_t - lps_t), importance_sampling_clip_max), lps the sampler's log-prob; 1 without it
     KL_t     = k1: lp - lpr      k2: (lp - lpr)²/2      k3: exp(lpr - lp) - (lpr - lp) - 1
                (use_bias_correction_kl: times ratio_t, which makes it the policy's own KL off policy too)
-    loss     = Σ_t n_t·(β·KL_t - weight_t·policy_t) - entropy_coef·mean_t(H_t)
+    loss     = Σ_t w_t·[n_t·(β·KL_t - weight_t·policy_t) - entropy_coef·H_t / tokens of the step]
 
+    w_t = the token's own weight (`token_weight`), 1 without it; n_t and the metrics do not know of it
     n_t = 1 / tokens of the step (dapo, cispo), 1 / tokens of this call (bnpo),
           1 / (tokens of s · samples) (grpo, gspo), 1 / (samples · max_completion_length) (dr_grpo)
 
-Where lpo is absent it is lp.detach(): one update per rollout.
+Where lpo is absent it is lp.detach(): one update per rollout. A stream may have β, epsilon, epsilon_high and entropy_coef
+of its own.
 
 A token's gradient depends on nothing but its own row and what is known of its sample, so loss and gradient come out of
 one pass (kernels/grpo_rows.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and
@@ -29,7 +31,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -38,55 +39,19 @@ from torch import Tensor
 from .dispatch import Impl, choose
 from .group_advantages import group_advantages
 from .grpo_rows import ROWS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
-from .linear_logprobs import check_head, linear_logprobs
-from .token_logprobs import TokenStats, check_logits, check_overwritable, token_logprobs
+from .token_stream import TokenStream, check_features, check_tokens
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo"]
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """N completion tokens of one kind (text or image), packed.
+class Coefficients(NamedTuple):
+    """Those of one stream: its own, or the call's."""
 
-    Give either `logits` [N, V], or `hidden` [N, D] with `weight` [V, D] and perhaps `bias` [V].
-
-    Args:
-        targets: [N] int64, the sampled tokens.
-        sample: [N] int64, the sample each token belongs to.
-        ref_logprob: [N] under the reference model; needed where beta != 0.
-        old_logprob: [N] under the policy that the ratio is taken against; None = the current one.
-        sampling_logprob: [N] recorded while sampling; given, it turns on truncated importance weights.
-        temperature: the sampling temperature.
-        name: prefix of this stream's metrics.
-    """
-
-    targets: Tensor
-    sample: Tensor
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    logits: Tensor | None = None
-    ref_logprob: Tensor | None = None
-    old_logprob: Tensor | None = None
-    sampling_logprob: Tensor | None = None
-    temperature: float = 1.0
-    name: str = "tokens"
-
-    def stats(self, impl: Impl = "auto") -> TokenStats:
-        """Log-prob and entropy of the targets, differentiable."""
-        options: dict[str, Any] = {"temperature": self.temperature, "impl": impl}
-        if self.logits is not None:
-            return token_logprobs(self.logits, self.targets, **options)
-        assert self.hidden is not None and self.weight is not None
-        return linear_logprobs(self.hidden, self.weight, self.targets, bias=self.bias, **options)
-
-    @property
-    def features(self) -> Tensor:
-        """What the stream's log-probs are computed from: its logits, or its hidden states."""
-        features = self.hidden if self.logits is None else self.logits
-        assert features is not None
-        return features
+    beta: float
+    epsilon: float
+    epsilon_high: float
+    entropy_coef: float
 
 
 class GRPOLoss(NamedTuple):
@@ -119,15 +84,12 @@ def _mean(x: Tensor) -> Tensor:
 def grpo_loss_ref(
     streams: Sequence[TokenStream],
     advantages: Tensor,
+    coefficients: Sequence[Coefficients],
     *,
-    beta: float,
     loss_type: LossType,
     kl_estimator: KLEstimator,
     use_bias_correction_kl: bool,
-    epsilon: float,
-    epsilon_high: float,
     delta: float | None,
-    entropy_coef: float,
     importance_sampling_clip_max: float,
     max_completion_length: int | None,
     num_tokens: Tensor,
@@ -146,11 +108,18 @@ def grpo_loss_ref(
 
     loss = advantages.new_zeros(())
     metrics: dict[str, Tensor] = {}
-    for stream, stat, log_ratio, old_logprob in zip(streams, stats, log_ratios, old, strict=True):
+    for i, (stream, stat, log_ratio, old_logprob) in enumerate(zip(streams, stats, log_ratios, old, strict=True)):
+        beta, epsilon, epsilon_high, entropy_coef = coefficients[i]
         advantage = advantages[stream.sample]
+        weight, (logprob, entropy) = stream.token_weight, stat
+        if weight is not None:
+            weight = weight.detach().to(advantage)
+            # 0 * inf is NaN, backward too: a token of weight 0 takes no part
+            logprob, entropy = (torch.where(weight == 0, x.detach(), x) for x in stat)
+            log_ratio = log_ratio if loss_type == "gspo" else logprob - old_logprob
         ratio = log_ratio.exp()
         if loss_type == "cispo":
-            policy = ratio.clamp(max=epsilon_high).detach() * advantage * stat.logprob
+            policy = ratio.clamp(max=epsilon_high).detach() * advantage * logprob
         else:
             bounded = ratio if delta is None else ratio.clamp(max=delta)
             policy = torch.min(bounded * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage)
@@ -161,13 +130,16 @@ def grpo_loss_ref(
         token_loss = -policy
         if beta:
             assert stream.ref_logprob is not None
-            kl = kl_divergence(stat.logprob, stream.ref_logprob, kl_estimator)
+            kl = kl_divergence(logprob, stream.ref_logprob, kl_estimator)
             kl = kl * ratio if use_bias_correction_kl else kl
             token_loss = token_loss + beta * kl
             metrics[f"{stream.name}/kl"] = _mean(kl)
-        loss = loss + (token_loss * norm[stream.sample]).sum()
+        token_loss = token_loss * norm[stream.sample]
         if entropy_coef:
-            loss = loss - entropy_coef * stat.entropy.sum() / num_tokens.clamp(min=1)
+            token_loss = token_loss - entropy_coef * entropy / num_tokens.clamp(min=1)
+        if weight is not None:
+            token_loss = torch.where(weight == 0, 0.0, weight * token_loss)
+        loss = loss + token_loss.sum()
         detached = ratio.detach()
         metrics[f"{stream.name}/entropy"] = _mean(stat.entropy)
         high = epsilon_high if loss_type == "cispo" else 1 + epsilon_high
@@ -210,17 +182,31 @@ def token_norm(
     return (1 / num_tokens.clamp(min=1)).expand_as(advantages)
 
 
-def _fused_loss(streams: Sequence[TokenStream], shared: dict[str, Any], inplace: bool, impl: str) -> GRPOLoss:
+def _fused_loss(
+    streams: Sequence[TokenStream],
+    coefficients: Sequence[Coefficients],
+    num_tokens: Tensor,
+    kl_estimator: KLEstimator,
+    shared: dict[str, Any],
+    inplace: bool,
+    impl: str,
+) -> GRPOLoss:
     """Loss, gradients and metrics out of one pass over each stream's rows. `shared`: the `Terms` of all streams."""
     losses, logprobs = [], []
     metrics: dict[str, Tensor] = {}
-    for stream in streams:
+    for stream, own in zip(streams, coefficients, strict=True):
         terms = Terms(
             targets=stream.targets.contiguous(),
             sample=stream.sample.contiguous(),
             old=_float32(stream.old_logprob),
             ref=_float32(stream.ref_logprob),
             sampling=_float32(stream.sampling_logprob),
+            token_weight=_float32(stream.token_weight),
+            entropy_weight=own.entropy_coef / num_tokens.clamp(min=1),
+            beta=float(own.beta),
+            low=1 - own.epsilon,
+            high=own.epsilon_high if shared["cispo"] else 1 + own.epsilon_high,
+            kl=int(kl_estimator[1]) if own.beta else 0,
             temperature=float(stream.temperature),
             **shared,
         )
@@ -285,7 +271,8 @@ def grpo_loss(
     """The GRPO loss of all streams together, ready for `.loss.backward()`.
 
     Args:
-        streams: token streams (text, image, …) whose `sample` ids index the advantages.
+        streams: token streams (text, image, …) whose `sample` ids index the advantages, with weights of single tokens
+            and coefficients of their own where they have them.
         rewards_or_advantages: with `group_size`, rewards [S] or [S, R]; without, advantages [S].
         group_size: G, the samples of one prompt.
         beta: weight of the KL to the reference; 0 needs no reference log-probs.
@@ -315,7 +302,7 @@ def grpo_loss(
         raise ValueError(f"kl_estimator={kl_estimator!r} is unknown; use one of {', '.join(get_args(KLEstimator))}")
     if loss_type == "dr_grpo" and max_completion_length is None:
         raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it")
-    if loss_type == "cispo" and epsilon_high is None:
+    if loss_type == "cispo" and epsilon_high is None and any(stream.epsilon_high is None for stream in streams):
         raise ValueError("loss_type='cispo' clips its weights at epsilon_high: give it (5.0 is recommended)")
     names = [stream.name for stream in streams]
     if len(set(names)) < len(names):
@@ -323,7 +310,7 @@ def grpo_loss(
     if not streams:
         raise ValueError("grpo_loss needs at least one stream")
     for stream in streams:
-        _check_features(stream, inplace)
+        check_features(stream, inplace)
     kinds = {(stream.features.dtype, stream.features.device) for stream in streams}
     if len(kinds) > 1:
         raise ValueError(f"all streams must have one dtype and device, got {' and '.join(map(str, kinds))}")
@@ -338,46 +325,49 @@ def grpo_loss(
     # counts of tokens need float32; the kernels take no more
     wide = torch.promote_types(advantages.dtype, torch.float32) if chosen == "torch" else torch.float32
     advantages = advantages.detach().to(wide)
-    for stream in streams:
-        _check_tokens(stream, beta, len(advantages))
+    coefficients = [_coefficients(stream, beta, epsilon, epsilon_high, entropy_coef) for stream in streams]
+    for stream, own in zip(streams, coefficients, strict=True):
+        check_tokens(stream, own.beta, len(advantages))
     num_tokens = _scalar(
         sum(len(stream.targets) for stream in streams) if num_tokens is None else num_tokens, advantages
     )
     num_samples = _scalar(len(advantages) if num_samples is None else num_samples, advantages)
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
     if chosen != "torch" and loss_type != "gspo" and not _needs_loss_scale(streams):
         norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
         shared = {
             "advantages": advantages.contiguous(),
             "norm": norm.contiguous(),
-            "entropy_weight": entropy_coef / num_tokens.clamp(min=1),
-            "beta": float(beta),
-            "low": 1 - epsilon,
-            "high": epsilon_high if loss_type == "cispo" else 1 + epsilon_high,
             "delta": math.inf if delta is None else float(delta),
             "clip_max": float(importance_sampling_clip_max),
             "cispo": loss_type == "cispo",
-            "kl": int(kl_estimator[1]) if beta else 0,
             "correct_kl": use_bias_correction_kl,
         }
-        return _fused_loss(streams, shared, inplace, chosen)
+        return _fused_loss(streams, coefficients, num_tokens, kl_estimator, shared, inplace, chosen)
     return grpo_loss_ref(
         streams,
         advantages,
-        beta=beta,
+        coefficients,
         loss_type=loss_type,
         kl_estimator=kl_estimator,
         use_bias_correction_kl=use_bias_correction_kl,
-        epsilon=epsilon,
-        epsilon_high=epsilon_high,
         delta=delta,
-        entropy_coef=entropy_coef,
         importance_sampling_clip_max=importance_sampling_clip_max,
         max_completion_length=max_completion_length,
         num_tokens=num_tokens,
         num_samples=num_samples,
         impl=impl,
     )
+
+
+def _coefficients(
+    stream: TokenStream, beta: float, epsilon: float, epsilon_high: float | None, entropy_coef: float
+) -> Coefficients:
+    """Those of a stream, from the call's."""
+    beta = beta if stream.beta is None else stream.beta
+    epsilon = epsilon if stream.epsilon is None else stream.epsilon
+    high = epsilon_high if stream.epsilon_high is None else stream.epsilon_high
+    entropy_coef = entropy_coef if stream.entropy_coef is None else stream.entropy_coef
+    return Coefficients(beta, epsilon, epsilon if high is None else high, entropy_coef)
 
 
 def _needs_loss_scale(streams: Sequence[TokenStream]) -> bool:
@@ -391,44 +381,3 @@ def _needs_loss_scale(streams: Sequence[TokenStream]) -> bool:
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """A 0-dim tensor beside `like`; a number is filled in on the device, because a copy would stop for the host."""
     return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
-
-
-def _check_features(stream: TokenStream, inplace: bool) -> None:
-    headless = stream.hidden is None and stream.weight is None and stream.bias is None
-    if not headless if stream.logits is not None else stream.hidden is None or stream.weight is None:
-        raise ValueError(f"stream {stream.name!r} needs either logits, or hidden and weight")
-    try:
-        if stream.logits is not None:
-            check_logits(stream.logits, stream.targets, stream.temperature)
-            if inplace:
-                check_overwritable(stream.logits)
-        else:
-            assert stream.hidden is not None and stream.weight is not None
-            check_head(stream.hidden, stream.weight, stream.bias, stream.targets, stream.temperature)
-    except ValueError as error:
-        raise ValueError(f"stream {stream.name!r}: {error}") from None
-
-
-def _check_tokens(stream: TokenStream, beta: float, num_samples: int) -> None:
-    if beta and stream.ref_logprob is None:
-        raise ValueError(f"beta={beta} needs ref_logprob in stream {stream.name!r}")
-    for field in ("sample", "ref_logprob", "old_logprob", "sampling_logprob"):
-        value = getattr(stream, field)
-        if value is not None and value.shape != stream.targets.shape:
-            raise ValueError(
-                f"stream {stream.name!r}: {field} is {tuple(value.shape)}, targets {tuple(stream.targets.shape)}"
-            )
-        if value is not None and value.device != stream.targets.device:
-            raise ValueError(
-                f"stream {stream.name!r}: {field} is on {value.device}, targets on {stream.targets.device}"
-            )
-    if stream.sample.dtype != torch.int64:
-        raise ValueError(f"stream {stream.name!r}: sample must be int64, got {stream.sample.dtype}")
-    outside = (stream.sample < 0) | (stream.sample >= num_samples)
-    if stream.sample.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(outside.any().logical_not(), f"grpo_loss: sample must be in [0, {num_samples})")
-    elif outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"stream {stream.name!r}: sample[{row}] = {int(stream.sample[row])}, but there are {num_samples} advantages"
-        )

@@ -1,17 +1,18 @@
 """The fused pass of `grpo_loss` over the rows of one stream: log-prob, entropy, the token's terms of the loss and the
 gradient of the row's logits, while the row is still in cache.
 
-Formulas: kernels/grpo_loss.py; their derivatives by the log-prob lp, with n the token's normaliser:
+Formulas: kernels/grpo_loss.py; their derivatives by the log-prob lp, with n the token's normaliser and w
+its own weight (1 without `token_weight`):
 
     d policy = ratio·A where the branch that the minimum takes is not at its bound, else 0;  cispo: min(ratio, high)·A
     d KL     = k1: 1      k2: -(lpr - lp)      k3: 1 - exp(lpr - lp)      (corrected: ratio·(d KL + KL))
-    d loss   = n·(β·d KL - weight·d policy)    by the log-prob,    -entropy_coef / tokens    by the entropy
+    d loss   = w·n·(β·d KL - weight·d policy)    by the log-prob,    -w·entropy_coef / tokens    by the entropy
 
 and from there the gradient of the logits is that of kernels/token_logprobs.py: p_j·(a + b·log p_j) + 1[j = t]·label.
 
 Floor with logits in: N·V read and N·V written once each. With hidden states and a head, in chunks of rows whose logits
 become their gradient in place: 6·N·V·D FLOP (4 with a frozen weight). A row whose gradient is exactly zero (a group
-without spread at β = 0, a clipped token) is filled with zeros unread; on a CPU it also skips the GEMMs (a GPU does not
+without spread at β = 0, a clipped token, a token of weight 0) is filled with zeros unread; on a CPU it also skips the GEMMs (a GPU does not
 know how many rows remain without stopping for the answer).
 """
 
@@ -42,7 +43,7 @@ from .token_logprobs import (
 # What is kept of each token, the columns of a [len(ROWS), N] float32 result.
 ROWS = ("loss", "logprob", "entropy", "ratio", "kl", "clipped_low", "clipped_high", "correction", "grad_logprob")
 
-_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 7 + (ctypes.c_int,) * 3 + (ctypes.c_void_p, ctypes.c_int64) * 2
+_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 8 + (ctypes.c_int,) * 3 + (ctypes.c_void_p, ctypes.c_int64) * 2
 
 
 @triton.jit
@@ -88,12 +89,23 @@ def _token_terms(  # type: ignore[no-untyped-def]
 
 
 # The per-token pointers are slices that begin anywhere: specialising on their alignment would compile again for each.
-@triton.jit(do_not_specialize=["p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_rows", "rows_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "p_targets",
+        "p_sample",
+        "p_old",
+        "p_ref",
+        "p_sampling",
+        "p_token_weight",
+        "p_rows",
+        "rows_stride",
+    ]
+)
 def _rows_kernel(  # type: ignore[no-untyped-def]
     p_logits, stride, p_targets, V, inv_temperature, p_sample, p_advantages, p_norm, p_old, p_ref, p_sampling,
-    p_entropy_weight, beta, low, high, delta, clip_max, p_rows, rows_stride, p_grad, grad_stride,
+    p_token_weight, p_entropy_weight, beta, low, high, delta, clip_max, p_rows, rows_stride, p_grad, grad_stride,
     CISPO: tl.constexpr, KL: tl.constexpr, CORRECT_KL: tl.constexpr, HAS_OLD: tl.constexpr, HAS_SAMPLING: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     p_row, target, sample = p_logits + row * stride, tl.load(p_targets + row), tl.load(p_sample + row)
@@ -104,13 +116,19 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     logprob = (x_target - maximum) * inv_temperature - log_total
     entropy = log_total - weighted / total * 0.6931471805599453
 
-    entropy_weight = tl.load(p_entropy_weight)
+    norm, entropy_weight = tl.load(p_norm + sample), tl.load(p_entropy_weight)
+    if HAS_WEIGHT:
+        weight = tl.load(p_token_weight + row)
+        norm *= weight
+        entropy_weight *= weight
     loss, ratio, kl, clipped_low, clipped_high, correction, grad_logprob = _token_terms(
-        logprob, entropy, tl.load(p_advantages + sample), tl.load(p_norm + sample),
+        logprob, entropy, tl.load(p_advantages + sample), norm,
         tl.load(p_old + row) if HAS_OLD else 0.0, tl.load(p_ref + row) if KL != 0 else 0.0,
         tl.load(p_sampling + row) if HAS_SAMPLING else 0.0, entropy_weight, beta, low, high, delta, clip_max,
         CISPO, KL, CORRECT_KL, HAS_OLD, HAS_SAMPLING,
     )  # fmt: skip
+    if HAS_WEIGHT:  # 0 * inf is NaN
+        loss, grad_logprob = tl.where(weight == 0, 0.0, loss), tl.where(weight == 0, 0.0, grad_logprob)
     if GRADIENT:
         # In place, a warp that is ahead would overwrite logits that another one has still to read: the target's, the
         # rim's, and all of a row so short that every warp holds the whole of it.
@@ -162,6 +180,7 @@ class Terms(NamedTuple):
     old: Tensor | None  # [N] each
     ref: Tensor | None
     sampling: Tensor | None
+    token_weight: Tensor | None
     temperature: float
     beta: float
     low: float  # bounds of the ratio: 1 - epsilon
@@ -174,15 +193,15 @@ class Terms(NamedTuple):
 
     def part(self, rows: slice) -> Terms:
         """Those of a slice of the tokens."""
-        old, ref, sampling = (None if t is None else t[rows] for t in (self.old, self.ref, self.sampling))
-        targets, sample = self.targets[rows], self.sample[rows]
-        return self._replace(targets=targets, sample=sample, old=old, ref=ref, sampling=sampling)
+        names = ("targets", "sample", "old", "ref", "sampling", "token_weight")
+        values = {name: getattr(self, name) for name in names}
+        return self._replace(**{name: None if value is None else value[rows] for name, value in values.items()})
 
 
 _TERMS = (
     "Tensor targets, Tensor sample, Tensor advantages, Tensor norm, Tensor entropy_weight, Tensor? old, Tensor? ref, "
-    "Tensor? sampling, float temperature, float beta, float low, float high, float delta, float clip_max, bool cispo, "
-    "int kl, bool correct_kl"
+    "Tensor? sampling, Tensor? token_weight, float temperature, float beta, float low, float high, float delta, "
+    "float clip_max, bool cispo, int kl, bool correct_kl"
 )
 _FIELDS = len(Terms._fields)
 
@@ -190,7 +209,7 @@ _FIELDS = len(Terms._fields)
 def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Tensor | None) -> None:
     """Fill rows [len(ROWS), N] and, unless None, grad [N, V], which may be `logits` itself."""
     t, (N, V) = terms, logits.shape
-    optional = (t.old, t.ref if t.kl else None, t.sampling)
+    optional = (t.old, t.ref if t.kl else None, t.sampling, t.token_weight)
     if impl == "native":
         run = native.function(f"bicot_grpo_rows_{NATIVE_DTYPES[logits.dtype]}", *_NATIVE)
         addresses = [None if x is None else x.data_ptr() for x in optional]
@@ -208,7 +227,8 @@ def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Ten
             _rows_kernel, (N,), logits, logits.stride(0), t.targets, V, 1 / t.temperature, t.sample, t.advantages,
             t.norm, *pointers, t.entropy_weight, t.beta, t.low, t.high, t.delta, t.clip_max, rows, rows.stride(0),
             target, target.stride(0), CISPO=t.cispo, KL=t.kl, CORRECT_KL=t.correct_kl, HAS_OLD=t.old is not None,
-            HAS_SAMPLING=t.sampling is not None, GRADIENT=grad is not None, **row_config(logits, target),
+            HAS_SAMPLING=t.sampling is not None, HAS_WEIGHT=t.token_weight is not None, GRADIENT=grad is not None,
+            **row_config(logits, target),
         )  # fmt: skip
 
 
@@ -267,9 +287,10 @@ def grpo_linear(
     gradients = HeadGradients(hidden, weight, needed)
     for chunk in row_chunks(hidden, weight):
         logits = F.linear(hidden[chunk], weight, bias)
-        launch_rows(logits, terms.part(chunk), impl, rows[:, chunk], logits if any(needed) else None)
+        part = terms.part(chunk)
+        launch_rows(logits, part, impl, rows[:, chunk], logits if any(needed) else None)
         if any(needed):
-            gradients.add(chunk, logits, _active_rows(rows[-1, chunk], terms.entropy_weight))
+            gradients.add(chunk, logits, _active_rows(rows[-1, chunk], part))
         del logits  # before the next chunk's are made
     return rows, *gradients.result()
 
@@ -283,11 +304,12 @@ def _new_rows(like: Tensor) -> Tensor:
     return like.new_empty(len(ROWS), like.shape[0], dtype=torch.float32)
 
 
-def _active_rows(grad_logprob: Tensor, entropy_weight: Tensor) -> Tensor | None:
+def _active_rows(grad_logprob: Tensor, terms: Terms) -> Tensor | None:
     """Indices of the rows with a gradient, or None for all: on a GPU always, which would have to wait for the count."""
-    if grad_logprob.is_cuda or entropy_weight != 0:
+    if grad_logprob.is_cuda:
         return None
-    return grad_logprob.nonzero()[:, 0]
+    slopes = grad_logprob if terms.entropy_weight == 0 else terms.token_weight
+    return None if slopes is None else slopes.nonzero()[:, 0]
 
 
 @torch.library.custom_op("bicot::scale_", mutates_args=("x",))

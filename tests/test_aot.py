@@ -75,7 +75,8 @@ ROW_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "token_logprobs_backward": (token_logprobs._backward_kernel, {}),
     "grpo_rows": (
         grpo_rows._rows_kernel,
-        {"CISPO": False, "KL": 3, "CORRECT_KL": True, "HAS_OLD": True, "HAS_SAMPLING": True, "GRADIENT": True},
+        dict.fromkeys(("CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "HAS_WEIGHT", "GRADIENT"), True)
+        | {"CISPO": False, "KL": 3},
     ),
 }
 
@@ -122,9 +123,11 @@ def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
 def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
     """Lengths, and where a slice of tokens begins, are not compiled in. Triton compiles no float in."""
     free = {p.name for p in grpo_rows._rows_kernel.params if p.do_not_specialize}
-    assert free >= {"p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_rows", "rows_stride"}
+    assert free >= {"p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_token_weight", "p_rows", "rows_stride"}
     constants = {p.name for p in grpo_rows._rows_kernel.params if p.is_constexpr}
-    assert constants == {"CISPO", "KL", "CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "GRADIENT", "BLOCK", "ALIGNED"}
+    assert constants == {"CISPO", "KL", "CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "HAS_WEIGHT"} | {
+        "GRADIENT", "BLOCK", "ALIGNED",
+    }  # fmt: skip
 
 
 def compile_sampling(name: str, element: str, arch: int, **constants: bool) -> Compiled:

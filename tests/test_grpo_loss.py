@@ -84,14 +84,18 @@ def oracle(
             old = lp.detach() if stream.old_logprob is None else stream.old_logprob[n].double()
             ref = None if stream.ref_logprob is None else stream.ref_logprob[n].double()
             sampler = None if stream.sampling_logprob is None else stream.sampling_logprob[n].double()
-            tokens.append((sample, lp, entropy, old, ref, sampler))
+            weight = 1.0 if stream.token_weight is None else stream.token_weight[n].item()
+            given = {"beta": beta, "epsilon": epsilon, "epsilon_high": epsilon_high, "entropy_coef": entropy_coef}
+            own = given | {name: value for name in given if (value := getattr(stream, name)) is not None}
+            tokens.append((sample, lp, entropy, old, ref, sampler, weight, own))
     lengths = [sum(sample == s for sample, *_ in tokens) for s in range(len(advantages))]
     N = num_tokens or len(tokens)
     S = num_samples or len(advantages)
 
     loss = torch.zeros((), dtype=torch.float64)
-    for sample, lp, entropy, old, ref, sampler in tokens:
+    for sample, lp, entropy, old, ref, sampler, weight, own_settings in tokens:
         A = advantages[sample]
+        beta, epsilon, epsilon_high, entropy_coef = own_settings.values()
         if loss_type == "gspo":
             own = [other[1] - other[3] for other in tokens if other[0] == sample]
             ratio = (sum(own) / len(own)).exp()
@@ -120,7 +124,7 @@ def oracle(
             "gspo": lengths[sample] * S,
             "dr_grpo": S * max_completion_length,
         }[loss_type]
-        loss = loss + (beta * kl - objective) / norm - entropy_coef * entropy / N
+        loss = loss + weight * ((beta * kl - objective) / norm - entropy_coef * entropy / N)
     return loss
 
 
@@ -213,6 +217,59 @@ def test_equals_the_oracle(
     )
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.3], ids=["", "entropy"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_token_weights_equal_the_oracle(loss_type: LossType, entropy_coef: float) -> None:
+    """And change no metric; a token of weight 0 has no gradient, but for gspo's ratio of the whole sample."""
+    plain = make(old=True, sampling=True)
+    streams = [weighted(stream, torch.float64) for stream in plain]
+    options = {**options_for(loss_type), "beta": 0.1, "entropy_coef": entropy_coef}
+    result = check(streams, **options)
+    unweighted = grpo_loss(plain, advantages_of(plain), **options)
+    assert result.metrics == unweighted.metrics and result.loss != unweighted.loss
+    hidden = [stream.hidden for stream in streams]
+    loss = grpo_loss(streams, advantages_of(streams), **options).loss
+    for stream, gradient in zip(streams, torch.autograd.grad(loss, hidden), strict=True):
+        silent = (gradient == 0).all(1)
+        assert torch.equal(silent, stream.token_weight == 0) or loss_type == "gspo"
+    ones = [replace(stream, token_weight=torch.ones(len(stream.targets), dtype=torch.bool)) for stream in plain]
+    assert torch.equal(grpo_loss(ones, advantages_of(plain), **options).loss, unweighted.loss)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_coefficients_of_a_stream_equal_the_oracle(loss_type: LossType) -> None:
+    text, image = make(old=True)
+    high = 1.1 if loss_type == "cispo" else 0.05
+    text = replace(text, beta=0.0, ref_logprob=None, epsilon=0.05, epsilon_high=high, entropy_coef=0.5)
+    options = {**options_for(loss_type), "beta": 0.1}
+    result = check([text, image], **options)
+    assert "text/kl" not in result.metrics and "image/kl" in result.metrics
+    alone = check([text, replace(image, beta=0.0)], **options, entropy_coef=0.2)
+    assert result.loss != alone.loss
+    if loss_type != "cispo":  # without either, epsilon_high is the stream's own epsilon
+        both = [replace(stream, epsilon=0.3, epsilon_high=None) for stream in (text, image)]
+        ours = grpo_loss(both, advantages_of(both), loss_type=loss_type, max_completion_length=11, epsilon=0.1)
+        expected = oracle(both, ADVANTAGES, loss_type=loss_type, max_completion_length=11, epsilon_high=0.3)
+        torch.testing.assert_close(ours.loss, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("logits", [True, False])
+def test_weight_0_silences_a_token_that_is_not_finite(logits: bool, impl: str) -> None:
+    streams = random_streams(0, torch.float32, [(4, 9)], 2, "normal", logits, False, True, False)
+    ref, old = streams[0].ref_logprob.clone(), streams[0].old_logprob.clone()
+    ref[1], old[2] = 1e3, -1e3  # KL and ratio overflow
+    weight = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    there = converted([replace(streams[0], ref_logprob=ref, old_logprob=old, token_weight=weight)], device(impl))
+    sane = converted([replace(streams[0], token_weight=weight)], device(impl))
+    advantages = torch.tensor([1.0, -0.7]).to(device(impl))
+    for stream in (there[0], sane[0]):
+        grpo_loss([stream], advantages, beta=0.1, entropy_coef=0.1, impl=impl).loss.backward()
+    ours, expected = (s.logits.grad if logits else s.hidden.grad for s in (there[0], sane[0]))
+    assert torch.equal(ours, expected) and (ours[1:3] == 0).all() and (ours[::3] != 0).any(1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -275,9 +332,15 @@ def random_streams(
     return streams
 
 
+def weighted(stream: TokenStream, to: torch.dtype = torch.float32) -> TokenStream:
+    """With weights of single tokens, every third of them 0."""
+    n = torch.arange(len(stream.targets))
+    return replace(stream, token_weight=((n % 3) * (0.5 + n % 2)).to(to))
+
+
 def converted(streams: list[TokenStream], to: Any) -> list[TokenStream]:
     """The same streams with new leaves, of another dtype or on another device."""
-    floating = ("logits", "hidden", "weight", "bias", "ref_logprob", "old_logprob", "sampling_logprob")
+    floating = ("logits", "hidden", "weight", "bias", "ref_logprob", "old_logprob", "sampling_logprob", "token_weight")
     fields = floating if isinstance(to, torch.dtype) else (*floating, "targets", "sample")
     moved = []
     for stream in streams:
@@ -343,6 +406,12 @@ def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject)
         "entropy_coef": draw(st.sampled_from([0.0, 0.3])),
         "num_tokens": draw(st.sampled_from([None, 23])),
     }
+    if draw(st.booleans()):
+        streams = [weighted(stream) for stream in streams]
+    if draw(st.booleans()):
+        own = {"beta": [0.0, 0.3], "epsilon": [0.2, 0.15], "epsilon_high": [1.35], "entropy_coef": [0.0, 0.4]}
+        own = {name: st.sampled_from([None, *values]) for name, values in own.items()}
+        streams = [replace(stream, **{name: draw(values) for name, values in own.items()}) for stream in streams]
     gt = outcome(converted(streams, torch.float64), advantages.double(), **options, impl="torch")
     eager = outcome(converted(streams, dtype), advantages, **options, impl="torch")
     inplace, chunk = logits and draw(st.booleans()), draw(st.sampled_from([1, 500, 2**20]))
@@ -436,6 +505,9 @@ def test_rows_without_gradient_skip_the_gemms(monkeypatch: pytest.MonkeyPatch) -
     seen.clear()
     grpo_loss(streams, torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0]), beta=0.1, impl="native")
     assert seen == [6, 7]
+    seen.clear()
+    grpo_loss([weighted(s) for s in streams], torch.ones(5), beta=0.1, entropy_coef=0.1, impl="native")
+    assert seen == [4, 4]
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -473,7 +545,7 @@ class TestKernels:
         per_sample = (torch.tensor(ADVANTAGES).to(there), torch.full((5,), 0.1).to(there), torch.tensor(0.01).to(there))
         rest = (
             stream.targets, stream.sample, *per_sample, stream.old_logprob, stream.ref_logprob, stream.sampling_logprob,
-            0.7, 0.1, 0.8, 1.2, 2.0, 3.0, False, 3, True,
+            torch.tensor([0.0, 1.0, 2.0, 0.5, 0.0, 1.0]).to(there), 0.7, 0.1, 0.8, 1.2, 2.0, 3.0, False, 3, True,
         )  # fmt: skip
         hidden, weight, bias = (t.detach() for t in (stream.hidden, stream.weight, stream.bias))
         logits = torch.nn.functional.linear(hidden, weight, bias)
@@ -803,8 +875,9 @@ ONES = torch.ones(2)
         (replace(STREAM, temperature=0.0), ONES, {}, "temperature must be positive, got 0.0"),
         *(
             (replace(STREAM, **{field: torch.ones(2)}), ONES, {}, rf"'text': {field} is \(2,\), targets \(3,\)")
-            for field in ("ref_logprob", "old_logprob", "sampling_logprob")
+            for field in ("ref_logprob", "old_logprob", "sampling_logprob", "token_weight")
         ),
+        (replace(STREAM, beta=0.2), ONES, {}, "beta=0.2 needs ref_logprob in stream 'text'"),
     ],
 )
 def test_bad_input_is_named(stream: TokenStream, advantages: Tensor, options: dict, message: str) -> None:

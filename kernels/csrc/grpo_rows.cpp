@@ -21,9 +21,10 @@ struct Token {
   double loss, logprob, entropy, ratio, kl, clipped_low, clipped_high, correction, grad_logprob;
 };
 
-Token token_terms(double logprob, double entropy, double advantage, double norm, const float* old_logprob,
-                  const float* ref_logprob, const float* sampling_logprob, int policy, int kl_estimator,
-                  bool correct_kl, const Options& o) {
+// `norm` and `entropy_weight` have the token's own weight in them.
+Token token_terms(double logprob, double entropy, double advantage, double norm, double entropy_weight,
+                  const float* old_logprob, const float* ref_logprob, const float* sampling_logprob, int policy,
+                  int kl_estimator, bool correct_kl, const Options& o) {
   const double before = old_logprob ? *old_logprob : logprob;
   const double ratio = std::exp(logprob - before);
   double objective, slope;  // and its derivative by the log-prob
@@ -61,7 +62,7 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
   }
   const bool below = policy != kCispo && ratio < o.low && advantage < 0;
   const bool above = ratio > o.high && advantage > 0;
-  return {norm * (o.beta * kl - objective) - o.entropy_weight * entropy,
+  return {norm * (o.beta * kl - objective) - entropy_weight * entropy,
           logprob,
           entropy,
           ratio,
@@ -75,26 +76,28 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
 template <class T>
 void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
                int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
-               const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
-               bool correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {
+               const float* ref, const float* sampling, const float* token_weight, const double* options, int policy,
+               int kl_estimator, bool correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {
   if (grad && grad != logits) prefer_huge_pages(grad, N * grad_stride * sizeof(T));
   const Options o = {temperature, options[0], options[1], options[2], options[3], options[4], options[5]};
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
   for (int64_t i = 0; i < N; ++i) {
     const T* x = logits + i * stride;
     const RowStats s = forward_row(x, V, targets[i], 1.0 / temperature);
-    const Token token = token_terms(s.logprob, s.entropy, advantages[sample[i]], norm[sample[i]], old ? old + i : nullptr,
-                                    ref ? ref + i : nullptr, sampling ? sampling + i : nullptr, policy, kl_estimator,
-                                    correct_kl, o);
+    const double weight = token_weight ? token_weight[i] : 1, entropy_weight = weight * o.entropy_weight;
+    Token token = token_terms(s.logprob, s.entropy, advantages[sample[i]], weight * norm[sample[i]], entropy_weight,
+                              old ? old + i : nullptr, ref ? ref + i : nullptr, sampling ? sampling + i : nullptr,
+                              policy, kl_estimator, correct_kl, o);
+    if (weight == 0) token.loss = token.grad_logprob = 0;  // 0 * inf is NaN
     const double kept[] = {token.loss,        token.logprob,      token.entropy,    token.ratio, token.kl,
                            token.clipped_low, token.clipped_high, token.correction, token.grad_logprob};
     for (int64_t k = 0; k < 9; ++k) rows[k * rows_stride + i] = static_cast<float>(kept[k]);
     if (!grad) continue;
-    if (token.grad_logprob == 0 && o.entropy_weight == 0) {
+    if (token.grad_logprob == 0 && entropy_weight == 0) {
       std::memset(grad + i * grad_stride, 0, V * sizeof(T));  // all bits 0 is 0 in both dtypes
     } else {
       backward_row(x, grad + i * grad_stride, V, targets[i], 1.0 / temperature, static_cast<float>(token.grad_logprob),
-                   static_cast<float>(-o.entropy_weight), s.lse, s.entropy);
+                   static_cast<float>(-entropy_weight), s.lse, s.entropy);
     }
   }
 }
@@ -106,10 +109,11 @@ void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t 
   BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                         \
       const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,              \
       int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,           \
-      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, int correct_kl,   \
-      float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {                                               \
+      const float* ref, const float* sampling, const float* token_weight, const double* options, int policy,          \
+      int kl_estimator, int correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {             \
     bicot::grpo_rows(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,     \
-                     sampling, options, policy, kl_estimator, correct_kl != 0, rows, rows_stride, grad, grad_stride); \
+                     sampling, token_weight, options, policy, kl_estimator, correct_kl != 0, rows, rows_stride, grad, \
+                     grad_stride);                                                                                    \
   }
 
 BICOT_GRPO_ROWS(float32, float)

@@ -1,0 +1,110 @@
+"""The tokens that grpo_loss takes: what it knows of each, and which settings a stream has of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dispatch import Impl
+from .linear_logprobs import check_head, linear_logprobs
+from .token_logprobs import TokenStats, check_logits, check_overwritable, token_logprobs
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """N completion tokens of one kind (text or image), packed.
+
+    Give either `logits` [N, V], or `hidden` [N, D] with `weight` [V, D] and perhaps `bias` [V].
+
+    Args:
+        targets: [N] int64, the sampled tokens.
+        sample: [N] int64, the sample each token belongs to.
+        ref_logprob: [N] under the reference model; needed where its beta != 0.
+        old_logprob: [N] under the policy that the ratio is taken against; None = the current one.
+        sampling_logprob: [N] recorded while sampling; given, it turns on truncated importance weights.
+        token_weight: [N], no gradient goes through it: what each token's whole term of the loss (policy, KL and entropy
+            bonus) is multiplied by; None = 1. What the loss divides by stays as it is, so a mask of zeros leaves tokens
+            out of the sum and not out of the count. A weight of 0 makes loss and gradient of the token exactly 0, even
+            where its terms are not finite, but for gspo, whose ratio is that of all tokens of a sample.
+        beta, epsilon, epsilon_high, entropy_coef: of this stream; None = those of the call.
+        temperature: the sampling temperature.
+        name: prefix of this stream's metrics.
+    """
+
+    targets: Tensor
+    sample: Tensor
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    logits: Tensor | None = None
+    ref_logprob: Tensor | None = None
+    old_logprob: Tensor | None = None
+    sampling_logprob: Tensor | None = None
+    token_weight: Tensor | None = None
+    beta: float | None = None
+    epsilon: float | None = None
+    epsilon_high: float | None = None
+    entropy_coef: float | None = None
+    temperature: float = 1.0
+    name: str = "tokens"
+
+    def stats(self, impl: Impl = "auto") -> TokenStats:
+        """Log-prob and entropy of the targets, differentiable."""
+        options: dict[str, Any] = {"temperature": self.temperature, "impl": impl}
+        if self.logits is not None:
+            return token_logprobs(self.logits, self.targets, **options)
+        assert self.hidden is not None and self.weight is not None
+        return linear_logprobs(self.hidden, self.weight, self.targets, bias=self.bias, **options)
+
+    @property
+    def features(self) -> Tensor:
+        """What the stream's log-probs are computed from: its logits, or its hidden states."""
+        features = self.hidden if self.logits is None else self.logits
+        assert features is not None
+        return features
+
+
+def check_features(stream: TokenStream, inplace: bool) -> None:
+    """Raise ValueError unless the stream has either logits or a head, of matching shapes."""
+    headless = stream.hidden is None and stream.weight is None and stream.bias is None
+    if not headless if stream.logits is not None else stream.hidden is None or stream.weight is None:
+        raise ValueError(f"stream {stream.name!r} needs either logits, or hidden and weight")
+    try:
+        if stream.logits is not None:
+            check_logits(stream.logits, stream.targets, stream.temperature)
+            if inplace:
+                check_overwritable(stream.logits)
+        else:
+            assert stream.hidden is not None and stream.weight is not None
+            check_head(stream.hidden, stream.weight, stream.bias, stream.targets, stream.temperature)
+    except ValueError as error:
+        raise ValueError(f"stream {stream.name!r}: {error}") from None
+
+
+def check_tokens(stream: TokenStream, beta: float, num_samples: int) -> None:
+    """Raise ValueError unless what is known of each token has its shape, and each token a sample."""
+    if beta and stream.ref_logprob is None:
+        raise ValueError(f"beta={beta} needs ref_logprob in stream {stream.name!r}")
+    for field in ("sample", "ref_logprob", "old_logprob", "sampling_logprob", "token_weight"):
+        value = getattr(stream, field)
+        if value is not None and value.shape != stream.targets.shape:
+            raise ValueError(
+                f"stream {stream.name!r}: {field} is {tuple(value.shape)}, targets {tuple(stream.targets.shape)}"
+            )
+        if value is not None and value.device != stream.targets.device:
+            raise ValueError(
+                f"stream {stream.name!r}: {field} is on {value.device}, targets on {stream.targets.device}"
+            )
+    if stream.sample.dtype != torch.int64:
+        raise ValueError(f"stream {stream.name!r}: sample must be int64, got {stream.sample.dtype}")
+    outside = (stream.sample < 0) | (stream.sample >= num_samples)
+    if stream.sample.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(outside.any().logical_not(), f"grpo_loss: sample must be in [0, {num_samples})")
+    elif outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"stream {stream.name!r}: sample[{row}] = {int(stream.sample[row])}, but there are {num_samples} advantages"
+        )
