@@ -14,8 +14,8 @@ For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log
     n_t = 1 / tokens of the step (dapo, cispo), 1 / tokens of this call (bnpo),
           1 / (tokens of s · samples) (grpo, gspo), 1 / (samples · max_completion_length) (dr_grpo)
 
-Where lpo is absent it is lp.detach(): one update per rollout. A stream may have β, epsilon, epsilon_high and entropy_coef
-of its own.
+Where lpo is absent it is lp.detach(): one update per rollout. A stream may have its own β, epsilon, epsilon_high and
+entropy_coef.
 
 A token's gradient depends on nothing but its own row and what is known of its sample, so loss and gradient come out of
 one pass (kernels/grpo_rows.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and

@@ -1,8 +1,8 @@
 """The fused pass of `grpo_loss` over the rows of one stream: log-prob, entropy, the token's terms of the loss and the
 gradient of the row's logits, while the row is still in cache.
 
-Formulas: kernels/grpo_loss.py; their derivatives by the log-prob lp, with n the token's normaliser and w
-its own weight (1 without `token_weight`):
+Formulas: kernels/grpo_loss.py; their derivatives by the log-prob lp, with n the token's normaliser and w its
+own weight (1 without `token_weight`):
 
     d policy = ratio·A where the branch that the minimum takes is not at its bound, else 0;  cispo: min(ratio, high)·A
     d KL     = k1: 1      k2: -(lpr - lp)      k3: 1 - exp(lpr - lp)      (corrected: ratio·(d KL + KL))
@@ -12,8 +12,8 @@ and from there the gradient of the logits is that of kernels/token_logprobs.py: 
 
 Floor with logits in: N·V read and N·V written once each. With hidden states and a head, in chunks of rows whose logits
 become their gradient in place: 6·N·V·D FLOP (4 with a frozen weight). A row whose gradient is exactly zero (a group
-without spread at β = 0, a clipped token, a token of weight 0) is filled with zeros unread; on a CPU it also skips the GEMMs (a GPU does not
-know how many rows remain without stopping for the answer).
+without spread at β = 0, a clipped token, a token of weight 0) is filled with zeros unread; on a CPU it also skips the
+GEMMs (a GPU does not know how many rows remain without stopping for the answer).
 """
 
 from __future__ import annotations
@@ -193,9 +193,10 @@ class Terms(NamedTuple):
 
     def part(self, rows: slice) -> Terms:
         """Those of a slice of the tokens."""
-        names = ("targets", "sample", "old", "ref", "sampling", "token_weight")
-        values = {name: getattr(self, name) for name in names}
-        return self._replace(**{name: None if value is None else value[rows] for name, value in values.items()})
+        per_token = (self.old, self.ref, self.sampling, self.token_weight)
+        old, ref, sampling, weight = (None if t is None else t[rows] for t in per_token)
+        targets, sample = self.targets[rows], self.sample[rows]
+        return self._replace(targets=targets, sample=sample, old=old, ref=ref, sampling=sampling, token_weight=weight)
 
 
 _TERMS = (
