@@ -43,7 +43,8 @@ from .token_logprobs import (
 # What is kept of each token, the columns of a [len(ROWS), N] float32 result.
 ROWS = ("loss", "logprob", "entropy", "ratio", "kl", "clipped_low", "clipped_high", "correction", "grad_logprob")
 
-_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 8 + (ctypes.c_int,) * 3 + (ctypes.c_void_p, ctypes.c_int64) * 2
+_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 7 + (ctypes.c_int,) * 3 + (ctypes.c_void_p, ctypes.c_int64) * 2
+_NATIVE += (ctypes.c_void_p,)
 
 
 @triton.jit
@@ -213,13 +214,13 @@ def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Ten
     optional = (t.old, t.ref if t.kl else None, t.sampling, t.token_weight)
     if impl == "native":
         run = native.function(f"bicot_grpo_rows_{NATIVE_DTYPES[logits.dtype]}", *_NATIVE)
-        addresses = [None if x is None else x.data_ptr() for x in optional]
+        *addresses, weight = [None if x is None else x.data_ptr() for x in optional]
         numbers = (ctypes.c_double * 6)(t.beta, t.low, t.high, t.delta, t.clip_max, float(t.entropy_weight))
         gradient = (None, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
         per_sample = (t.sample.data_ptr(), t.advantages.data_ptr(), t.norm.data_ptr())
         run(
             *native_rows(logits, t.targets, t.temperature), *per_sample, *addresses, ctypes.addressof(numbers),
-            t.cispo, t.kl, t.correct_kl, rows.data_ptr(), rows.stride(0), *gradient,
+            t.cispo, t.kl, t.correct_kl, rows.data_ptr(), rows.stride(0), *gradient, weight,
         )  # fmt: skip
     elif N:
         pointers = [t.norm if x is None else x for x in optional]  # any pointer serves where none is read

@@ -76,8 +76,9 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
 template <class T>
 void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
                int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
-               const float* ref, const float* sampling, const float* token_weight, const double* options, int policy,
-               int kl_estimator, bool correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {
+               const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
+               bool correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride,
+               const float* token_weight) {
   if (grad && grad != logits) prefer_huge_pages(grad, N * grad_stride * sizeof(T));
   const Options o = {temperature, options[0], options[1], options[2], options[3], options[4], options[5]};
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
@@ -109,11 +110,11 @@ void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t 
   BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                         \
       const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,              \
       int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,           \
-      const float* ref, const float* sampling, const float* token_weight, const double* options, int policy,          \
-      int kl_estimator, int correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride) {             \
+      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, int correct_kl,   \
+      float* rows, int64_t rows_stride, T* grad, int64_t grad_stride, const float* token_weight) {                    \
     bicot::grpo_rows(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,     \
-                     sampling, token_weight, options, policy, kl_estimator, correct_kl != 0, rows, rows_stride, grad, \
-                     grad_stride);                                                                                    \
+                     sampling, options, policy, kl_estimator, correct_kl != 0, rows, rows_stride, grad, grad_stride,  \
+                     token_weight);                                                                                   \
   }
 
 BICOT_GRPO_ROWS(float32, float)
