@@ -43,8 +43,8 @@ from .token_logprobs import (
 # What is kept of each token, the columns of a [len(ROWS), N] float32 result.
 ROWS = ("loss", "logprob", "entropy", "ratio", "kl", "clipped_low", "clipped_high", "correction", "grad_logprob")
 
-_NATIVE = NATIVE_ROWS + (ctypes.c_void_p,) * 7 + (ctypes.c_int,) * 3 + (ctypes.c_void_p, ctypes.c_int64) * 2
-_NATIVE += (ctypes.c_void_p,)
+_POINTER, _ROWS = (ctypes.c_void_p,), (ctypes.c_void_p, ctypes.c_int64)
+_NATIVE = NATIVE_ROWS + _POINTER * 7 + (ctypes.c_int,) * 3 + _ROWS * 2 + _POINTER
 
 
 @triton.jit
