@@ -49,6 +49,10 @@ class Example:
     plan: str = ""
 
 
+class Unavailable(OSError):
+    """Raised by a reward that can score no picture now, such as one whose server is down: none is tried alone."""
+
+
 @runtime_checkable
 class Reward(Protocol):
     """Anything with a `name` and a batched `score`. See CONTRIBUTING for one in 20 lines.

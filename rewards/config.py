@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .base import Example, Reward
 from .ensemble import RewardEnsemble, Schedule
+from .remote import HttpReward
 from .worker import OnError, Placement
 
 BUILTIN = {
@@ -42,11 +43,11 @@ class RewardConfig:
     """Which rewards score a picture, and how.
 
     Args:
-        names: hps, git, grounding, orm, plan, scene, scene_relation, or dotted paths `package.module:Class`; a list,
-            or one string with commas.
+        names: hps, git, grounding, orm, plan, scene, scene_relation, or dotted paths `package.module:Class`, or names
+            of your own for servers, whose options have a `url`; a list, or one string with commas.
         monitor: the same, for rewards that are scored and logged but never trained on.
         options: of single rewards, by the name above: device, micro_batch, offload, and the arguments of its class,
-            such as path and dtype.
+            such as path and dtype; of a server: url, timeout in seconds, retries.
         schedule: threads = rewards work while the policy decodes, each in a thread and on CUDA streams of its own;
             serial = one after another, after that; auto = threads on a GPU, serial on a CPU.
         on_reward_error: raise = a reward that fails stops the run; skip = its sample is left without that reward, and
@@ -62,8 +63,8 @@ class RewardConfig:
     def __post_init__(self) -> None:
         self.names, self.monitor = words_of(self.names), words_of(self.monitor)
         known = [*self.names, *self.monitor, *BUILTIN]  # options in a file may be for rewards that are not chosen now
-        for name in self.options:
-            if name not in known:
+        for name, options in self.options.items():
+            if name not in known and "url" not in options:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise ValueError(f"rewards.options has {name!r}, which is no reward; did you mean {near[0]!r}?")
 
@@ -107,7 +108,8 @@ class FunctionReward:
 
 
 def load_reward(name: str, **options: Any) -> Reward:
-    """A built-in reward, or the class, object with `name` and `score`, or scoring function at `package.module:name`.
+    """A built-in reward, the class, object with `name` and `score`, or scoring function at `package.module:name`, or
+    the server at the option `url` of any other name.
 
     Args:
         options: arguments of the class (of its `from_pretrained`, if it has one); keyword arguments of the function.
@@ -115,11 +117,16 @@ def load_reward(name: str, **options: Any) -> Reward:
     Raises:
         ValueError: the name leads to nothing, or to something that is not a reward; an option that it does not have.
         MissingCheckpoint: its weights are not there.
+        Unavailable: its server is not there.
     """
+    if "url" in options and ":" not in name:
+        _fits(name, HttpReward, [name], options)
+        return HttpReward(name, **options)
     module_name, colon, attribute = BUILTIN.get(name, name).partition(":")
     if not colon:
         raise ValueError(
-            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILTIN))}, your own is package.module:Class"
+            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILTIN))}, your own is package.module:Class, "
+            "a server needs a url in rewards.options"
         )
     here = os.getcwd()
     if here not in sys.path:  # a script has its own folder there instead; last, so as to hide no installed module
@@ -131,15 +138,20 @@ def load_reward(name: str, **options: Any) -> Reward:
     is_function = inspect.isfunction(target)
     if is_function or inspect.isclass(target):
         make = getattr(target, "from_pretrained", target)
-        try:
-            inspect.signature(make).bind(*[None, None] * is_function, **options)
-        except TypeError as error:
-            raise ValueError(
-                f"reward {name!r}: {error}; it takes {inspect.signature(make)}, and each reward {', '.join(_PLACEMENT)}"
-            ) from error
+        _fits(name, make, [None, None] * is_function, options)
         target = FunctionReward(attribute, functools.partial(target, **options)) if is_function else make(**options)
     elif options:
         raise ValueError(f"reward {name!r} is an object, which takes no options: {', '.join(options)}")
     if not isinstance(target, Reward):
         raise ValueError(f"reward {name!r} needs a `name` and a `score(images, examples)`; see CONTRIBUTING.md")
     return target
+
+
+def _fits(name: str, make: Callable[..., Any], first: Sequence[Any], options: dict[str, Any]) -> None:
+    """Raises ValueError for options that `make` does not have behind its first arguments."""
+    try:
+        inspect.signature(make).bind(*first, **options)
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r}: {error}; it takes {inspect.signature(make)}, and each reward {', '.join(_PLACEMENT)}"
+        ) from error

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .base import Example, Reward, upload
+from .base import Example, Reward, Unavailable, upload
 
 OnError = Literal["raise", "skip"]
 
@@ -164,6 +164,9 @@ class Worker:
                     f"reward {self.reward.name!r} is out of memory with {len(part)} pictures: lower its micro_batch, "
                     f"or give it another device or offload: {error}"
                 ) from error
+            except Unavailable as error:
+                self._lose(error, images[part[0]], examples[part[0]])
+                lost += part
             except Exception as error:
                 alone = [s for s in part if not self._succeeds(s, images, examples, scores)]
                 if not alone:

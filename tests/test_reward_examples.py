@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from serving import SERVED, example_server
 from tiny import ROOT, tiny_policy
 
 from bicot.grpo.cli import parse_config
+from bicot.grpo.data import load_examples
 from bicot.grpo.evaluate import load_samples
 from bicot.grpo.trainer import train
+from bicot.rewards.base import Unavailable
+from bicot.rewards.config import load_reward
 
 ROWS = [
     {"prompt": "a red circle", "task_type": "color", "attr_nouns": ["red circle"], "must_mention": ["w1", "w2", "of"]},
@@ -50,3 +56,26 @@ def test_a_reward_of_plans_and_metadata(settings: list[str], tmp_path: Path) -> 
         row = json.loads(line)
         assert row["rewards/mentions/missing"] == 0.5 and row["rewards/plan/missing"] == 0
         assert 0 < row["rewards/mentions/mean"] < 1
+
+
+def test_a_reward_of_the_example_server(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with example_server(tmp_path) as (url, process):
+        names = ["--rewards.names", "judge", "--rewards.options.judge", f"{{url: {url}, retries: 0}}"]
+        config = parse_config([*settings, *names])
+        train(config)
+        process.kill()
+        process.wait()
+    (tmp_path / "served.py").write_text(SERVED)
+    monkeypatch.syspath_prepend(tmp_path)
+    local, by_prompt = load_reward("served:Everything"), {e.prompt: e for e in load_examples(tmp_path / "train.jsonl")}
+    samples = load_samples(tmp_path / "out" / "samples" / "step-000001")
+    for sample in samples:
+        image = torch.from_numpy(sample.image).permute(2, 0, 1)[None] / 255
+        expected = local.score(image, [replace(by_prompt[sample.prompt], plan=sample.plan)])
+        assert sample.scores["judge"] == pytest.approx(expected.item(), rel=1e-6)
+    assert len({sample.reward for sample in samples}) > 1
+
+    before = sorted(path.name for path in (tmp_path / "out").rglob("*"))
+    with pytest.raises(Unavailable, match=f"^reward 'judge': {url} cannot be reached: .*refused"):
+        train(parse_config([*settings, *names, "--overwrite_output_dir", "true"]))
+    assert before == sorted(path.name for path in (tmp_path / "out").rglob("*"))

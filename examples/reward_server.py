@@ -1,0 +1,62 @@
+"""A server for any reward of bicot or your own; its protocol is in rewards/remote.py.
+
+python examples/reward_server.py orm --device cuda
+python train.py --rewards.names scene,judge --rewards.options.judge '{url: "http://127.0.0.1:8000", timeout: 60}'
+"""
+
+import argparse
+import base64
+import io
+import json
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bicot.grpo.data import parse_example
+from bicot.rewards.config import RewardConfig
+
+parser = argparse.ArgumentParser(description="Serve a reward over HTTP.")
+parser.add_argument("reward", help="scene, hps, …, or package.module:Class")
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--port", type=int, default=8000, help="0 = one that is free")
+args = parser.parse_args()
+ensemble, one_at_a_time = RewardConfig(args.reward).build(device=args.device), threading.Lock()
+
+
+def picture(png: str) -> Tensor:
+    """[3, H, W] in [0, 1]."""
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).to(args.device) / 255
+
+
+def scores(images: list[str], plans: list[str], examples: list[dict], **_: object) -> list[float | None]:
+    if not images:  # the question before a run
+        return []
+    asked = [replace(parse_example(row), plan=plan) for row, plan in zip(examples, plans, strict=True)]
+    with one_at_a_time:
+        found = ensemble.submit(torch.stack([picture(png) for png in images]), asked).result()[:, 0].tolist()
+    return [None if score != score else score for score in found]  # NaN: does not apply
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        answer: dict[str, object]
+        try:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, answer = 200, {"scores": scores(**asked)}
+        except Exception as error:  # not 500: the same request would fail again
+            status, answer = 400, {"error": str(error)}
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+
+with ThreadingHTTPServer(("127.0.0.1", args.port), Handler) as server:
+    print(f"{args.reward} is served at http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
