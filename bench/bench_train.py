@@ -1,49 +1,66 @@
-"""train: the reference pass and the update on one rollout, by micro-batches, with activations recomputed or kept.
+"""train: the reference pass and the update on one rollout, against transformers' own forward pass with a plain loss.
 
 python -m bicot.bench.bench_train [--device cpu|cuda] [--output FILE.json]
-Random samples of a step: on a GPU of Janus-Pro-1B, 16 pictures of 576 tokens with plans of 80; on a CPU of the toy. The
-learning rate is 0, so that every update is given the same weights. Peak MiB is beyond weights, masters and moments.
-Checked: log-probs and gradient norm against those of the batch that bench_step trains.
+Random samples of a step: on a GPU of Janus-Pro-1B, 16 pictures of 576 tokens with plans of 80; on a CPU of the toy, and
+of two layers of Janus-Pro-1B's width with one prompt of two samples. The learning rate is 0, so that every update is
+given the same weights, and beta is 0, so that an update has no reference pass in it. Eager is the forward pass and loss
+of bench/baseline_t2i_r1.py: padded, text and image apart, by transformers' layers. The two others are that with each
+layer under torch.compile, or with Liger's norms, rotary embedding and MLP (on a GPU). Peak MiB is beyond weights,
+masters and moments. Checked: log-probs and gradient norm against those of the batch that bench_step trains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.models.llama import modeling_llama
 
 from ..grpo.config import Config
+from ..grpo.optim import MasterAdamW
 from ..grpo.step import reference_logprobs, split, update
+from ..kernels.group_advantages import group_advantages
 from ..model.engine import RolloutChunk
 from ..model.packed import Packed
+from ..model.policy import Policy
+from .baseline_t2i_r1 import Rollout, baseline_loss
+from .baseline_t2i_r1 import logprobs as baseline_logprobs
 from .bench_step import Contest, Setting, settings
-from .harness import Case, Outputs, Provider, expect, main, short
+from .harness import Case, Outputs, Provider, Unavailable, expect, main, short
 
 
 class Training(NamedTuple):
-    """A rollout cut into micro-batches, and the log-probs that the reference gives it."""
+    """A rollout cut into micro-batches, and the rewards [S, 1] of its samples."""
 
     contest: Contest
     config: Config
     parts: list[RolloutChunk]
-    advantages: Tensor
-    logprobs: list[list[Tensor]]
+    rewards: Tensor
 
 
-def setting_of(device: str, tiny: bool) -> Setting:
-    model = "tiny" if tiny else "toy" if device == "cpu" else "Janus-Pro-1B"
-    setting = settings(device, tiny, model)[-1]
-    return replace(setting, config=replace(setting.config, learning_rate=0.0))
+def settings_of(device: str, tiny: bool) -> list[Setting]:
+    names = ["tiny"] if tiny else ["toy", "Janus-Pro-1B of 2 layers"] if device == "cpu" else ["Janus-Pro-1B"]
+    found = []
+    for name in names:
+        setting = settings(device, tiny, name, 64 if name.endswith("layers") else None)[-1]
+        few: dict[str, Any] = (
+            {"num_generations": 2, "gradient_accumulation_steps": 1} if name.endswith("layers") else {}
+        )
+        found.append(replace(setting, config=replace(setting.config, learning_rate=0.0, beta=0.0, **few)))
+    return found
 
 
 @lru_cache(maxsize=1)
-def prepared(device: str, tiny: bool) -> tuple[Contest, RolloutChunk]:
+def prepared(device: str, model: str, tiny: bool) -> tuple[Contest, RolloutChunk]:
     """The models, and random samples of one step with plans of full length."""
-    contest = Contest(setting_of(device, tiny), device)
+    setting = next(each for each in settings_of(device, tiny) if each.model == model)
+    contest = Contest(setting, device)
     contest.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # takes effect in train mode alone
     policy, encoder, config = contest.policy, contest.encoder, contest.config
     each = [e.prompt for e in contest.batch(0) for _ in range(config.num_generations)]
@@ -69,12 +86,10 @@ def prepared(device: str, tiny: bool) -> tuple[Contest, RolloutChunk]:
     )
 
 
-def inputs(device: str, tiny: bool, config: Config) -> Training:
-    contest, rollout = prepared(device, tiny)
-    parts = split(rollout, config)
-    logprobs = reference_logprobs(contest.reference, parts, contest.encoder, config)
-    advantages = torch.linspace(-1, 1, len(rollout), device=device)
-    return Training(contest, config, parts, advantages, logprobs)
+def inputs(device: str, model: str, tiny: bool, config: Config) -> Training:
+    contest, rollout = prepared(device, model, tiny)
+    rewards = torch.rand(len(rollout), 1, generator=torch.Generator().manual_seed(2)).to(device)
+    return Training(contest, config, split(rollout, config), rewards)
 
 
 def refer(x: Training) -> Outputs:
@@ -86,35 +101,123 @@ def refer(x: Training) -> Outputs:
 def train(x: Training) -> Outputs:
     """The gradient norm."""
     contest = x.contest
-    given = (contest.policy, contest.optimizer, x.parts, x.advantages, x.logprobs, contest.encoder, x.config)
+    advantages = group_advantages(x.rewards, x.config.num_generations)
+    given = (contest.policy, contest.optimizer, x.parts, advantages, None, contest.encoder, x.config)
     return (None, None, update(*given, contest.ranks)["grad_norm"])
 
 
-def truth(device: str, tiny: bool, x: Training) -> Callable[[Outputs], float]:
-    shipped = inputs(device, tiny, x.contest.config)
+Layers = Callable[[Training], AbstractContextManager[tuple[Policy, MasterAdamW]]]  # a policy as a peer has it
+
+
+def plain(x: Training) -> AbstractContextManager[tuple[Policy, MasterAdamW]]:
+    return nullcontext((x.contest.policy, x.contest.optimizer))
+
+
+@contextmanager
+def compiled(x: Training) -> Iterator[tuple[Policy, MasterAdamW]]:
+    """The layers' own forward passes compiled; ours calls the modules inside them."""
+    layers = list(x.contest.policy.decoder.layers)
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield x.contest.policy, x.contest.optimizer
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+@lru_cache(maxsize=1)
+def with_liger(contest: Contest) -> tuple[Policy, MasterAdamW]:
+    """A copy of the policy whose norms and MLPs are Liger's."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    policy = Policy(copy.deepcopy(contest.policy.model), contest.policy.tokenizer)
+    for norm in (module for module in policy.decoder.modules() if type(module).__name__ == "Norm"):
+        norm.__class__ = modeling_llama.LlamaRMSNorm  # as transformers built it
+    before = dict(vars(modeling_llama))
+    try:  # it would replace the classes for all models
+        apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=policy.decoder)
+    finally:
+        vars(modeling_llama).update(before)
+    return policy, MasterAdamW(policy.trainable_parameters(), contest.config)
+
+
+@contextmanager
+def liger(x: Training) -> Iterator[tuple[Policy, MasterAdamW]]:
+    if x.contest.policy.device.type == "cpu":
+        raise Unavailable("Liger's kernels need a GPU")
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    plain_rope = modeling_llama.apply_rotary_pos_emb
+    modeling_llama.apply_rotary_pos_emb = liger_rotary_pos_emb
+    try:
+        yield with_liger(x.contest)
+    finally:
+        modeling_llama.apply_rotary_pos_emb = plain_rope
+
+
+@torch.no_grad()
+def their_reference(layers: Layers, x: Training) -> Outputs:
+    with layers(x) as (policy, _):
+        policy.model.eval()
+        texts, pictures = [], []
+        for part in map(Rollout.of, x.parts):
+            logprobs, mask = baseline_logprobs(policy, part)
+            text, picture = logprobs.split(
+                [logprobs.shape[1] - part.image_tokens.shape[1], part.image_tokens.shape[1]], 1
+            )
+            texts.append(text[mask[:, : text.shape[1]].bool()])
+            pictures.append(picture.flatten())
+    return torch.cat(texts), torch.cat(pictures), None
+
+
+def _loss(policy: Policy, part: Rollout, rewards: Tensor, config: Config, num_tokens: int) -> tuple[Tensor, None]:
+    return baseline_loss(policy, None, part, rewards, config, num_tokens=num_tokens), None
+
+
+def their_update(layers: Layers, x: Training) -> Outputs:
+    parts = list(map(Rollout.of, x.parts))
+    total = sum(part.num_tokens for part in parts)
+    with layers(x) as (policy, optimizer):
+        for part, rewards in zip(parts, x.rewards.split(x.config.micro_batch), strict=True):
+            optimizer.backward(partial(_loss, policy, part, rewards, x.config, total))
+        norm = optimizer.step(x.contest.ranks.sum_gradients)
+        policy.model.eval()
+    return (None, None, norm)
+
+
+def truth(device: str, model: str, tiny: bool, x: Training) -> Callable[[Outputs], float]:
+    shipped = inputs(device, model, tiny, x.contest.config)
     return expect([*refer(shipped)[:2], train(shipped)[2]])
 
 
-def case(device: str, tiny: bool, micro_batches: int, recompute: bool) -> Case:
-    setting = setting_of(device, tiny)
-    config, dtype = setting.config, getattr(torch, setting.config.dtype)
-    prompts = config.prompts_per_device // micro_batches
-    batch: dict[str, Any] = {"per_device_train_batch_size": prompts, "gradient_accumulation_steps": micro_batches}
-    images = setting.images["ours"]
-    labels = {"model": setting.model, "images": images, "micro-batches": micro_batches}
-    labels |= {"activations": f"activations {'recomputed' if recompute else 'kept'}", "dtype": short(dtype)}
-    return Case(
-        labels,
-        dtype,
-        partial(inputs, device, tiny, replace(config, gradient_checkpointing=recompute, **batch)),
-        partial(truth, device, tiny),
-        {"reference": Provider(refer), "update": Provider(train)},
-        makes=("tokens", images * (config.max_completion_length + setting.image_tokens)),
-    )
+PEERS: dict[str, Layers] = {"eager": plain, "torch.compile": compiled, "Liger": liger}
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
-    return [case(device, tiny, count, recompute) for recompute in (True, False) for count in (2, 1)]
+    found = []
+    for setting in settings_of(device, tiny):
+        config, dtype = setting.config, getattr(torch, setting.config.dtype)
+        counts = sorted({config.gradient_accumulation_steps, 1}, reverse=True)
+        for phase, recompute in (("reference", False), ("update", True), ("update", False)):
+            for count in counts:
+                batch: dict[str, Any] = {"per_device_train_batch_size": config.prompts_per_device // count}
+                batch |= {"gradient_accumulation_steps": count, "gradient_checkpointing": recompute}
+                labels = {"phase": phase, "model": setting.model, "images": setting.images["ours"]}
+                labels |= {"micro-batches": count, "dtype": short(dtype)}
+                if phase == "update":
+                    labels["activations"] = f"activations {'recomputed' if recompute else 'kept'}"
+                ours, theirs = (refer, their_reference) if phase == "reference" else (train, their_update)
+                providers = {"ours": Provider(ours)}
+                providers |= {name: Provider(partial(theirs, layers)) for name, layers in PEERS.items()}
+                where = (device, setting.model, tiny)
+                each = config.max_completion_length + setting.image_tokens
+                case = Case(
+                    labels, dtype, partial(inputs, *where, replace(config, **batch)), partial(truth, *where), providers,
+                    makes=("tokens", setting.images["ours"] * each),
+                )  # fmt: skip
+                found.append(case)
+    return found
 
 
 if __name__ == "__main__":

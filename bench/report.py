@@ -230,7 +230,7 @@ PARTS = {
     "decode_kernels": of_module("decode_kernels", drawn=False),
     "scaling": of_module("scaling"),
     "step_model": of_module("step_model", drawn=False),
-    "train": Part(kernel),
+    "train": Part(kernel, draw_kernel),
     **dict.fromkeys(KERNELS, Part(kernel, draw_kernel)),
 }
 

@@ -94,7 +94,7 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
     model = ["--results", str(results), "--output", str(results / "step_model.json")]
     return [
         profile(0, 2 if gpu else 5),
-        *(bench(name, 0) for name in ["step", *importlib.import_module("bicot.bench.report").KERNELS]),
+        *(bench(name, 0) for name in ["step", "train", *importlib.import_module("bicot.bench.report").KERNELS]),
         bench("scaling", 0, module="scaling", ends=False),
         Step("step_model", 0, partial(_module, "step_model", model, False)),
         Step("report", 0, partial(_module, "report", [str(results)], False)),

@@ -293,7 +293,6 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
         baselines = {"ours", {"rollout": "generate", "rewards": "the decoder alone"}.get(bench, "torch.compile")}
         if bench != "rewards":  # whose eager way is through PIL
             baselines.add("eager")
-        baselines = {"reference", "update"} if bench == "train" else baselines
         assert baselines <= {row["provider"] for row in result["rows"]}
     page = (tmp_path / "full" / "RESULTS.md").read_text()
     assert "svg" not in page and [line for line in page.splitlines() if line.startswith("## ")] == [
@@ -333,7 +332,7 @@ def test_modes_fit_their_time(tmp_path: Path) -> None:
         todo = walk.steps(mode, "cuda", False, tmp_path)
         assert limit - 15 <= sum(step.seconds for step in todo) <= limit - 5 * (mode != "tests"), "and packs"
     every = [step.name for step in walk.steps("all", "cpu", False, tmp_path)]
-    assert every == ["step_profile", "step", *report.KERNELS, "scaling", "step_model", "report"]
+    assert every == ["step_profile", "step", "train", *report.KERNELS, "scaling", "step_model", "report"]
     assert {step.name for step in walk.steps("full", "cuda", False, tmp_path)} >= set(report.KERNELS)
 
 
