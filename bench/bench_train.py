@@ -70,14 +70,14 @@ def prepared(device: str, model: str, tiny: bool) -> tuple[Contest, RolloutChunk
     tokens = torch.randint(codes, (len(each), policy.num_image_tokens), generator=draw).to(device)
     texts, unused = list(map(encoder.decode_plan, plans)), torch.zeros(tokens.shape, device=device)
     image_prompts = [encoder.image_ids(*both, policy.num_image_tokens) for both in zip(each, texts, strict=True)]
-    packed = Packed.of(plans, device)
+    packed = Packed.of(plans)
     return contest, RolloutChunk(
-        prompts=Packed.of([encoder.plan_ids(prompt, config.max_completion_length) for prompt in each], device),
+        prompts=Packed.of([encoder.plan_ids(prompt, config.max_completion_length) for prompt in each]),
         plans=packed,
         plan_logprobs=packed,
         plan_texts=texts,
         truncated=torch.ones(len(each), dtype=torch.bool),
-        image_prompts=Packed.of(image_prompts, device),
+        image_prompts=Packed.of(image_prompts),
         image_tokens=tokens,
         image_logprobs=unused,
         guided_logprobs=unused,

@@ -178,7 +178,10 @@ TARGETS = [
     Target(MasterAdamW, "collect", "optimizer", collect_work),
     Target(MasterAdamW, "step", "optimizer", optimizer_work),
     *(Target(Ranks, method, "communication") for method in ("sum", "max", "sum_gradients", "cat", "gather", "barrier")),
-    *(Target(trainer, function, "metrics") for function in ("reward_metrics", "reward_costs", "plan_metrics")),
+    *(
+        Target(trainer, function, "metrics")
+        for function in ("reward_metrics", "reward_costs", "plan_metrics", "on_host")
+    ),
     Target(trainer, "group_advantages", "metrics"),
     Target(trainer, "draw_grid", "metrics"),
 ]

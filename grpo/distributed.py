@@ -122,12 +122,13 @@ class Ranks:
             grad.copy_(part.view_as(grad))
 
     def cat(self, value: Tensor) -> Tensor:
-        """[n, …] of every rank -> [size·n, …] in rank order; n is the same everywhere."""
+        """[n, …] of every rank -> [size·n, …] in rank order, where `value` is; n is the same everywhere."""
         if self.size == 1:
             return value
-        parts = [torch.empty_like(value) for _ in range(self.size)]
-        dist.all_gather(parts, value.contiguous())
-        return torch.cat(parts)
+        own = value.to(self.device).contiguous()  # NCCL sends nothing of the host's memory
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return torch.cat(parts).to(value.device)
 
     def gather(self, values: list[Any]) -> list[Any]:
         """Lists of picklable things, joined in rank order, on every rank."""

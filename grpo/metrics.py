@@ -1,18 +1,25 @@
-"""What a step reports of its rollout, rewards and time. S samples of all ranks, R rewards."""
+"""What a step reports of its rollout, rewards and time. S samples of all ranks, R rewards.
+
+All of it is computed on the host: the scores and the plans are there, and `on_host` brings the rest in one transfer.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ..model.engine import RolloutChunk
+from ..model.engine import Clock, Span, seconds_of
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
 from .distributed import Ranks
 from .evaluate import entropy_bits, mean_by_name
+
+
+def on_host(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars of the device as numbers; the one place of a step that waits for its end."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
 
 
 def reward_metrics(
@@ -36,34 +43,35 @@ def reward_metrics(
 
 def reward_costs(handle: RewardHandle, ranks: Ranks) -> dict[str, float]:
     """Times of this rank, skipped samples of all."""
-    names = [name for name in handle.metrics if name.endswith("/skipped")]
-    skipped = ranks.sum(torch.tensor([handle.metrics[name] for name in names], device=ranks.device))
-    return {**handle.metrics, **dict(zip(names, skipped.tolist(), strict=True))}
+    metrics = handle.metrics
+    names = [name for name in metrics if name.endswith("/skipped")]
+    skipped = ranks.gather([[metrics[name] for name in names]])
+    return {**metrics, **{name: sum(each) for name, each in zip(names, zip(*skipped, strict=True), strict=True)}}
 
 
-def plan_metrics(rollout: RolloutChunk, vocabulary: int, ranks: Ranks) -> dict[str, float]:
+def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool]) -> dict[str, float]:
     """Of the plans of all ranks: mean length, share that was cut off, entropy of their tokens in bits."""
-    words = torch.bincount(rollout.plans.values, minlength=vocabulary).float()
-    ends = torch.stack([rollout.truncated.sum(), rollout.truncated.new_tensor(len(rollout), dtype=torch.int64)])
-    words, (truncated, plans) = ranks.sum(words), ranks.sum(ends.float())
+    words = torch.tensor([word for plan in plans for word in plan])
     return {
-        "plan_tokens": (words.sum() / plans).item(),
-        "plan_truncated": (truncated / plans).item(),
-        "plan_entropy": entropy_bits(words),
+        "plan_tokens": len(words) / len(plans),
+        "plan_truncated": sum(truncated) / len(plans),
+        "plan_entropy": entropy_bits(torch.bincount(words).float()),
     }
 
 
 class Phases:
-    """Wall seconds of named phases, added to those that the rollout measured itself."""
+    """Seconds of named phases, added to those that the rollout measured itself: on a GPU, of the current stream."""
 
-    def __init__(self, seconds: dict[str, float], device: torch.device) -> None:
-        self.seconds = dict(seconds)
-        self.device = device
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        self.spans, self.device = list(spans), device
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        clock = Clock(self.device)
         yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - start
+        self.spans.append(clock.lap(name))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Waits for the device."""
+        return seconds_of(self.spans)

@@ -5,7 +5,6 @@ Shapes: S samples on this rank, R rewards; a micro-batch holds `config.micro_bat
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..kernels.grpo_loss import GRPOLoss, TokenStream, grpo_loss
 from ..model.engine import RolloutChunk
+from ..model.packed import upload
 from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
 from .config import Config
@@ -36,8 +36,8 @@ def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder,
         features = other + config.cfg_weight * (features - other)
     text_head, image_head = policy.text_head, policy.image_head
     text = TokenStream(
-        targets=rollout.plans.values,
-        sample=rollout.plans.row_of(),
+        targets=upload(rollout.plans.values, policy.device),
+        sample=upload(rollout.plans.row_of(), policy.device),
         hidden=text_hidden,
         weight=text_head.weight,
         bias=text_head.bias,
@@ -74,8 +74,8 @@ def reference_logprobs(
 
 def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
     """The micro-batches of a rollout; their ids are on the host, so that no forward pass waits for the one before."""
-    size = config.micro_batch
-    return [rollout[start : start + size].on_host() for start in range(0, len(rollout), size)]
+    size, rollout = config.micro_batch, rollout.on_host()
+    return [rollout[start : start + size] for start in range(0, len(rollout), size)]
 
 
 def update(
@@ -99,7 +99,7 @@ def update(
         Metrics as device scalars: means over the tokens of the whole step, of the last iteration.
     """
     counts = [[len(part.plans.values), part.image_tokens.numel()] for part in micro_batches]
-    num_tokens = ranks.sum(torch.tensor(counts, dtype=torch.float32, device=policy.device).sum())
+    num_tokens = ranks.sum(torch.full((), float(sum(map(sum, counts))), device=policy.device))
     num_samples = len(advantages) * ranks.size
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
     # in train mode alone, activations are recomputed and LoRA's dropout acts
@@ -144,32 +144,32 @@ def update(
 
 
 class _Meter:
-    """Token-weighted means of the streams' metrics over micro-batches and ranks; maxima for the keys that say so."""
+    """Token-weighted means of the streams' metrics over micro-batches and ranks; maxima for the keys that say so.
+
+    K metrics, the loss among them, which is a sum.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
-        self.weights: dict[str, float] = defaultdict(float)
-        self.maxima: dict[str, Tensor] = {}
+        self.keys: list[str] = []
+        self.values: list[Tensor] = []  # [K] of each micro-batch
+        self.tokens: list[list[float]] = []
 
     def add(self, metrics: dict[str, Tensor], tokens: dict[str, int], loss: Tensor) -> None:
-        self.sums["loss"] = self.sums["loss"].to(loss) + loss
-        for key, value in metrics.items():
-            stream, _, name = key.partition("/")
-            if name == "ratio_max":
-                self.maxima[key] = torch.maximum(self.maxima[key], value) if key in self.maxima else value
-                continue
-            for label in (key, name) if name in ("kl", "entropy") else (key,):
-                self.sums[label] = self.sums[label].to(value) + value * tokens[stream]
-                self.weights[label] += tokens[stream]
+        self.keys = ["loss", *metrics]
+        self.values.append(torch.stack([loss, *metrics.values()]))
+        self.tokens.append([1.0, *(float(tokens[key.partition("/")[0]]) for key in metrics)])
 
     def reduce(self, ranks: Ranks) -> dict[str, Tensor]:
-        keys = sorted(self.sums)
-        values = torch.stack([self.sums[key] for key in keys])
-        weights = torch.tensor([self.weights.get(key, 0.0) for key in keys]).to(values)
-        values, weights = ranks.sum(values), ranks.sum(weights)
-        means = values / weights.where(weights > 0, torch.ones_like(weights))
-        result = dict(zip(keys, means.unbind(), strict=True))
-        if self.maxima:
-            names = sorted(self.maxima)
-            result |= dict(zip(names, ranks.max(torch.stack([self.maxima[n] for n in names])).unbind(), strict=True))
+        values = torch.stack(self.values)
+        weights = upload(torch.tensor(self.tokens), values.device).to(values)
+        totals = ranks.sum(torch.stack([(values * weights).sum(0), weights.sum(0)]))
+        largest = ranks.max(values.amax(0))
+        sums, tokens = (dict(zip(self.keys, row.unbind(), strict=True)) for row in totals)
+        result = {}
+        for i, key in enumerate(self.keys):
+            result[key] = largest[i] if key.endswith("/ratio_max") else sums[key] / tokens[key].clamp(min=1)
+        result["loss"] = sums["loss"]
+        for name in ("kl", "entropy"):
+            if parts := [key for key in self.keys if key.endswith(f"/{name}")]:
+                result[name] = sum(sums[key] for key in parts) / sum(tokens[key] for key in parts).clamp(min=1)
         return result

@@ -18,6 +18,7 @@ from transformers import set_seed
 from ..kernels.group_advantages import group_advantages
 from ..model.adapters import adapter_base, add_lora, load_lora
 from ..model.engine import RolloutChunk, RolloutEngine
+from ..model.packed import upload
 from ..model.policy import Policy, load_policy
 from ..model.prompts import PromptFormat
 from ..model.settings import RolloutSettings, Sampling
@@ -38,7 +39,7 @@ from .evaluate import (
     samples_of,
     save_samples,
 )
-from .metrics import Phases, plan_metrics, reward_costs, reward_metrics
+from .metrics import Phases, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
 from .output import go_back, locked, make_room
 from .report import draw_grid, no_failure, pick, write_report
@@ -193,7 +194,7 @@ class Trainer:
         start = time.perf_counter()
         examples = self._step_examples()
         rollout, repeated, handle = self._roll_out(examples)
-        clock = Phases(rollout.seconds, ranks.device)
+        clock = Phases(rollout.spans, ranks.device)
         micro_batches = split(rollout, config)
         with clock("reference"):
             reference = (
@@ -202,7 +203,7 @@ class Trainer:
         with clock("reward"):
             scores = handle.result()
         everyone = ranks.cat(scores)
-        scored = ranks.sum((~self.ensemble.total(scores).isnan()).sum()).item()  # samples of all ranks
+        scored = not self.ensemble.total(everyone).isnan().all()
         advantages = group_advantages(
             everyone,
             config.num_generations,
@@ -210,16 +211,16 @@ class Trainer:
             scale=config.scale_rewards,
             combine=config.multi_objective_aggregation,
         )
-        mine = advantages[ranks.rank * len(scores) :][: len(scores)].to(ranks.device)
+        mine = upload(advantages[ranks.rank * len(scores) :][: len(scores)], ranks.device)
         learning_rate = self.optimizer.learning_rate
         with clock("train"):
             if scored:
                 # LoRA's dropout: other draws on each rank, the same in a run that goes on
                 torch.manual_seed(config.seed * _SEED_STRIDE + self.step * ranks.size + ranks.rank)
                 parts = (micro_batches, mine, reference, self.encoder, config, ranks)
-                metrics = update(self.policy, self.optimizer, *parts)
+                trained = update(self.policy, self.optimizer, *parts)
             else:  # the KL alone would train, so the schedule alone goes on
-                metrics = {}
+                trained = {}
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's warning before the first update
                     self.optimizer.schedule.step()
@@ -235,19 +236,20 @@ class Trainer:
                 save_samples(picked, path)
                 draw_grid({f"step {self.step}": picked}, path)
                 grid = path
+        tasks = [example.task_type for example in repeated]
+        told = ranks.gather(list(zip(tasks, rollout.plans.tolist(), rollout.truncated.tolist(), strict=True)))
+        tasks, plans, truncated = map(list, zip(*told, strict=True))
+        metrics = {
+            **reward_metrics(self.ensemble, everyone, config.num_generations, tasks),
+            **reward_costs(handle, ranks),
+            **on_host(trained),
+            "update_skipped": float(not scored),
+            **plan_metrics(plans, truncated),
+        }
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         return {
-            **reward_metrics(
-                self.ensemble,
-                everyone,
-                config.num_generations,
-                ranks.gather([example.task_type for example in repeated]),
-            ),
-            **reward_costs(handle, ranks),
-            **{key: value.item() for key, value in metrics.items()},
-            "update_skipped": float(not scored),
-            **plan_metrics(rollout, self.policy.config.text_config.vocab_size, ranks),
+            **metrics,
             "learning_rate": learning_rate,
             "images_per_second": len(everyone) / elapsed,
             **{f"seconds/{name}": value for name, value in clock.seconds.items()},

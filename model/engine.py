@@ -29,7 +29,7 @@ from ..kernels.kv_pool import FP8, converts_fp8
 from .decoder import Decoder
 from .graphs import StepGraphs, use_graphs
 from .kv import KVPool
-from .packed import Packed, upload
+from .packed import Packed
 from .policy import Policy
 from .prompts import PromptEncoder
 from .settings import Sampling
@@ -58,15 +58,15 @@ class Span:
 
 @dataclass(frozen=True)
 class RolloutChunk:
-    """S consecutive samples, in the order of the prompts.
+    """S consecutive samples, in the order of the prompts. What the host knows anyway stays there.
 
     Args:
-        prompts: Packed int64, stage-1 prompt ids.
-        plans: Packed int64, plan ids up to and including the first EOS.
+        prompts: Packed int64 on the CPU, stage-1 prompt ids.
+        plans: Packed int64 on the CPU, plan ids up to and including the first EOS.
         plan_logprobs: Packed float32, of the plan tokens at the sampling temperature.
         plan_texts: the plans as text.
-        truncated: [S] bool, plans that reached max_completion_length without EOS.
-        image_prompts: Packed int64, stage-2 prompt ids with `<begin_of_image>` last.
+        truncated: [S] bool on the CPU, plans that reached max_completion_length without EOS.
+        image_prompts: Packed int64 on the CPU, stage-2 prompt ids with `<begin_of_image>` last.
         image_tokens: [S, T] int64.
         image_logprobs, guided_logprobs: [S, T] float32, under the conditional and the guided distribution.
         images: [S, 3, H, W] float32 in [0, 1].
@@ -91,31 +91,39 @@ class RolloutChunk:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of each phase; waits for the device."""
-        totals: dict[str, float] = {}
-        for span in self.spans:
-            totals[span.name] = totals.get(span.name, 0.0) + span.seconds
-        return totals
+        return seconds_of(self.spans)
 
     @cached_property
     def ids(self) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
-        """Prompts, plans, image prompts and image tokens as lists, read from the device once."""
+        """Prompts, plans, image prompts and image tokens as lists; the last are read from the device, once."""
         texts = (packed.tolist() for packed in (self.prompts, self.plans, self.image_prompts))
         return *texts, self.image_tokens.tolist()  # type: ignore[return-value]
 
     def on_host(self) -> RolloutChunk:
-        """Itself; from now on nobody has to wait for `ids`."""
+        """Itself; from now on nobody has to wait for its `ids`, or those of its parts."""
         _ = self.ids
         return self
 
     def __getitem__(self, rows: slice) -> RolloutChunk:
         """Contiguous samples; `spans` stay those of the whole."""
-        return RolloutChunk(**{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)})
+        part = RolloutChunk(**{f.name: _rows(getattr(self, f.name), rows) for f in fields(self)})
+        if "ids" in vars(self):
+            vars(part)["ids"] = tuple(column[rows] for column in self.ids)
+        return part
 
     @classmethod
     def cat(cls, chunks: Sequence[RolloutChunk]) -> RolloutChunk:
         """The samples of all chunks, in order."""
         columns = {f.name: [getattr(chunk, f.name) for chunk in chunks] for f in fields(cls)}
         return cls(**{name: _join(column) for name, column in columns.items()})
+
+
+def seconds_of(spans: Sequence[Span]) -> dict[str, float]:
+    """By name, those of one name added up; waits for the device."""
+    totals: dict[str, float] = {}
+    for span in spans:
+        totals[span.name] = totals.get(span.name, 0.0) + span.seconds
+    return totals
 
 
 def _rows(value: Any, rows: slice) -> Any:
@@ -254,16 +262,16 @@ class RolloutEngine:
 
         for batch in self._parts(samples, self.max_rows, plan_slots):
             with self._on(self.decode_stream):
-                clock = _Clock(self.device)
+                clock = Clock(self.device)
                 self._write_plans(batch, sampling, seed)
                 spans = [clock.lap("plan")]
             for part in self._parts(batch, most_images, image_slots):
                 with self._on(self.decode_stream):
-                    clock = _Clock(self.device)
+                    clock = Clock(self.device)
                     drawn = self._draw(part, rows_per_image, sampling, seed)
                     spans.append(clock.lap("draw"))
                 with self._on(self.picture_stream, self.decode_stream):
-                    clock = _Clock(self.device)
+                    clock = Clock(self.device)
                     images = self.weights.image_decoder(drawn[0])
                     spans.append(clock.lap("decode"))
                 yield self._chunk(part, drawn, images, tuple(spans))
@@ -382,12 +390,12 @@ class RolloutEngine:
         eos = self.policy.tokenizer.eos_token_id
         tokens, logp, guided = drawn
         return RolloutChunk(
-            prompts=Packed.of([s.prompt_ids for s in samples], self.device),
-            plans=Packed.of([s.plan for s in samples], self.device),
-            plan_logprobs=Packed.of([s.plan_logprobs for s in samples], self.device),
+            prompts=Packed.of([s.prompt_ids for s in samples]),
+            plans=Packed.of([s.plan for s in samples]),
+            plan_logprobs=Packed.of([s.plan_logprobs for s in samples]),
             plan_texts=[s.text for s in samples],
-            truncated=upload(torch.tensor([s.plan[-1] != eos for s in samples]), self.device),
-            image_prompts=Packed.of([s.image_ids for s in samples], self.device),
+            truncated=torch.tensor([s.plan[-1] != eos for s in samples]),
+            image_prompts=Packed.of([s.image_ids for s in samples]),
             image_tokens=tokens,
             image_logprobs=logp,
             guided_logprobs=guided,
@@ -396,7 +404,7 @@ class RolloutEngine:
         )
 
 
-class _Clock:
+class Clock:
     """Begins with itself; `lap` ends a phase. Times the current stream of a GPU without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:

@@ -23,12 +23,12 @@ class Packed:
     offsets: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int]] | Sequence[Tensor], device: torch.device | str = "cpu") -> Packed:
-        """Pack lists of token ids (int64) or 1-D tensors (their dtype); on a GPU, without waiting for it."""
+    def of(cls, rows: Sequence[Sequence[int]] | Sequence[Tensor]) -> Packed:
+        """Pack lists of token ids (int64, on the CPU) or 1-D tensors (their dtype and device)."""
         tensors = [row if isinstance(row, Tensor) else torch.tensor(row, dtype=torch.int64) for row in rows]
         lengths = torch.tensor([0, *(len(row) for row in tensors)])
         values = torch.cat(tensors) if tensors else torch.empty(0, dtype=torch.int64)
-        return cls(upload(values, torch.device(device)), lengths.cumsum(0))
+        return cls(values, lengths.cumsum(0))
 
     @classmethod
     def cat(cls, parts: Sequence[Packed]) -> Packed:
@@ -71,4 +71,4 @@ def upload(values: Tensor | Sequence[int] | Sequence[Sequence[int]], device: tor
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

@@ -79,4 +79,4 @@ class Reward(Protocol):
 def upload(values: Sequence[Any], device: torch.device) -> Tensor:
     """Numbers of the host (nested lists) on the device, without waiting for what the device is doing."""
     tensor = torch.tensor(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

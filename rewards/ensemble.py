@@ -19,22 +19,18 @@ import torch
 from torch import Tensor
 
 from .base import Example, Reward
-from .worker import OnError, Placement, Scored, Worker
+from .worker import OnError, Placement, Scored, Worker, now, seconds_between
 
 Schedule = Literal["auto", "serial", "threads"]
 
 
 class RewardHandle:
-    """Scores on their way; `result()` waits for them, and leaves `metrics` behind.
-
-    Metrics of each reward: `milliseconds` that it worked; `milliseconds_hidden` of these, before the caller's stream
-    had done its own work and nothing was left but to wait; samples `skipped` because it failed on them.
-    """
+    """Scores on their way; `result()` waits for them, and for nothing else. After it, `metrics` says what they took."""
 
     def __init__(self, names: Sequence[str], device: torch.device, chunks: list[list[Callable[[], Scored]]]) -> None:
         self.names, self.device = names, device
         self._chunks = chunks  # chunk by chunk, reward by reward
-        self.metrics: dict[str, float] = {}
+        self._scored: list[list[Scored]] = []
 
     @classmethod
     def cat(cls, handles: Sequence[RewardHandle]) -> RewardHandle:
@@ -42,22 +38,33 @@ class RewardHandle:
         return cls(handles[0].names, handles[0].device, [jobs for handle in handles for jobs in handle._chunks])
 
     def result(self) -> Tensor:
-        """[S, R] float32 on the device of the pictures, NaN = does not apply, or skipped.
+        """[S, R] float32 on the CPU, NaN = does not apply, or skipped.
 
         Raises:
             RewardError: a reward raised, or returned another shape or a score that is not finite.
         """
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        asked = time.perf_counter()
-        chunks = [[scored() for scored in jobs] for jobs in self._chunks]
-        for name, of_chunks in zip(self.names, zip(*chunks, strict=True), strict=True):
-            waited = sum(min(scored.seconds, max(0.0, scored.done - asked)) for scored in of_chunks)
+        asked = now(self.device)
+        self._scored = [[scored() for scored in jobs] for jobs in self._chunks]
+        self._waited = asked, now(self.device), time.perf_counter()
+        return torch.cat([torch.stack([scored.values for scored in jobs], dim=1) for jobs in self._scored])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of each reward: `milliseconds` that it worked; `milliseconds_hidden` of these, before the caller's stream had
+        done its own work and nothing was left but to wait; samples `skipped` because it failed on them.
+
+        On a GPU this waits for what the caller's stream had been given before `result`.
+        """
+        asked, answered, end = self._waited
+        idle_since = end - seconds_between(asked, answered)
+        metrics = {}
+        for name, of_chunks in zip(self.names, zip(*self._scored, strict=True), strict=True):
+            waited = sum(min(scored.seconds, max(0.0, scored.done - idle_since)) for scored in of_chunks)
             worked = sum(scored.seconds for scored in of_chunks)
-            self.metrics[f"rewards/{name}/milliseconds"] = 1e3 * worked
-            self.metrics[f"rewards/{name}/milliseconds_hidden"] = 1e3 * (worked - waited)
-            self.metrics[f"rewards/{name}/skipped"] = float(sum(scored.skipped for scored in of_chunks))
-        return torch.cat([torch.stack([scored.values for scored in jobs], dim=1) for jobs in chunks]).to(self.device)
+            metrics[f"rewards/{name}/milliseconds"] = 1e3 * worked
+            metrics[f"rewards/{name}/milliseconds_hidden"] = 1e3 * (worked - waited)
+            metrics[f"rewards/{name}/skipped"] = float(sum(scored.skipped for scored in of_chunks))
+        return metrics
 
 
 class RewardEnsemble:

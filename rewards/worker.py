@@ -128,13 +128,13 @@ class Worker:
                     stream.wait_event(ready)
                 stack.enter_context(torch.cuda.stream(stream))
             images = images.to(self.device)
-            start = self._now()
+            start = now(self.device)
             with self.at_work():
                 scores, lost = self._score(images, examples, asked)
-            end = self._now()
+            end = now(self.device)
             values = scores.cpu()  # this thread waits for its own stream, nobody else does
             done = time.perf_counter()
-        seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
+        seconds = seconds_between(start, end)
         for s in sorted(set(asked).difference(lost)):
             if values[s].isinf() or (self.applies and values[s].isnan()):
                 lost.append(s)
@@ -213,13 +213,22 @@ class Worker:
                 self.streams[device] = torch.cuda.Stream(device, priority=0)  # the lowest; the engine decodes at -1
             yield self.streams[device]
 
-    def _now(self) -> Any:
-        """A point in time of this reward's work: an event of its stream, or seconds."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+
+def now(device: torch.device) -> Any:
+    """A point in time: an event of the device's current stream, or seconds."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Of two points in time; waits for the second."""
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def host_copies(model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:

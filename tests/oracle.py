@@ -78,6 +78,17 @@ def no_host_sync() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@contextmanager
+def host_sync_allowed() -> Iterator[None]:
+    """Inside `no_host_sync`, a place that may wait."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most bytes that `function` holds at a time on the CPU, from every allocation it makes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from forced import FORMAT, PROMPTS, TOLERANCE
-from oracle import gpu, no_host_sync
+from oracle import gpu, host_sync_allowed, no_host_sync
 from tiny import tiny_policy
 from torch import Tensor
 from transformers import DynamicCache
@@ -430,15 +430,8 @@ def test_a_rollout_waits_for_the_device_only_for_its_plans(monkeypatch: pytest.M
 
     def named(tensor: Tensor) -> Any:
         read.append(tuple(tensor.shape) if tensor.is_cuda else ())
-        with torch_syncs():
+        with host_sync_allowed():
             return tolist(tensor)
-
-    @contextmanager
-    def torch_syncs() -> Iterator[None]:
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("default")
-        yield
-        torch.cuda.set_sync_debug_mode(before)
 
     monkeypatch.setattr(Tensor, "tolist", named)
     with no_host_sync():
