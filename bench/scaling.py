@@ -131,7 +131,7 @@ class SizedTrainer(ShapeTrainer):
             "accumulation": size.prompts,
             "itemsize": self.policy.dtype.itemsize,
             "reference": self.reference is not None,
-            "recompute": self.config.gradient_checkpointing,
+            "recompute": self.config.gradient_checkpointing is True,
             "vq_flops": picture_work(rollout.images, decoder, rollout.image_tokens[:1])["VQ"].flops,
         }
         lengths = [round(fmean(plans), 2), round(pstdev(plans), 2), max(plans)]

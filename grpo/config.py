@@ -32,7 +32,8 @@ class Config:
         lora_alpha: adapters are scaled by lora_alpha / lora_r.
         lora_dropout: of the adapters' input, but not of adapted heads.
         lora_target_modules: linear layers that get adapters, by the last part of their name, outside `freeze`.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass: true, all: least memory, about a third more
+            time; selective, all that is no product: a third less memory; auto, the least of these that fits this GPU.
         distributed: what several ranks share: ddp nothing, deepspeed (ZeRO) masters, gradients and weights as its JSON
             says; auto is deepspeed where `deepspeed` is given.
         deepspeed: DeepSpeed's JSON, such as configs/zero2.json; what is "auto" there is taken from these settings.
@@ -58,11 +59,13 @@ class Config:
         rollout_kv_gib: limit of the KV cache in GiB, kept for the whole run; null = half of the GPU memory
             that is free when it grows. Less makes smaller chunks.
         rollout_kv_dtype: auto = that of the weights; fp8 = half the memory of bfloat16, at a small error, and slower.
+        rollout_kv_release: give the KV cache back after each rollout; CUDA graphs are then captured anew each step.
         rewards: what scores the pictures.
         reward_weights: one for each of rewards.names, null = all 1.
         scale_rewards: what centred rewards are divided by.
         multi_objective_aggregation: how several rewards become one advantage.
         beta: weight of the KL to the initial model; 0 loads no reference model.
+        reference_device: cpu = the initial model waits in host memory, and is on the GPU for its own pass alone.
         kl_estimator: Schulman's k1, k2 or k3.
         loss_type: normalisation and clipping of the loss; dapo divides by all tokens of the step, bnpo by those of the
             micro-batch, as the published code does.
@@ -107,7 +110,7 @@ class Config:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective", "auto"] = False
     distributed: Literal["auto", "ddp", "deepspeed"] = "auto"
     deepspeed: str | None = None
 
@@ -133,6 +136,7 @@ class Config:
     rollout_max_rows: int = 256
     rollout_kv_gib: float | None = None
     rollout_kv_dtype: KVDtype = "auto"
+    rollout_kv_release: bool = False
 
     rewards: RewardConfig = field(default_factory=RewardConfig)
     reward_weights: list[float] | float | str | None = None
@@ -140,6 +144,7 @@ class Config:
     multi_objective_aggregation: Combine = "sum_then_normalize"
 
     beta: float = 0.01
+    reference_device: Literal["cpu"] | None = None
     kl_estimator: KLEstimator = "k3"
     loss_type: LossType = "dapo"
     policy_logits: Literal["conditional", "guided"] = "conditional"
@@ -229,6 +234,8 @@ class Config:
             raise ValueError(f"distributed={self.distributed} needs deepspeed={needs}")
         if self.deepspeed and self.optim != "adamw_torch_fused":
             raise ValueError(f"optim={self.optim} does not go with deepspeed: it trains with adamw_torch_fused")
+        if self.reference_device and self.lora_r:
+            raise ValueError("reference_device=cpu does not go with lora_r: the reference is the policy without adapters")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

@@ -89,6 +89,12 @@ def layer_bytes(shape: Shape, batch: Batch) -> int:
     return shape.bytes * (batch.tokens * each + batch.places * 2 * (shape.queries + shape.keys))
 
 
+def selective_bytes(shape: Shape, batch: Batch) -> int:
+    """The same with `gradient_checkpointing: selective`."""
+    each = 2 * shape.hidden + shape.queries + 2 * shape.keys + 2 * shape.intermediate
+    return shape.bytes * (batch.tokens * each + batch.places * shape.queries)
+
+
 def reference_bytes(shape: Shape, batch: Batch) -> int:
     """The most that a pass without gradients allocates; parts of q, k, v and of gate, up beside their whole."""
     return shape.bytes * batch.tokens * (8 * shape.hidden + 4 * shape.intermediate)
@@ -101,18 +107,20 @@ def update_peak(
     head: int,
     training: Training,
     micro_batches: int,
-    recompute: bool,
+    recompute: bool | str,
 ) -> Update:
     """The largest moment of an update.
 
     Args:
         trained: weights of each parameter that trains.
         head: weights of the heads that train.
+        recompute: `gradient_checkpointing`.
     """
     stream, layer = shape.bytes * batch.tokens * shape.hidden, layer_bytes(shape, batch)
+    every = recompute is True
     backward = shape.bytes * batch.tokens * (2 * shape.hidden + 3 * shape.intermediate)
     inputs = (2 * shape.layers - 1) * stream
-    kept = inputs if recompute else shape.layers * layer
+    kept = inputs if every else shape.layers * (selective_bytes(shape, batch) if recompute else layer)
     ends = stream + shape.bytes * shape.hidden * (2 * batch.texts + 3 * batch.images)
     hidden = shape.bytes * shape.hidden * (batch.texts + batch.images)  # what the streams still hold after backward
     rows = max(batch.texts * shape.vocab, batch.images * shape.codes)
@@ -126,7 +134,7 @@ def update_peak(
     moments = [
         Update(before + head_wide, kept + ends, chunk),
         Update(before + head_wide + head_own, kept + ends, 0),
-        Update(before + head_own, kept + hidden + backward + layer * recompute, 0),
+        Update(before + head_own, kept + hidden + backward + layer * every, 0),
         Update((before if wide else 0) + own, layer + backward + hidden, 0),
     ]
     if wide:

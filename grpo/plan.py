@@ -21,12 +21,14 @@ from ..model.kv import SHARE_OF_FREE, KVPool
 from ..model.policy import read_config
 from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
 from .config import Config
+from .distributed import Ranks
 from .memory import Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
 from .zero import read_settings
 
 GIB = 2**30
 PLAN_PROMPT, IMAGE_PROMPT = 200, 80  # tokens, the second without the plan
 SHORT_PLAN = 80  # tokens, what Janus-Pro writes
+ROOM = 0.1  # of a GPU that "auto" leaves: a plan is no measurement, and memory is fragmented
 CONTEXT = GIB  # CUDA's context and libraries
 # parameters as published, and GiB of activations a picture of a micro-batch
 REWARDS = {"hps": (986e6, 0.0), "git": (395e6, 0.0), "grounding": (172e6, 1.0), "orm": (8030e6, 0.0)}
@@ -77,8 +79,33 @@ def load_model(path: str) -> Any:
         return JanusForConditionalGeneration(config)
 
 
+def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
+    """`gradient_checkpointing: auto` becomes the first that leaves `ROOM` of GPUs of so many bytes, or else all."""
+    if config.gradient_checkpointing != "auto":
+        return config
+    choices = [replace(config, gradient_checkpointing=how) for how in (False, "selective", True)]
+    fits = (c for c in choices if plan_of(c, model, ranks, gpu_bytes).peak <= (1 - ROOM) * gpu_bytes)
+    return next(fits, choices[-1])
+
+
+def settle(config: Config, ranks: Ranks) -> Config:
+    """The same on all ranks, for the smallest of their GPUs; without GPUs nothing is recomputed."""
+    if config.gradient_checkpointing != "auto":
+        return config
+    if ranks.device.type != "cuda":
+        return replace(config, gradient_checkpointing=False)
+    sizes = torch.tensor([-torch.cuda.get_device_properties(ranks.device).total_memory], device=ranks.device)
+    size, model = -int(ranks.max(sizes).item()), load_model(config.model_name_or_path)
+    config = settled(config, model, ranks.size, size)
+    if ranks.main:
+        plan = plan_of(config, model, ranks.size, size)
+        print(f"gradient_checkpointing auto is {config.gradient_checkpointing}; {plan.line()}", file=sys.stderr)
+    return config
+
+
 def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     """The plan of each of `ranks` GPUs."""
+    config = settled(config, model, ranks, gpu_bytes)
     text, e = model.config.text_config, getattr(torch, config.dtype).itemsize
     cached = FP8 if config.rollout_kv_dtype == "fp8" else getattr(torch, config.dtype)
     pool = KVPool(text, cached, torch.device("meta"), max_bytes=None)
@@ -123,13 +150,14 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     tokens = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, guided)
     asked = tokens * pool.bytes_per_token
     most = SHARE_OF_FREE * max(0, gpu_bytes - fixed) if config.rollout_kv_gib is None else config.rollout_kv_gib * GIB
+    cache = min(asked, int(most))
     rows = {
         "weights": (weights,) * 3,
         "reference model": (reference,) * 3,
         "float32 masters": (masters,) * 3,
         "optimizer moments": (training.held(sum(trained.values())) - masters,) * 3,
         "gradients": (0, 0, update.gradients),
-        "KV cache": (min(asked, int(most)),) * 3,
+        "KV cache": (cache, *(0 if config.rollout_kv_release else cache,) * 2),
         "activations": (0, reference_bytes(shape, batch) if config.beta else 0, update.activations),
         "chunk of logits": (0, 0, update.logits),
         "engine": (engine,) * 3,
@@ -207,7 +235,7 @@ def require_memory(config: Config, force: bool) -> None:
     ranks, device = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     size = torch.cuda.get_device_properties(device).total_memory
     plan = plan_of(config, model, ranks, size)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0 and config.gradient_checkpointing != "auto":  # `settle` says it
         print(plan.line(), file=sys.stderr)
     short = replace(config, max_completion_length=min(SHORT_PLAN, config.max_completion_length))
     if not force and (least := plan_of(short, model, ranks, size).peak) > size:

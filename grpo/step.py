@@ -103,7 +103,7 @@ def update(
     num_samples = len(advantages) * ranks.size
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
     # in train mode alone, activations are recomputed and LoRA's dropout acts
-    policy.model.train(config.gradient_checkpointing or config.lora_dropout > 0)
+    policy.model.train(config.gradient_checkpointing is True or config.lora_dropout > 0)
 
     def loss_of(i: int) -> tuple[Tensor, GRPOLoss]:
         part = micro_batches[i]

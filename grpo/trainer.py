@@ -7,12 +7,15 @@ import math
 import signal
 import time
 import warnings
-from contextlib import closing, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from ..kernels.group_advantages import group_advantages
@@ -25,6 +28,7 @@ from ..model.settings import RolloutSettings, Sampling
 from ..model.weights import gathered
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
+from ..rewards.worker import borrowed, host_copies
 from .checkpoint import find_checkpoint, load_state, save_checkpoint
 from .config import Config
 from .data import PromptFile, step_indices
@@ -42,6 +46,7 @@ from .evaluate import (
 from .metrics import Phases, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
 from .output import go_back, locked, make_room
+from .plan import settle
 from .report import draw_grid, no_failure, pick, write_report
 from .rollout import roll_out
 from .step import reference_logprobs, split, update
@@ -97,11 +102,14 @@ class Trainer:
             said += file.said()
         self.examples = files[0].examples
         self.heldout = files[1].examples if config.eval_file else []
-        if config.gradient_checkpointing:
-            self.policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.config = config = settle(config, ranks)
+        self.policy.recompute(config.gradient_checkpointing)
         self.reference: Policy | None = None
+        self.with_reference: Callable[[], AbstractContextManager[None]] = nullcontext
         if config.beta:  # with LoRA the policy itself, its adapters off
             self.reference = self.policy if config.lora_r else self._load(config.model_name_or_path, reference=True)
+            if config.reference_device:
+                self.with_reference = partial(borrowed, host_copies(self.reference.model, ranks.device), ranks.device)
         if zero:
             self.optimizer: MasterAdamW = ZeroAdamW(self.policy, config, zero, ranks)
         else:
@@ -112,6 +120,7 @@ class Trainer:
             max_rows=config.rollout_max_rows,
             kv_dtype=config.rollout_kv_dtype,
             kv_bytes=None if config.rollout_kv_gib is None else int(config.rollout_kv_gib * 2**30),
+            kv_release=config.rollout_kv_release,
         )
         self.step, self.seconds = 0, 0.0
         if checkpoint:
@@ -140,7 +149,7 @@ class Trainer:
         policy = load_policy(
             path,
             dtype=getattr(torch, self.config.dtype),
-            device=self.ranks.device,
+            device=(reference and self.config.reference_device) or self.ranks.device,
             freeze=self.config.freeze,
         )
         return policy.freeze() if reference else policy
@@ -197,9 +206,7 @@ class Trainer:
         clock = Phases(rollout.spans, ranks.device)
         micro_batches = split(rollout, config)
         with clock("reference"):
-            reference = (
-                reference_logprobs(self.reference, micro_batches, self.encoder, config) if self.reference else None
-            )
+            reference = self._reference_logprobs(micro_batches) if self.reference else None
         with clock("reward"):
             scores = handle.result()
         everyone = ranks.cat(scores)
@@ -267,6 +274,13 @@ class Trainer:
         seed = self.config.seed * _SEED_STRIDE + self.step
         first = self.ranks.rank * len(examples) * group
         return roll_out(self.engine, self.ensemble, examples, group, self.settings.sampling, seed, first)
+
+    def _reference_logprobs(self, micro_batches: list[RolloutChunk]) -> list[list[Tensor]]:
+        assert self.reference
+        with self.with_reference():
+            if self.config.reference_device:
+                self.reference.freeze()  # joins what came over one by one
+            return reference_logprobs(self.reference, micro_batches, self.encoder, self.config)
 
     def _evaluate(self, tag: str) -> list[Sample]:
         """Score the held-out prompts, with the draws of `seed` whatever the step; none configured = no samples."""

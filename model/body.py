@@ -8,7 +8,8 @@ norm, the rotary embedding with the way into attention's rows, and the activatio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.silu_mul import silu_mul
-from .rows import Layout, rows_attention
+from .recompute import Keep, keep_all, recomputed
+from .rows import Layout, collect, rows_attention
 
 
 class Norm(LlamaRMSNorm):
@@ -49,36 +51,62 @@ def join(decoder: Any) -> None:
                 move_together(weights)
 
 
-def forward(decoder: Any, x: Tensor, layout: Layout) -> Tensor:
+def forward(decoder: Any, x: Tensor, layout: Layout, selective: bool = False) -> Tensor:
     """x [N, D], the embeddings of the tokens -> [N, D], hidden states after the last norm.
 
-    Layers with `gradient_checkpointing` in train mode recompute their activations, as in transformers.
+    Layers with `gradient_checkpointing` in train mode recompute their activations, as in transformers. `selective`: the
+    backward pass computes again what is no product: norms, activations, and what attention reads and leaves.
     """
     cos, sin = (t[0, :, : t.shape[-1] // 2].contiguous() for t in decoder.rotary_emb(x[None], layout.positions[None]))
     residual: Tensor | None = None
     for layer in decoder.layers:
         if layer.gradient_checkpointing and layer.training:
-            x, residual = layer._gradient_checkpointing_func(_layer, layer, x, residual, cos, sin, layout)
+            x, residual = layer._gradient_checkpointing_func(_layer, layer, x, residual, cos, sin, layout, keep_all)
         else:
-            x, residual = _layer(layer, x, residual, cos, sin, layout)
+            x, residual = _layer(layer, x, residual, cos, sin, layout, recomputed if selective else keep_all)
     normed, _ = decoder.norm(x, residual)
     return normed
 
 
 def _layer(
-    layer: Any, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout
+    layer: Any, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout, keep: Keep
 ) -> tuple[Tensor, Tensor]:
     """What the layer adds, not yet added, and the residual stream before that."""
     attention, mlp = layer.self_attn, layer.mlp
-    if residual is None:
-        normed, residual = layer.input_layernorm(x), x
-    else:
-        normed, residual = layer.input_layernorm(x, residual)
-    qkv = linears(normed, [attention.q_proj, attention.k_proj, attention.v_proj])
+    qkv, residual = _norm_linears(
+        layer.input_layernorm, x, residual, [attention.q_proj, attention.k_proj, attention.v_proj], keep
+    )
     kv_heads = attention.config.num_key_value_heads
-    x = attention.o_proj(rows_attention(qkv, cos, sin, kv_heads, attention.scaling, layout))
-    normed, residual = layer.post_attention_layernorm(x, residual)
-    return mlp.down_proj(silu_mul(linears(normed, [mlp.gate_proj, mlp.up_proj]))), residual
+    rows = rows_attention(qkv, cos, sin, kv_heads, attention.scaling, layout, keep)
+    del qkv  # without gradients it is free here
+    x = _linear(attention.o_proj, partial(collect, layout), rows, keep)
+    del rows
+    gate_up, residual = _norm_linears(
+        layer.post_attention_layernorm, x, residual, [mlp.gate_proj, mlp.up_proj], keep
+    )
+    return _linear(mlp.down_proj, silu_mul, [gate_up], keep), residual
+
+
+def _norm_linears(
+    norm: Norm, x: Tensor, residual: Tensor | None, modules: Sequence[nn.Module], keep: Keep
+) -> tuple[Tensor, Tensor]:
+    """The linear layers of the norm of x and the residual stream, and the stream with x."""
+    normed, total = (norm(x), x) if residual is None else norm(x, residual)
+    with keep([normed], _again(norm, total)):
+        return linears(normed, modules), total
+
+
+def _linear(module: nn.Module, compute: Callable[..., Tensor], given: Sequence[Tensor], keep: Keep) -> Tensor:
+    """A linear layer of what `compute` makes."""
+    x = compute(*given)
+    with keep([x], _again(compute, *given)):
+        return module(x)
+
+
+def _again(compute: Callable[..., Tensor], *given: Tensor) -> Callable[[], list[Tensor]]:
+    """The same once more, for the backward pass."""
+    detached = [x.detach() for x in given]
+    return lambda: [compute(*detached)]
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:

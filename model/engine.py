@@ -169,6 +169,8 @@ class RolloutEngine:
         cuda_graphs: whether each decode step is one CUDA graph; "auto" = on a GPU where Triton takes the dtype.
         kv_dtype: "auto" = the policy's dtype; "fp8" = float8_e4m3fn with a scale for each token and head.
         kv_bytes: limit of the KV cache; None = half of a GPU's free memory. Chunks are as large as it allows.
+        kv_release: give the KV cache back when a rollout has ended; its CUDA graphs go with it, and each rollout captures
+            them anew.
 
     Raises:
         ValueError: CUDA graphs without a GPU or without Triton's kernels, an fp8 cache on a GPU that cannot convert it,
@@ -185,6 +187,7 @@ class RolloutEngine:
         cuda_graphs: bool | Literal["auto"] = "auto",
         kv_dtype: KVDtype = "auto",
         kv_bytes: int | None = None,
+        kv_release: bool = False,
     ) -> None:
         max_context = min(max_context or policy.max_context, policy.max_context)
         self.encoder = replace(encoder, max_context=min(max_context, encoder.max_context))
@@ -195,7 +198,7 @@ class RolloutEngine:
             raise ValueError('kv_dtype="fp8" needs a GPU of compute capability 8.9 or more; use "auto"')
         self.weights = Weights(policy)
         dtype = FP8 if kv_dtype == "fp8" else policy.dtype
-        self.pool = KVPool(policy.config.text_config, dtype, self.device, kv_bytes)
+        self.pool, self.kv_release = KVPool(policy.config.text_config, dtype, self.device, kv_bytes), kv_release
         # before rewards, which work beside them at the default priority
         self.decode_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self.picture_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
@@ -276,6 +279,9 @@ class RolloutEngine:
                     spans.append(clock.lap("decode"))
                 yield self._chunk(part, drawn, images, tuple(spans))
                 spans = []
+        if self.kv_release:  # the current stream, which has the memory, is behind the last chunk
+            self.graphs.clear()
+            self.pool.release()
 
     def _on(
         self, stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None = None

@@ -18,7 +18,7 @@ SCRATCH = 0  # the slot where rows that pad a batch write
 
 
 class KVPool:
-    """Keys and values of every layer; grows on demand up to its limit, and stays that large for the run.
+    """Keys and values of every layer; grows on demand up to its limit, and stays that large until `release`.
 
     Args:
         config: of the Llama body.
@@ -83,6 +83,11 @@ class KVPool:
                 slots //= 2
                 if not slots:
                     raise
+
+    def release(self) -> None:
+        """Give the memory back; the next `reserve` takes what it needs then."""
+        self._asked = 0
+        self._allocate(0)
 
     def take(self, tokens: int) -> int:
         """A segment of `tokens` slots -> its first slot."""

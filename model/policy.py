@@ -54,6 +54,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.config = self.model.config
         self.adapters: Any = None  # PEFT's model around `model`, where LoRA adapters alone train
+        self.selective = False
         body.install(self.decoder)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
             if getattr(tokenizer, name, None) is None:
@@ -110,6 +111,12 @@ class Policy:
         body.join(self.decoder)
         return self
 
+    def recompute(self, what: bool | str) -> None:
+        """What training keeps no activations of, from now on: True, layers in train mode; "selective", see body.py."""
+        self.selective = what == "selective"
+        if what is True:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def without_adapters(self) -> AbstractContextManager[None]:
         """Inside, this is the model that its LoRA adapters started from."""
         return self.adapters.disable_adapter() if self.adapters else nullcontext()
@@ -137,7 +144,7 @@ class Policy:
         """
         blocks = [[[*p, *c[:-1]] for p, c in zip(*stream, strict=True)] for stream in streams]
         ids, tables, layout = self.lay_out(blocks)
-        hidden = body.forward(self.decoder, self._embed(ids), layout)
+        hidden = body.forward(self.decoder, self._embed(ids), layout, self.selective)
         predicting = []
         for stream, table in zip(streams, tables, strict=True):
             at = [i for tokens, p, c in zip(table, *stream, strict=True) for i in tokens[len(p) - 1 :][: len(c)]]

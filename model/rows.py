@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.rope_rows import rope_gather, rope_spread
 from .packed import upload
+from .recompute import Keep, keep_all
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,7 @@ class _Spread(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, layout: Layout) -> tuple[Tensor, ...]:
         ctx.layout, ctx.shape = layout, qkv.shape
         ctx.save_for_backward(cos, sin)
-        spread: list[Tensor] = []
-        for block in layout.blocks:
-            own = block.tokens
-            spread += rope_spread(qkv[own], cos[own], sin[own], block.token_at, kv_heads)
-        return tuple(spread)
+        return tuple(x for block in layout.blocks for x in _spread(qkv, cos, sin, kv_heads, block))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,6 +106,11 @@ class _Spread(torch.autograd.Function):
             own = block.tokens
             rope_gather(queries, keys, values, cos[own], sin[own], block.starts, block.places, d_qkv[own])
         return d_qkv, None, None, None, None
+
+
+def _spread(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, block: Block) -> list[Tensor]:
+    own = block.tokens
+    return rope_spread(qkv[own], cos[own], sin[own], block.token_at, kv_heads)
 
 
 class _Collect(torch.autograd.Function):
@@ -130,7 +133,15 @@ class _Collect(torch.autograd.Function):
         return None, *grads
 
 
-def rows_attention(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, scale: float | None, layout: Layout) -> Tensor:
+def rows_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    kv_heads: int,
+    scale: float | None,
+    layout: Layout,
+    keep: Keep = keep_all,
+) -> list[Tensor]:
     """Rotary embedding and causal attention of every row.
 
     Args:
@@ -139,15 +150,23 @@ def rows_attention(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, scale: 
         kv_heads: Hkv.
         scale: of the scores; None = E^-1/2.
         layout: of their rows.
+        keep: what is done with queries, keys and values at all places until the backward pass.
 
     Returns:
-        [N, Hq·E].
+        Of each block [S·L, Hq·E], for `collect`.
     """
     spread = _Spread.apply(qkv, cos, sin, kv_heads, layout)
     outputs = []
     for i, block in enumerate(layout.blocks):
-        q, k, v = (x.view(*block.shape, *x.shape[1:]).transpose(1, 2) for x in spread[3 * i : 3 * i + 3])
+        own = spread[3 * i : 3 * i + 3]
+        q, k, v = (x.view(*block.shape, *x.shape[1:]).transpose(1, 2) for x in own)
         grouped = q.shape[1] != kv_heads
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        with keep(own, partial(_spread, qkv.detach(), cos, sin, kv_heads, block)):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
-    return _Collect.apply(layout, *outputs)
+    return outputs
+
+
+def collect(layout: Layout, *rows: Tensor) -> Tensor:
+    """What `rows_attention` leaves at the places of each block -> [N, Hq·E] of the tokens."""
+    return _Collect.apply(layout, *rows)

@@ -233,8 +233,10 @@ def seconds_between(start: Any, end: Any) -> float:
 
 def host_copies(model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Each tensor of a model on the CPU, and its values: pinned, if a GPU is to read them."""
-    tensors = chain(model.parameters(), model.buffers())
-    return [(t, t.data.pin_memory() if device.type == "cuda" else t.data) for t in tensors]
+    tensors = list(chain(model.parameters(), model.buffers()))
+    for tensor in tensors if device.type == "cuda" else ():
+        tensor.data = tensor.data.pin_memory()  # at once, or the host would hold both
+    return [(tensor, tensor.data) for tensor in tensors]
 
 
 @contextmanager

@@ -152,6 +152,15 @@ def test_little_kv_memory_makes_smaller_chunks(policy: Policy) -> None:
         assert_same(RolloutChunk.cat(parts), whole[0])
 
 
+def test_a_cache_given_back_changes_nothing(policy: Policy) -> None:
+    sampling, encoder = Sampling(max_completion_length=10, cfg_weight=2.0), policy.prompt_encoder(FORMAT)
+    keeps, gives = (RolloutEngine(policy, encoder, kv_release=release) for release in (False, True))
+    for seed in (11, 12):  # the second rollout takes the memory again
+        expected, found = (RolloutChunk.cat(list(e.generate(PROMPTS, 3, sampling, seed))) for e in (keeps, gives))
+        assert_same(found, expected)
+        assert keeps.pool.slots > gives.pool.slots == 0 and gives.pool.layer(0)[0].untyped_storage().nbytes() == 0
+
+
 def test_a_prompt_that_the_cache_cannot_hold_is_named(policy: Policy) -> None:
     encoder = policy.prompt_encoder(FORMAT)
     engine = RolloutEngine(policy, encoder, kv_bytes=45 * RolloutEngine(policy, encoder).pool.bytes_per_token)

@@ -91,6 +91,31 @@ def test_outputs_and_gradients(kv_heads: int, checkpointing: bool) -> None:
             close(policy.hidden(stream), [together])
 
 
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_selective_recomputation_changes_no_bit_and_repeats_no_product(
+    kv_heads: int, dtype: torch.dtype, joined: bool
+) -> None:
+    def train(what: bool | str) -> tuple[list[Tensor], _Launches]:
+        policy = tiny_policy(kv_heads=kv_heads)
+        policy.model.to(dtype)
+        if joined:
+            body.join(policy.decoder)
+        policy.recompute(what)
+        outputs = policy.hidden(*streams(policy))
+        with _Launches() as launches:
+            return gradients(policy, outputs), launches
+
+    (expected, once), (found, again) = train(False), train("selective")
+    wanted = [(x, y) for x, y in zip(found, expected, strict=True) if x is not None or y is not None]
+    assert wanted and all(torch.equal(x, y) for x, y in wanted)
+    assert once.names["mm"] == again.names["mm"] > 0
+    repeated = again.names - once.names
+    # of two layers and two blocks
+    assert repeated == {"bicot::rms_norm": 4, "bicot::silu_mul": 2, "bicot::rope_spread": 4, "index_select.out": 4}
+
+
 def test_a_reference_model_computes_the_same_in_fewer_products() -> None:
     policy, reference = tiny_policy(), tiny_policy().freeze()
     close(reference.hidden(*streams(policy)), policy.hidden(*streams(policy)))

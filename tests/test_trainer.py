@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tiny import ROOT, tiny_policy
 
 from bicot.grpo.cli import parse_config
+from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.data import step_indices
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.output import locked
@@ -298,10 +299,20 @@ def test_settings_of_section_one_all_run(job: Path, tmp_path: Path) -> None:
         assert ("kl" in row) == (i != 0)
 
 
-def test_gradient_checkpointing_changes_nothing(job: Path, tmp_path: Path) -> None:
-    for flag in ("false", "true"):
-        run(job, tmp_path / flag, *SMALL, "--max_steps", "2", "--gradient_checkpointing", flag)
-    assert_same_weights(weights(tmp_path / "false", 2), weights(tmp_path / "true", 2))
+@pytest.mark.parametrize("lora", [(), ("--lora_r", "2", "--lora_dropout", "0.5")])
+def test_settings_that_save_memory_change_nothing(job: Path, tmp_path: Path, lora: tuple[str, ...]) -> None:
+    """No bit of the weights; "auto" recomputes nothing on a CPU."""
+    settings = [("--gradient_checkpointing", how) for how in ("false", "true", "selective", "auto")]
+    settings += [("--rollout_kv_release", "true")] + [("--reference_device", "cpu")] * (not lora)
+    for i, words_ in enumerate(settings):
+        run(job, tmp_path / str(i), *SMALL, *lora, "--max_steps", "2", *words_)
+        read = adapters if lora else weights
+        assert_same_weights(read(tmp_path / "0", 2), read(tmp_path / str(i), 2))
+
+
+def test_adapters_have_no_reference_to_move() -> None:
+    with pytest.raises(ValueError, match="reference_device=cpu does not go with lora_r"):
+        Config(reference_device="cpu", lora_r=4, rewards=RewardConfig("scene"))
 
 
 def test_long_prompt_is_named_before_anything_is_spent(job: Path, tmp_path: Path) -> None:

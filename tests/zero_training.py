@@ -20,6 +20,7 @@ from bicot.grpo.zero import ZeroAdamW, engine_config
 from bicot.model.weights import gathered
 
 STEPS, SAVED = 3, 2
+SHARDED = "zero3_sharded.json"  # norms too, which ZeRO-3 by itself keeps whole
 STAGES = {"ddp": None, **{name: f"{name}.json" for name in ("zero1", "zero2", "zero2_offload", "zero3")}}
 DTYPES = ("float32", "bfloat16")
 FACTORS = (0.0, 1.0, float("nan"))
@@ -73,13 +74,15 @@ def main() -> None:
     uneven = {"rollout_max_rows": (8, 2)[ranks.rank]}
     runs = {f"{stage} {dtype}": {"dtype": dtype} for stage in STAGES for dtype in DTYPES}
     runs |= {f"{stage} lora": {"lora_r": 4, "learning_rate": 0.02} for stage in ("ddp", "zero2")}
-    runs["zero3 checkpointing"] = {"gradient_checkpointing": "true"}
+    for how in ("zero3 true", "zero3 selective", "zero2 selective"):
+        runs[f"{how} checkpointing"] = {"gradient_checkpointing": how.split()[1]}
     for name, other in RESUMED.items():
         checkpoint = out / other / f"checkpoint-{SAVED:06d}"
         runs[name] = {"dtype": "bfloat16" if "bfloat16" in name else "float32", "resume": str(checkpoint)}
     for name, changes in runs.items():
         file = STAGES[name.split()[0]]
-        run(job, out / name, ranks, **uneven, **changes, deepspeed=f"{ROOT}/configs/{file}" if file else "null")
+        settings = job / SHARDED if "checkpointing" in name and "zero3" in name else ROOT / "configs" / str(file)
+        run(job, out / name, ranks, **uneven, **changes, deepspeed=settings if file else "null")
     seen = {
         stage: {str(factor): step_of_gradient(factor, job, ranks, stage) for factor in FACTORS}
         for stage, file in STAGES.items()
