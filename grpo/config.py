@@ -235,7 +235,9 @@ class Config:
         if self.deepspeed and self.optim != "adamw_torch_fused":
             raise ValueError(f"optim={self.optim} does not go with deepspeed: it trains with adamw_torch_fused")
         if self.reference_device and self.lora_r:
-            raise ValueError("reference_device=cpu does not go with lora_r: the reference is the policy without adapters")
+            raise ValueError(
+                "reference_device=cpu does not go with lora_r: the reference is the policy without adapters"
+            )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

@@ -81,9 +81,7 @@ def _layer(
     del qkv  # without gradients it is free here
     x = _linear(attention.o_proj, partial(collect, layout), rows, keep)
     del rows
-    gate_up, residual = _norm_linears(
-        layer.post_attention_layernorm, x, residual, [mlp.gate_proj, mlp.up_proj], keep
-    )
+    gate_up, residual = _norm_linears(layer.post_attention_layernorm, x, residual, [mlp.gate_proj, mlp.up_proj], keep)
     return _linear(mlp.down_proj, silu_mul, [gate_up], keep), residual
 
 

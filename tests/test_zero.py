@@ -96,7 +96,9 @@ def test_adapters_train_with_zero2(runs: Path) -> None:
     assert_same(metrics(runs / "zero2 lora"), expected, BOUND["float32"])
 
 
-@pytest.mark.parametrize("name", [f"{how} checkpointing" for how in ("zero3 true", "zero3 selective", "zero2 selective")])
+@pytest.mark.parametrize(
+    "name", [f"{how} checkpointing" for how in ("zero3 true", "zero3 selective", "zero2 selective")]
+)
 def test_recomputed_activations_change_nothing(runs: Path, name: str) -> None:
     assert_same(metrics(runs / name), metrics(runs / f"{name.split()[0]} float32"), 1e-6)
 
