@@ -169,7 +169,7 @@ class RolloutEngine:
         cuda_graphs: whether each decode step is one CUDA graph; "auto" = on a GPU where Triton takes the dtype.
         kv_dtype: "auto" = the policy's dtype; "fp8" = float8_e4m3fn with a scale for each token and head.
         kv_bytes: limit of the KV cache; None = half of a GPU's free memory. Chunks are as large as it allows.
-        kv_release: give the KV cache back when a rollout has ended; its CUDA graphs go with it, and each rollout captures
+        kv_release: give the KV cache back when a rollout has ended. Its CUDA graphs go with it: each rollout captures
             them anew.
 
     Raises:
