@@ -37,21 +37,44 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def samples_of(
-    rollout: RolloutChunk, examples: Sequence[Example], scores: Tensor, ensemble: RewardEnsemble
+    rollout: RolloutChunk,
+    examples: Sequence[Example],
+    scores: Tensor,
+    ensemble: RewardEnsemble,
+    places: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """The samples of a scored rollout as plain records; examples [S] as they were scored."""
-    pixels, totals = to_pixels(rollout.images), ensemble.total(scores).tolist()
+    """The samples of a scored rollout, or those at `places`, as plain records; examples [S] as they were scored."""
+    places, totals = range(len(examples)) if places is None else places, ensemble.total(scores).tolist()
     return [
         Sample(
-            example.prompt,
-            example.task_type,
+            examples[s].prompt,
+            examples[s].task_type,
             rollout.plan_texts[s],
             totals[s],
             dict(zip(ensemble.names, scores[s].tolist(), strict=True)),
-            pixels[s],
+            pixels,
         )
-        for s, example in enumerate(examples)
+        for s, pixels in zip(places, to_pixels(rollout.images[list(places)]), strict=True)
     ]
+
+
+def gather_samples(
+    places: Sequence[int],
+    rollout: RolloutChunk,
+    examples: Sequence[Example],
+    scores: Tensor,
+    ensemble: RewardEnsemble,
+    ranks: Ranks,
+) -> list[Sample]:
+    """The samples at `places` among those of all ranks, which have as many each -> these, in this order, on every rank.
+
+    Only they go from rank to rank.
+    """
+    first = ranks.rank * len(examples)
+    own = [place - first for place in places if first <= place < first + len(examples)]
+    samples = samples_of(rollout, examples, scores, ensemble, own)
+    found = dict(ranks.gather([(first + place, sample) for place, sample in zip(own, samples, strict=True)]))
+    return [found[place] for place in places]
 
 
 def mean_by_name(rewards: Iterable[tuple[str, float]]) -> dict[str, float | None]:

@@ -42,11 +42,19 @@ def reward_metrics(
 
 
 def reward_costs(handle: RewardHandle, ranks: Ranks) -> dict[str, float]:
-    """Times of this rank, skipped samples of all."""
-    metrics = handle.metrics
-    names = [name for name in metrics if name.endswith("/skipped")]
-    skipped = ranks.gather([[metrics[name] for name in names]])
-    return {**metrics, **{name: sum(each) for name, each in zip(names, zip(*skipped, strict=True), strict=True)}}
+    """Of each reward the longest time that it took a rank, what of it the longest wait leaves hidden, and the samples
+    that it skipped on all ranks."""
+    everyone, costs = ranks.gather([handle.metrics]), {}
+    for name in handle.names:
+        worked, hidden, skipped = (
+            [metrics[f"rewards/{name}/{what}"] for metrics in everyone]
+            for what in ("milliseconds", "milliseconds_hidden", "skipped")
+        )
+        waited = max(each - behind for each, behind in zip(worked, hidden, strict=True))
+        costs[f"rewards/{name}/milliseconds"] = max(worked)
+        costs[f"rewards/{name}/milliseconds_hidden"] = max(worked) - waited
+        costs[f"rewards/{name}/skipped"] = sum(skipped)
+    return costs
 
 
 def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool]) -> dict[str, float]:

@@ -60,10 +60,15 @@ def no_failure(what: str) -> Iterator[None]:
 
 def pick(samples: Sequence[Sample], count: int = GRID_COLUMNS) -> list[Sample]:
     """`count` samples, taken evenly from every task type, the same ones for the same list."""
-    tasks: dict[str, list[Sample]] = {}
-    for sample in samples:
-        tasks.setdefault(sample.task_type, []).append(sample)
-    picked: list[Sample] = []
+    return [samples[i] for i in pick_places([sample.task_type for sample in samples], count)]
+
+
+def pick_places(task_types: Sequence[str], count: int = GRID_COLUMNS) -> list[int]:
+    """Where in a list of samples of these task types those are that `pick` takes."""
+    tasks: dict[str, list[int]] = {}
+    for place, task in enumerate(task_types):
+        tasks.setdefault(task, []).append(place)
+    picked: list[int] = []
     for turn in range(count):
         for task in sorted(tasks):
             stride = max(1, len(tasks[task]) * len(tasks) // count)

@@ -37,17 +37,17 @@ from .errors import stop_signals
 from .evaluate import (
     Sample,
     evaluate,
+    gather_samples,
     heldout_table,
     load_samples,
     mean_reward,
-    samples_of,
     save_samples,
 )
 from .metrics import Phases, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
 from .output import go_back, locked, make_room
 from .plan import settle
-from .report import draw_grid, no_failure, pick, write_report
+from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
 from .step import reference_logprobs, split, update
 from .tracking import Log, require_trackers
@@ -235,17 +235,18 @@ class Trainer:
         if not scored and ranks.main:
             print(f"step {self.step}: no reward applies to any sample; the update is skipped")
         grid = None
-        if config.sample_steps and self.step % config.sample_steps == 0 and ranks.main:
-            samples = samples_of(rollout, repeated, scores, self.ensemble)
-            picked = pick(samples[:: config.num_generations])
-            path = self.output / "samples" / f"step-{self.step:06d}.png"
-            with no_failure(f"step {self.step}: no grid of samples"):
-                save_samples(picked, path)
-                draw_grid({f"step {self.step}": picked}, path)
-                grid = path
         tasks = [example.task_type for example in repeated]
         told = ranks.gather(list(zip(tasks, rollout.plans.tolist(), rollout.truncated.tolist(), strict=True)))
         tasks, plans, truncated = map(list, zip(*told, strict=True))
+        if config.sample_steps and self.step % config.sample_steps == 0:
+            places = [config.num_generations * prompt for prompt in pick_places(tasks[:: config.num_generations])]
+            picked = gather_samples(places, rollout, repeated, scores, self.ensemble, ranks)
+            path = self.output / "samples" / f"step-{self.step:06d}.png"
+            if ranks.main:
+                with no_failure(f"step {self.step}: no grid of samples"):
+                    save_samples(picked, path)
+                    draw_grid({f"step {self.step}": picked}, path)
+                    grid = path
         metrics = {
             **reward_metrics(self.ensemble, everyone, config.num_generations, tasks),
             **reward_costs(handle, ranks),

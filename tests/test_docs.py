@@ -62,6 +62,8 @@ def test_options_and_links_exist(text: str) -> None:
         "force_memory",
         "model",
         "nproc-per-node",
+        "log-dir",
+        "tee",
     }  # of generate.py and torchrun
     fields |= {"output", "gpu", "gpus", "shape", "quick", "tests"}  # of the benches
     assert set(re.findall(r"--([a-z][\w.-]+)", text)) <= fields
