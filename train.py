@@ -33,7 +33,7 @@ def main(words: list[str]) -> None:
     if config.profile:
         from bicot.bench.step_profile import profile
 
-        ranks = Ranks.start()
+        ranks = Ranks.start(config.ddp_timeout)
         try:
             file = Path(config.profile)
             with ranks.naming_the_lost():

@@ -177,7 +177,7 @@ TARGETS = [
     Target(torch.autograd, "backward", "backward"),
     Target(MasterAdamW, "collect", "optimizer", collect_work),
     Target(MasterAdamW, "step", "optimizer", optimizer_work),
-    *(Target(Ranks, method, "communication") for method in ("sum", "max", "sum_gradients", "cat", "gather", "barrier")),
+    *(Target(Ranks, method, "communication") for method in ("sum", "max", "sum_gradients", "cat", "gather", "meet")),
     *(
         Target(trainer, function, "metrics")
         for function in ("reward_metrics", "reward_costs", "plan_metrics", "on_host")

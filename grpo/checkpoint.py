@@ -6,16 +6,16 @@
                                     trainer_state.pt      (step, optimizer, schedule)
                                     manifest.json         (size and SHA-256 of every file)
 
-A checkpoint appears under its name only when it is whole, and is checked against its manifest before a run goes on
-from it. Sampling and data order are functions of (seed, step), so no generator state is stored. Only folders named
-`checkpoint-` and a number are ever deleted.
+A checkpoint appears under its name only when it is whole and on the disk, and is checked against its manifest before a
+run goes on from it. What is being written or deleted is named `.checkpoint-000050.partial`; a checkpoint that another
+replaces is `.checkpoint-000050.old` until that one has its name. Sampling and data order are functions of (seed, step),
+so no generator state is stored. Only folders named `checkpoint-` and a number are ever deleted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 
 from ..model.policy import Policy
 from ..model.settings import RolloutSettings
+from .files import sync
 from .optim import MasterAdamW
 
 STATE = "trainer_state.pt"
@@ -48,10 +49,15 @@ def step_of(checkpoint: Path) -> int:
 def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `resume` means (None = start anew), and a line for each damaged one that was passed over.
 
+    Call it on one rank alone: a checkpoint whose replacement was interrupted gets its name back.
+
     Raises:
         FileNotFoundError: `resume` names a folder without a trainer state.
         ValueError: the folder that `resume` names is damaged, or every checkpoint in `output_dir` is.
     """
+    for old in output_dir.glob(".checkpoint-*.old"):
+        target = old.with_name(old.stem[1:])
+        shutil.rmtree(old) if target.exists() else old.rename(target)
     if resume is None:
         return None, []
     if resume != "auto":
@@ -113,8 +119,9 @@ def save_checkpoint(
     `weights` are the policy's where ZeRO-3 has sharded its own; `optimizer` is a state.
     """
     target = output_dir / f"checkpoint-{step:06d}"
-    partial = output_dir / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = (output_dir / f".{target.name}.{what}" for what in ("partial", "old"))
+    for left in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(left)
     partial.mkdir(parents=True)
     policy.save_pretrained(partial, weights)
     settings.save(partial)
@@ -123,10 +130,16 @@ def save_checkpoint(
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     entries = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    for path in (*partial.rglob("*"), partial):
+        sync(path)
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    sync(output_dir)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
     return target
 
 

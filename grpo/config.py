@@ -37,6 +37,7 @@ class Config:
         distributed: what several ranks share: ddp nothing, deepspeed (ZeRO) masters, gradients and weights as its JSON
             says; auto is deepspeed where `deepspeed` is given.
         deepspeed: DeepSpeed's JSON, such as configs/zero2.json; what is "auto" there is taken from these settings.
+        ddp_timeout: seconds that ranks wait for each other before the run ends; not while rank 0 writes.
         train_file: prompts in T2I-R1's JSONL schema.
         eval_file: held-out prompts in the same schema, scored before and after training; null = none.
         skip_bad_prompts: leave out prompts that cannot be read or scored, and list them; otherwise they are an error.
@@ -113,6 +114,7 @@ class Config:
     gradient_checkpointing: bool | Literal["selective", "auto"] = False
     distributed: Literal["auto", "ddp", "deepspeed"] = "auto"
     deepspeed: str | None = None
+    ddp_timeout: float = 1800.0
 
     train_file: str = "t2i_r1_prompts.jsonl"
     eval_file: str | None = None
@@ -202,7 +204,7 @@ class Config:
         _require(kv_gib is None or kv_gib > 0, "rollout_kv_gib", kv_gib, "above 0, or null")
         for name in ("temperature", "image_temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
-        for name in ("max_grad_norm", "adam_epsilon", "epsilon", "importance_sampling_clip_max"):
+        for name in ("ddp_timeout", "max_grad_norm", "adam_epsilon", "epsilon", "importance_sampling_clip_max"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         for name in ("epsilon_high", "delta"):
             value = getattr(self, name)

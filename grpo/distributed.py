@@ -6,28 +6,37 @@ one rank with twice the accumulation.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import pickle
 import shlex
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+TIMEOUT = 1800.0
+BUCKET_BYTES = 256 * 2**20
 _DEATH_SECONDS = 2.0  # a connection breaks before the process that held it can be seen to be gone
 
 
+Result = TypeVar("Result")
+
+
 class RankLost(RuntimeError):
-    """Another rank ended, and this one cannot go on without it."""
+    """Another rank ended or does not come, and this one cannot go on without it."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +47,15 @@ class Ranks:
     size: int
     device: torch.device
     processes: tuple[tuple[str, int], ...] = ()  # host and pid of every rank
+    store: Any = None  # torchrun's, where there are others
+    timeout: float = TIMEOUT
+    turns: Iterator[int] = field(default_factory=itertools.count)  # the same on all ranks
 
     @classmethod
-    def start(cls) -> Ranks:
+    def start(cls, timeout: float = TIMEOUT) -> Ranks:
         """Join the group that torchrun's environment describes: NCCL with GPUs, gloo without. A rank that torchrun
-        started ends when torchrun does, however that ends."""
+        started ends when torchrun does, however that ends. A collective may take `timeout` seconds; NCCL ends the
+        process itself when one takes longer."""
         if "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         cuda = torch.cuda.is_available()
@@ -50,10 +63,13 @@ class Ranks:
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(device)
-        size = int(os.environ.get("WORLD_SIZE", 1))
+        rank, size, store = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
         if size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        alone = cls(int(os.environ.get("RANK", 0)), size, device)
+            store, _, _ = next(dist.rendezvous("env://"))
+            limit = timedelta(seconds=timeout)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, rank=rank, world_size=size, store=store)
+            store = dist.PrefixStore("bicot", store)
+        alone = cls(rank, size, device, store=store, timeout=timeout)
         return replace(alone, processes=tuple(alone.gather([(socket.gethostname(), os.getpid())])))
 
     @property
@@ -78,8 +94,11 @@ class Ranks:
             lost = self._lost(_DEATH_SECONDS if broken else 0.0)
             signal.signal(signal.SIGTERM, previous)
             if lost is not None:
-                pid = self.processes[lost][1]
-                raise RankLost(f"rank {lost} (process {pid}) ended, and so does this one; {_log_of(lost)}") from error
+                raise self._ended(lost) from error
+            if "Timed out waiting" in str(error):
+                place = self._at(self.rank).partition(" ")[2] or "the start"
+                late = f"another rank did not come to a collective within {self.timeout:g} s (ddp_timeout)"
+                raise RankLost(f"{late}; all were last seen at {place}") from error
             if broken and len({host for host, _ in self.processes}) > 1:
                 raise RankLost(f"a rank elsewhere ended, or the network; see its log there: {error}") from error
             raise
@@ -95,9 +114,67 @@ class Ranks:
                 return None
             time.sleep(0.05)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+    def _ended(self, rank: int) -> RankLost:
+        return RankLost(f"{self._name(rank)} ended, and so does this one; {_log_of(rank)}")
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (process {self.processes[rank][1]})"
+
+    def _at(self, rank: int) -> str:
+        """Where a rank met the others last: a number, a space and the place; empty before."""
+        return self.store.get(f"at {rank}").decode() if self.store.check([f"at {rank}"]) else ""
+
+    def _wait(self, key: str, seconds: float = math.inf) -> bool:
+        """Whether the store has the key in that time. Waits a second at a time: between them Python handles signals."""
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            with suppress(dist.DistStoreError):
+                self.store.wait([key], timedelta(seconds=min(1, left)))
+                return True
+            if (lost := self._lost(0)) is not None:
+                raise self._ended(lost)
+        return False
+
+    def on_main(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on rank 0, on every rank. The others wait outside of a collective: it has no timeout."""
+        if self.store is None:
+            return work()
+        key = f"done {next(self.turns)}"
+        if not self.main:
+            self._wait(key)
+            if not (done := self.store.get(key)):
+                raise RankLost(f"{self._name(0)} failed, and so does this one; {_log_of(0)}")
+            return pickle.loads(done)
+        done = b""
+        try:
+            result = work()
+            done = pickle.dumps(result)
+        finally:
+            self.store.set(key, done)
+        return result
+
+    def meet(self, step: int) -> dict[str, float]:
+        """Wait until all ranks are here, in the middle of a step -> the longest wait, and the rank that waited least.
+
+        Raises:
+            RankLost: one has not come within the timeout.
+        """
+        if self.store is None:
+            return {}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        start, turn = time.perf_counter(), next(self.turns)
+        self.store.set(f"at {self.rank}", f"{turn} step {step}")
+        if self.store.add(f"came {turn}", 1) == self.size:
+            self.store.set(f"all {turn}", "")
+        if not self._wait(f"all {turn}", self.timeout):
+            late = next(rank for rank in range(self.size) if not self._at(rank).startswith(f"{turn} "))
+            raise RankLost(
+                f"step {step}: {self._name(late)} has no scores {self.timeout:g} s after {self._name(self.rank)} "
+                f"(ddp_timeout): it hangs or is slow; {_log_of(late)}"
+            )
+        waits = self.cat(torch.tensor([time.perf_counter() - start]))
+        return {"seconds/wait": waits.max().item(), "slowest_rank": int(waits.argmin())}
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
@@ -112,14 +189,18 @@ class Ranks:
         return value
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum `.grad` of all parameters over the ranks, in one flat message."""
+        """Sum `.grad` of all parameters over the ranks: large ones in place, others in flat copies of BUCKET_BYTES."""
         if self.size == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([grad.flatten() for grad in grads])
-        dist.all_reduce(flat)
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad))
+        for bucket in _buckets(grads):
+            if len(bucket) == 1 and bucket[0].is_contiguous():
+                dist.all_reduce(bucket[0])
+                continue
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            dist.all_reduce(flat)
+            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                grad.copy_(part.view_as(grad))
 
     def cat(self, value: Tensor) -> Tensor:
         """[n, …] of every rank -> [size·n, …] in rank order, where `value` is; n is the same everywhere."""
@@ -137,6 +218,18 @@ class Ranks:
         parts: list[Any] = [None] * self.size
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, as many at a time as BUCKET_BYTES hold, but at least one."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(other.nbytes for other in bucket) + tensor.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
 
 
 def _end_with_parent(parent: int) -> None:

@@ -16,6 +16,7 @@ from ..model.engine import RolloutChunk, RolloutEngine, Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble
 from .distributed import Ranks
+from .files import whole
 from .rollout import roll_out
 
 
@@ -91,11 +92,14 @@ def mean_by_task(samples: Sequence[Sample]) -> dict[str, float | None]:
 
 
 def save_samples(samples: Sequence[Sample], path: Path) -> None:
-    """Write `path`.jsonl (everything but the pictures) and `path`.npz (the pictures, in the same order)."""
+    """Write `path`.npz (the pictures), then `path`.jsonl (the rest, in the same order), without which there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{k: v for k, v in asdict(sample).items() if k != "image"} for sample in samples]
-    path.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    np.savez_compressed(path.with_suffix(".npz"), images=np.stack([sample.image for sample in samples]))
+    path.with_suffix(".jsonl").unlink(missing_ok=True)
+    with whole(path.with_suffix(".npz")) as part:
+        np.savez_compressed(part, images=np.stack([sample.image for sample in samples]))
+    with whole(path.with_suffix(".jsonl")) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load_samples(path: Path) -> list[Sample]:

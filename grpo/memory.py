@@ -9,7 +9,7 @@ I intermediate, Q and K the widths of queries and of keys, e bytes of the dtype.
 and with `gradient_checkpointing` its two inputs, 2·e·N·D, and one whole layer at a time. Backward of a layer has in
 hand e·N·(2·D + 3·I) more. A pass without gradients holds at its widest e·N·(8·D + 4·I). The update's peak is the
 largest of these moments: the loss (the head's gradient in float32, a chunk of logits), the first and the last layer's
-backward pass, the conversion of gradients to float32, and the sum over ranks, in a flat copy.
+backward pass, the conversion of gradients to float32, and the sum over ranks, in flat copies of at most 256 MiB.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..kernels.linear_logprobs import CHUNK_BYTES
+from .distributed import BUCKET_BYTES
 
 MIB = 2**20
 
@@ -141,7 +142,7 @@ def update_peak(
         most = (before + own + 4 * largest) if before else wide + shape.bytes * largest
         moments.append(Update(most, hidden, 0))
     if training.ranks > 1 and training.stage == 0:
-        moments.append(Update(2 * (wide or own), hidden, 0))
+        moments.append(Update((wide or own) + min(wide or own, BUCKET_BYTES), hidden, 0))
     return max(moments, key=lambda moment: moment.total)
 
 

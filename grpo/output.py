@@ -13,10 +13,11 @@ from pathlib import Path
 
 from .checkpoint import list_checkpoints, step_of
 from .config import Config
+from .files import whole
 
-METRICS = "metrics.jsonl"
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 # what a run leaves besides its checkpoints
-_FILES = (METRICS, "summary.json", "report.html", "before_after.png")
+_FILES = (METRICS, SUMMARY, "report.html", "before_after.png")
 _FOLDERS = ("samples",)
 
 
@@ -62,6 +63,8 @@ def make_room(output: Path, config: Config) -> list[str]:
     Raises:
         FileExistsError: it holds an earlier run, and nothing says what should become of it.
     """
+    if config.resume == "auto" and not list_checkpoints(output) and not (output / SUMMARY).exists():
+        return go_back(output, 0)  # it ended before its first checkpoint, and begins again
     said = []
     if holds_run(output):
         kept = [*(output / name for name in (*_FILES, *_FOLDERS)), *list_checkpoints(output)]
@@ -102,9 +105,8 @@ def go_back(output: Path, step: int) -> list[str]:
         rows, torn = read_metrics(metrics)
         if torn:
             said.append(f"{metrics}: the last line was not whole and is dropped")
-        part = metrics.with_name(f".{METRICS}.part")
-        part.write_text("".join(f"{line}\n" for line, row in rows if row["step"] <= step))
-        part.replace(metrics)
+        with whole(metrics) as part:
+            part.write_text("".join(f"{line}\n" for line, row in rows if row["step"] <= step))
     return said
 
 

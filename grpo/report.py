@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .config import Config
 from .evaluate import Sample, load_samples, reward_rows
+from .files import whole
 
 if TYPE_CHECKING:  # who trains without pictures need not have it
     from matplotlib.axes import Axes
@@ -35,7 +36,7 @@ _MOST_PIXELS = 30_000  # matplotlib draws at most 65,536
 _SMALL = 128  # pixels, of a picture whose pixels are to be seen
 _FONT = "DejaVu Sans"  # ships with matplotlib
 _NO_TEXT = ("Last Resort", "cm")  # fonts of boxes, and of symbols at other characters' codes
-_PHASES = ("plan", "draw", "decode", "reward", "reference", "train")
+_PHASES = ("plan", "draw", "decode", "reward", "wait", "reference", "train")
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1em;overflow-wrap:anywhere}
 img{max-width:100%;height:auto} table{border-collapse:collapse;margin:1em 0} caption,th{text-align:left}
@@ -186,7 +187,8 @@ def draw_grid(rows: Mapping[str, Sequence[Sample]], path: Path) -> None:
     """Write `grid_figure` as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = grid_figure(rows)
-    figure.savefig(path, dpi=min(100, _MOST_PIXELS / max(figure.get_size_inches())))
+    with whole(path) as part:
+        figure.savefig(part, dpi=min(100, _MOST_PIXELS / max(figure.get_size_inches())))
 
 
 def write_report(
@@ -232,7 +234,8 @@ def write_report(
 {sections(pictures)}
 <details><summary>Settings</summary><pre>{settings}</pre></details></body></html>
 """
-    (output / "report.html").write_text(page, encoding="utf-8")
+    with whole(output / "report.html") as part:
+        part.write_text(page, encoding="utf-8")
 
 
 def _reward_table(heldout: Mapping[str, Sequence[Sample]]) -> str:

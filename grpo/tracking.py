@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -91,10 +92,15 @@ class Log:
 
     def write(self, step: int, metrics: dict[str, float], grid: Path | None = None) -> None:
         """Record one step: a JSON line {"step": …, metric: value, …}, trackers, and the bar. What is not finite is left
-        out: JSON has no word for it."""
+        out: JSON has no word for it.
+
+        The line is on the disk before the step's checkpoint is written. A crash inside this call can leave a part of
+        it, which the next run drops; trackers keep their own files, and may lose or repeat steps.
+        """
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.file.flush()
+        os.fsync(self.file.fileno())
         for tracker in self.trackers:
             tracker.log(step, metrics, grid)
         self.bar.set_postfix_str(_summary(metrics), refresh=False)

@@ -43,9 +43,10 @@ from .evaluate import (
     mean_reward,
     save_samples,
 )
+from .files import whole
 from .metrics import Phases, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
-from .output import go_back, locked, make_room
+from .output import SUMMARY, go_back, locked, make_room
 from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
@@ -87,7 +88,7 @@ class Trainer:
         self.ensemble = config.rewards.build(weights, device=ranks.device, failures=self.output)
         for file in files:
             file.check(self.ensemble.check)
-        checkpoint, said = find_checkpoint(config.resume, self.output)
+        checkpoint, said = ranks.on_main(lambda: find_checkpoint(config.resume, self.output))
         if adapter_base(config.model_name_or_path):
             raise ValueError(
                 f"model_name_or_path={config.model_name_or_path!r} is a LoRA adapter; merge it into its model first: "
@@ -122,15 +123,17 @@ class Trainer:
             kv_bytes=None if config.rollout_kv_gib is None else int(config.rollout_kv_gib * 2**30),
             kv_release=config.rollout_kv_release,
         )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.saved = 0, 0.0, -1
         if checkpoint:
             self.step, self.seconds, changed = load_state(checkpoint, self.optimizer, self._run_settings())
             said += changed
-        if ranks.main:  # last: nothing is touched before all that can be refused has been
-            said += make_room(self.output, config) if checkpoint is None else go_back(self.output, self.step)
-            (self.output / "samples").mkdir(parents=True, exist_ok=True)
-            print("".join(f"{line}\n" for line in said), end="")
-        ranks.barrier()
+        ranks.on_main(lambda: self._begin(checkpoint, said))
+
+    def _begin(self, checkpoint: Path | None, said: list[str]) -> None:
+        """Prepare the output folder; last, so that nothing is touched before all that can be refused has been."""
+        said += make_room(self.output, self.config) if checkpoint is None else go_back(self.output, self.step)
+        (self.output / "samples").mkdir(parents=True, exist_ok=True)
+        print("".join(f"{line}\n" for line in said), end="")
 
     def _run_settings(self) -> dict[str, Any]:
         """What a checkpoint remembers: the settings, but where and when the run writes; and the prompts of a step."""
@@ -180,9 +183,8 @@ class Trainer:
         stopped = 0
         with closing(log) if log else nullcontext(), stop_signals() as received:
             while self.step < last and not (stopped := self._agree(received)):
-                metrics, grid = self._train_step()
-                if log:
-                    log.write(self.step, metrics, grid)
+                row = self._train_step()
+                self.ranks.on_main(partial(Log.write, cast(Log, log), self.step, *row))
                 if self.step % config.save_steps == 0 and self.step < last:
                     self._save()
             self._save()
@@ -209,6 +211,7 @@ class Trainer:
             reference = self._reference_logprobs(micro_batches) if self.reference else None
         with clock("reward"):
             scores = handle.result()
+        waits = ranks.meet(self.step + 1)
         everyone = ranks.cat(scores)
         scored = not self.ensemble.total(everyone).isnan().all()
         advantages = group_advantages(
@@ -261,6 +264,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "images_per_second": len(everyone) / elapsed,
             **{f"seconds/{name}": value for name, value in clock.seconds.items()},
+            **waits,
             "seconds/step": elapsed,
         }, grid
 
@@ -290,20 +294,20 @@ class Trainer:
         seed = self.config.seed * _SEED_STRIDE + _EVAL_STEP
         number = self.config.num_eval_generations
         samples = evaluate(self.engine, self.ensemble, self.heldout, number, self.settings.sampling, seed, self.ranks)
-        if self.ranks.main:
-            save_samples(samples, self.output / "samples" / f"heldout-{tag}")
+        self.ranks.on_main(lambda: save_samples(samples, self.output / "samples" / f"heldout-{tag}"))
         return samples
 
     def _saved(self, tag: str) -> list[Sample]:
         return load_samples(self.output / "samples" / f"heldout-{tag}")
 
     def _save(self) -> None:
+        if self.saved == self.step:
+            return
         state, weights = self.optimizer.state_dict(), gathered(self.policy.model, self.ranks.main)  # all ranks together
-        if self.ranks.main:
-            limit = self.config.save_total_limit
-            parts = (self.policy, weights, self.settings, state, self.seconds, self._run_settings())
-            save_checkpoint(self.output, self.step, *parts, limit)
-        self.ranks.barrier()
+        parts = (self.policy, weights, self.settings, state, self.seconds, self._run_settings())
+        limit = self.config.save_total_limit
+        self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit))
+        self.saved = self.step
 
     def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, float | int | None]:
         images = self.step * self.config.prompts_per_device * self.config.num_generations * self.ranks.size
@@ -315,7 +319,8 @@ class Trainer:
             "images_per_second": images / self.seconds if self.seconds else None,
             "seed": self.config.seed,
         }
-        (self.output / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        with whole(self.output / SUMMARY) as part:
+            part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         grids = {"before": before, "after": after}
         files = ["checkpoint", "metrics"]
         with no_failure("no report.html"):
@@ -329,7 +334,7 @@ class Trainer:
 
 def train(config: Config) -> dict[str, float | int | None]:
     """Run a training job in this process (one of several under torchrun) -> its summary, empty off the main rank."""
-    ranks = Ranks.start()
+    ranks = Ranks.start(config.ddp_timeout)
     try:
         with ranks.naming_the_lost(), locked(Path(config.output_dir)) if ranks.main else nullcontext():
             return Trainer(config, ranks).run()

@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,9 @@ class ZeroAdamW(MasterAdamW):
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        groups = deepspeed.utils.groups
+        if groups._WORLD_GROUP is None:  # its clone of the group would have PyTorch's timeout
+            groups._WORLD_GROUP = dist.new_group(range(ranks.size), timedelta(seconds=ranks.timeout))
         self.ranks = ranks
         self.parameters = policy.trainable_parameters()
         self.options = {name: engine_settings["optimizer"]["params"][name] for name in ("lr", "eps", "weight_decay")}

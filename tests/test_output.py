@@ -139,6 +139,20 @@ def test_an_earlier_run_is_refused_moved_or_replaced(tmp_path: Path) -> None:
     assert make_room(output, config()) == []
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    row = '{"step": 1}\n'
+    (tmp_path / "metrics.jsonl").write_text(row)
+    with pytest.raises(FileExistsError):
+        make_room(tmp_path, config())
+    assert make_room(tmp_path, config(resume="auto")) == []
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    for name, text in (("metrics.jsonl", row), ("summary.json", "{}")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(FileExistsError):  # that run ended as it should
+        make_room(tmp_path, config(resume="auto"))
+    assert (tmp_path / "metrics.jsonl").read_text() == row
+
+
 def test_going_back_moves_later_checkpoints_aside(tmp_path: Path) -> None:
     for name in ("checkpoint-000002", "checkpoint-000004", "checkpoint-000006", "checkpoint-best"):
         checkpoint(tmp_path, name)
