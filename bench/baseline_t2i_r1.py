@@ -45,8 +45,10 @@ FIXED = {
     "scale_rewards": "group",
     "multi_objective_aggregation": "sum_then_normalize",
     "kl_estimator": "k3",
+    "use_bias_correction_kl": False,
     "policy_logits": "conditional",
     "entropy_coef": 0.0,
+    "token_weights": None,
     "num_iterations": 1,
     "importance_sampling_correction": False,
 }
@@ -215,6 +217,9 @@ def baseline_loss(
         ValueError: a setting that the published code does not have, or a missing reward.
     """
     different = [f"{name}={value}" for name in FIXED if (value := getattr(config, name)) != FIXED[name]]
+    beta = config.beta
+    if isinstance(beta, dict):
+        raise ValueError(f"not the published algorithm: beta={beta}")
     if different or config.loss_type not in ("dapo", "bnpo"):
         raise ValueError(f"not the published algorithm: {different or config.loss_type}")
     if rewards.isnan().any():
@@ -226,11 +231,11 @@ def baseline_loss(
     with phases("train"):
         logp, mask = logprobs(policy, rollout)
     loss = -(logp - logp.detach()).exp() * advantages.to(logp)
-    if config.beta:
+    if beta:
         assert reference is not None
         with phases("reference"), torch.no_grad():
             ref, _ = logprobs(reference, rollout)
-        loss = loss + config.beta * ((ref - logp).exp() - (ref - logp) - 1)
+        loss = loss + beta * ((ref - logp).exp() - (ref - logp) - 1)
     return (loss * mask).sum() / (num_tokens or rollout.num_tokens)
 
 

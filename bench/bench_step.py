@@ -205,7 +205,7 @@ class Contest:
         phases.seconds.update(rollout.seconds)
         parts = split(rollout, config)
         with phases("reference"):
-            reference = reference_logprobs(self.reference, parts, self.encoder, config) if config.beta else None
+            reference = reference_logprobs(self.reference, parts, self.encoder, config) if config.kl_streams else None
         with phases("reward"):
             scores = handle.result()
         if inspect:

@@ -94,8 +94,9 @@ def inputs(device: str, model: str, tiny: bool, config: Config) -> Training:
 
 def refer(x: Training) -> Outputs:
     """Log-probs of all texts and of all pictures."""
-    each = reference_logprobs(x.contest.reference, x.parts, x.contest.encoder, x.config)
-    return (*map(torch.cat, zip(*each, strict=True)), None)
+    config = replace(x.config, beta=1.0)  # only what has a KL needs a reference
+    each = reference_logprobs(x.contest.reference, x.parts, x.contest.encoder, config)
+    return (*(torch.cat([one[name] for one in each]) for name in config.kl_streams), None)
 
 
 def train(x: Training) -> Outputs:

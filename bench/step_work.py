@@ -101,9 +101,11 @@ def body_work(result: tuple[list[int], Any, Any], policy: Policy, *_: Any) -> di
 
 
 def features_work(
-    result: object, policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config
+    result: list[TokenStream], policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config, *_: Any
 ) -> dict[str, Work]:
     """The image head's first layer, both ways."""
+    if all(stream.name != "image" for stream in result):
+        return {}
     rows_per_image = 2 if config.policy_logits == "guided" and config.cfg_weight != 1 else 1
     return _pass_work(policy.model.model.generation_head.proj_out, rows_per_image * rollout.image_tokens.numel())
 
@@ -123,9 +125,9 @@ def _pass_work(module: Any, tokens: int) -> dict[str, Work]:
 def reference_work(
     result: object, policy: Policy, micro_batches: Sequence[RolloutChunk], encoder: PromptEncoder, config: Config
 ) -> dict[str, Work]:
-    """The heads; `body_work` and `features_work` count the rest."""
-    plans = sum(len(part.plans.values) for part in micro_batches)
-    pictures = sum(part.image_tokens.numel() for part in micro_batches)
+    """The heads of streams with a KL; `body_work` and `features_work` count the rest."""
+    plans = sum(len(part.plans.values) for part in micro_batches) * ("text" in config.kl_streams)
+    pictures = sum(part.image_tokens.numel() for part in micro_batches) * ("image" in config.kl_streams)
     heads = policy.text_head.weight.numel() * plans + policy.image_head.weight.numel() * pictures
     return {"reference": Work(flops=2 * heads)}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from ..kernels.group_advantages import Combine, Scale
 from ..kernels.grpo_loss import KLEstimator, LossType
@@ -18,6 +18,9 @@ from ..model.prompts import ChatTemplate
 from ..rewards.config import RewardConfig, words_of
 
 TRACKERS = {"tensorboard", "wandb", "trackio"}
+STREAMS = ("text", "image")
+PerStream = float | dict[str, float]  # one number, or one for each of STREAMS
+PER_STREAM = ("beta", "epsilon", "epsilon_high", "entropy_coef")
 
 
 @dataclass
@@ -65,9 +68,12 @@ class Config:
         reward_weights: one for each of rewards.names, null = all 1.
         scale_rewards: what centred rewards are divided by.
         multi_objective_aggregation: how several rewards become one advantage.
-        beta: weight of the KL to the initial model; 0 loads no reference model.
+        beta: weight of the KL to the initial model; 0 loads no reference model. This, epsilon, epsilon_high and
+            entropy_coef take one number, or one for each stream: {text: 0.01, image: 0.0}.
         reference_device: cpu = the initial model waits in host memory, and is on the GPU for its own pass alone.
         kl_estimator: Schulman's k1, k2 or k3.
+        use_bias_correction_kl: multiply the KL by the ratio, so that its gradient is that of the reverse KL; TRL's
+            default is true.
         loss_type: normalisation and clipping of the loss; dapo divides by all tokens of the step, bnpo by those of the
             micro-batch, as the published code does.
         policy_logits: which log-probs train; conditional as published, guided those the picture was drawn from.
@@ -75,6 +81,8 @@ class Config:
         epsilon_high: upper clip range, null = epsilon.
         delta: second upper bound of the ratio, null = none.
         entropy_coef: weight of the entropy bonus.
+        token_weights: function `package.module:name` that weighs each token's term of the loss, such as
+            examples.entropy_selective:weights; null = all tokens weigh 1, at no cost.
         num_iterations: optimizer updates on one rollout.
         importance_sampling_correction: weigh tokens by truncated ratios of training to sampling log-probs.
         importance_sampling_clip_max: bound of those weights.
@@ -145,15 +153,17 @@ class Config:
     scale_rewards: Scale = "group"
     multi_objective_aggregation: Combine = "sum_then_normalize"
 
-    beta: float = 0.01
+    beta: PerStream = 0.01
     reference_device: Literal["cpu"] | None = None
     kl_estimator: KLEstimator = "k3"
+    use_bias_correction_kl: bool = False
     loss_type: LossType = "dapo"
     policy_logits: Literal["conditional", "guided"] = "conditional"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
+    epsilon: PerStream = 0.2
+    epsilon_high: PerStream | None = None
     delta: float | None = None
-    entropy_coef: float = 0.0
+    entropy_coef: PerStream = 0.0
+    token_weights: str | None = None
     num_iterations: int = 1
     importance_sampling_correction: bool = False
     importance_sampling_clip_max: float = 3.0
@@ -204,14 +214,23 @@ class Config:
         _require(kv_gib is None or kv_gib > 0, "rollout_kv_gib", kv_gib, "above 0, or null")
         for name in ("temperature", "image_temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
-        for name in ("ddp_timeout", "max_grad_norm", "adam_epsilon", "epsilon", "importance_sampling_clip_max"):
+        for name in ("ddp_timeout", "max_grad_norm", "adam_epsilon", "importance_sampling_clip_max"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        for name in ("epsilon_high", "delta"):
+        _require(self.delta is None or self.delta > 0, "delta", self.delta, "above 0, or null")
+        for name in PER_STREAM:
             value = getattr(self, name)
-            _require(value is None or value > 0, name, value, "above 0, or null")
+            one_each = not isinstance(value, dict) or set(value) == set(STREAMS)
+            _require(one_each, name, value, f"one number, or one for each of {' and '.join(STREAMS)}")
+            for label, number in _labelled(name, value):
+                _require(number is None or math.isfinite(number), label, number, "finite")
+                if name in ("beta", "entropy_coef"):
+                    _require(number >= 0, label, number, "0 or more")
+                else:
+                    optional = ", or null" if name == "epsilon_high" else ""
+                    _require(number is None or number > 0, label, number, f"above 0{optional}")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in ("beta", "learning_rate", "weight_decay", "entropy_coef", "top_k", "image_top_k", "sample_steps"):
+        for name in ("learning_rate", "weight_decay", "top_k", "image_top_k", "sample_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         for name in ("top_p", "image_top_p"):
@@ -243,6 +262,16 @@ class Config:
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 
+    def of_stream(self, stream: str) -> dict[str, Any]:
+        """beta, epsilon, epsilon_high and entropy_coef of the text or the image."""
+        values = {name: getattr(self, name) for name in PER_STREAM}
+        return {name: value[stream] if isinstance(value, dict) else value for name, value in values.items()}
+
+    @property
+    def kl_streams(self) -> tuple[str, ...]:
+        """The streams with a KL to the reference; none need no reference."""
+        return tuple(stream for stream in STREAMS if self.of_stream(stream)["beta"])
+
     @property
     def micro_batch(self) -> int:
         """Samples of one micro-batch on one device."""
@@ -252,6 +281,11 @@ class Config:
     def prompts_per_device(self) -> int:
         """Prompts of one step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+def _labelled(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The numbers of a setting, with their names on the command line."""
+    return [(f"{name}.{key}", one) for key, one in value.items()] if isinstance(value, dict) else [(name, value)]
 
 
 def _require(ok: bool, name: str, value: object, what: str) -> None:

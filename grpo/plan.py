@@ -143,7 +143,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     decoder = sum(p.numel() for n, p in model.model.vqmodel.named_parameters() if not n.startswith("encoder"))
     engine = merged + e * (decoder + shape.codes * shape.hidden) + PICTURE_BYTES
     engine += reference_bytes(shape, Batch(PREFILL_TOKENS, 0, 0, 0))
-    reference = weights if config.beta and not config.lora_r else 0
+    reference = weights if config.kl_streams and not config.lora_r else 0
     masters = training.masters * sum(trained.values()) // (ranks if training.stage else 1)
     scorers, pictures = _rewards(config)
     fixed = weights + reference + masters + engine + scorers + CONTEXT
@@ -158,7 +158,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         "optimizer moments": (training.held(sum(trained.values())) - masters,) * 3,
         "gradients": (0, 0, update.gradients),
         "KV cache": (cache, *(0 if config.rollout_kv_release else cache,) * 2),
-        "activations": (0, reference_bytes(shape, batch) if config.beta else 0, update.activations),
+        "activations": (0, reference_bytes(shape, batch) if config.kl_streams else 0, update.activations),
         "chunk of logits": (0, 0, update.logits),
         "engine": (engine,) * 3,
         "rewards": (scorers + pictures, scorers + pictures, scorers),

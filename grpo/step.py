@@ -5,6 +5,7 @@ Shapes: S samples on this rank, R rewards; a micro-batch holds `config.micro_bat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,58 +17,74 @@ from ..model.engine import RolloutChunk
 from ..model.packed import upload
 from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
-from .config import Config
+from .config import STREAMS, Config
 from .distributed import Ranks
 from .optim import MasterAdamW
+from .token_weights import TokenWeights
 
 
-def token_streams(policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config) -> list[TokenStream]:
-    """Forward the plans and the pictures of a micro-batch: the text stream and the image stream."""
+def token_streams(
+    policy: Policy,
+    rollout: RolloutChunk,
+    encoder: PromptEncoder,
+    config: Config,
+    names: Sequence[str] = STREAMS,
+) -> list[TokenStream]:
+    """Forward the plans and the pictures of a micro-batch: the text stream and the image stream, or one of them."""
     num_samples, num_tokens = rollout.image_tokens.shape
     guided = config.policy_logits == "guided" and config.cfg_weight != 1
     prompts, plans, image_prompts, tokens = rollout.ids
     pictures = policy.image_ids(tokens)
-    rows = [(prompts, plans), (image_prompts, pictures)]
+    rows = {"text": [(prompts, plans)], "image": [(image_prompts, pictures)]}
     if guided:
-        rows.append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
-    text_hidden, *image_hidden = policy.hidden(*rows)
-    features, *unconditional = map(policy.image_features, image_hidden)
-    for other in unconditional:  # the head is linear: the guided logits are the head on the guided features
-        features = other + config.cfg_weight * (features - other)
-    text_head, image_head = policy.text_head, policy.image_head
-    text = TokenStream(
-        targets=upload(rollout.plans.values, policy.device),
-        sample=upload(rollout.plans.row_of(), policy.device),
-        hidden=text_hidden,
-        weight=text_head.weight,
-        bias=text_head.bias,
-        temperature=config.temperature,
-        name="text",
-    )
-    image = TokenStream(
-        targets=rollout.image_tokens.flatten(),
-        sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
-        hidden=features,
-        weight=image_head.weight,
-        bias=image_head.bias,
-        temperature=config.image_temperature,
-        name="image",
-    )
-    if config.importance_sampling_correction:
+        rows["image"].append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
+    hidden = policy.hidden(*(row for name in names for row in rows[name]))
+    corrected, streams = config.importance_sampling_correction, []
+    if "text" in names:
+        text = TokenStream(
+            targets=upload(rollout.plans.values, policy.device),
+            sample=upload(rollout.plans.row_of(), policy.device),
+            hidden=hidden.pop(0),
+            weight=policy.text_head.weight,
+            bias=policy.text_head.bias,
+            sampling_logprob=rollout.plan_logprobs.values if corrected else None,
+            temperature=config.temperature,
+            name="text",
+        )
+        streams.append(text)
+    if "image" in names:
+        features, *unconditional = map(policy.image_features, hidden)
+        for other in unconditional:  # the head is linear: the guided logits are the head on the guided features
+            features = other + config.cfg_weight * (features - other)
         sampled = rollout.guided_logprobs if guided else rollout.image_logprobs
-        text = replace(text, sampling_logprob=rollout.plan_logprobs.values)
-        image = replace(image, sampling_logprob=sampled.flatten())
-    return [text, image]
+        image = TokenStream(
+            targets=rollout.image_tokens.flatten(),
+            sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
+            hidden=features,
+            weight=policy.image_head.weight,
+            bias=policy.image_head.bias,
+            sampling_logprob=sampled.flatten() if corrected else None,
+            temperature=config.image_temperature,
+            name="image",
+        )
+        streams.append(image)
+    return streams
 
 
 @torch.no_grad()
 def reference_logprobs(
     reference: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config
-) -> list[list[Tensor]]:
-    """Log-probs of every token under the reference model (without its adapters): one tensor a stream, micro-batch."""
+) -> list[dict[str, Tensor]]:
+    """Log-probs of every token under the reference model (without its adapters), by stream, for each micro-batch.
+
+    A stream without KL is left out: neither its rows nor its head are computed.
+    """
     with reference.without_adapters():
         return [
-            [stream.stats().logprob for stream in token_streams(reference, part, encoder, config)]
+            {
+                stream.name: stream.stats().logprob
+                for stream in token_streams(reference, part, encoder, config, config.kl_streams)
+            }
             for part in micro_batches
         ]
 
@@ -83,7 +100,7 @@ def update(
     optimizer: MasterAdamW,
     micro_batches: list[RolloutChunk],
     advantages: Tensor,
-    reference: list[list[Tensor]] | None,
+    reference: list[dict[str, Tensor]] | None,
     encoder: PromptEncoder,
     config: Config,
     ranks: Ranks,
@@ -93,7 +110,7 @@ def update(
     Args:
         micro_batches: the rollout of this rank, split.
         advantages: [S] of this rank's samples.
-        reference: `reference_logprobs` of the micro-batches, None where beta is 0.
+        reference: `reference_logprobs` of the micro-batches, None where beta is 0 for both streams.
 
     Returns:
         Metrics as device scalars: means over the tokens of the whole step, of the last iteration.
@@ -102,25 +119,26 @@ def update(
     num_tokens = ranks.sum(torch.full((), float(sum(map(sum, counts))), device=policy.device))
     num_samples = len(advantages) * ranks.size
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
+    weigh = TokenWeights(config.token_weights) if config.token_weights else None
     # in train mode alone, activations are recomputed and LoRA's dropout acts
     policy.model.train(config.gradient_checkpointing is True or config.lora_dropout > 0)
 
     def loss_of(i: int) -> tuple[Tensor, GRPOLoss]:
         part = micro_batches[i]
+        mine = advantages[i * config.micro_batch :][: len(part)]
         streams = token_streams(policy, part, encoder, config)
         for s, stream in enumerate(streams):
-            before, ref = old[i], None if reference is None else reference[i][s]
-            streams[s] = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])
+            before, ref = old[i], None if reference is None else reference[i].get(stream.name)
+            stream = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])
+            stream = replace(stream, **config.of_stream(stream.name))
+            streams[s] = replace(stream, token_weight=weigh(stream, mine)) if weigh else stream
         result = grpo_loss(
             streams,
-            advantages[i * config.micro_batch :][: len(part)],
-            beta=config.beta,
+            mine,
             loss_type=config.loss_type,
             kl_estimator=config.kl_estimator,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
+            use_bias_correction_kl=config.use_bias_correction_kl,
             delta=config.delta,
-            entropy_coef=config.entropy_coef,
             importance_sampling_clip_max=config.importance_sampling_clip_max,
             max_completion_length=config.max_completion_length + policy.num_image_tokens,
             num_tokens=None if config.loss_type == "bnpo" else num_tokens,

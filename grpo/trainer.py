@@ -51,6 +51,7 @@ from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
 from .step import reference_logprobs, split, update
+from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
 from .zero import ZeroAdamW, engine_config
 
@@ -88,6 +89,8 @@ class Trainer:
         self.ensemble = config.rewards.build(weights, device=ranks.device, failures=self.output)
         for file in files:
             file.check(self.ensemble.check)
+        if config.token_weights:
+            TokenWeights(config.token_weights)  # what is wrong with it is said now
         checkpoint, said = ranks.on_main(lambda: find_checkpoint(config.resume, self.output))
         if adapter_base(config.model_name_or_path):
             raise ValueError(
@@ -107,7 +110,7 @@ class Trainer:
         self.policy.recompute(config.gradient_checkpointing)
         self.reference: Policy | None = None
         self.with_reference: Callable[[], AbstractContextManager[None]] = nullcontext
-        if config.beta:  # with LoRA the policy itself, its adapters off
+        if config.kl_streams:  # with LoRA the policy itself, its adapters off
             self.reference = self.policy if config.lora_r else self._load(config.model_name_or_path, reference=True)
             if config.reference_device:
                 self.with_reference = partial(borrowed, host_copies(self.reference.model, ranks.device), ranks.device)
@@ -280,7 +283,7 @@ class Trainer:
         first = self.ranks.rank * len(examples) * group
         return roll_out(self.engine, self.ensemble, examples, group, self.settings.sampling, seed, first)
 
-    def _reference_logprobs(self, micro_batches: list[RolloutChunk]) -> list[list[Tensor]]:
+    def _reference_logprobs(self, micro_batches: list[RolloutChunk]) -> list[dict[str, Tensor]]:
         assert self.reference
         with self.with_reference():
             if self.config.reference_device:

@@ -107,6 +107,24 @@ class FunctionReward:
         return self.function(images, examples)
 
 
+def find_object(what: str, path: str) -> Any:
+    """What stands at `package.module:name`, installed or in the working directory; `what` it is, for the error.
+
+    Raises:
+        ValueError: there is nothing.
+    """
+    module, colon, attribute = path.partition(":")
+    if not colon:
+        raise ValueError(f"{what} {path!r} must be package.module:name")
+    here = os.getcwd()
+    if here not in sys.path:  # a script has its own folder there instead; last, so as to hide no installed module
+        sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{what} {path!r} cannot be imported: {error} (looked in {here} too)") from error
+
+
 def load_reward(name: str, **options: Any) -> Reward:
     """A built-in reward, the class, object with `name` and `score`, or scoring function at `package.module:name`, or
     the server at the option `url` of any other name.
@@ -122,24 +140,22 @@ def load_reward(name: str, **options: Any) -> Reward:
     if "url" in options and ":" not in name:
         _fits(name, HttpReward, [name], options)
         return HttpReward(name, **options)
-    module_name, colon, attribute = BUILTIN.get(name, name).partition(":")
-    if not colon:
+    path = BUILTIN.get(name, name)
+    if ":" not in path:
         raise ValueError(
             f"unknown reward {name!r}; built in are {', '.join(sorted(BUILTIN))}, your own is package.module:Class, "
             "a server needs a url in rewards.options"
         )
-    here = os.getcwd()
-    if here not in sys.path:  # a script has its own folder there instead; last, so as to hide no installed module
-        sys.path.append(here)
-    try:
-        target = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {name!r} cannot be imported: {error} (looked in {here} too)") from error
+    target = find_object("reward", path)
     is_function = inspect.isfunction(target)
     if is_function or inspect.isclass(target):
         make = getattr(target, "from_pretrained", target)
         _fits(name, make, [None, None] * is_function, options)
-        target = FunctionReward(attribute, functools.partial(target, **options)) if is_function else make(**options)
+        target = (
+            FunctionReward(path.partition(":")[2], functools.partial(target, **options))
+            if is_function
+            else make(**options)
+        )
     elif options:
         raise ValueError(f"reward {name!r} is an object, which takes no options: {', '.join(options)}")
     if not isinstance(target, Reward):

@@ -78,6 +78,21 @@ def test_a_list_needs_no_brackets(words: list[str], name: str, value: object, tm
     assert getattr(parse_config(["--rewards.names", "scene", f"--config={file}"]), name) == value
 
 
+def test_streams_have_settings_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        "beta:\n  text: 0.01\n  image: 0\nepsilon_high: {text: 0.28, image: 0.3}\nrewards:\n  names: [scene]\n"
+    )
+    config = parse_config([f"--config={tmp_path / 'my.yaml'}", "--entropy_coef", "{text: 0.0, image: 1e-3}"])
+    assert config.of_stream("text") == dict(beta=0.01, epsilon=0.2, epsilon_high=0.28, entropy_coef=0.0)
+    assert config.of_stream("image") == dict(beta=0.0, epsilon=0.2, epsilon_high=0.3, entropy_coef=1e-3)
+    assert config.kl_streams == ("text",)
+    assert parse_config([f"--config={tmp_path / 'my.yaml'}", "--beta", "0"]).kl_streams == ()
+    published = Config(rewards=RewardConfig("scene"))
+    assert published.kl_streams == ("text", "image") and published.token_weights is None
+    assert published.of_stream("text") == dict(beta=0.01, epsilon=0.2, epsilon_high=None, entropy_coef=0.0)
+    assert not published.use_bias_correction_kl
+
+
 def test_reward_options_are_given_reward_by_reward() -> None:
     words = ["--config", str(ROOT / "configs/janus-pro-7b.yaml"), "--rewards.options.hps", "{path: x, micro_batch: 8}"]
     rewards = parse_config(words).rewards
@@ -122,6 +137,13 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--weight_decay", "-1"], "weight_decay=-1.0 must be 0 or more"),
         (["--cfg_weight", ".nan"], "cfg_weight=nan must be finite"),
         (["--stop_after", "0"], "stop_after=0 must be at least 1, or null"),
+        (["--beta", "{text: 0.1}"], "beta={'text': 0.1} must be one number, or one for each of text and image"),
+        (["--beta.text", "0.1"], "beta={'text': 0.1} must be one number, or one for each of text and image"),
+        (["--epsilon", "{txt: 1, image: 1}"], "must be one number, or one for each of text and image"),
+        (["--beta", "{text: 1, image: -1}"], "beta.image=-1.0 must be 0 or more"),
+        (["--epsilon", "{text: 0, image: 1}"], "epsilon.text=0.0 must be above 0"),
+        (["--epsilon_high", "{text: .inf, image: 1}"], "epsilon_high.text=inf must be finite"),
+        (["--entropy_coef", "{text: a lot, image: 1}"], "entropy_coef"),
         (["--save_total_limit", "-1"], "save_total_limit=-1 must be at least 1, or null"),
     ],
 )
