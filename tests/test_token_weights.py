@@ -268,7 +268,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         model_name_or_path=tmp_path / "model", train_file=tmp_path / "train.jsonl", eval_file="null",
         reasoning_prompt_path=tmp_path / "plan.txt", num_generations=4, per_device_train_batch_size=2,
         gradient_accumulation_steps=1, max_completion_length=12, max_steps=2, save_steps=2, sample_steps=0,
-        learning_rate=1e-2, cfg_weight=2.0,
+        learning_rate=1e-2, warmup_steps=0, cfg_weight=2.0,
     )  # fmt: skip
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return [*words, "--rewards.names", "my_redness:redness"]
@@ -293,7 +293,7 @@ def test_the_examples_train(job: list[str], tmp_path: Path) -> None:
 def test_settings_of_a_stream_train_and_resume(job: list[str], tmp_path: Path) -> None:
     more = ("--beta", "{text: 0.01, image: 0.0}", "--epsilon", "{text: 0.2, image: 0.1}", "--save_steps", "1")
     rows, whole = run(job, tmp_path / "whole", *more)
-    assert all("text/kl" in row and "image/kl" not in row for row in rows)
+    assert rows[0]["text/kl"] == 0 < rows[1]["text/kl"] and all("image/kl" not in row for row in rows)
     again, parts = run(job, tmp_path / "whole", *more, "--resume", str(tmp_path / "whole" / "checkpoint-000001"))
     assert again[-1]["grad_norm"] == rows[-1]["grad_norm"]
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
