@@ -23,6 +23,7 @@ from transformers import get_scheduler
 from .config import Config
 
 Result = TypeVar("Result")
+PART = 1 << 26  # weights whose gradients become float32 at a time: few kernels, and little that is there in both dtypes
 
 
 class MasterAdamW:
@@ -66,13 +67,19 @@ class MasterAdamW:
         return loss.detach(), result
 
     def collect(self) -> None:
-        """Add the gradients of one backward pass to the masters', in float32."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is parameter or parameter.grad is None:
-                continue
-            grad = parameter.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
-            parameter.grad = None
+        """Add the gradients of one backward pass to the masters', in float32, and free them."""
+        pairs = zip(self.parameters, self.masters, strict=True)
+        for part in _parts([(p, m) for p, m in pairs if m is not p and p.grad is not None]):
+            wide = [torch.empty_like(master) for _, master in part]
+            torch._foreach_copy_(wide, [p.grad for p, _ in part if p.grad is not None])
+            sums = [
+                (master.grad, grad) for (_, master), grad in zip(part, wide, strict=True) if master.grad is not None
+            ]
+            if sums:
+                torch._foreach_add_(*map(list, zip(*sums, strict=True)))
+            for (parameter, master), grad in zip(part, wide, strict=True):
+                master.grad = grad if master.grad is None else master.grad
+                parameter.grad = None
 
     def step(self, reduce: Callable[[Sequence[Tensor]], None]) -> Tensor:
         """Reduce the gradients over the ranks, clip, update, and round the masters into the model -> gradient norm.
@@ -138,6 +145,18 @@ class MasterAdamW:
             group |= {**self.options, "lr": now, "initial_lr": rate}
         self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
+
+
+def _parts(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[Sequence[tuple[nn.Parameter, nn.Parameter]]]:
+    """Consecutive pairs: as many as PART weights, or one alone."""
+    start = weights = 0
+    for i, (parameter, _) in enumerate(pairs):
+        if weights and weights + parameter.numel() > PART:
+            yield pairs[start:i]
+            start, weights = i, 0
+        weights += parameter.numel()
+    if pairs:
+        yield pairs[start:]
 
 
 def adamw_8bit() -> Any:

@@ -12,6 +12,7 @@ import torch
 from tiny import tiny_policy
 from torch import Tensor
 
+from bicot.grpo import optim
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.optim import MasterAdamW
@@ -222,6 +223,30 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
         weight.grad = torch.full((1,), value, dtype=torch.bfloat16)
         optimizer.collect()
     assert optimizer.masters[0].grad is not None and optimizer.masters[0].grad.item() == 258
+
+
+def test_gradients_are_collected_by_few_kernels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of one gradient after another; a parameter may have none in some backward passes."""
+    monkeypatch.setattr(optim, "PART", 4000)
+    parameters = [torch.nn.Parameter(torch.zeros(n, 10, dtype=torch.bfloat16)) for n in [*[5] * 100, 900, 1, 1]]
+    parameters += [torch.nn.Parameter(torch.zeros(3))]  # its own master
+    optimizer, draw = MasterAdamW(parameters, config(dtype="bfloat16")), torch.Generator().manual_seed(0)
+    expected: list[Tensor | None] = [None] * len(parameters)
+    for backward in range(3):
+        for i, p in enumerate(parameters[:-1]):
+            if (i + backward) % 7:
+                p.grad = torch.randn(p.shape, generator=draw).bfloat16()
+                before = expected[i]
+                expected[i] = p.grad.float() if before is None else before + p.grad.float()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.collect()
+        calls = {event.key: event.count for event in profile.key_averages()}
+        assert calls["aten::_foreach_copy_"] == 4 and calls.get("aten::_foreach_add_", 0) <= 4, (
+            "5000, 9000 and 20 weights"
+        )
+        assert all(p.grad is None for p in parameters)
+    for master, grad in zip(optimizer.masters, expected, strict=True):
+        assert (master.grad is None and grad is None) or torch.equal(master.grad, grad)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
