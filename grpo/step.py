@@ -22,6 +22,8 @@ from .distributed import Ranks
 from .optim import MasterAdamW
 from .token_weights import TokenWeights
 
+Ahead = list[list[TokenStream]]
+
 
 def token_streams(
     policy: Policy,
@@ -95,6 +97,12 @@ def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
     return [rollout[start : start + size] for start in range(0, len(rollout), size)]
 
 
+def begin(policy: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config) -> Ahead:
+    """The first forward pass of `update`, which needs no advantages: rewards may work beside it."""
+    _train_mode(policy, config)
+    return [token_streams(policy, micro_batches[0], encoder, config)]
+
+
 def update(
     policy: Policy,
     optimizer: MasterAdamW,
@@ -104,6 +112,7 @@ def update(
     encoder: PromptEncoder,
     config: Config,
     ranks: Ranks,
+    ahead: Ahead | None = None,
 ) -> dict[str, Tensor]:
     """`num_iterations` optimizer updates on one rollout.
 
@@ -111,6 +120,7 @@ def update(
         micro_batches: the rollout of this rank, split.
         advantages: [S] of this rank's samples.
         reference: `reference_logprobs` of the micro-batches, None where beta is 0 for both streams.
+        ahead: what `begin` returned, if it was called; it is taken out, so that no memory is held longer than needed.
 
     Returns:
         Metrics as device scalars: means over the tokens of the whole step, of the last iteration.
@@ -120,13 +130,12 @@ def update(
     num_samples = len(advantages) * ranks.size
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
     weigh = TokenWeights(config.token_weights) if config.token_weights else None
-    # in train mode alone, activations are recomputed and LoRA's dropout acts
-    policy.model.train(config.gradient_checkpointing is True or config.lora_dropout > 0)
+    _train_mode(policy, config)
 
     def loss_of(i: int) -> tuple[Tensor, GRPOLoss]:
         part = micro_batches[i]
         mine = advantages[i * config.micro_batch :][: len(part)]
-        streams = token_streams(policy, part, encoder, config)
+        streams = ahead.pop() if ahead else token_streams(policy, part, encoder, config)
         for s, stream in enumerate(streams):
             before, ref = old[i], None if reference is None else reference[i].get(stream.name)
             stream = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])
@@ -159,6 +168,11 @@ def update(
     optimizer.schedule.step()
     policy.model.eval()
     return {**meter.reduce(ranks), "grad_norm": grad_norm}
+
+
+def _train_mode(policy: Policy, config: Config) -> None:
+    """In it alone, activations are recomputed and LoRA's dropout acts."""
+    policy.model.train(config.gradient_checkpointing is True or config.lora_dropout > 0)
 
 
 class _Meter:

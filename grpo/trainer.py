@@ -50,7 +50,7 @@ from .output import SUMMARY, go_back, locked, make_room
 from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
-from .step import reference_logprobs, split, update
+from .step import begin, reference_logprobs, split, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
 from .zero import ZeroAdamW, engine_config
@@ -212,6 +212,10 @@ class Trainer:
         micro_batches = split(rollout, config)
         with clock("reference"):
             reference = self._reference_logprobs(micro_batches) if self.reference else None
+        with clock("train"):
+            # DeepSpeed wants a micro-batch in one call, and rewards might draw from the generator of LoRA's dropout
+            later = config.deepspeed or config.lora_dropout
+            ahead = None if later else begin(self.policy, micro_batches, self.encoder, config)
         with clock("reward"):
             scores = handle.result()
         waits = ranks.meet(self.step + 1)
@@ -230,10 +234,11 @@ class Trainer:
             if scored:
                 # LoRA's dropout: other draws on each rank, the same in a run that goes on
                 torch.manual_seed(config.seed * _SEED_STRIDE + self.step * ranks.size + ranks.rank)
-                parts = (micro_batches, mine, reference, self.encoder, config, ranks)
+                parts = (micro_batches, mine, reference, self.encoder, config, ranks, ahead)
                 trained = update(self.policy, self.optimizer, *parts)
             else:  # the KL alone would train, so the schedule alone goes on
-                trained = {}
+                trained, ahead = {}, None
+                self.policy.model.eval()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's warning before the first update
                     self.optimizer.schedule.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib.util import find_spec
@@ -16,10 +17,12 @@ from test_trainer import job as job  # a fixture
 from torch import Tensor
 from waits import Waits
 
+from bicot.grpo import step
 from bicot.grpo.cli import parse_config
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.trainer import Trainer
+from bicot.kernels.grpo_loss import TokenStream
 from bicot.rewards.worker import Worker
 
 LIMIT = 12  # tokens of a plan
@@ -62,6 +65,35 @@ def test_a_step_waits_at_the_named_places_alone(
         "grpo.optim:MasterAdamW._require_finite": updates,
         "grpo.metrics:on_host": 1,
     }
+
+
+LATE = """
+import threading
+
+gone_on = threading.Event()
+
+def late(images, examples):
+    assert gone_on.wait(60)  # would fail if the policy's first forward pass waited for the scores
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_rewards_work_beside_the_first_forward_pass(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    threads = ("--rewards.names", "late:late", "--rewards.schedule", "threads")
+    trainer = trainer_of(job, tmp_path / "run", monkeypatch, *threads)
+    forward = step.token_streams
+
+    def watched(*args: Any) -> list[TokenStream]:
+        streams = forward(*args)
+        if torch.is_grad_enabled():
+            sys.modules["late"].gone_on.set()
+        return streams
+
+    monkeypatch.setattr(step, "token_streams", watched)
+    metrics, _ = trainer._train_step()
+    assert metrics["rewards/late/milliseconds_hidden"] > 0 and metrics["grad_norm"] > 0
 
 
 DEVICE = torch.device("cpu")  # as it is written for a device; the host is "cpu"
