@@ -43,14 +43,17 @@ def trainer_of(job: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *more: 
         (1, 1, ()),
         (1, 1, ("--dtype", "float32", "--beta", "0", "--loss_type", "bnpo", "--cfg_weight", "1")),
         (2, 2, MUCH),
+        (1, 1, ("--token_weights", "even:even")),
         pytest.param(1, 1, ("--lora_r", "2"), marks=pytest.mark.skipif(not find_spec("peft"), reason="needs PEFT")),
     ],
 )
 def test_a_step_waits_at_the_named_places_alone(
     chunks: int, updates: int, settings: tuple[str, ...], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "even.py").write_text("def even(tokens):\n    return tokens.entropies * 0 + 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
     with Waits() as waits:
-        trainer = trainer_of(job, tmp_path, monkeypatch, *settings)
+        trainer = trainer_of(job, tmp_path / "run", monkeypatch, *settings)
         trainer._train_step()
         waits.counts.clear()
         trainer._train_step()
@@ -58,6 +61,8 @@ def test_a_step_waits_at_the_named_places_alone(
     counts = {place: count for place, count in waits.counts.items() if not place.startswith("kernels.")}
     # which plans have ended: on a GPU by an event of eight steps ago
     assert 0 < counts.pop("model.stages:_Look.next") <= LIMIT
+    if "--token_weights" in settings:  # whether those of two streams are finite, in two micro-batches
+        assert counts.pop("grpo.token_weights:TokenWeights.__call__") == 4
     assert counts == {
         "model.stages:PlanStage.run": 1,
         "model.engine:RolloutChunk.ids": 1,
