@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 from tiny import ROOT
 from torch import Tensor
 
-from bicot.bench import bench_rewards, harness, models, report, reward_models, walk
+from bicot.bench import bench_distributed, bench_rewards, harness, models, report, reward_models, walk
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
 
 GPU_SH = ["bash", str(ROOT / "bench" / "gpu.sh")]
@@ -381,6 +381,42 @@ def test_seeds_of_the_default_run(
     printed = capsys.readouterr().out.splitlines()
     assert result == json.loads(printed[-1]) and [run["seed"] for run in result["runs"]] == [3]
     assert file.with_suffix(".png").exists() and "| 3 | " in report.render(file.parent)
+
+
+def test_two_ranks_of_the_toy_against_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results" / "distributed_cpu.json"
+    file.parent.mkdir()
+    monkeypatch.setattr(sys, "argv", ["bench", "--tiny", "--modes", "one rank, in halves", "--output", str(file)])
+    assert bench_distributed.main() == 0
+    result = json.loads(file.read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    one, halves = result["rows"]
+    assert one["mode"] == one["baseline"] == halves["baseline"] == "one rank" and halves["samples"] == 16
+    assert halves["same_steps"] == 2 and halves["gaps"]["loss"][0] < 1e-6 and halves["tokens_per_s"] > 0
+    assert 10 < halves["held_mib"][0] < 40 and halves["rss_mib"][0] > halves["held_mib"][0]
+    heldout = " → ".join(f"{reward:.3f}" for reward in halves["heldout"])
+    assert f"| one rank, in halves | {heldout} | none | " in report.render(file.parent)
+
+
+def test_a_run_that_leaves_its_baseline_is_told() -> None:
+    summary = {"heldout_reward_before": 0.5, "heldout_reward_after": 0.9, "seconds": 1.0}
+    rows = [{"reward": 0.5 + 0.1 * step, "loss": 0.0, "kl": 0.01 * step, "seconds/train": 1.0} for step in range(4)]
+    base = {"rows": rows, "summary": summary, "drawn": [[1, 2, 3]] * 4, "held_mib": [1.0], "rss_mib": [2.0]}
+    after_a_draw = [row | {"reward": row["reward"] + 0.02 * (row["kl"] > 0.015)} for row in rows]
+    run = base | {"rows": after_a_draw, "drawn": [[1, 2, 3], [1, 2, 3], [1, 0, 3], [0, 0, 0]]}
+    row = bench_distributed.described(run, base)
+    assert (row["same_steps"], row["first_tipped"], row["samples"]) == (2, 1, 3)
+    assert row["gaps_while_same"]["reward"] == [0, 0] and row["gaps"]["reward"] == [0.02, 0.01]
+    assert bench_distributed.faults(row) == []
+    for changed, fault in (
+        ({"drawn": base["drawn"]}, "reward 0.02 apart on the same draws"),
+        ({"drawn": [[0, 0, 0]] * 4}, "draws differ in the first step"),
+        ({"rows": [each | {"reward": 0.5} for each in rows]}, "rewards 0.15 apart in the mean"),
+        ({"summary": summary | {"heldout_reward_after": 0.55}}, "held-out reward 0.5 → 0.55"),
+    ):
+        assert fault in bench_distributed.faults(bench_distributed.described(run | changed, base))
 
 
 def test_pytest_benchmark_entry() -> None:

@@ -636,3 +636,18 @@ def test_two_ranks_with_lora_equal_one(job: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(adapters(tmp_path / "two", 2)[name], weight, atol=1e-6, rtol=0)
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_ranks_with_adamw_8bit_equal_one(dtype: str, job: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    more = (*SMALL, "--max_steps", "3", "--optim", "adamw_8bit", "--dtype", dtype, "--adam_epsilon", "1e-3")
+    run(job, tmp_path / "one", *more, "--gradient_accumulation_steps", "2")
+    two = words(job, tmp_path / "two", *more, "--gradient_accumulation_steps", "1")
+    subprocess.run([*TWO_RANKS, str(ROOT / "train.py"), *two], check=True, env=_environment(job), timeout=500)
+    # the sum over two ranks is the sum of two micro-batches, so no moment is quantised otherwise
+    assert_same_weights(weights(tmp_path / "one", 3), weights(tmp_path / "two", 3))
+    moved, start = weights(tmp_path / "two", 3)["lm_head.weight"], load_file(job / "model" / "model.safetensors")
+    assert not torch.equal(moved, start["lm_head.weight"].to(moved.dtype))
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
