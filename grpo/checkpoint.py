@@ -151,7 +151,8 @@ def load_state(checkpoint: Path, optimizer: MasterAdamW, run: dict[str, Any]) ->
     Raises:
         ValueError: a setting has changed that cannot change within a run (both values are named).
     """
-    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    # mapped, so that ranks of one host share what they read; the optimizer copies what it keeps
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
     changed = {name: (old, run[name]) for name, old in state["run"].items() if name in run and run[name] != old}
     for name in FIXED + LORA:
         if name in changed:

@@ -126,8 +126,10 @@ class MasterAdamW:
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict(), "masters": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state, but not its learning rate, betas, epsilon and decay: those of the configuration hold."""
+        """Copy a state, but not its learning rate, betas, epsilon and decay: those of the configuration hold."""
         self.adamw.load_state_dict(state["adamw"])
+        for held in self.adamw.state.values():  # on a CPU, AdamW keeps the tensors that it is given
+            held.update({k: _copy(v) for k, v in held.items() if isinstance(v, Tensor) and v.device.type == "cpu"})
         self._load_schedule(state["schedule"])
         with torch.no_grad():
             for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):
@@ -145,6 +147,15 @@ class MasterAdamW:
             group |= {**self.options, "lr": now, "initial_lr": rate}
         self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
+
+
+def _copy(value: Any) -> Tensor:
+    """Of torchao's tensors of 8 bits too, which have no `clone`."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return value.clone()
+    names, rest = value.__tensor_flatten__()
+    parts = {name: getattr(value, name).clone() for name in names}
+    return type(value).__tensor_unflatten__(parts, rest, value.shape, value.stride())
 
 
 def _parts(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[Sequence[tuple[nn.Parameter, nn.Parameter]]]:

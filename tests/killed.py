@@ -1,4 +1,4 @@
-"""Processes that tests/test_checkpoint.py kills: forked from one that has imported the trainer, so that each starts at
+"""Processes for tests to kill, and pairs of ranks: forked from one that has imported the trainer, each starts at
 once."""
 
 from __future__ import annotations
@@ -8,16 +8,23 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bicot.grpo import distributed
 from bicot.grpo.checkpoint import STATE, find_checkpoint, save_checkpoint
 from bicot.grpo.cli import parse_config
-from bicot.grpo.trainer import train
+from bicot.grpo.distributed import Ranks
+from bicot.grpo.errors import one_line_errors
+from bicot.grpo.tracking import Log
+from bicot.grpo.trainer import Trainer, train
 from bicot.model.policy import load_policy
 from bicot.model.settings import RolloutSettings
 
@@ -31,6 +38,15 @@ def start(target: Callable[..., None], *arguments: Any) -> multiprocessing.proce
     process = CONTEXT.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def together(target: Callable[..., None], *arguments: Any) -> list[multiprocessing.process.BaseProcess]:
+    """Two ranks, each with an argument more: its environment."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [start(target, *arguments, world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 def kill_at(number: int | None, output: Path) -> None:
@@ -51,11 +67,18 @@ def kill_at(number: int | None, output: Path) -> None:
     sys.addaudithook(count)
 
 
-def run(words: list[str], job: Path, output: Path, change: int | None = None) -> None:
+def speak_to(log: Path) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def run(
+    words: list[str], job: Path, output: Path, change: int | None = None, rank: dict[str, str] | None = None
+) -> None:
     """A training run, which says what it says in `output`.log."""
-    with open(output.with_suffix(".log"), "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    speak_to(output.with_suffix(".log"))
+    os.environ.update(rank or {})
     sys.path.insert(0, str(job))
     kill_at(change, output)
     train(parse_config(words))
@@ -77,3 +100,75 @@ def replace(model: Path, output: Path) -> None:
         if number and not killed:
             break
     output.with_suffix(".json").write_text(json.dumps(seen))
+
+
+@contextmanager
+def joined(output: Path, world: dict[str, str], timeout: float) -> Iterator[Ranks]:
+    """This rank, as train.py's: an error is one line in `output`/<rank>.log."""
+    os.environ.update(world)
+    speak_to(output / f"{world['RANK']}.log")
+    with one_line_errors([]):
+        ranks = Ranks.start(timeout)
+        with ranks.naming_the_lost():
+            yield ranks
+        ranks.close()
+
+
+def sum_in_buckets(output: Path, world: dict[str, str]) -> None:
+    with joined(output, world, 60) as ranks:
+        torch.manual_seed(ranks.rank)
+        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 5, 64, 40, 1, 7, 2)]
+        for parameter in parameters[1:]:
+            parameter.grad = torch.randn_like(parameter)
+        together = torch.cat([p.grad for p in parameters[1:]])
+        torch.distributed.all_reduce(together)
+        distributed.BUCKET_BYTES = 4 * 16
+        ranks.sum_gradients(parameters)
+        assert parameters[0].grad is None and torch.equal(torch.cat([p.grad for p in parameters[1:]]), together)
+        ranks.sum_gradients(parameters[:1])
+        print("equal", flush=True)
+
+
+def write_slowly(words: list[str], output: Path, world: dict[str, str]) -> None:
+    """Rank 0 writes the first line and the last checkpoint for longer than a collective may last."""
+    sys.path.insert(0, str(output))
+    with joined(output, world, 4) as ranks:
+        write, replace = Log.write, os.rename
+
+        def late(self: Log, step: int, *row: Any) -> None:
+            time.sleep(5 * (step == 1))
+            write(self, step, *row)
+
+        def later(*names: Any) -> None:
+            time.sleep(5)
+            replace(*names)
+
+        Log.write, os.rename = late, later
+        Trainer(parse_config(words), ranks).run()
+        print("done", flush=True)
+
+
+def hang(words: list[str], output: Path, world: dict[str, str]) -> None:
+    """The reward of rank 1 sleeps, in step 2 forever."""
+    os.environ["HANGS"] = "1"
+    sys.path.insert(0, str(output))
+    with joined(output, world, 4) as ranks:
+        Trainer(parse_config(words), ranks).run()
+
+
+def hang_in_a_collective(output: Path, world: dict[str, str]) -> None:
+    with joined(output, world, 2) as ranks:
+        ranks.meet(7)
+        if ranks.main:
+            ranks.sum(torch.zeros(1))
+        time.sleep(60)
+
+
+def fail_alone(output: Path, world: dict[str, str]) -> None:
+    with joined(output, world, 60) as ranks:
+        assert ranks.on_main(lambda: [ranks.rank]) == [0]
+
+        def refuse() -> None:
+            raise ValueError("this is refused")
+
+        ranks.on_main(refuse)

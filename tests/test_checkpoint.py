@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import killed
-from test_trainer import assert_same_weights, job, metrics, weights, words  # noqa: F401
+import pytest
+import torch
+from test_trainer import HAS_TORCHAO, assert_same_weights, job, metrics, weights, words  # noqa: F401
 
-from bicot.grpo.checkpoint import list_checkpoints
+from bicot.grpo.checkpoint import STATE, list_checkpoints, load_state
+from bicot.grpo.config import Config
 from bicot.grpo.evaluate import load_samples
+from bicot.grpo.optim import MasterAdamW
+from bicot.rewards.config import RewardConfig
 
 STEPS = 6
 
@@ -56,6 +63,31 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(job: Path, tmp_path:
     assert outcome(output) == outcome(tmp_path / "whole"), seen
 
 
+def test_two_ranks_of_which_one_is_killed_go_on(job: Path, tmp_path: Path) -> None:  # noqa: F811
+    draws = random.Random(1)
+    more = ("--max_steps", "3", "--save_steps", "1", "--resume", "auto", "--gradient_accumulation_steps", "1")
+    more += ("--eval_file", "null", "--sample_steps", "0", "--move_output_dir", "false")
+    killed.start(print).join()
+    start = time.monotonic()
+    for process in killed.together(killed.run, words(job, tmp_path / "whole", *more), job, tmp_path / "whole", None):
+        process.join()
+        assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
+    lasted = time.monotonic() - start
+    output = tmp_path / "killed"
+    arguments = (words(job, output, *more), job, output, None)
+    for number in range(3):
+        ranks = killed.together(killed.run, *arguments)
+        ranks[number % 2].join(draws.uniform(0.2, 0.8) * lasted)
+        ranks[number % 2].kill()
+        for process in ranks:
+            process.join()
+    for process in killed.together(killed.run, *arguments):
+        process.join()
+        assert process.exitcode == 0, output.with_suffix(".log").read_text()
+    assert_same_weights(weights(tmp_path / "whole", 3), weights(output, 3))
+    assert outcome(output) == outcome(tmp_path / "whole")
+
+
 def test_a_checkpoint_that_is_replaced_is_never_missing(job: Path, tmp_path: Path) -> None:  # noqa: F811
     output = tmp_path / "out"
     process = killed.start(killed.replace, job / "model", output)
@@ -67,3 +99,56 @@ def test_a_checkpoint_that_is_replaced_is_never_missing(job: Path, tmp_path: Pat
         assert was_killed and found in (seen[number - 2][1] if number > 1 else 0, number) and not damaged
     assert seen[-1][1] == len(seen), "before the last change, the new one has the name already"
     assert [path.name for path in output.iterdir()] == ["checkpoint-000002"]
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
+class Watched(MasterAdamW):
+    """Notes how much memory is taken when the state comes."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.before = anonymous_bytes()
+        super().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("optim", "dtype"),
+    [
+        ("adamw_torch_fused", torch.float32),
+        ("adamw_torch_fused", torch.bfloat16),
+        *[("adamw_8bit", torch.bfloat16)] * HAS_TORCHAO,
+    ],
+)
+def test_a_state_is_read_from_the_file_and_kept_in_memory(optim: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    settings = Config(rewards=RewardConfig("scene"), learning_rate=0.1, optim=optim)
+    optimizers = []
+    for kind in (MasterAdamW, Watched):
+        torch.manual_seed(0)
+        optimizers.append(kind([torch.nn.Parameter(torch.randn(4096, 1024, dtype=dtype))], settings))
+    saved, loaded = optimizers
+    weight = saved.parameters[0]
+    weight.grad = torch.randn_like(weight)
+    saved.collect()
+    saved.step(lambda masters: None)
+    path = tmp_path / STATE
+    torch.save({"step": 1, "seconds": 1.0, "run": {}, "optimizer": saved.state_dict()}, path)
+    with torch.no_grad():
+        loaded.parameters[0].copy_(weight)  # as load_policy does
+    before = anonymous_bytes()
+    assert load_state(tmp_path, loaded, {})[:2] == (1, 1.0)
+    assert loaded.before - before < path.stat().st_size / 4
+    with open(path, "r+b") as file:  # what the state was mapped from
+        file.write(os.urandom(path.stat().st_size))
+    path.unlink()
+    for _ in range(2):
+        for optimizer in optimizers:
+            parameter = optimizer.parameters[0]
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.collect()
+            optimizer.step(lambda masters: None)
+        for one, other in ((loaded.masters[0], saved.masters[0]), (loaded.parameters[0], weight)):
+            assert torch.equal(one, other), "the moments too are those that were saved"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import killed
 import pytest
 from tiny import ROOT
 
@@ -53,6 +56,76 @@ def training(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, li
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def two_ranks(target: Callable[..., None], folder: Path, *words: list[str]) -> tuple[list[int | None], list[str]]:
+    """Exit statuses, and what each rank said. A rank that is left is killed after the other."""
+    ranks = killed.together(target, *words, folder)
+    while all(process.is_alive() for process in ranks):
+        time.sleep(0.1)
+    for process in ranks:
+        process.join(5)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in ranks], [(folder / f"{rank}.log").read_text() for rank in range(2)]
+
+
+def test_gradients_in_buckets_are_those_of_one_message(tmp_path: Path) -> None:
+    codes, said = two_ranks(killed.sum_in_buckets, tmp_path)
+    assert codes == [0, 0] and said == ["equal\n"] * 2, said
+
+
+def test_what_rank_0_alone_does_fails_on_all(tmp_path: Path) -> None:
+    codes, said = two_ranks(killed.fail_alone, tmp_path)
+    assert codes == [1, 1] and said[0] == "error: this is refused (--debug shows where)\n"
+    assert re.match(
+        r"error: rank 0 \(process \d+\) (failed|ended), and so does this one; its log ", said[1].splitlines()[-1]
+    )
+
+
+def test_a_collective_that_takes_too_long_is_one_line(tmp_path: Path) -> None:
+    codes, said = two_ranks(killed.hang_in_a_collective, tmp_path)
+    assert codes == [1, -signal.SIGKILL]
+    assert said[0].startswith(
+        "error: another rank did not come to a collective within 2 s (ddp_timeout); all were last"
+    )
+    assert "step 7" in said[0] and said[0].count("\n") == 1
+
+
+REWARD = """
+import os, time
+asked = []
+def lagging(images, examples):
+    if os.environ["RANK"] == "1":
+        asked.append(len(images))
+        time.sleep(1e6 if "HANGS" in os.environ and sum(asked) > 2 else 1)
+    return images.mean((1, 2, 3))
+"""
+
+
+def lagging(folder: Path) -> list[str]:
+    """Settings of a run of two steps whose reward lags on rank 1."""
+    (folder / "lag.py").write_text(REWARD)
+    words = [*SMALL, "--max_steps", "2", "--rewards.names", "lag:lagging", "--rewards.monitor", "[]"]
+    words += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1"]
+    return [*words, "--output_dir", str(folder / "out")]
+
+
+def test_ranks_wait_for_rank_0_while_it_writes_and_say_who_was_slow(tmp_path: Path) -> None:
+    codes, said = two_ranks(killed.write_slowly, tmp_path, lagging(tmp_path))
+    assert codes == [0, 0] and all("done" in text for text in said), said
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0.5 <= row["seconds/wait"] <= row["seconds/step"] and row["slowest_rank"] == 1
+
+
+def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
+    codes, said = two_ranks(killed.hang, tmp_path, lagging(tmp_path))
+    assert codes == [1, -signal.SIGKILL] and "Traceback" not in said[0]
+    last = said[0].splitlines()[-1]
+    assert re.match(r"error: step 2: rank 1 \(process \d+\) has no scores 4 s after rank 0 \(process \d+\)", last), last
+    assert "ddp_timeout" in last
 
 
 def test_ranks_end_with_torchrun(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import ROOT, tiny_policy
-from zero_training import DTYPES, FACTORS, RESUMED, SAVED, SHARDED, STAGES, STEPS, words
+from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHARDED, SHRUNK, STAGES, STEPS, words
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config, RewardConfig
@@ -59,13 +59,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have left their runs, and one rank its own, `one <dtype>`."""
     out = tmp_path_factory.mktemp("runs")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(job)
-        for dtype in DTYPES:
-            train(parse_config(words(job, out / f"one {dtype}", dtype=dtype, per_device_train_batch_size=2)))
+        for name, more in {"lora": LORA, **{dtype: {"dtype": dtype} for dtype in DTYPES}}.items():
+            train(parse_config(words(job, out / f"one {name}", **more, per_device_train_batch_size=2)))
+    for ranks in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
+        command = [sys.executable, *ranks, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
     return out
 
 
@@ -113,6 +113,12 @@ def test_a_checkpoint_goes_on(runs: Path, name: str) -> None:
         folders = (runs / each / f"checkpoint-{STEPS:06d}" for each in (name, RESUMED[name]))
         resumed, whole = (load_file(folder / "model.safetensors") for folder in folders)
         assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("name", [*GROWN, *SHRUNK])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> None:
+    bound = BOUND["bfloat16" if "bfloat16" in name else "float32"]
+    assert_same(metrics(runs / name), metrics(runs / (GROWN | SHRUNK)[name])[SAVED:], bound)
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero2_offload", "zero3"])

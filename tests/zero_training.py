@@ -1,4 +1,5 @@
-"""torchrun --nproc-per-node 2 tests/zero_training.py JOB OUT: the runs of tests/test_zero.py, on a CPU.
+"""torchrun --nproc-per-node 2 tests/zero_training.py JOB OUT: the runs of tests/test_zero.py, on a CPU; without
+torchrun, those that go on in one process.
 
 Each run writes to OUT/<its name>. The ranks roll out another number of chunks each, and rank 1 has no held-out prompt.
 """
@@ -28,6 +29,12 @@ FACTORS = (0.0, 1.0, float("nan"))
 RESUMED = {f"{stage} resumed": f"{stage} float32" for stage in STAGES}
 RESUMED |= {f"{stage} from {other}": f"{other} float32" for stage, other in [("zero3", "ddp"), ("ddp", "zero3")]}
 RESUMED |= {"zero1 resumed bfloat16": "zero1 bfloat16", "zero3 from zero2 bfloat16": "zero2 bfloat16"}
+# the same on two ranks after one process, and in one process after two ranks
+GROWN = {f"{stage} from one": "one float32" for stage in ("zero1", "zero2", "zero3")}
+GROWN |= {"ddp from one bfloat16": "one bfloat16", "ddp from one lora": "one lora"}
+SHRUNK = {f"{stage} alone": f"{stage} float32" for stage in ("zero1", "zero2", "zero3")}
+SHRUNK |= {"ddp alone bfloat16": "ddp bfloat16", "ddp alone lora": "ddp lora", "zero2 alone lora": "zero2 lora"}
+LORA = {"lora_r": 4, "learning_rate": 0.02}
 
 
 def words(job: Path, output: Path, **changes: Any) -> list[str]:
@@ -71,18 +78,22 @@ def main() -> None:
     job, out = map(Path, sys.argv[1:])
     sys.path.insert(0, str(job))
     ranks = Ranks.start()
-    uneven = {"rollout_max_rows": (8, 2)[ranks.rank]}
-    runs = {f"{stage} {dtype}": {"dtype": dtype} for stage in STAGES for dtype in DTYPES}
-    runs |= {f"{stage} lora": {"lora_r": 4, "learning_rate": 0.02} for stage in ("ddp", "zero2")}
-    for how in ("zero3 true", "zero3 selective", "zero2 selective"):
-        runs[f"{how} checkpointing"] = {"gradient_checkpointing": how.split()[1]}
-    for name, other in RESUMED.items():
-        checkpoint = out / other / f"checkpoint-{SAVED:06d}"
-        runs[name] = {"dtype": "bfloat16" if "bfloat16" in name else "float32", "resume": str(checkpoint)}
+    uneven = {"rollout_max_rows": (8, 2)[ranks.rank], "per_device_train_batch_size": 2 // ranks.size}
+    runs: dict[str, dict[str, Any]] = {}
+    if ranks.size == 2:
+        runs |= {f"{stage} {dtype}": {"dtype": dtype} for stage in STAGES for dtype in DTYPES}
+        runs |= {f"{stage} lora": LORA for stage in ("ddp", "zero2")}
+        for how in ("zero3 true", "zero3 selective", "zero2 selective"):
+            runs[f"{how} checkpointing"] = {"gradient_checkpointing": how.split()[1]}
+    for name, other in (RESUMED | GROWN if ranks.size == 2 else SHRUNK).items():
+        runs[name] = LORA if "lora" in name else {"dtype": "bfloat16" if "bfloat16" in name else "float32"}
+        runs[name] = {**runs[name], "resume": str(out / other / f"checkpoint-{SAVED:06d}")}
     for name, changes in runs.items():
         file = STAGES[name.split()[0]]
         settings = job / SHARDED if "checkpointing" in name and "zero3" in name else ROOT / "configs" / str(file)
         run(job, out / name, ranks, **uneven, **changes, deepspeed=settings if file else "null")
+    if ranks.size == 1:
+        return ranks.close()
     seen = {
         stage: {str(factor): step_of_gradient(factor, job, ranks, stage) for factor in FACTORS}
         for stage, file in STAGES.items()
