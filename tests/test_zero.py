@@ -65,7 +65,7 @@ def runs(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             train(parse_config(words(job, out / f"one {name}", **more, per_device_train_batch_size=2)))
     for ranks in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
         command = [sys.executable, *ranks, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
     return out
 
 
