@@ -1,0 +1,96 @@
+"""What goes wrong in a run, said in plain words from its metrics: it looks at rows of metrics.jsonl, and at nothing else.
+
+An alarm is raised once, at the first step that shows it; it stops a run only if `stop_on_alarm` is set. With W = 20
+steps, and means over W steps m and over the W before that m':
+
+    constant    a trained reward's mean has had one value for W steps, and its std was 0
+    gradient    grad_norm is 0 although rewards differ within a group (reward_std > 0)
+    ratio       the first update's largest ratio (`…/ratio_max`) is above 1.001: one update per rollout has a ratio of 1
+    hacking     the reward rises, m > m' + 3·s, while a monitored one falls, m < m' - 3·s; s is the standard error of
+                the difference of both means
+    entropy     a stream's entropy, over W steps, is below a tenth of its mean over the first W
+    truncated   over half of the plans of W steps were cut off at max_completion_length
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+WINDOW = 20
+Row = Mapping[str, float]
+
+
+class Alarms:
+    """Watches a run.
+
+    Args:
+        trained, monitored: names of the rewards.
+        num_iterations: updates of one rollout.
+        rows: of the steps before, whose alarms have been raised.
+    """
+
+    def __init__(
+        self, trained: Sequence[str], monitored: Sequence[str], num_iterations: int, rows: Iterable[Row] = ()
+    ) -> None:
+        self.trained, self.monitored, self.num_iterations = trained, monitored, num_iterations
+        self.rows: list[Row] = []
+        self.raised: set[str] = set()
+        for row in rows:
+            self.look(row)
+
+    def look(self, row: Row) -> list[str]:
+        """The alarms that the next step raises."""
+        self.rows.append(row)
+        found = []
+        for name, text in self._found():
+            if name not in self.raised:
+                self.raised.add(name)
+                found.append(f"alarm after step {row.get('step', len(self.rows)):.0f}: {text}")
+        return found
+
+    def _found(self) -> Iterator[tuple[str, str]]:
+        """(name, text) of what is wrong now."""
+        row = self.rows[-1]
+        if row.get("grad_norm") == 0 and row.get("reward_std", 0) > 0:
+            yield "gradient", "the gradient is 0 although rewards differ within a group: nothing is being trained"
+        for key, value in row.items():
+            if key.endswith("/ratio_max") and self.num_iterations == 1 and value > 1.001:
+                yield key, f"{key} is {value:.3g}, but one update per rollout has a ratio of 1"
+        if len(self.rows) < WINDOW:
+            return
+        for name in self.trained:
+            means, stds = self._last(f"rewards/{name}/mean"), self._last(f"rewards/{name}/std")
+            if len(means) == WINDOW and len(set(means)) == 1 and not any(stds):
+                text = f"reward {name} has been {means[0]:.4g} for every sample of {WINDOW} steps: it teaches nothing"
+                yield f"constant {name}", text
+        if statistics.mean(self._last("plan_truncated") or [0.0]) > 0.5:
+            text = "over half of the plans are cut off at max_completion_length: they never end, or it is too small"
+            yield "truncated", text
+        for stream in ("text", "image"):
+            key = f"{stream}/entropy"
+            first = [r[key] for r in self.rows[:WINDOW] if key in r]
+            now = self._last(key)
+            if first and now and statistics.mean(now) < 0.1 * statistics.mean(first):
+                text = f"the entropy of {stream} tokens fell from {statistics.mean(first):.3g} to "
+                yield key, text + f"{statistics.mean(now):.3g}: samples become alike, and groups stop differing"
+        for name in self.monitored if self._moved("reward", 1) else ():
+            if self._moved(f"rewards/{name}/mean", -1):
+                text = f"the reward rises while {name}, which is not trained on, falls: the model may be exploiting "
+                yield f"hacking {name}", text + "the reward; look at the samples"
+
+    def _last(self, key: str, skip: int = 0) -> list[float]:
+        """Of WINDOW steps, the last ones but `skip`."""
+        rows = self.rows[max(0, len(self.rows) - WINDOW - skip) : len(self.rows) - skip]
+        return [row[key] for row in rows if key in row]
+
+    def _moved(self, key: str, sign: int) -> bool:
+        """Whether the mean of the last window lies beyond that of the window before, by 3 standard errors."""
+        if len(self.rows) < 2 * WINDOW:
+            return False
+        now, before = self._last(key), self._last(key, WINDOW)
+        if min(len(now), len(before)) < 2:
+            return False
+        error = math.sqrt(statistics.variance(now) / len(now) + statistics.variance(before) / len(before))
+        return sign * (statistics.mean(now) - statistics.mean(before)) > 3 * error
