@@ -1,4 +1,4 @@
-"""What goes wrong in a run, said in plain words from its metrics: it looks at rows of metrics.jsonl, and at nothing else.
+"""What goes wrong in a run, said in plain words from its metrics: rows of metrics.jsonl, and nothing else.
 
 An alarm is raised once, at the first step that shows it; it stops a run only if `stop_on_alarm` is set. With W = 20
 steps, and means over W steps m and over the W before that m':
