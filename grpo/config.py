@@ -107,6 +107,11 @@ class Config:
         save_steps: write a checkpoint every so many steps; there is always one at the end.
         save_total_limit: keep that many newest checkpoints, null = all.
         sample_steps: write a grid of samples every so many steps, 0 = never.
+        save_rollouts: folder where each step's rollout is written, a file for each rank: prompts, plans, tokens,
+            log-probs and scores; null = none.
+        save_rollout_images: the pictures too.
+        replay: train from the rollouts of this folder, with neither engine nor rewards; null = draw them.
+        rollout_only: only draw, score and save rollouts, all with the initial model: no reference, optimizer or update.
         profile: instead of training, write to this .json where a step's time goes, its picture and trace beside it.
         report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio. This, freeze and reward_weights take a
             list, or one string with commas.
@@ -188,6 +193,10 @@ class Config:
     save_steps: int = 400
     save_total_limit: int | None = None
     sample_steps: int = 50
+    save_rollouts: str | None = None
+    save_rollout_images: bool = False
+    replay: str | None = None
+    rollout_only: bool = False
     profile: str | None = None
     report_to: list[str] | str = field(default_factory=list)
 
@@ -259,6 +268,10 @@ class Config:
             raise ValueError(
                 "reference_device=cpu does not go with lora_r: the reference is the policy without adapters"
             )
+        if self.rollout_only and (self.save_rollouts is None or self.replay or self.resume):
+            raise ValueError("rollout_only needs save_rollouts, and neither replay nor resume")
+        if self.replay and self.save_rollouts:
+            raise ValueError("replay reads rollouts, and save_rollouts would write the same again: leave one out")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

@@ -11,8 +11,9 @@ the names of the rewards.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from torch import Tensor
 from ..model.engine import RolloutChunk
 from ..model.packed import Packed
 from ..rewards.base import Example, NumeracyInfo, SpatialInfo
+from ..rewards.ensemble import RewardEnsemble, RewardHandle
+from ..rewards.worker import Scored
+from .distributed import Ranks
 
 _PACKED = ("prompts", "plans", "plan_logprobs", "image_prompts")
 _TENSORS = ("truncated", "image_tokens", "image_logprobs", "guided_logprobs")
 
 
 @dataclass(frozen=True)
-class Scored:
+class SavedRollout:
     """A rank's samples of one step with their scores.
 
     Args:
@@ -38,6 +42,7 @@ class Scored:
         examples: [S], with the plan of each.
         scores: [S, R] float32 on the CPU, NaN = none.
         trained, monitored: names of the R rewards, in this order.
+        ranks: how many have a file of this step.
     """
 
     rollout: RolloutChunk
@@ -45,6 +50,7 @@ class Scored:
     scores: Tensor
     trained: list[str]
     monitored: list[str]
+    ranks: int
 
 
 def path_of(folder: Path, step: int, rank: int) -> Path:
@@ -52,9 +58,9 @@ def path_of(folder: Path, step: int, rank: int) -> Path:
     return folder / f"step-{step:06d}-rank-{rank}.safetensors"
 
 
-def save_rollout(path: Path, scored: Scored, images: bool) -> None:
+def save_rollout(path: Path, saved: SavedRollout, images: bool) -> None:
     """Write the file, whole or not at all; with the pictures if `images`."""
-    rollout, tensors = scored.rollout, {"scores": scored.scores}
+    rollout, tensors = saved.rollout, {"scores": saved.scores}
     for name in _PACKED:
         packed = getattr(rollout, name)
         tensors |= {name: packed.values, f"{name}.offsets": packed.offsets}
@@ -63,9 +69,10 @@ def save_rollout(path: Path, scored: Scored, images: bool) -> None:
         tensors["images"] = rollout.images.mul(255).round().byte()
     header = {
         "plan_texts": rollout.plan_texts,
-        "examples": [asdict(replace(example, plan="")) for example in scored.examples],
-        "trained": scored.trained,
-        "monitored": scored.monitored,
+        "examples": [asdict(replace(example, plan="")) for example in saved.examples],
+        "trained": saved.trained,
+        "monitored": saved.monitored,
+        "ranks": saved.ranks,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -76,7 +83,7 @@ def save_rollout(path: Path, scored: Scored, images: bool) -> None:
     part.replace(path)
 
 
-def load_rollout(path: Path, device: torch.device) -> Scored:
+def load_rollout(path: Path, device: torch.device) -> SavedRollout:
     """What `save_rollout` wrote; the tensors that train are on the device.
 
     Raises:
@@ -89,14 +96,15 @@ def load_rollout(path: Path, device: torch.device) -> Scored:
         with safe_open(path, "pt") as file:
             header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        packed = {n: Packed(tensors[n].to(device), tensors[f"{n}.offsets"]) for n in _PACKED}
+        packed: dict[str, Any] = {n: Packed(tensors[n].to(device), tensors[f"{n}.offsets"]) for n in _PACKED}
         plain = {name: tensors[name].to(device) for name in _TENSORS}
         texts, examples = header["plan_texts"], map(_example, header["examples"], header["plan_texts"])
         images = tensors["images"].to(device).float().div(255) if "images" in tensors else None
         if images is None:
             images = torch.empty(len(texts), 0, 0, 0, device=device)
         rollout = RolloutChunk(plan_texts=texts, images=images, spans=(), **packed, **plain)
-        return Scored(rollout, list(examples), tensors["scores"], header["trained"], header["monitored"])
+        names = header["trained"], header["monitored"]
+        return SavedRollout(rollout, list(examples), tensors["scores"], *names, header["ranks"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no rollout of --save_rollouts: {type(error).__name__}: {error}") from error
 
@@ -115,8 +123,58 @@ def _example(row: dict[str, Any], plan: str) -> Example:
     )
 
 
-def check_rollouts(folder: Path, steps: Sequence[int], rank: int) -> None:
-    """Raises FileNotFoundError if the file of one of the steps is missing."""
-    for step in steps:
-        if not (path := path_of(folder, step, rank)).is_file():
-            raise FileNotFoundError(f"replay={str(folder)!r}: {path.name} is missing; it is written by --save_rollouts")
+class Replay:
+    """Rollouts of `folder` in the place of an engine and rewards.
+
+    Args:
+        steps: those that a run will ask for, counted from 1.
+        samples: of a rank and step.
+        weights: of the rewards that train; None = all 1.
+
+    Raises:
+        FileNotFoundError: the file of a step is missing.
+        ValueError: the first one is no rollout, or of another number of ranks, samples or weights.
+    """
+
+    def __init__(
+        self, folder: Path, steps: Sequence[int], ranks: Ranks, samples: int, weights: Sequence[float] | None
+    ) -> None:
+        self.folder, self.ranks, self.samples = folder, ranks, samples
+        for step in steps:
+            if not (path := path_of(folder, step, ranks.rank)).is_file():
+                raise FileNotFoundError(f"replay={str(folder)!r}: {path.name} is missing; --save_rollouts writes it")
+        first = self.load(steps[0] if steps else 1)
+        if weights is not None and len(weights) != len(first.trained):
+            raise ValueError(f"reward_weights has {len(weights)} entries, {folder} has rewards {first.trained}")
+        named = ([_Named(name) for name in names] for names in (first.trained, first.monitored))
+        self.ensemble = RewardEnsemble(next(named), weights, next(named))
+
+    def load(self, step: int) -> SavedRollout:
+        """This rank's samples of a step."""
+        path = path_of(self.folder, step, self.ranks.rank)
+        saved = load_rollout(path, self.ranks.device)
+        found, asked = (saved.ranks, len(saved.examples)), (self.ranks.size, self.samples)
+        if found != asked:
+            raise ValueError(
+                f"{path} is of {found[0]} ranks with {found[1]} samples each, this run has {asked[0]} with {asked[1]}: "
+                "give per_device_train_batch_size, gradient_accumulation_steps and num_generations of the run that "
+                "saved it"
+            )
+        return saved
+
+    def roll_out(self, step: int) -> tuple[RolloutChunk, list[Example], RewardHandle]:
+        """What `rollout.roll_out` gave in that step; rewards take no time."""
+        saved = self.load(step)
+        jobs: list[Callable[[], Scored]] = [partial(Scored, values, 0.0, 0.0, 0) for values in saved.scores.unbind(1)]
+        handle = RewardHandle([*saved.trained, *saved.monitored], torch.device("cpu"), [jobs])
+        return saved.rollout, saved.examples, handle
+
+
+@dataclass
+class _Named:
+    """A reward that has scored already."""
+
+    name: str
+
+    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        raise NotImplementedError(f"the scores of {self.name} are in files")

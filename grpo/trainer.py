@@ -29,7 +29,7 @@ from ..model.weights import gathered
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
 from ..rewards.worker import borrowed, host_copies
-from .checkpoint import find_checkpoint, load_state, save_checkpoint
+from .checkpoint import find_checkpoint, load_state, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
@@ -50,6 +50,7 @@ from .output import SUMMARY, go_back, locked, make_room
 from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
+from .rollout_files import Replay, SavedRollout, path_of, save_rollout
 from .step import begin, reference_logprobs, split, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
@@ -59,7 +60,7 @@ _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the l
 _EVAL_STEP = _SEED_STRIDE - 1
 # settings that say where a run writes, how often, and when it ends for now
 _OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
-_OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after"}
+_OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after", "save_rollouts", "save_rollout_images", "replay"}
 
 
 def rollout_settings(config: Config) -> RolloutSettings:
@@ -77,21 +78,33 @@ class Trainer:
         ranks: this process among the others.
     """
 
+    optimizer: MasterAdamW  # not with rollout_only
+    engine: RolloutEngine  # not with replay
+
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         self.output = Path(config.output_dir)
         set_seed(config.seed)
         zero = engine_config(config, ranks)
         require_trackers(config.report_to)
-        files = [PromptFile(path, config.skip_bad_prompts) for path in (config.train_file, config.eval_file) if path]
+        heldout = None if config.rollout_only else config.eval_file  # the same model before and after
+        paths = [path for path in (config.train_file, heldout) if path and not config.replay]
+        files = [PromptFile(path, config.skip_bad_prompts) for path in paths]
         self.settings = rollout_settings(config)
+        checkpoint, said = ranks.on_main(lambda: find_checkpoint(config.resume, self.output))
         weights = cast(list[float] | None, config.reward_weights)
-        self.ensemble = config.rewards.build(weights, device=ranks.device, failures=self.output)
+        self.replay: Replay | None = None
+        if config.replay:
+            steps = range(step_of(checkpoint) + 1 if checkpoint else 1, (config.stop_after or config.max_steps) + 1)
+            samples = config.prompts_per_device * config.num_generations
+            self.replay = Replay(Path(config.replay), steps, ranks, samples, weights)
+            self.ensemble = self.replay.ensemble
+        else:
+            self.ensemble = config.rewards.build(weights, device=ranks.device, failures=self.output)
         for file in files:
             file.check(self.ensemble.check)
         if config.token_weights:
             TokenWeights(config.token_weights)  # what is wrong with it is said now
-        checkpoint, said = ranks.on_main(lambda: find_checkpoint(config.resume, self.output))
         if adapter_base(config.model_name_or_path):
             raise ValueError(
                 f"model_name_or_path={config.model_name_or_path!r} is a LoRA adapter; merge it into its model first: "
@@ -104,28 +117,27 @@ class Trainer:
         for file in files:
             file.check(self._fits)
             said += file.said()
-        self.examples = files[0].examples
-        self.heldout = files[1].examples if config.eval_file else []
+        self.examples, self.heldout = ([*(file.examples for file in files), [], []])[:2]
         self.config = config = settle(config, ranks)
         self.policy.recompute(config.gradient_checkpointing)
         self.reference: Policy | None = None
         self.with_reference: Callable[[], AbstractContextManager[None]] = nullcontext
-        if config.kl_streams:  # with LoRA the policy itself, its adapters off
+        if config.kl_streams and not config.rollout_only:  # with LoRA the policy itself, its adapters off
             self.reference = self.policy if config.lora_r else self._load(config.model_name_or_path, reference=True)
             if config.reference_device:
                 self.with_reference = partial(borrowed, host_copies(self.reference.model, ranks.device), ranks.device)
-        if zero:
-            self.optimizer: MasterAdamW = ZeroAdamW(self.policy, config, zero, ranks)
-        else:
-            self.optimizer = MasterAdamW(self.policy.trainable_parameters(), config)
-        self.engine = RolloutEngine(
-            self.policy,
-            self.encoder,
-            max_rows=config.rollout_max_rows,
-            kv_dtype=config.rollout_kv_dtype,
-            kv_bytes=None if config.rollout_kv_gib is None else int(config.rollout_kv_gib * 2**30),
-            kv_release=config.rollout_kv_release,
-        )
+        if not config.rollout_only:
+            own = self.policy.trainable_parameters()
+            self.optimizer = ZeroAdamW(self.policy, config, zero, ranks) if zero else MasterAdamW(own, config)
+        if not config.replay:
+            self.engine = RolloutEngine(
+                self.policy,
+                self.encoder,
+                max_rows=config.rollout_max_rows,
+                kv_dtype=config.rollout_kv_dtype,
+                kv_bytes=None if config.rollout_kv_gib is None else int(config.rollout_kv_gib * 2**30),
+                kv_release=config.rollout_kv_release,
+            )
         self.step, self.seconds, self.saved = 0, 0.0, -1
         if checkpoint:
             self.step, self.seconds, changed = load_state(checkpoint, self.optimizer, self._run_settings())
@@ -206,18 +218,22 @@ class Trainer:
     def _train_step(self) -> tuple[dict[str, float], Path | None]:
         config, ranks = self.config, self.ranks
         start = time.perf_counter()
-        examples = self._step_examples()
-        rollout, repeated, handle = self._roll_out(examples)
+        rollout, repeated, handle = self._roll_out(self._step_examples())
         clock = Phases(rollout.spans, ranks.device)
         micro_batches = split(rollout, config)
         with clock("reference"):
             reference = self._reference_logprobs(micro_batches) if self.reference else None
         with clock("train"):
             # DeepSpeed wants a micro-batch in one call, and rewards might draw from the generator of LoRA's dropout
-            later = config.deepspeed or config.lora_dropout
+            later = config.deepspeed or config.lora_dropout or config.rollout_only
             ahead = None if later else begin(self.policy, micro_batches, self.encoder, config)
         with clock("reward"):
             scores = handle.result()
+        if config.save_rollouts:
+            names, count = self.ensemble.names, len(config.rewards.names)
+            saved = SavedRollout(rollout, repeated, scores, names[:count], names[count:], ranks.size)
+            path = path_of(Path(config.save_rollouts), self.step + 1, ranks.rank)
+            save_rollout(path, saved, config.save_rollout_images)
         waits = ranks.meet(self.step + 1)
         everyone = ranks.cat(scores)
         scored = not self.ensemble.total(everyone).isnan().all()
@@ -229,21 +245,23 @@ class Trainer:
             combine=config.multi_objective_aggregation,
         )
         mine = upload(advantages[ranks.rank * len(scores) :][: len(scores)], ranks.device)
-        learning_rate = self.optimizer.learning_rate
+        trains = not config.rollout_only
+        rate = {"learning_rate": self.optimizer.learning_rate} if trains else {}
+        trained: dict[str, torch.Tensor] = {}
         with clock("train"):
-            if scored:
+            if trains and scored:
                 # LoRA's dropout: other draws on each rank, the same in a run that goes on
                 torch.manual_seed(config.seed * _SEED_STRIDE + self.step * ranks.size + ranks.rank)
                 parts = (micro_batches, mine, reference, self.encoder, config, ranks, ahead)
                 trained = update(self.policy, self.optimizer, *parts)
-            else:  # the KL alone would train, so the schedule alone goes on
-                trained, ahead = {}, None
+            elif trains:  # the KL alone would train, so the schedule alone goes on
+                ahead = None
                 self.policy.model.eval()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's warning before the first update
                     self.optimizer.schedule.step()
         self.step += 1
-        if not scored and ranks.main:
+        if trains and not scored and ranks.main:
             print(f"step {self.step}: no reward applies to any sample; the update is skipped")
         grid = None
         tasks = [example.task_type for example in repeated]
@@ -262,14 +280,14 @@ class Trainer:
             **reward_metrics(self.ensemble, everyone, config.num_generations, tasks),
             **reward_costs(handle, ranks),
             **on_host(trained),
-            "update_skipped": float(not scored),
+            "update_skipped": float(not (trains and scored)),
             **plan_metrics(plans, truncated),
         }
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         return {
             **metrics,
-            "learning_rate": learning_rate,
+            **rate,
             "images_per_second": len(everyone) / elapsed,
             **{f"seconds/{name}": value for name, value in clock.seconds.items()},
             **waits,
@@ -277,12 +295,16 @@ class Trainer:
         }, grid
 
     def _step_examples(self) -> list[Example]:
-        """This rank's prompts of the step: ranks take consecutive parts of one global batch."""
+        """This rank's prompts of the step: ranks take consecutive parts of one global batch. None in a replay."""
+        if self.replay:
+            return []
         share = self.config.prompts_per_device
         batch = step_indices(len(self.examples), share * self.ranks.size, self.step, self.config.seed)
         return [self.examples[i] for i in batch[self.ranks.rank * share :][:share]]
 
     def _roll_out(self, examples: list[Example]) -> tuple[RolloutChunk, list[Example], RewardHandle]:
+        if self.replay:
+            return self.replay.roll_out(self.step + 1)
         group = self.config.num_generations
         seed = self.config.seed * _SEED_STRIDE + self.step
         first = self.ranks.rank * len(examples) * group
@@ -309,7 +331,7 @@ class Trainer:
         return load_samples(self.output / "samples" / f"heldout-{tag}")
 
     def _save(self) -> None:
-        if self.saved == self.step:
+        if self.config.rollout_only or self.saved == self.step:
             return
         state, weights = self.optimizer.state_dict(), gathered(self.policy.model, self.ranks.main)  # all ranks together
         parts = (self.policy, weights, self.settings, state, self.seconds, self._run_settings())
@@ -330,7 +352,7 @@ class Trainer:
         with whole(self.output / SUMMARY) as part:
             part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         grids = {"before": before, "after": after}
-        files = ["checkpoint", "metrics"]
+        files = ["metrics"] if self.config.rollout_only else ["checkpoint", "metrics"]
         with no_failure("no report.html"):
             write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v})
             files.append("report.html")
