@@ -23,7 +23,7 @@ Row = Mapping[str, float]
 
 
 class Alarms:
-    """Watches a run.
+    """Watches a run; `said` are the alarms so far.
 
     Args:
         trained, monitored: names of the rewards.
@@ -36,19 +36,20 @@ class Alarms:
     ) -> None:
         self.trained, self.monitored, self.num_iterations = trained, monitored, num_iterations
         self.rows: list[Row] = []
-        self.raised: set[str] = set()
+        self.said: list[str] = []
+        self._raised: set[str] = set()
         for row in rows:
             self.look(row)
 
     def look(self, row: Row) -> list[str]:
         """The alarms that the next step raises."""
         self.rows.append(row)
-        found = []
+        before = len(self.said)
         for name, text in self._found():
-            if name not in self.raised:
-                self.raised.add(name)
-                found.append(f"alarm after step {row.get('step', len(self.rows)):.0f}: {text}")
-        return found
+            if name not in self._raised:
+                self._raised.add(name)
+                self.said.append(f"alarm after step {row.get('step', len(self.rows)):.0f}: {text}")
+        return self.said[before:]
 
     def _found(self) -> Iterator[tuple[str, str]]:
         """(name, text) of what is wrong now."""

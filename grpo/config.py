@@ -104,6 +104,7 @@ class Config:
         move_output_dir: move an earlier run in output_dir to output_dir-1, or the first number that is free, unless
             overwrite_output_dir deletes it. Without either setting, an earlier run is an error.
         resume: auto (newest checkpoint in output_dir, or a new run if there is none), a checkpoint folder, or null.
+        stop_on_alarm: save a checkpoint and end where an alarm is raised, such as a reward that stays constant.
         save_steps: write a checkpoint every so many steps; there is always one at the end.
         save_total_limit: keep that many newest checkpoints, null = all.
         sample_steps: write a grid of samples every so many steps, 0 = never.
@@ -190,6 +191,7 @@ class Config:
     overwrite_output_dir: bool = False
     move_output_dir: bool = False
     resume: str | None = None
+    stop_on_alarm: bool = False
     save_steps: int = 400
     save_total_limit: int | None = None
     sample_steps: int = 50

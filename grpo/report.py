@@ -192,7 +192,11 @@ def draw_grid(rows: Mapping[str, Sequence[Sample]], path: Path) -> None:
 
 
 def write_report(
-    output: Path, config: Config, summary: Mapping[str, Any], heldout: Mapping[str, Sequence[Sample]]
+    output: Path,
+    config: Config,
+    summary: Mapping[str, Any],
+    heldout: Mapping[str, Sequence[Sample]],
+    alarms: Sequence[str] = (),
 ) -> None:
     """Write before_after.png and report.html from metrics.jsonl and the samples in `output`.
 
@@ -230,6 +234,7 @@ def write_report(
 <html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>
 <title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>
 {_reward_table(heldout)}{_table(summary)}
+{"".join(f"<p><strong>{html.escape(alarm)}</strong></p>" for alarm in alarms)}
 <div class='plots'>{sections(plots) if metrics else ""}</div>
 {sections(pictures)}
 <details><summary>Settings</summary><pre>{settings}</pre></details></body></html>

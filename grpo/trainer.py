@@ -29,6 +29,7 @@ from ..model.weights import gathered
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
 from ..rewards.worker import borrowed, host_copies
+from .alarms import Alarms
 from .checkpoint import find_checkpoint, load_state, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
@@ -46,7 +47,7 @@ from .evaluate import (
 from .files import whole
 from .metrics import Phases, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
-from .output import SUMMARY, go_back, locked, make_room
+from .output import METRICS, SUMMARY, go_back, locked, make_room, read_metrics
 from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
@@ -195,11 +196,13 @@ class Trainer:
         before = self._evaluate("before") if self.step == 0 else self._saved("before")
         last = min(config.max_steps, config.stop_after or config.max_steps)
         log = Log(config, self.step) if self.ranks.main else None
+        self.alarms = self._alarms()
         stopped = 0
         with closing(log) if log else nullcontext(), stop_signals() as received:
             while self.step < last and not (stopped := self._agree(received)):
-                row = self._train_step()
-                self.ranks.on_main(partial(Log.write, cast(Log, log), self.step, *row))
+                metrics, grid = self._train_step()
+                if self.ranks.on_main(partial(self._record, log, metrics, grid)) and config.stop_on_alarm:
+                    received.append(signal.SIGALRM)
                 if self.step % config.save_steps == 0 and self.step < last:
                     self._save()
             self._save()
@@ -207,9 +210,24 @@ class Trainer:
         after = self._evaluate("after") if done else self._saved("after")
         summary = self._finish(before, after) if self.ranks.main else {}
         if stopped and self.ranks.main:
-            name = signal.Signals(stopped).name
+            name = "an alarm" if stopped == signal.SIGALRM else signal.Signals(stopped).name
             print(f"stopped by {name} after step {self.step} of {config.max_steps}; go on with: {resume_command()}")
         return summary
+
+    def _record(self, log: Log | None, metrics: dict[str, float], grid: Path | None) -> bool:
+        """Write a step's metrics and say its alarms -> whether there are any."""
+        assert log
+        log.write(self.step, metrics, grid)
+        said = self.alarms.look({"step": self.step, **metrics})
+        print("".join(f"{line}\n" for line in said), end="")
+        return bool(said)
+
+    def _alarms(self) -> Alarms:
+        """Those of the steps before have been raised."""
+        path, count = self.output / METRICS, len(self.config.rewards.names)
+        rows = [row for _, row in read_metrics(path)[0]] if path.is_file() else []
+        names = self.ensemble.names
+        return Alarms(names[:count], names[count:], self.config.num_iterations, rows)
 
     def _agree(self, received: list[int]) -> int:
         """The signal that told a rank to stop, 0 for none: all stop after the same step."""
@@ -354,7 +372,7 @@ class Trainer:
         grids = {"before": before, "after": after}
         files = ["metrics"] if self.config.rollout_only else ["checkpoint", "metrics"]
         with no_failure("no report.html"):
-            write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v})
+            write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v}, self.alarms.said)
             files.append("report.html")
         print(heldout_table(before, after))
         what = f"{', '.join(files[:-1])} and {files[-1]}"
