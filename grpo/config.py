@@ -59,6 +59,7 @@ class Config:
         image_top_k: of the picture, 0 = all tokens.
         image_top_p: of the picture.
         cfg_weight: classifier-free guidance of the picture, 1 = none.
+        eval_cfg_weight: that of held-out evaluation; null = cfg_weight.
         rollout_max_rows: most rows of one decode step (a guided picture takes two).
         rollout_kv_gib: limit of the KV cache in GiB, kept for the whole run; null = half of the GPU memory
             that is free when it grows. Less makes smaller chunks.
@@ -77,6 +78,7 @@ class Config:
         loss_type: normalisation and clipping of the loss; dapo divides by all tokens of the step, bnpo by those of the
             micro-batch, as the published code does.
         policy_logits: which log-probs train; conditional as published, guided those the picture was drawn from.
+        detach_uncond: of guided log-probs, no gradient goes through the unconditional rows, as in ReasonGen-R1.
         epsilon: lower clip range of the ratio.
         epsilon_high: upper clip range, null = epsilon.
         delta: second upper bound of the ratio, null = none.
@@ -149,6 +151,7 @@ class Config:
     image_top_k: int = 0
     image_top_p: float = 1.0
     cfg_weight: float = 5.0
+    eval_cfg_weight: float | None = None
     rollout_max_rows: int = 256
     rollout_kv_gib: float | None = None
     rollout_kv_dtype: KVDtype = "auto"
@@ -165,6 +168,7 @@ class Config:
     use_bias_correction_kl: bool = False
     loss_type: LossType = "dapo"
     policy_logits: Literal["conditional", "guided"] = "conditional"
+    detach_uncond: bool = False
     epsilon: PerStream = 0.2
     epsilon_high: PerStream | None = None
     delta: float | None = None
@@ -274,6 +278,8 @@ class Config:
             raise ValueError("rollout_only needs save_rollouts, and neither replay nor resume")
         if self.replay and self.save_rollouts:
             raise ValueError("replay reads rollouts, and save_rollouts would write the same again: leave one out")
+        if self.detach_uncond and self.policy_logits != "guided":
+            raise ValueError("detach_uncond needs policy_logits=guided: otherwise no unconditional row trains")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

@@ -57,6 +57,7 @@ def token_streams(
     if "image" in names:
         features, *unconditional = map(policy.image_features, hidden)
         for other in unconditional:  # the head is linear: the guided logits are the head on the guided features
+            other = other.detach() if config.detach_uncond else other
             features = other + config.cfg_weight * (features - other)
         sampled = rollout.guided_logprobs if guided else rollout.image_logprobs
         image = TokenStream(

@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -340,8 +340,9 @@ class Trainer:
         if not self.heldout:
             return []
         seed = self.config.seed * _SEED_STRIDE + _EVAL_STEP
-        number = self.config.num_eval_generations
-        samples = evaluate(self.engine, self.ensemble, self.heldout, number, self.settings.sampling, seed, self.ranks)
+        number, guidance = self.config.num_eval_generations, self.config.eval_cfg_weight
+        sampling = self.settings.sampling if guidance is None else replace(self.settings.sampling, cfg_weight=guidance)
+        samples = evaluate(self.engine, self.ensemble, self.heldout, number, sampling, seed, self.ranks)
         self.ranks.on_main(lambda: save_samples(samples, self.output / "samples" / f"heldout-{tag}"))
         return samples
 

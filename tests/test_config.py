@@ -136,6 +136,8 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--adam_beta2", "1"], "adam_beta2=1.0 must be in [0, 1)"),
         (["--weight_decay", "-1"], "weight_decay=-1.0 must be 0 or more"),
         (["--cfg_weight", ".nan"], "cfg_weight=nan must be finite"),
+        (["--eval_cfg_weight", ".inf"], "eval_cfg_weight=inf must be finite"),
+        (["--detach_uncond", "true"], "detach_uncond needs policy_logits=guided"),
         (["--stop_after", "0"], "stop_after=0 must be at least 1, or null"),
         (["--beta", "{text: 0.1}"], "beta={'text': 0.1} must be one number, or one for each of text and image"),
         (["--beta.text", "0.1"], "beta={'text': 0.1} must be one number, or one for each of text and image"),

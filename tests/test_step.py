@@ -50,7 +50,9 @@ def frozen_rollout(policy: Policy, cfg: Config) -> RolloutChunk:
     return RolloutChunk.cat(list(engine.generate(PROMPTS, G, sampling, seed=5)))
 
 
-def plain_logprobs(model: torch.nn.Module, rollout: RolloutChunk, s: int, w: float | None) -> Tensor:
+def plain_logprobs(
+    model: torch.nn.Module, rollout: RolloutChunk, s: int, w: float | None, detach_uncond: bool = False
+) -> Tensor:
     """Log-probs of all tokens of sample s: [plan; image]. w: guided image logits."""
     prompt, plan = rollout.prompts.tolist()[s], rollout.plans.tolist()[s]
     logits = model(input_ids=torch.tensor([prompt + plan])).logits[0, len(prompt) - 1 : len(prompt) + len(plan) - 1]
@@ -66,6 +68,7 @@ def plain_logprobs(model: torch.nn.Module, rollout: RolloutChunk, s: int, w: flo
     logits = image_logits(ids)
     if w is not None:
         uncond = image_logits([ids[0]] + [2] * (len(ids) - 2) + [ids[-1]])
+        uncond = uncond.detach() if detach_uncond else uncond
         logits = uncond + w * (logits - uncond)
     image = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
     return torch.cat([text, image])
@@ -82,7 +85,7 @@ def plain_step(
     w = cfg.cfg_weight if cfg.policy_logits == "guided" else None
     loss, kl_sum, count = torch.zeros((), dtype=torch.float64), 0.0, 0
     for s in range(len(rollout)):
-        logp = plain_logprobs(policy.model, rollout, s, w)
+        logp = plain_logprobs(policy.model, rollout, s, w, cfg.detach_uncond)
         with torch.no_grad():
             ref = plain_logprobs(reference.model, rollout, s, w)
         k3 = (ref - logp).exp() - (ref - logp) - 1
@@ -96,9 +99,11 @@ def plain_step(
     return {"advantages": advantages, "loss": loss.detach(), "kl": kl_sum / count, "grad_norm": norm}
 
 
-@pytest.mark.parametrize("policy_logits", ["conditional", "guided"])
-def test_update_equals_the_plain_step(policy_logits: str) -> None:
-    cfg = config(policy_logits=policy_logits)
+@pytest.mark.parametrize(
+    ("policy_logits", "detach_uncond"), [("conditional", False), ("guided", False), ("guided", True)]
+)
+def test_update_equals_the_plain_step(policy_logits: str, detach_uncond: bool) -> None:
+    cfg = config(policy_logits=policy_logits, detach_uncond=detach_uncond)
     policy, reference = double_policy(0), double_policy(0)
     with torch.no_grad():  # a policy that has moved from its reference, so that the KL counts
         for p in policy.trainable_parameters():

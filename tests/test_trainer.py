@@ -126,6 +126,19 @@ def test_only_the_language_model_trains(job: Path, tmp_path: Path) -> None:
     assert moved and all(name.startswith(("model.language_model", "lm_head")) for name in moved)
 
 
+def test_evaluation_has_its_own_guidance(job: Path, tmp_path: Path) -> None:
+    """Held-out samples are those of one guidance, training is that of another."""
+    for name, words in {"1": ["1"], "2": ["2"], "1 and 2": ["1", "--eval_cfg_weight", "2"]}.items():
+        run(job, tmp_path / name, "--max_steps", "1", "--sample_steps", "0", "--cfg_weight", *words)
+
+    def drawn(name: str) -> list[bytes]:
+        return [(tmp_path / name / "samples" / f"heldout-before.{end}").read_bytes() for end in ("jsonl", "npz")]
+
+    assert drawn("1 and 2") == drawn("2") != drawn("1")
+    assert metrics(tmp_path / "1 and 2") == metrics(tmp_path / "1") != metrics(tmp_path / "2")
+    assert_same_weights(weights(tmp_path / "1 and 2", 1), weights(tmp_path / "1", 1))
+
+
 def test_resumed_equals_uninterrupted_bit_for_bit(job: Path, tmp_path: Path) -> None:
     schedule = ("--lr_scheduler_type", "linear")  # ends at max_steps, whatever stop_after says
     run(job, tmp_path / "whole", *schedule)
