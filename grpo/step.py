@@ -98,6 +98,31 @@ def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
     return [rollout[start : start + size] for start in range(0, len(rollout), size)]
 
 
+def skips_groups(config: Config) -> bool:
+    """Whether `update` leaves out groups whose advantages are all 0, because nothing but the advantages trains.
+
+    Not with bnpo, whose normaliser counts the tokens of each micro-batch, with a function of token weights, which sees
+    the whole micro-batch, or with DeepSpeed, which wants as many micro-batches on each rank.
+    """
+    other = config.kl_streams or any(config.of_stream(stream)["entropy_coef"] for stream in STREAMS)
+    return not (other or config.loss_type == "bnpo" or config.token_weights or config.deepspeed)
+
+
+def _teaching(
+    micro_batches: list[RolloutChunk], advantages: Tensor, config: Config
+) -> tuple[list[RolloutChunk], Tensor]:
+    """Micro-batches and advantages of the groups with an advantage other than 0."""
+    size = config.num_generations
+    groups = [part[start : start + size] for part in micro_batches for start in range(0, len(part), size)]
+    teaches = (advantages.view(-1, size) != 0).any(1).tolist()
+    if all(teaches):
+        return micro_batches, advantages
+    if not any(teaches):  # one sample, whose gradients of 0 the other ranks and AdamW's moments count on
+        return [micro_batches[0][:1]], advantages[:1]
+    kept = RolloutChunk.cat([group for group, one in zip(groups, teaches, strict=True) if one])
+    return split(kept, config), advantages.view(-1, size)[teaches].flatten()
+
+
 def begin(policy: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config) -> Ahead:
     """The first forward pass of `update`, which needs no advantages: rewards may work beside it."""
     _train_mode(policy, config)
@@ -119,16 +144,23 @@ def update(
 
     Args:
         micro_batches: the rollout of this rank, split.
-        advantages: [S] of this rank's samples.
+        advantages: [S] of this rank's samples; on the CPU, where `skips_groups` reads them.
         reference: `reference_logprobs` of the micro-batches, None where beta is 0 for both streams.
         ahead: what `begin` returned, if it was called; it is taken out, so that no memory is held longer than needed.
 
     Returns:
-        Metrics as device scalars: means over the tokens of the whole step, of the last iteration.
+        Metrics as device scalars: means over the tokens of the whole step, of the last iteration. Where `skips_groups`,
+        over those of the groups that are left, and `samples_dropped`, the share of samples that are not.
     """
-    counts = [[len(part.plans.values), part.image_tokens.numel()] for part in micro_batches]
-    num_tokens = ranks.sum(torch.full((), float(sum(map(sum, counts))), device=policy.device))
-    num_samples = len(advantages) * ranks.size
+    num_tokens = ranks.sum(torch.full((), float(sum(map(sum, map(_counts, micro_batches)))), device=policy.device))
+    num_samples, dropped = len(advantages) * ranks.size, {}
+    if skips_groups(config):
+        before = len(advantages)
+        micro_batches, advantages = _teaching(micro_batches, advantages, config)
+        share = torch.full((), (before - len(advantages)) / num_samples, device=policy.device)
+        dropped = {"samples_dropped": ranks.sum(share)}
+    counts = list(map(_counts, micro_batches))
+    advantages = upload(advantages, policy.device)
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
     weigh = TokenWeights(config.token_weights) if config.token_weights else None
     _train_mode(policy, config)
@@ -168,7 +200,12 @@ def update(
         grad_norm = optimizer.step(ranks.sum_gradients)
     optimizer.schedule.step()
     policy.model.eval()
-    return {**meter.reduce(ranks), "grad_norm": grad_norm}
+    return {**meter.reduce(ranks), **dropped, "grad_norm": grad_norm}
+
+
+def _counts(part: RolloutChunk) -> tuple[int, int]:
+    """Tokens of the text and of the image."""
+    return len(part.plans.values), part.image_tokens.numel()
 
 
 def _train_mode(policy: Policy, config: Config) -> None:

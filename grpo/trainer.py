@@ -21,7 +21,6 @@ from transformers import set_seed
 from ..kernels.group_advantages import group_advantages
 from ..model.adapters import adapter_base, add_lora, load_lora
 from ..model.engine import RolloutChunk, RolloutEngine
-from ..model.packed import upload
 from ..model.policy import Policy, load_policy
 from ..model.prompts import PromptFormat
 from ..model.settings import RolloutSettings, Sampling
@@ -52,7 +51,7 @@ from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
 from .rollout_files import Replay, SavedRollout, path_of, save_rollout
-from .step import begin, reference_logprobs, split, update
+from .step import begin, reference_logprobs, skips_groups, split, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
 from .zero import ZeroAdamW, engine_config
@@ -243,7 +242,8 @@ class Trainer:
             reference = self._reference_logprobs(micro_batches) if self.reference else None
         with clock("train"):
             # DeepSpeed wants a micro-batch in one call, and rewards might draw from the generator of LoRA's dropout
-            later = config.deepspeed or config.lora_dropout or config.rollout_only
+            # and where groups are left out, their scores come first: this pass may be theirs
+            later = config.deepspeed or config.lora_dropout or config.rollout_only or skips_groups(config)
             ahead = None if later else begin(self.policy, micro_batches, self.encoder, config)
         with clock("reward"):
             scores = handle.result()
@@ -262,7 +262,7 @@ class Trainer:
             scale=config.scale_rewards,
             combine=config.multi_objective_aggregation,
         )
-        mine = upload(advantages[ranks.rank * len(scores) :][: len(scores)], ranks.device)
+        mine = advantages[ranks.rank * len(scores) :][: len(scores)]
         trains = not config.rollout_only
         rate = {"learning_rate": self.optimizer.learning_rate} if trains else {}
         trained: dict[str, torch.Tensor] = {}

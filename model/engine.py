@@ -115,7 +115,10 @@ class RolloutChunk:
     def cat(cls, chunks: Sequence[RolloutChunk]) -> RolloutChunk:
         """The samples of all chunks, in order."""
         columns = {f.name: [getattr(chunk, f.name) for chunk in chunks] for f in fields(cls)}
-        return cls(**{name: _join(column) for name, column in columns.items()})
+        whole = cls(**{name: _join(column) for name, column in columns.items()})
+        if all("ids" in vars(chunk) for chunk in chunks):
+            vars(whole)["ids"] = tuple(_join(list(rows)) for rows in zip(*(chunk.ids for chunk in chunks), strict=True))
+        return whole
 
 
 def seconds_of(spans: Sequence[Span]) -> dict[str, float]:
