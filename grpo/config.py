@@ -65,6 +65,7 @@ class Config:
             that is free when it grows. Less makes smaller chunks.
         rollout_kv_dtype: auto = that of the weights; fp8 = half the memory of bfloat16, at a small error, and slower.
         rollout_kv_release: give the KV cache back after each rollout; CUDA graphs are then captured anew each step.
+        dynamic_sampling: rounds in which others replace prompts whose samples all have one reward (DAPO); 0 = none.
         rewards: what scores the pictures.
         reward_weights: one for each of rewards.names, null = all 1.
         scale_rewards: what centred rewards are divided by.
@@ -156,6 +157,7 @@ class Config:
     rollout_kv_gib: float | None = None
     rollout_kv_dtype: KVDtype = "auto"
     rollout_kv_release: bool = False
+    dynamic_sampling: int = 0
 
     rewards: RewardConfig = field(default_factory=RewardConfig)
     reward_weights: list[float] | float | str | None = None
@@ -247,6 +249,7 @@ class Config:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in ("learning_rate", "weight_decay", "top_k", "image_top_k", "sample_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(0 <= self.dynamic_sampling <= 1000, "dynamic_sampling", self.dynamic_sampling, "0 to 1000")
         _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         for name in ("top_p", "image_top_p"):
             _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")

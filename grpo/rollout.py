@@ -18,7 +18,7 @@ def roll_out(
     group_size: int,
     sampling: Sampling,
     seed: int,
-    first_sample: int = 0,
+    first_sample: int | list[int] = 0,
 ) -> tuple[RolloutChunk, list[Example], RewardHandle]:
     """Draw `group_size` samples of every example -> the samples, the example of each with its plan, their scores."""
     repeated = [example for example in examples for _ in range(group_size)]

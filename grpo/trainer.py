@@ -26,13 +26,13 @@ from ..model.prompts import PromptFormat
 from ..model.settings import RolloutSettings, Sampling
 from ..model.weights import gathered
 from ..rewards.base import Example
-from ..rewards.ensemble import RewardHandle
 from ..rewards.worker import borrowed, host_copies
 from .alarms import Alarms
 from .checkpoint import find_checkpoint, load_state, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
+from .dynamic_sampling import Drawn, redraw, redraw_metrics
 from .errors import stop_signals
 from .evaluate import (
     Sample,
@@ -300,6 +300,7 @@ class Trainer:
             **on_host(trained),
             "update_skipped": float(not (trains and scored)),
             **plan_metrics(plans, truncated),
+            **(redraw_metrics(self.redrawn, ranks) if config.dynamic_sampling and not self.replay else {}),
         }
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
@@ -320,13 +321,19 @@ class Trainer:
         batch = step_indices(len(self.examples), share * self.ranks.size, self.step, self.config.seed)
         return [self.examples[i] for i in batch[self.ranks.rank * share :][:share]]
 
-    def _roll_out(self, examples: list[Example]) -> tuple[RolloutChunk, list[Example], RewardHandle]:
+    def _roll_out(self, examples: list[Example]) -> Drawn:
         if self.replay:
             return self.replay.roll_out(self.step + 1)
         group = self.config.num_generations
         seed = self.config.seed * _SEED_STRIDE + self.step
         first = self.ranks.rank * len(examples) * group
-        return roll_out(self.engine, self.ensemble, examples, group, self.settings.sampling, seed, first)
+        how = {"group_size": group, "sampling": self.settings.sampling, "seed": seed}
+        draw: Callable[..., Drawn] = partial(roll_out, self.engine, self.ensemble, **how)  # type: ignore[arg-type]
+        drawn = draw(examples, first_sample=first)
+        if self.config.dynamic_sampling:
+            given = (self.examples, self.ensemble.weights, self.config, self.step, self.ranks)
+            drawn, self.redrawn = redraw(drawn, draw, *given)
+        return drawn
 
     def _reference_logprobs(self, micro_batches: list[RolloutChunk]) -> list[dict[str, Tensor]]:
         assert self.reference

@@ -213,7 +213,7 @@ class RolloutEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[str], group_size: int, sampling: Sampling, seed: int, first_sample: int = 0
+        self, prompts: Sequence[str], group_size: int, sampling: Sampling, seed: int, first_sample: int | list[int] = 0
     ) -> Iterator[RolloutChunk]:
         """Yield chunks that together hold `group_size` samples of every prompt, in order.
 
@@ -225,7 +225,8 @@ class RolloutEngine:
             group_size: G.
             sampling: temperatures, truncation and guidance.
             seed: of this rollout, 64 bits.
-            first_sample: number of the first sample; a rank that generates a later part of a step starts there.
+            first_sample: number of the first sample; a rank that generates a later part of a step starts there. Or of
+                each prompt the number of its first sample.
 
         Raises:
             ValueError: an empty prompt, or one too long for the context or the KV cache (named), before anything is
@@ -236,10 +237,11 @@ class RolloutEngine:
         # a request for a plan has all that a picture's has but the plan, whose text may take more tokens than it did
         longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1
         most = [min(len(ids) + longest, room) for ids in asked]
+        first = first_sample
+        if isinstance(first, int):
+            first = list(range(first, first + len(prompts) * group_size, group_size))
         samples = [
-            _Sample(first_sample + i * group_size + g, prompts[i], ids, most[i])
-            for i, ids in enumerate(asked)
-            for g in range(group_size)
+            _Sample(first[i] + g, prompts[i], ids, most[i]) for i, ids in enumerate(asked) for g in range(group_size)
         ]
         if self.decode_stream:
             self.decode_stream.wait_stream(torch.cuda.current_stream(self.device))  # the optimizer may still be writing
