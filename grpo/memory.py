@@ -6,10 +6,18 @@ I intermediate, Q and K the widths of queries and of keys, e bytes of the dtype.
     e·N·(4·D + Q + 3·I) + e·M·(2·Q + 2·K)      both norms' inputs and outputs, attention's output, gate, up and their
                                                product; at the places queries, keys, values and attention's output
 
-and with `gradient_checkpointing` its two inputs, 2·e·N·D, and one whole layer at a time. Backward of a layer has in
-hand e·N·(2·D + 3·I) more. A pass without gradients holds at its widest e·N·(8·D + 4·I). The update's peak is the
-largest of these moments: the loss (the head's gradient in float32, a chunk of logits), the first and the last layer's
-backward pass, the conversion of gradients to float32, and the sum over ranks, in flat copies of at most 256 MiB.
+with `gradient_checkpointing: selective` no norm's output, no product, one copy of attention's output, and queries, keys
+and values of the tokens instead of the places
+
+    e·N·(2·D + Q + 2·K + 2·I) + e·M·Q
+
+and with `gradient_checkpointing: true` its two inputs, 2·e·N·D, and one whole layer at a time. Backward of a layer has
+in hand e·N·(2·D + 3·I) more. A pass without gradients holds at its widest e·N·(8·D + 4·I), and less where q, k, v and
+gate, up lie side by side. The update's peak is the largest of these moments: the loss (the head's gradient in float32,
+a chunk of logits), the first and the last layer's backward pass, the conversion of gradients to float32, and the sum
+over ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient as soon as it is there, through buckets.
+
+A CPU holds a float32 copy of a bfloat16 chunk of logits beside that, which a GPU does not.
 """
 
 from __future__ import annotations
@@ -39,26 +47,33 @@ class Shape:
 
 
 class Batch(NamedTuple):
-    """A micro-batch: tokens and places of the pass, and how many text and image tokens are predicted."""
+    """A micro-batch: tokens and places of the pass, how many text and image tokens are predicted, and how often the
+    images pass (twice where guided log-probs train)."""
 
     tokens: int
     places: int
     texts: int
     images: int
+    passes: int = 1
 
     @classmethod
-    def of(cls, prompts: int, group: int, plan_prompt: int, image_prompt: int, plan: int, image: int) -> Batch:
+    def of(
+        cls, prompts: int, group: int, plan_prompt: int, image_prompt: int, plan: int, image: int, guided: bool = False
+    ) -> Batch:
         """`group` samples of each prompt; `image_prompt` is without the plan, and shared as `plan_prompt` is."""
-        samples = prompts * group
+        samples, picture = prompts * group, image_prompt + plan
         tokens = prompts * (plan_prompt + image_prompt) + samples * (plan - 1 + plan + image - 1)
-        places = samples * (plan_prompt + plan - 1 + image_prompt + plan + image - 1)
-        return cls(tokens, places, samples * plan, samples * image)
+        places = samples * (plan_prompt + plan - 1 + picture + image - 1)
+        if guided:  # rows without the prompt are all alike up to the picture
+            tokens, places = tokens + picture + samples * (image - 1), places + samples * (picture + image - 1)
+        return cls(tokens, places, samples * plan, samples * image, 1 + guided)
 
 
 class Training(NamedTuple):
     """What the optimizer holds, in bytes a trained weight, and over how many ranks ZeRO's stage divides it.
 
-    `accumulated` is what gradients between micro-batches take beside the weights' own; 0 where those add up.
+    `accumulated` is what gradients between micro-batches take beside the weights' own; 0 where those add up. ZeRO
+    sends `bucket` gradients at a time, from `buffers` of them. `offloaded`: masters and moments are on the host.
     """
 
     masters: int = 4
@@ -66,10 +81,17 @@ class Training(NamedTuple):
     accumulated: int = 4
     ranks: int = 1
     stage: int = 0
+    bucket: int = 0
+    buffers: int = 1
+    offloaded: bool = False
+
+    def share(self, trained: int) -> int:
+        """Masters and moments of one rank, wherever they are."""
+        return trained * (self.masters + self.moments) // (self.ranks if self.stage >= 1 else 1)
 
     def held(self, trained: int) -> int:
-        """Masters and moments on one rank."""
-        return trained * (self.masters + self.moments) // (self.ranks if self.stage >= 1 else 1)
+        """Those on the rank's GPU."""
+        return 0 if self.offloaded else self.share(trained)
 
 
 class Update(NamedTuple):
@@ -122,21 +144,28 @@ def update_peak(
     backward = shape.bytes * batch.tokens * (2 * shape.hidden + 3 * shape.intermediate)
     inputs = (2 * shape.layers - 1) * stream
     kept = inputs if every else shape.layers * (selective_bytes(shape, batch) if recompute else layer)
-    ends = stream + shape.bytes * shape.hidden * (2 * batch.texts + 3 * batch.images)
-    hidden = shape.bytes * shape.hidden * (batch.texts + batch.images)  # what the streams still hold after backward
+    images, guided = batch.images * batch.passes, batch.passes - 1
+    ends = stream + shape.bytes * shape.hidden * (2 * batch.texts + 3 * images + batch.images * guided)
+    hidden = shape.bytes * shape.hidden * (batch.texts + images)  # what the streams still hold after backward
     rows = max(batch.texts * shape.vocab, batch.images * shape.codes)
     chunk = min(CHUNK_BYTES, shape.bytes * rows)
-    share = training.ranks if training.stage >= 2 else 1
     weights, largest = sum(trained), max(trained, default=0)
-    own = shape.bytes * weights // share
-    wide = training.accumulated * weights // share
-    before = (wide or own) if micro_batches > 1 else 0
     head_wide, head_own = 4 * head, shape.bytes * head
+    if training.stage:  # float32 sums of all, or of this rank's share
+        before = 4 * weights // (training.ranks if training.stage >= 2 else 1)
+        # the gradient at hand, buckets (of ZeRO-1 float32), and what is sent, in float32
+        own = shape.bytes * largest
+        sent = training.bucket * training.buffers * (4 if training.stage == 1 else shape.bytes)
+        sent += 4 * max(training.bucket, largest) * (shape.bytes < 4)
+        wide = 0
+    else:
+        own, wide = shape.bytes * weights, training.accumulated * weights
+        before, sent = (wide or own) if micro_batches > 1 else 0, 0
     moments = [
         Update(before + head_wide, kept + ends, chunk),
-        Update(before + head_wide + head_own, kept + ends, 0),
-        Update(before + head_own, kept + hidden + backward + layer * every, 0),
-        Update((before if wide else 0) + own, layer + backward + hidden, 0),
+        Update(before + head_wide + head_own + sent, kept + ends, 0),
+        Update(before + head_own + sent, kept + hidden + backward + layer * every, 0),
+        Update((before if wide or training.stage else 0) + own + sent, layer + backward + hidden, 0),
     ]
     if wide:
         most = (before + own + 4 * largest) if before else wide + shape.bytes * largest

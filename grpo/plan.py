@@ -10,20 +10,24 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, JanusForConditionalGeneration
 
 from ..kernels.kv_pool import FP8
+from ..model.adapters import adapter_base
+from ..model.convert import ORIGINAL, original_config
 from ..model.decoder import PREFILL_TOKENS
 from ..model.kv import SHARE_OF_FREE, KVPool
 from ..model.policy import read_config
 from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
+from .cli import ROOT
 from .config import Config
 from .distributed import Ranks
 from .memory import Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
-from .zero import read_settings
+from .zero import bucket_size, read_settings
 
 GIB = 2**30
 PLAN_PROMPT, IMAGE_PROMPT = 200, 80  # tokens, the second without the plan
@@ -32,15 +36,21 @@ ROOM = 0.1  # of a GPU that "auto" leaves: a plan is no measurement, and memory 
 CONTEXT = GIB  # CUDA's context and libraries
 # parameters as published, and GiB of activations a picture of a micro-batch
 REWARDS = {"hps": (986e6, 0.0), "git": (395e6, 0.0), "grounding": (172e6, 1.0), "orm": (8030e6, 0.0)}
+_NO_TOKENIZER = SimpleNamespace(  # of which the sizes of a model do not depend
+    bos_token_id=0, eos_token_id=1, pad_token_id=2, convert_tokens_to_ids=lambda _: 3
+)
+_OTHER_TRAINING = ("--lora_r", "--max_completion_length")
 COUNTED = {"scene", "scene_relation", *REWARDS}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by row of the table: (rollout, reference, update)."""
+    """Bytes by row of the table: (rollout, reference, update); and of `ranks`, what each has in host memory."""
 
     rows: dict[str, tuple[int, int, int]]
     uncounted: tuple[str, ...]
+    host: dict[str, int]
+    ranks: int
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -60,21 +70,30 @@ class Plan:
         lines = [f"{'GiB a GPU':<26}{'rollout':>10}{'reference':>11}{'update':>9}"]
         for name, values in {**self.rows, "all": tuple(self.peaks.values())}.items():
             lines.append(f"{name:<26}{values[0] / GIB:>10.1f}{values[1] / GIB:>11.1f}{values[2] / GIB:>9.1f}")
+        if self.host:
+            size = sum(self.host.values()) / GIB
+            several = f"{size * self.ranks:.1f} GiB for {self.ranks} GPUs of one machine, {size:.1f} each"
+            lines.append(f"host memory: {several if self.ranks > 1 else f'{size:.1f} GiB'} ({', '.join(self.host)})")
         if self.uncounted:
             lines.append(f"not counted: rewards {', '.join(self.uncounted)}")
         return "\n".join(lines)
 
 
 def load_model(path: str) -> Any:
-    """A Janus of that config.json on the meta device.
+    """A Janus of that config.json, in either layout, on the meta device; of a LoRA adapter the model that it names.
 
     Raises:
         FileNotFoundError: neither a folder with a config.json nor a model that the hub gives.
         ValueError: another architecture.
     """
-    if (kind := read_config(path).get("model_type")) != "janus":
-        raise ValueError(f"the plan reads a config.json of model_type 'janus', {path} is {kind!r}")
-    config = AutoConfig.from_pretrained(path)
+    path = adapter_base(path) or path
+    raw = read_config(path)
+    if (kind := raw.get("model_type")) == ORIGINAL:
+        config = original_config(path, raw, _NO_TOKENIZER)
+    elif kind == "janus":
+        config = AutoConfig.from_pretrained(path)
+    else:
+        raise ValueError(f"the plan reads a config.json of model_type 'janus' or {ORIGINAL!r}, {path} is {kind!r}")
     with torch.device("meta"):
         return JanusForConditionalGeneration(config)
 
@@ -96,11 +115,16 @@ def settle(config: Config, ranks: Ranks) -> Config:
         return replace(config, gradient_checkpointing=False)
     sizes = torch.tensor([-torch.cuda.get_device_properties(ranks.device).total_memory], device=ranks.device)
     size, model = -int(ranks.max(sizes).item()), load_model(config.model_name_or_path)
-    config = settled(config, model, ranks.size, size)
+    chosen = settled(config, model, ranks.size, size)
     if ranks.main:
-        plan = plan_of(config, model, ranks.size, size)
-        print(f"gradient_checkpointing auto is {config.gradient_checkpointing}; {plan.line()}", file=sys.stderr)
-    return config
+        print(_auto(config, chosen) + plan_of(chosen, model, ranks.size, size).line(), file=sys.stderr)
+    return chosen
+
+
+def _auto(config: Config, chosen: Config) -> str:
+    if chosen == config:
+        return ""
+    return f"gradient_checkpointing auto: {str(chosen.gradient_checkpointing).lower()}; "
 
 
 def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
@@ -113,63 +137,99 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads * pool.dim,
         pool.heads * pool.dim, text.vocab_size, model.config.vq_config.num_embeddings, e,
     )  # fmt: skip
-    trained = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(config.freeze))}
-    weights = e * sum(p.numel() for p in model.parameters())
-    head = sum(trained.get(n, 0) for n in ("lm_head.weight", "model.generation_head.vision_head.weight"))
-    merged = 0
-    if config.lora_r:
-        linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" in trained}
-        chosen = {n: m for n, m in linear.items() if n.split(".")[-1] in config.lora_target_modules}
-        merged = e * sum(m.weight.numel() for m in chosen.values())  # the engine decodes from merged copies
-        trained = {n: config.lora_r * (m.in_features + m.out_features) for n, m in chosen.items()}
-        head = 0
-    stage = read_settings(config.deepspeed)["zero_optimization"]["stage"] if config.deepspeed else 0
-    if config.optim == "adamw_8bit":
-        training = Training(masters=0, moments=2, accumulated=0, ranks=ranks)
-    else:
-        training = Training(*((0, 8, 0) if e >= 4 else (4, 8, 4)), ranks=ranks, stage=stage)
-    image, guided, limit = (
-        model.config.vision_config.num_image_tokens,
-        config.cfg_weight != 1,
-        config.max_completion_length,
-    )
+    trained, head, merged = _trained(config, model)
+    zero = read_settings(config.deepspeed)["zero_optimization"] if config.deepspeed else {}
+    training, count = _training(config, zero, trained, e, ranks), sum(trained)
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    whole = e * sum(sizes.values())
+    weights, gathered = whole + (e * count if config.lora_r else 0), 0
+    if training.stage == 3:
+        live = zero.get("stage3_max_live_parameters", "auto")
+        gathered = min(weights, e * int(1e9 if live == "auto" else live))
+        # rollouts have a copy of what the ranks share
+        decoded = ("model.vision_model", "model.aligner", "model.vqmodel")
+        merged = e * sum(size for name, size in sizes.items() if not name.startswith(decoded))
+        weights //= ranks
+    limit, image = config.max_completion_length, model.config.vision_config.num_image_tokens
+    doubled = config.cfg_weight != 1
     batch = Batch.of(
-        config.per_device_train_batch_size, config.num_generations, PLAN_PROMPT, IMAGE_PROMPT, limit, image
-    )
-    update = update_peak(
-        shape, batch, list(trained.values()), head, training, config.gradient_accumulation_steps,
-        config.gradient_checkpointing,
+        config.per_device_train_batch_size, config.num_generations, PLAN_PROMPT, IMAGE_PROMPT, limit, image,
+        doubled and config.policy_logits == "guided",
     )  # fmt: skip
-    decoder = sum(p.numel() for n, p in model.model.vqmodel.named_parameters() if not n.startswith("encoder"))
+    steps, recompute = config.gradient_accumulation_steps, config.gradient_checkpointing
+    update = update_peak(shape, batch, trained, head, training, steps, recompute)
+    decoder = sum(size for n, size in sizes.items() if n.startswith("model.vqmodel.") and ".encoder." not in n)
     engine = merged + e * (decoder + shape.codes * shape.hidden) + PICTURE_BYTES
     engine += reference_bytes(shape, Batch(PREFILL_TOKENS, 0, 0, 0))
-    reference = weights if config.kl_streams and not config.lora_r else 0
-    masters = training.masters * sum(trained.values()) // (ranks if training.stage else 1)
-    scorers, pictures = _rewards(config)
-    fixed = weights + reference + masters + engine + scorers + CONTEXT
-    tokens = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, guided)
-    asked = tokens * pool.bytes_per_token
+    reference = whole if config.kl_streams and not config.lora_r else 0
+    lent = 0 if config.reference_device else reference  # while it is not at work
+    held = training.held(count)
+    masters = held * training.masters // (training.masters + training.moments)
+    scorers, pictures, offloaded = _rewards(config)
+    # what is there when the cache first grows: no moments yet, unless it is given back and grows again
+    fixed = weights + gathered + lent + (held if config.rollout_kv_release else masters) + engine + scorers + CONTEXT
+    asked = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, doubled)
     most = SHARE_OF_FREE * max(0, gpu_bytes - fixed) if config.rollout_kv_gib is None else config.rollout_kv_gib * GIB
-    cache = min(asked, int(most))
+    cache = min(asked * pool.bytes_per_token, int(most))
+    kept = 0 if config.rollout_kv_release else cache
     rows = {
         "weights": (weights,) * 3,
-        "reference model": (reference,) * 3,
+        "gathered weights": (gathered,) * 3,
+        "reference model": (lent, reference, lent),
         "float32 masters": (masters,) * 3,
-        "optimizer moments": (training.held(sum(trained.values())) - masters,) * 3,
+        "optimizer moments": (held - masters,) * 3,
         "gradients": (0, 0, update.gradients),
-        "KV cache": (cache, *(0 if config.rollout_kv_release else cache,) * 2),
+        "KV cache": (cache, kept, kept),
         "activations": (0, reference_bytes(shape, batch) if config.kl_streams else 0, update.activations),
         "chunk of logits": (0, 0, update.logits),
         "engine": (engine,) * 3,
         "rewards": (scorers + pictures, scorers + pictures, scorers),
         "CUDA context": (CONTEXT,) * 3,
     }
-    return Plan(rows, tuple(name for name in [*config.rewards.names, *config.rewards.monitor] if name not in COUNTED))
+    host = {
+        "masters, moments and gradients": training.share(count) + 4 * count // ranks if training.offloaded else 0,
+        "reference model, up to": sum(pinned(e * size) for size in sizes.values()) if lent < reference else 0,
+        "rewards": offloaded,
+    }
+    host = {name: size for name, size in host.items() if size}
+    others = tuple(name for name in [*config.rewards.names, *config.rewards.monitor] if name not in COUNTED)
+    return Plan({n: row for n, row in rows.items() if n != "gathered weights" or gathered}, others, host, ranks)
 
 
-def _rewards(config: Config) -> tuple[int, int]:
-    """Weights of the known rewards on the GPU, and their activations at work."""
-    weights = pictures = 0.0
+def pinned(size: int) -> int:
+    """What PyTorch takes of page-locked memory for so many bytes: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _trained(config: Config, model: Any) -> tuple[list[int], int, int]:
+    """Weights of each parameter that trains, those of heads among them, and the bytes of merged copies for rollouts."""
+    trained = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(config.freeze))}
+    if not config.lora_r:
+        heads = ("lm_head.weight", "model.generation_head.vision_head.weight")
+        return list(trained.values()), sum(trained.get(n, 0) for n in heads), 0
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" in trained}
+    chosen = [m for n, m in linear.items() if n.split(".")[-1] in config.lora_target_modules]
+    pairs = [config.lora_r * size for m in chosen for size in (m.in_features, m.out_features)]
+    return pairs, 0, getattr(torch, config.dtype).itemsize * sum(m.weight.numel() for m in chosen)
+
+
+def _training(config: Config, zero: dict[str, Any], trained: list[int], e: int, ranks: int) -> Training:
+    """What the optimizer holds; `zero`: DeepSpeed's section of that name, empty without it."""
+    if config.optim == "adamw_8bit":
+        return Training(masters=0, moments=2, accumulated=0, ranks=ranks)
+    kinds = (0, 8, 0) if e >= 4 and not zero else (4, 8, 4)
+    if not zero:
+        return Training(*kinds, ranks=ranks)
+    stage = zero["stage"]
+    overlap = zero.get("overlap_comm", "auto")
+    buffers = 1 + (stage == 3 if overlap in ("auto", None) else bool(overlap))
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    return Training(*kinds, ranks, stage, bucket_size(zero, max(trained)), buffers, offloaded)
+
+
+def _rewards(config: Config) -> tuple[int, int, int]:
+    """Weights of the known rewards on the GPU, their activations (and weights) at work, and weights on the host."""
+    weights = pictures = host = 0.0
     for name in [*config.rewards.names, *config.rewards.monitor]:
         options = config.rewards.options.get(name, {})
         if name in REWARDS and options.get("device") != "cpu":
@@ -179,33 +239,55 @@ def _rewards(config: Config) -> tuple[int, int]:
             pictures += each * GIB * options.get("micro_batch", 16)
             if options.get("offload"):
                 pictures += count * itemsize
+                host += count * itemsize
             else:
                 weights += count * itemsize
-    return int(weights), int(pictures)
+    return int(weights), int(pictures), int(host)
 
 
-def changes(config: Config) -> Iterator[tuple[str, Config]]:
+def changes(config: Config, ranks: int = 1) -> Iterator[tuple[str, Config]]:
     """What can make a run smaller: the words of the command line, and the settings they mean."""
     if not config.gradient_checkpointing:
+        yield "--gradient_checkpointing selective", replace(config, gradient_checkpointing="selective")
+    if config.gradient_checkpointing in (False, "selective"):
         yield "--gradient_checkpointing true", replace(config, gradient_checkpointing=True)
     if (prompts := config.per_device_train_batch_size) > 1:
         steps = config.gradient_accumulation_steps * prompts
         words = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {steps}"
         yield words, replace(config, per_device_train_batch_size=1, gradient_accumulation_steps=steps)
-    if config.max_completion_length > 128:
-        yield "--max_completion_length 128", replace(config, max_completion_length=128)
+    if not config.rollout_kv_release:
+        yield "--rollout_kv_release true", replace(config, rollout_kv_release=True)
     if config.rollout_kv_gib is None or config.rollout_kv_gib > 4:
         yield "--rollout_kv_gib 4", replace(config, rollout_kv_gib=4.0)
+    if config.kl_streams and not config.lora_r and not config.reference_device:
+        yield "--reference_device cpu", replace(config, reference_device="cpu")
     if config.optim != "adamw_8bit" and not config.deepspeed:
+        if ranks > 1:
+            file = "configs/zero2.json"
+            yield f"--deepspeed {file}", replace(config, deepspeed=str(ROOT / file))
         yield "--optim adamw_8bit", replace(config, optim="adamw_8bit")
+    if config.max_completion_length > 128:
+        yield "--max_completion_length 128", replace(config, max_completion_length=128)
     if not config.lora_r:
-        yield "--lora_r 32", replace(config, lora_r=32)
+        yield "--lora_r 32", replace(config, lora_r=32, reference_device=None)
 
 
 def advice(config: Config, model: Any, ranks: int, gpu_bytes: int) -> str:
-    """A line for each change, with its peak, the smallest first."""
-    peaks = [(plan_of(other, model, ranks, gpu_bytes).peak, words) for words, other in changes(config)]
-    return "\n".join(f"  {words}: {peak / GIB:.1f} GiB" for peak, words in sorted(peaks))
+    """A line for each change, with its peak, the smallest first; then those that fit together and train the same."""
+    lines, words, other = [], list[str](), config
+    least = plan_of(config, model, ranks, gpu_bytes).peak
+    while least > gpu_bytes:
+        each = [(plan_of(c, model, ranks, gpu_bytes).peak, said, c) for said, c in changes(other, ranks)]
+        each.sort(key=lambda change: change[0])
+        if not words:
+            lines = [f"  {said}: {peak / GIB:.1f} GiB" for peak, said, _ in each]
+        peak, said, other = next((c for c in each if not c[1].startswith(_OTHER_TRAINING)), (least, "", other))
+        if peak >= least:
+            break
+        least, words = peak, [*words, said]
+    else:
+        lines += [f"together: {' '.join(words)}: {least / GIB:.1f} GiB"] * (len(words) > 1)
+    return "\n".join(lines)
 
 
 def dry_run(config: Config, ranks: int, gpu_gib: float) -> str:
@@ -213,8 +295,9 @@ def dry_run(config: Config, ranks: int, gpu_gib: float) -> str:
     if ranks < 1 or gpu_gib <= 0:
         raise ValueError(f"gpus={ranks} and gpu_gib={gpu_gib} must be above 0")
     model, size = load_model(config.model_name_or_path), int(gpu_gib * GIB)
-    plan = plan_of(config, model, ranks, size)
-    said = f"{plan.table()}\n{plan.line()}; "
+    chosen = settled(config, model, ranks, size)
+    plan = plan_of(chosen, model, ranks, size)
+    said = f"{plan.table()}\n{_auto(config, chosen)}{plan.line()}; "
     if plan.peak <= size:
         return f"{said}it fits {gpu_gib:g} GiB"
     return f"{said}it does not fit {gpu_gib:g} GiB; one change makes it:\n{advice(config, model, ranks, size)}"

@@ -27,6 +27,7 @@ from .distributed import Ranks
 from .optim import MasterAdamW, Result
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_BUCKET = 1 << 26  # gradients of one message, 256 MiB in float32; DeepSpeed's own 5e8 take 4 GB
 
 
 def read_settings(file: str) -> dict[str, Any]:
@@ -113,6 +114,12 @@ def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def bucket_size(zero: dict[str, Any], largest: int) -> int:
+    """How many gradients go at a time: as the JSON says, or `_BUCKET`, but no more than the largest parameter has."""
+    size = zero.get("reduce_bucket_size", "auto")
+    return min(_BUCKET, largest) if size == "auto" else int(size)
+
+
 class ZeroAdamW(MasterAdamW):
     """MasterAdamW, by a DeepSpeed engine. All ranks call each method together.
 
@@ -147,6 +154,8 @@ class ZeroAdamW(MasterAdamW):
         self.parameters = policy.trainable_parameters()
         self.options = {name: engine_settings["optimizer"]["params"][name] for name in ("lr", "eps", "weight_decay")}
         self.options["betas"] = (config.adam_beta1, config.adam_beta2)
+        zero = engine_settings["zero_optimization"]
+        zero["reduce_bucket_size"] = bucket_size(zero, max(p.numel() for p in self.parameters))
         self.engine, *_ = deepspeed.initialize(
             model=_Call(policy.model), model_parameters=self.parameters, config=engine_settings
         )

@@ -1,0 +1,144 @@
+"""The plans of Janus-Pro on the GPUs that people have, and what the plan counts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import ROOT
+
+from bicot.grpo.cli import parse_config
+from bicot.grpo.config import Config
+from bicot.grpo.plan import GIB, advice, changes, dry_run, load_model, pinned, plan_of, settled
+
+SIZES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30, "num_attention_heads": 32},
+}
+H100, H200, A100_40 = 79.0, 139.0, 39.4  # GiB that a card of 80, 141 and 40 GB has
+
+
+def write_original(folder: Path, size: str) -> Path:
+    """The config.json of Janus-Pro as DeepSeek publishes it, and nothing else."""
+    width = SIZES[size]["hidden_size"]
+    mlp = {"depth": 2, "n_embed": width, "projector_type": "mlp_gelu"}
+    picture = {"image_size": 384, "model_name": "siglip_large_patch16_384", "select_layer": -1}
+    raw = {
+        "model_type": "multi_modality",
+        "language_config": SIZES[size] | {"vocab_size": 102400, "max_position_embeddings": 16384},
+        "vision_config": {"params": picture},
+        "aligner_config": {"params": mlp | {"input_dim": 1024}},
+        "gen_vision_config": {"cls": "VQ-16", "params": {"image_token_size": 16384, "n_embed": 8}},
+        "gen_aligner_config": {"params": mlp | {"input_dim": 8}},
+        "gen_head_config": {"params": {"image_token_embed": width, "image_token_size": 16384, "n_embed": width}},
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {size: load_model(str(write_original(tmp_path_factory.mktemp(size), size))) for size in SIZES}
+
+
+def config_of(size: str, *words: str) -> Config:
+    return parse_config(["--config", str(ROOT / "configs" / f"janus-pro-{size}.yaml"), *words])
+
+
+GOALS = [
+    ("1b", 1, H100, "", "selective"),
+    ("1b", 1, A100_40, "--optim adamw_8bit", True),
+    ("7b", 8, H100, "--deepspeed configs/zero2.json --rollout_kv_release true", True),
+    ("7b", 1, H200, "--optim adamw_8bit", True),
+    ("7b", 1, H100, "--optim adamw_8bit --reference_device cpu --rollout_kv_release true", True),
+    ("7b", 1, H100, "--lora_r 32", True),
+]
+
+
+@pytest.mark.parametrize(("size", "gpus", "gib", "words", "recompute"), GOALS)
+def test_published_settings_fit(
+    models: dict[str, Any], size: str, gpus: int, gib: float, words: str, recompute: bool | str
+) -> None:
+    """8 samples of a prompt, two prompts a step, plans of 1024 tokens, with a tenth of the GPU to spare."""
+    config = config_of(size, *words.split())
+    assert config.gradient_checkpointing == "auto"
+    chosen = settled(config, models[size], gpus, int(gib * GIB))
+    assert chosen.gradient_checkpointing == recompute
+    assert plan_of(chosen, models[size], gpus, int(gib * GIB)).peak <= 0.9 * gib * GIB
+
+
+def test_advice_says_what_fits_together(models: dict[str, Any]) -> None:
+    config, size = config_of("7b"), int(H100 * GIB)
+    alone = advice(config, models["7b"], 1, size).splitlines()
+    assert len(alone) == len(dict(changes(config))) + 1
+    together = alone[-1]
+    assert together.startswith("together: ") and "--optim adamw_8bit" in together and "--lora_r" not in together
+    several = advice(config, models["7b"], 8, size)
+    assert "--deepspeed configs/zero2.json" in several and "together: " in several
+    assert "together" not in advice(config, models["7b"], 1, 16 * GIB), "nothing makes it fit"
+
+
+def test_both_layouts_and_adapters_have_a_plan(models: dict[str, Any], tmp_path: Path) -> None:
+    model = models["1b"]
+    (tmp_path / "hf").mkdir()
+    model.config.save_pretrained(tmp_path / "hf")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "hf")}))
+    for path in (tmp_path / "hf", tmp_path):
+        other = load_model(str(path))
+        assert [p.shape for p in other.parameters()] == [p.shape for p in model.parameters()]
+
+
+def test_shares_and_what_is_on_the_host(models: dict[str, Any]) -> None:
+    config, model, size = config_of("7b", "--gradient_checkpointing", "true"), models["7b"], int(H100 * GIB)
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(config.freeze)))
+    plain = plan_of(config, model, 8, size)
+    assert plain.rows["weights"] == (weights,) * 3 and not plain.host
+
+    zero3 = plan_of(replace(config, deepspeed=str(ROOT / "configs" / "zero3.json")), model, 8, size)
+    assert zero3.rows["weights"] == (weights // 8,) * 3 and zero3.rows["gathered weights"] == (2_000_000_000,) * 3
+    copies = zero3.rows["engine"][0] - plain.rows["engine"][0]
+    assert 0.9 * weights < copies < weights, "rollouts read whole copies of the decoder and its heads"
+
+    offloaded = plan_of(replace(config, deepspeed=str(ROOT / "configs" / "zero2_offload.json")), model, 8, size)
+    assert offloaded.rows["float32 masters"] == offloaded.rows["optimizer moments"] == (0, 0, 0)
+    assert list(offloaded.host.values()) == [pytest.approx(16 * trained / 8, abs=8)]
+    assert f"{16 * trained / GIB:.1f} GiB for 8 GPUs of one machine" in offloaded.table()
+
+    lent = plan_of(replace(config, reference_device="cpu"), model, 8, size)
+    assert lent.rows["reference model"] == (0, weights, 0)
+    sizes = [2 * p.numel() for p in model.parameters()]
+    assert list(lent.host.values()) == [sum(map(pinned, sizes))] and sum(sizes) <= sum(map(pinned, sizes))
+    assert [pinned(n) for n in (1, 2, 3, 4096, 4097)] == [1, 2, 4, 4096, 8192]
+
+
+def test_the_rest_of_the_settings_counts(models: dict[str, Any]) -> None:
+    config, model, size = config_of("1b", "--gradient_checkpointing", "true"), models["1b"], int(H100 * GIB)
+
+    def rows(**changed: Any) -> dict[str, tuple[int, int, int]]:
+        return plan_of(replace(config, **changed), model, 1, size).rows
+
+    plain = rows()
+    alone = rows(beta=0.0)
+    assert alone["reference model"] == (0, 0, 0) and alone["activations"][1] == 0
+    assert rows(num_iterations=4) == plain
+    given_back = rows(rollout_kv_release=True)["KV cache"]
+    assert given_back[0] > 0 and given_back[1:] == (0, 0)
+    guided = rows(policy_logits="guided")["activations"][2] / plain["activations"][2]
+    assert 1.2 < guided < 1.3, "575 tokens more beside a plan twice and a picture"
+    lora = rows(lora_r=32)
+    adapters = lora["weights"][0] - plain["weights"][0]
+    assert lora["reference model"] == (0, 0, 0) and lora["float32 masters"] == (2 * adapters,) * 3
+    assert lora["gradients"][2] < plain["gradients"][2] / 20
+    two, one = (sum(row[2] for row in rows(gradient_accumulation_steps=n).values()) for n in (2, 1))
+    assert two > one, "between micro-batches gradients are kept"
+
+
+def test_dry_run_says_what_auto_is(models: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of("1b", "--model_name_or_path", str(write_original(tmp_path, "1b")))
+    said = dry_run(config, 1, H100)
+    assert "gradient_checkpointing auto: selective; memory: peak" in said and "it fits 79 GiB" in said
+    assert "gradient_checkpointing auto: true" in dry_run(config, 1, 60.0)
