@@ -131,6 +131,7 @@ def update_peak(
     training: Training,
     micro_batches: int,
     recompute: bool | str,
+    embedding: int = 0,
 ) -> Update:
     """The largest moment of an update.
 
@@ -138,6 +139,7 @@ def update_peak(
         trained: weights of each parameter that trains.
         head: weights of the heads that train.
         recompute: `gradient_checkpointing`.
+        embedding: weights of the text's embedding, if it trains; their gradient comes after the last activation.
     """
     stream, layer = shape.bytes * batch.tokens * shape.hidden, layer_bytes(shape, batch)
     every = recompute is True
@@ -153,19 +155,24 @@ def update_peak(
     head_wide, head_own = 4 * head, shape.bytes * head
     if training.stage:  # float32 sums of all, or of this rank's share
         before = 4 * weights // (training.ranks if training.stage >= 2 else 1)
-        # the gradient at hand, buckets (of ZeRO-1 float32), and what is sent, in float32
         own = shape.bytes * largest
+        # ZeRO-1 sends from float32 buckets; the others widen what they send
         sent = training.bucket * training.buffers * (4 if training.stage == 1 else shape.bytes)
-        sent += 4 * max(training.bucket, largest) * (shape.bytes < 4)
+        sent += 4 * max(training.bucket, largest) * (training.stage >= 2 and shape.bytes < 4)
         wide = 0
     else:
         own, wide = shape.bytes * weights, training.accumulated * weights
         before, sent = (wide or own) if micro_batches > 1 else 0, 0
+    held, late = (before if wide or training.stage else 0), shape.bytes * embedding
+    fresh = head_own
+    if before and not held:  # gradients add up where those of the micro-batch before are
+        late = fresh = 0
     moments = [
         Update(before + head_wide, kept + ends, chunk),
         Update(before + head_wide + head_own + sent, kept + ends, 0),
-        Update(before + head_own + sent, kept + hidden + backward + layer * every, 0),
-        Update((before if wide or training.stage else 0) + own + sent, layer + backward + hidden, 0),
+        Update(before + fresh + sent, kept + hidden + backward + layer * every, 0),
+        Update(held + own + sent - (0 if training.stage else late), layer + backward + hidden, 0),
+        Update(held + own + sent, stream + hidden, 0),
     ]
     if wide:
         most = (before + own + 4 * largest) if before else wide + shape.bytes * largest

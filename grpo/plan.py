@@ -137,7 +137,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads * pool.dim,
         pool.heads * pool.dim, text.vocab_size, model.config.vq_config.num_embeddings, e,
     )  # fmt: skip
-    trained, head, merged = _trained(config, model)
+    trained, head, embedding, merged = _trained(config, model)
     zero = read_settings(config.deepspeed)["zero_optimization"] if config.deepspeed else {}
     training, count = _training(config, zero, trained, e, ranks), sum(trained)
     sizes = {n: p.numel() for n, p in model.named_parameters()}
@@ -157,7 +157,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         doubled and config.policy_logits == "guided",
     )  # fmt: skip
     steps, recompute = config.gradient_accumulation_steps, config.gradient_checkpointing
-    update = update_peak(shape, batch, trained, head, training, steps, recompute)
+    update = update_peak(shape, batch, trained, head, training, steps, recompute, embedding)
     decoder = sum(size for n, size in sizes.items() if n.startswith("model.vqmodel.") and ".encoder." not in n)
     engine = merged + e * (decoder + shape.codes * shape.hidden) + PICTURE_BYTES
     engine += reference_bytes(shape, Batch(PREFILL_TOKENS, 0, 0, 0))
@@ -201,16 +201,18 @@ def pinned(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _trained(config: Config, model: Any) -> tuple[list[int], int, int]:
-    """Weights of each parameter that trains, those of heads among them, and the bytes of merged copies for rollouts."""
+def _trained(config: Config, model: Any) -> tuple[list[int], int, int, int]:
+    """Weights of each parameter that trains, those of heads and of the text's embedding, and the bytes of merged copies
+    for rollouts."""
     trained = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(config.freeze))}
     if not config.lora_r:
         heads = ("lm_head.weight", "model.generation_head.vision_head.weight")
-        return list(trained.values()), sum(trained.get(n, 0) for n in heads), 0
+        embedding = trained.get("model.language_model.embed_tokens.weight", 0)
+        return list(trained.values()), sum(trained.get(n, 0) for n in heads), embedding, 0
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" in trained}
     chosen = [m for n, m in linear.items() if n.split(".")[-1] in config.lora_target_modules]
     pairs = [config.lora_r * size for m in chosen for size in (m.in_features, m.out_features)]
-    return pairs, 0, getattr(torch, config.dtype).itemsize * sum(m.weight.numel() for m in chosen)
+    return pairs, 0, 0, getattr(torch, config.dtype).itemsize * sum(m.weight.numel() for m in chosen)
 
 
 def _training(config: Config, zero: dict[str, Any], trained: list[int], e: int, ranks: int) -> Training:

@@ -29,7 +29,8 @@ def batch_of(micro_batches: int) -> Batch:
 @pytest.mark.parametrize(("micro_batches", "recompute", "mib"), MEASURED)
 def test_update_is_within_15_percent_of_an_h200(micro_batches: int, recompute: bool, mib: int) -> None:
     given = (JANUS_1B, batch_of(micro_batches), TRAINED, 102400 * 2048, Training(), micro_batches, recompute)
-    assert update_peak(*given).total / MIB == pytest.approx(mib, rel=0.15)
+    for embedding in (0, 102400 * 2048):
+        assert update_peak(*given, embedding).total / MIB == pytest.approx(mib, rel=0.15)
 
 
 @pytest.mark.parametrize(("micro_batches", "mib"), [(2, 449.6), (1, 892.5)])
@@ -48,7 +49,7 @@ def test_stages_divide_what_they_should() -> None:
     eight = [Training(ranks=8, stage=stage) for stage in range(4)]
     assert [training.held(8000) for training in eight] == [96000, 12000, 12000, 12000]
     peaks = [update_peak(JANUS_1B, batch_of(2), TRAINED, 0, training, 2, True).total for training in eight]
-    assert peaks[0] == peaks[1] > peaks[2] == peaks[3], "the sum over ranks copies at most 256 MiB at a time"
+    assert peaks[0] > peaks[1] > peaks[2] == peaks[3], "ZeRO holds one gradient of the weights' dtype at a time"
 
 
 def test_zero_divides_masters_and_moments_alike() -> None:

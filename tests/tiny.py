@@ -51,6 +51,9 @@ def tiny_policy(
     context: int = 128,
     tied: bool = False,
     biased: bool = False,
+    hidden: int = 32,
+    intermediate: int = 48,
+    image_size: int = 8,
 ) -> Policy:
     """A Janus of a few thousand weights: 2 layers, 4 heads of 8, 16 image tokens. `scale` widens its logits.
 
@@ -59,8 +62,8 @@ def tiny_policy(
     torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=kv_heads,
@@ -76,10 +79,10 @@ def tiny_policy(
         hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=8,
+        image_size=image_size,
         patch_size=2,
-        projection_dim=32,
-        num_image_tokens=16,
+        projection_dim=hidden,
+        num_image_tokens=(image_size // 2) ** 2,
     )
     vq = JanusVQVAEConfig(
         embed_dim=8,
@@ -88,8 +91,8 @@ def tiny_policy(
         base_channels=32,
         channel_multiplier=[1, 1],
         num_res_blocks=1,
-        projection_dim=32,
-        image_token_embed_dim=32,
+        projection_dim=hidden,
+        image_token_embed_dim=hidden,
     )
     config = JanusConfig(
         text_config=text, vision_config=vision, vq_config=vq, image_token_id=4, tie_word_embeddings=tied
