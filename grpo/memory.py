@@ -123,6 +123,17 @@ def reference_bytes(shape: Shape, batch: Batch) -> int:
     return shape.bytes * batch.tokens * (8 * shape.hidden + 4 * shape.intermediate)
 
 
+def forward_bytes(shape: Shape, batch: Batch, recompute: bool | str) -> tuple[int, int]:
+    """What a forward pass keeps of the layers, and of what follows them up to the loss."""
+    stream = shape.bytes * batch.tokens * shape.hidden
+    if recompute is True:
+        kept = (2 * shape.layers - 1) * stream
+    else:
+        kept = shape.layers * (selective_bytes if recompute else layer_bytes)(shape, batch)
+    images, guided = batch.images * batch.passes, batch.passes - 1
+    return kept, stream + shape.bytes * shape.hidden * (2 * batch.texts + 3 * images + batch.images * guided)
+
+
 def update_peak(
     shape: Shape,
     batch: Batch,
@@ -144,11 +155,10 @@ def update_peak(
     stream, layer = shape.bytes * batch.tokens * shape.hidden, layer_bytes(shape, batch)
     every = recompute is True
     backward = shape.bytes * batch.tokens * (2 * shape.hidden + 3 * shape.intermediate)
-    inputs = (2 * shape.layers - 1) * stream
-    kept = inputs if every else shape.layers * (selective_bytes(shape, batch) if recompute else layer)
-    images, guided = batch.images * batch.passes, batch.passes - 1
-    ends = stream + shape.bytes * shape.hidden * (2 * batch.texts + 3 * images + batch.images * guided)
-    hidden = shape.bytes * shape.hidden * (batch.texts + images)  # what the streams still hold after backward
+    kept, ends = forward_bytes(shape, batch, recompute)
+    hidden = (
+        shape.bytes * shape.hidden * (batch.texts + batch.images * batch.passes)
+    )  # what the streams still hold after backward
     rows = max(batch.texts * shape.vocab, batch.images * shape.codes)
     chunk = min(CHUNK_BYTES, shape.bytes * rows)
     weights, largest = sum(trained), max(trained, default=0)

@@ -26,7 +26,7 @@ from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
 from .cli import ROOT
 from .config import Config
 from .distributed import Ranks
-from .memory import Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
+from .memory import Batch, Shape, Training, Update, forward_bytes, kv_tokens, reference_bytes, update_peak
 from .zero import bucket_size, read_settings
 
 GIB = 2**30
@@ -158,6 +158,11 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     )  # fmt: skip
     steps, recompute = config.gradient_accumulation_steps, config.gradient_checkpointing
     update = update_peak(shape, batch, trained, head, training, steps, recompute, embedding)
+    scorers, pictures, offloaded = _rewards(config)
+    # the first forward pass does not wait for the rewards, but with DeepSpeed and with dropout (see Trainer)
+    ahead, beside = sum(forward_bytes(shape, batch, recompute)), 0
+    if not (config.deepspeed or config.lora_dropout) and ahead + pictures > update.total:
+        update, beside = Update(0, ahead, 0), pictures
     decoder = sum(size for n, size in sizes.items() if n.startswith("model.vqmodel.") and ".encoder." not in n)
     engine = merged + e * (decoder + shape.codes * shape.hidden) + PICTURE_BYTES
     engine += reference_bytes(shape, Batch(PREFILL_TOKENS, 0, 0, 0))
@@ -165,7 +170,6 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     lent = 0 if config.reference_device else reference  # while it is not at work
     held = training.held(count)
     masters = held * training.masters // (training.masters + training.moments)
-    scorers, pictures, offloaded = _rewards(config)
     # what is there when the cache first grows: no moments yet, unless it is given back and grows again
     fixed = weights + gathered + lent + (held if config.rollout_kv_release else masters) + engine + scorers + CONTEXT
     asked = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, doubled)
@@ -183,7 +187,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         "activations": (0, reference_bytes(shape, batch) if config.kl_streams else 0, update.activations),
         "chunk of logits": (0, 0, update.logits),
         "engine": (engine,) * 3,
-        "rewards": (scorers + pictures, scorers + pictures, scorers),
+        "rewards": (scorers + pictures, scorers + pictures, scorers + beside),
         "CUDA context": (CONTEXT,) * 3,
     }
     host = {

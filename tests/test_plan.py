@@ -133,6 +133,8 @@ def test_the_rest_of_the_settings_counts(models: dict[str, Any]) -> None:
     adapters = lora["weights"][0] - plain["weights"][0]
     assert lora["reference model"] == (0, 0, 0) and lora["float32 masters"] == (2 * adapters,) * 3
     assert lora["gradients"][2] < plain["gradients"][2] / 20
+    waits = rows(lora_r=32, lora_dropout=0.1)
+    assert lora["rewards"][2] == lora["rewards"][1] > waits["rewards"][2], "the first forward pass is beside them"
     two, one = (sum(row[2] for row in rows(gradient_accumulation_steps=n).values()) for n in (2, 1))
     assert two > one, "between micro-batches gradients are kept"
 
