@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from ..kernels.linear_logprobs import CHUNK_BYTES
 from .distributed import BUCKET_BYTES
+from .optim import PART
 
 MIB = 2**20
 
@@ -185,7 +186,8 @@ def update_peak(
         Update(held + own + sent, stream + hidden, 0),
     ]
     if wide:
-        most = (before + own + 4 * largest) if before else wide + shape.bytes * largest
+        part = min(weights, max(PART, largest))
+        most = (before + own + 4 * part) if before else wide + shape.bytes * part
         moments.append(Update(most, hidden, 0))
     if training.ranks > 1 and training.stage == 0:
         moments.append(Update((wide or own) + min(wide or own, BUCKET_BYTES), hidden, 0))
