@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ..kernels.group_advantages import Combine, Scale
-from ..kernels.grpo_loss import KLEstimator, LossType
+from ..kernels.grpo_loss import KLEstimator, Level, LossType
 from ..model.engine import KVDtype
 from ..model.policy import PUBLISHED_FREEZE
 from ..model.prompts import ChatTemplate
@@ -87,8 +87,17 @@ class Config:
         token_weights: function `package.module:name` that weighs each token's term of the loss, such as
             examples.entropy_selective:weights; null = all tokens weigh 1, at no cost.
         num_iterations: optimizer updates on one rollout.
-        importance_sampling_correction: weigh tokens by truncated ratios of training to sampling log-probs.
+        importance_sampling_level: ratios of single tokens, or of sequences: one for a sample's plan and picture (GSPO).
+            loss_type gspo is grpo with it.
+        importance_sampling_correction: weigh tokens by ratios of training to sampling log-probs, as
+            importance_sampling_mode says.
+        importance_sampling_mode: ratios of tokens or sequences (plan and picture), which above
+            importance_sampling_clip_max are that (truncate) or 0 (mask).
         importance_sampling_clip_max: bound of those weights.
+        off_policy_mask_threshold: samples of negative advantage have no policy loss where the mean of sampling minus
+            training log-probs of their tokens is above it (DeepSeek-V3.2); null = none.
+        mask_truncated_completions: plans cut off at max_completion_length do not train, and the loss does not count
+            their tokens; their pictures do.
         optim: adamw_torch_fused keeps float32 masters; adamw_8bit (torchao) keeps none, and moments of 8 bits: a third
             of the memory. Its bfloat16 weights are rounded at random.
         learning_rate: of AdamW.
@@ -177,8 +186,14 @@ class Config:
     entropy_coef: PerStream = 0.0
     token_weights: str | None = None
     num_iterations: int = 1
+    importance_sampling_level: Level = "token"
     importance_sampling_correction: bool = False
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "token_truncate"
+    )
     importance_sampling_clip_max: float = 3.0
+    off_policy_mask_threshold: float | None = None
+    mask_truncated_completions: bool = False
 
     optim: Literal["adamw_torch_fused", "adamw_8bit"] = "adamw_torch_fused"
     learning_rate: float = 1e-6
@@ -233,6 +248,8 @@ class Config:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
         for name in ("ddp_timeout", "max_grad_norm", "adam_epsilon", "importance_sampling_clip_max"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        threshold = self.off_policy_mask_threshold
+        _require(threshold is None or threshold > 0, "off_policy_mask_threshold", threshold, "above 0, or null")
         _require(self.delta is None or self.delta > 0, "delta", self.delta, "above 0, or null")
         for name in PER_STREAM:
             value = getattr(self, name)
@@ -283,6 +300,10 @@ class Config:
             raise ValueError("replay reads rollouts, and save_rollouts would write the same again: leave one out")
         if self.detach_uncond and self.policy_logits != "guided":
             raise ValueError("detach_uncond needs policy_logits=guided: otherwise no unconditional row trains")
+        if self.importance_sampling_mode != "token_truncate" and not self.importance_sampling_correction:
+            raise ValueError(
+                f"importance_sampling_mode={self.importance_sampling_mode} needs importance_sampling_correction=true"
+            )
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

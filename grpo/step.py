@@ -5,6 +5,7 @@ Shapes: S samples on this rank, R rewards; a micro-batch holds `config.micro_bat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,6 +20,7 @@ from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
 from .config import STREAMS, Config
 from .distributed import Ranks
+from .off_policy import corrected
 from .optim import MasterAdamW
 from .token_weights import TokenWeights
 
@@ -41,15 +43,18 @@ def token_streams(
     if guided:
         rows["image"].append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
     hidden = policy.hidden(*(row for name in names for row in rows[name]))
-    corrected, streams = config.importance_sampling_correction, []
+    compared = config.importance_sampling_correction or config.off_policy_mask_threshold is not None
+    streams = []
     if "text" in names:
+        trained = _text_tokens(rollout, config)
+        own = trained if isinstance(trained, slice) else upload(trained, policy.device)
         text = TokenStream(
-            targets=upload(rollout.plans.values, policy.device),
-            sample=upload(rollout.plans.row_of(), policy.device),
-            hidden=hidden.pop(0),
+            targets=upload(rollout.plans.values[trained], policy.device),
+            sample=upload(torch.repeat_interleave(rollout.plans.lengths)[trained], policy.device),
+            hidden=hidden.pop(0)[own],
             weight=policy.text_head.weight,
             bias=policy.text_head.bias,
-            sampling_logprob=rollout.plan_logprobs.values if corrected else None,
+            sampling_logprob=rollout.plan_logprobs.values[own] if compared else None,
             temperature=config.temperature,
             name="text",
         )
@@ -66,7 +71,7 @@ def token_streams(
             hidden=features,
             weight=policy.image_head.weight,
             bias=policy.image_head.bias,
-            sampling_logprob=sampled.flatten() if corrected else None,
+            sampling_logprob=sampled.flatten() if compared else None,
             temperature=config.image_temperature,
             name="image",
         )
@@ -152,14 +157,15 @@ def update(
         Metrics as device scalars: means over the tokens of the whole step, of the last iteration. Where `skips_groups`,
         over those of the groups that are left, and `samples_dropped`, the share of samples that are not.
     """
-    num_tokens = ranks.sum(torch.full((), float(sum(map(sum, map(_counts, micro_batches)))), device=policy.device))
+    tokens = float(sum(sum(_counts(part, config)) for part in micro_batches))
+    num_tokens = ranks.sum(torch.full((), tokens, device=policy.device))
     num_samples, dropped = len(advantages) * ranks.size, {}
     if skips_groups(config):
         before = len(advantages)
         micro_batches, advantages = _teaching(micro_batches, advantages, config)
         share = torch.full((), (before - len(advantages)) / num_samples, device=policy.device)
         dropped = {"samples_dropped": ranks.sum(share)}
-    counts = list(map(_counts, micro_batches))
+    counts = [_counts(part, config) for part in micro_batches]
     advantages = upload(advantages, policy.device)
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
     weigh = TokenWeights(config.token_weights) if config.token_weights else None
@@ -175,13 +181,16 @@ def update(
             stream = replace(stream, **config.of_stream(stream.name))
             streams[s] = replace(stream, token_weight=weigh(stream, mine)) if weigh else stream
         result = grpo_loss(
-            streams,
+            corrected(streams, mine, config),
             mine,
             loss_type=config.loss_type,
+            importance_sampling_level=config.importance_sampling_level,
             kl_estimator=config.kl_estimator,
             use_bias_correction_kl=config.use_bias_correction_kl,
             delta=config.delta,
-            importance_sampling_clip_max=config.importance_sampling_clip_max,
+            importance_sampling_clip_max=config.importance_sampling_clip_max
+            if config.importance_sampling_correction
+            else math.inf,
             max_completion_length=config.max_completion_length + policy.num_image_tokens,
             num_tokens=None if config.loss_type == "bnpo" else num_tokens,
             num_samples=num_samples,
@@ -203,9 +212,16 @@ def update(
     return {**meter.reduce(ranks), **dropped, "grad_norm": grad_norm}
 
 
-def _counts(part: RolloutChunk) -> tuple[int, int]:
+def _counts(part: RolloutChunk, config: Config) -> tuple[int, int]:
     """Tokens of the text and of the image."""
-    return len(part.plans.values), part.image_tokens.numel()
+    return len(part.plans.values[_text_tokens(part, config)]), part.image_tokens.numel()
+
+
+def _text_tokens(rollout: RolloutChunk, config: Config) -> slice | Tensor:
+    """Those of the plans that train: an index on the CPU, or all."""
+    if not config.mask_truncated_completions:
+        return slice(None)
+    return torch.repeat_interleave(~rollout.truncated, rollout.plans.lengths).nonzero()[:, 0]
 
 
 def _train_mode(policy: Policy, config: Config) -> None:

@@ -2,7 +2,8 @@
 
 For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log-prob lpr_t:
 
-    ratio_t  = exp(lp_t - lpo_t)                    (gspo: exp(mean over the sample's tokens), one for all of them)
+    ratio_t  = exp(lp_t - lpo_t)                    (importance_sampling_level sequence: exp(mean over the sample's
+               tokens), one for all of them; gspo is grpo with it)
     policy_t = min(min(ratio_t, delta)·A_s, clip(ratio_t, 1 - epsilon, 1 + epsilon_high)·A_s)
                (cispo: stop_gradient(min(ratio_t, epsilon_high))·A_s·lp_t)
     weight_t = min(exp(lpo_t - lps_t), importance_sampling_clip_max), lps the sampler's log-prob; 1 without it
@@ -12,15 +13,16 @@ For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log
 
     w_t = the token's own weight (`token_weight`), 1 without it; n_t and the metrics do not know of it
     n_t = 1 / tokens of the step (dapo, cispo), 1 / tokens of this call (bnpo),
-          1 / (tokens of s · samples) (grpo, gspo), 1 / (samples · max_completion_length) (dr_grpo)
+          1 / (tokens of s · samples) (grpo), 1 / (samples · max_completion_length) (dr_grpo)
 
 Where lpo is absent it is lp.detach(): one update per rollout. A stream may have its own β, epsilon, epsilon_high and
 entropy_coef.
 
 A token's gradient depends on nothing but its own row and what is known of its sample, so loss and gradient come out of
 one pass (kernels/grpo_rows.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and
-written once without. Two cases look at the logits twice, 8·N·V·D: gspo, whose ratio needs all tokens of a sample first,
-and gradients in float16, which must be scaled (GradScaler) before they are rounded, so the backward pass makes them.
+written once without. Two cases look at the logits twice, 8·N·V·D: ratios of sequences, which need all tokens of a
+sample first, and gradients in float16, which must be scaled (GradScaler) before they are rounded, so the backward pass
+makes them.
 
 Source: GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), CISPO (2506.13585), GSPO (2507.18071), the
 two-sided bound delta (2505.07291), and T2I-R1 (2505.00703) for the joint loss over text and image tokens. Options bear
@@ -43,6 +45,7 @@ from .token_stream import TokenStream, check_features, check_tokens
 
 LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo"]
 KLEstimator = Literal["k1", "k2", "k3"]
+Level = Literal["token", "sequence"]
 
 
 class Coefficients(NamedTuple):
@@ -87,6 +90,7 @@ def grpo_loss_ref(
     coefficients: Sequence[Coefficients],
     *,
     loss_type: LossType,
+    importance_sampling_level: Level,
     kl_estimator: KLEstimator,
     use_bias_correction_kl: bool,
     delta: float | None,
@@ -100,8 +104,8 @@ def grpo_loss_ref(
     stats = [stream.stats(impl) for stream in streams]
     old = [s.logprob.detach() if t.old_logprob is None else t.old_logprob for t, s in zip(streams, stats, strict=True)]
     log_ratios = [s.logprob - o for s, o in zip(stats, old, strict=True)]
-    if loss_type == "gspo":
-        total = sum(_sample_sums(r, t.sample, len(advantages)) for r, t in zip(log_ratios, streams, strict=True))
+    if importance_sampling_level == "sequence":
+        total = sum(sample_sums(r, t.sample, len(advantages)) for r, t in zip(log_ratios, streams, strict=True))
         mean = total / _token_counts(streams, advantages).clamp(min=1)
         log_ratios = [mean[stream.sample] for stream in streams]
     norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
@@ -116,7 +120,7 @@ def grpo_loss_ref(
             weight = weight.detach().to(advantage)
             # 0 * inf is NaN, backward too: a token of weight 0 takes no part
             logprob, entropy = (torch.where(weight == 0, x.detach(), x) for x in stat)
-            log_ratio = log_ratio if loss_type == "gspo" else logprob - old_logprob
+            log_ratio = log_ratio if importance_sampling_level == "sequence" else logprob - old_logprob
         ratio = log_ratio.exp()
         if loss_type == "cispo":
             policy = ratio.clamp(max=epsilon_high).detach() * advantage * logprob
@@ -158,7 +162,7 @@ def _token_counts(streams: Sequence[TokenStream], advantages: Tensor) -> Tensor:
     return counts
 
 
-def _sample_sums(x: Tensor, sample: Tensor, num_samples: int) -> Tensor:
+def sample_sums(x: Tensor, sample: Tensor, num_samples: int) -> Tensor:
     """[S] sums of x [N] over each sample's tokens, in one order: `index_add` on a GPU adds in any."""
     own = sample == torch.arange(num_samples, device=sample.device)[:, None]
     return x.where(own, 0.0).sum(1)
@@ -173,7 +177,7 @@ def token_norm(
     num_samples: Tensor,
 ) -> Tensor:
     """n_t of each sample's tokens, [S]."""
-    if loss_type in ("grpo", "gspo"):
+    if loss_type == "grpo":
         return 1 / (_token_counts(streams, advantages).clamp(min=1) * num_samples)
     if loss_type == "dr_grpo":
         return (1 / (num_samples * (max_completion_length or 1))).expand_as(advantages)
@@ -255,6 +259,7 @@ def grpo_loss(
     group_size: int | None = None,
     beta: float = 0.0,
     loss_type: LossType = "dapo",
+    importance_sampling_level: Level = "token",
     kl_estimator: KLEstimator = "k3",
     use_bias_correction_kl: bool = False,
     epsilon: float = 0.2,
@@ -276,8 +281,8 @@ def grpo_loss(
         rewards_or_advantages: with `group_size`, rewards [S] or [S, R]; without, advantages [S].
         group_size: G, the samples of one prompt.
         beta: weight of the KL to the reference; 0 needs no reference log-probs.
-        loss_type, kl_estimator, use_bias_correction_kl: see the formulas at the top of this file. TRL's default for the
-            last is True; T2I-R1 has the plain k3.
+        loss_type, importance_sampling_level, kl_estimator, use_bias_correction_kl: see the formulas at the top of this
+            file. TRL's default for the last is True; T2I-R1 has the plain k3.
         epsilon, epsilon_high: clip range; `epsilon_high` defaults to `epsilon` (cispo: the bound on the weight, and
             must be given).
         delta: second upper bound of the ratio, or None.
@@ -287,7 +292,7 @@ def grpo_loss(
         num_tokens, num_samples: of the whole step, where this call is one micro-batch of it; default: of this call.
             A sample's tokens belong into one micro-batch.
         inplace: the gradient overwrites the `logits` of the streams that give them, which nothing may need any more:
-            neither the caller nor autograd (a linear head does not). gspo, float16 and PyTorch ignore it.
+            neither the caller nor autograd (a linear head does not). Sequence ratios, float16 and PyTorch ignore it.
         impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
             run, chosen by the first stream. All streams have one device and dtype.
 
@@ -298,6 +303,10 @@ def grpo_loss(
     """
     if loss_type not in get_args(LossType):
         raise ValueError(f"loss_type={loss_type!r} is unknown; use one of {', '.join(get_args(LossType))}")
+    if importance_sampling_level not in get_args(Level):
+        raise ValueError(f"importance_sampling_level={importance_sampling_level!r} is unknown; use token or sequence")
+    if loss_type == "gspo":
+        loss_type, importance_sampling_level = "grpo", "sequence"
     if kl_estimator not in get_args(KLEstimator):
         raise ValueError(f"kl_estimator={kl_estimator!r} is unknown; use one of {', '.join(get_args(KLEstimator))}")
     if loss_type == "dr_grpo" and max_completion_length is None:
@@ -332,7 +341,7 @@ def grpo_loss(
         sum(len(stream.targets) for stream in streams) if num_tokens is None else num_tokens, advantages
     )
     num_samples = _scalar(len(advantages) if num_samples is None else num_samples, advantages)
-    if chosen != "torch" and loss_type != "gspo" and not _needs_loss_scale(streams):
+    if chosen != "torch" and importance_sampling_level == "token" and not _needs_loss_scale(streams):
         norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
         shared = {
             "advantages": advantages.contiguous(),
@@ -348,6 +357,7 @@ def grpo_loss(
         advantages,
         coefficients,
         loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
         kl_estimator=kl_estimator,
         use_bias_correction_kl=use_bias_correction_kl,
         delta=delta,

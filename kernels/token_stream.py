@@ -28,7 +28,7 @@ class TokenStream:
         token_weight: [N], no gradient goes through it: what each token's whole term of the loss (policy, KL and entropy
             bonus) is multiplied by; None = 1. What the loss divides by stays as it is, so a mask of zeros leaves tokens
             out of the sum and not out of the count. A weight of 0 makes loss and gradient of the token exactly 0, even
-            where its terms are not finite, but for gspo, whose ratio is that of all tokens of a sample.
+            where its terms are not finite, but for ratios of sequences, in which all tokens of a sample take part.
         beta, epsilon, epsilon_high, entropy_coef: of this stream; None = those of the call.
         temperature: the sampling temperature.
         name: prefix of this stream's metrics.

@@ -64,6 +64,7 @@ def oracle(
     advantages: list[float],
     *,
     loss_type: LossType = "dapo",
+    importance_sampling_level: str = "token",
     kl_estimator: KLEstimator = "k3",
     use_bias_correction_kl: bool = False,
     beta: float = 0.0,
@@ -96,7 +97,7 @@ def oracle(
     for sample, lp, entropy, old, ref, sampler, weight, own_settings in tokens:
         A = advantages[sample]
         beta, epsilon, epsilon_high, entropy_coef = own_settings.values()
-        if loss_type == "gspo":
+        if loss_type == "gspo" or importance_sampling_level == "sequence":
             own = [other[1] - other[3] for other in tokens if other[0] == sample]
             ratio = (sum(own) / len(own)).exp()
         else:
@@ -215,6 +216,22 @@ def test_equals_the_oracle(
         delta=delta,
         entropy_coef=entropy_coef,
     )
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_ratios_of_sequences_equal_the_oracle(loss_type: LossType) -> None:
+    streams = make(old=True, sampling=True)
+    options = {**options_for(loss_type), "beta": 0.1, "delta": 1.4, "use_bias_correction_kl": True}
+    sequence = check(streams, **options, importance_sampling_level="sequence")
+    token = grpo_loss(streams, advantages_of(streams), **options)
+    assert (sequence.loss == token.loss) == (loss_type == "gspo")
+    if loss_type == "gspo":
+        grpo = grpo_loss(
+            streams, advantages_of(streams), **options | {"loss_type": "grpo"}, importance_sampling_level="sequence"
+        )
+        assert torch.equal(grpo.loss, sequence.loss)
+    with pytest.raises(ValueError, match="importance_sampling_level='word' is unknown; use token or sequence"):
+        grpo_loss(streams, advantages_of(streams), importance_sampling_level="word")
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3], ids=["", "entropy"])

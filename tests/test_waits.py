@@ -29,6 +29,8 @@ LIMIT = 12  # tokens of a plan
 # 16 samples in two chunks of pictures, and everything that a micro-batch can carry
 MUCH = ("--rollout_max_rows", "16", "--policy_logits", "guided", "--importance_sampling_correction", "true")
 MUCH += ("--num_iterations", "2", "--gradient_checkpointing", "true", "--top_p", "0.9", "--image_top_k", "5")
+MUCH += ("--importance_sampling_mode", "sequence_mask", "--off_policy_mask_threshold", "0.1")
+MUCH += ("--mask_truncated_completions", "true")
 
 
 def trainer_of(job: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Trainer:
