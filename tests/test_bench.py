@@ -383,6 +383,28 @@ def test_seeds_of_the_default_run(
     assert file.with_suffix(".png").exists() and "| 3 | " in report.render(file.parent)
 
 
+def test_guidance_of_the_toy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    bench, file = importlib.import_module("bicot.bench.toy_guidance"), tmp_path / "results" / "toy_guidance.json"
+    file.parent.mkdir()
+    monkeypatch.setattr(bench, "VARIANTS", {"guided": bench.VARIANTS["2, guided log-probs"]})
+    monkeypatch.setattr(bench, "EVALUATED", (2.0,))
+    words = ["--seeds", "3", "--steps", "2", "--runs", str(tmp_path), "--output", str(file), "--"]
+    words += ["--num_generations", "2", "--num_eval_generations", "1"]
+    monkeypatch.setattr(sys, "argv", ["toy_guidance", *words])
+    bench.main()
+    result = json.loads(file.read_text())
+    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
+    (run,) = result["runs"]
+    assert run["heldout"].keys() == {"2.0"} and all(len(curve) == 2 for curve in run["curves"].values())
+    monkeypatch.setattr(bench, "EVALUATED", ())
+    assert bench.measure("guided", 3, 2, tmp_path / "0" / "3", []) == {**run, "heldout": {}}, "it is not run again"
+    assert f"| {run['heldout']['2.0']:.3f} |" in report.render(file.parent).replace("→", "|")
+    assert file.with_suffix(".svg").exists()
+
+
 def test_two_ranks_of_the_toy_against_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,10 +13,8 @@ from bicot.grpo.cli import parse_config
 from bicot.grpo.trainer import train
 
 RECIPES = sorted((ROOT / "configs").glob("recipe-*.yaml"))
-SMALL = (
-    "--num_generations 4 --per_device_train_batch_size 2 --max_completion_length 12 --max_steps 2 --save_steps 2 "
-    "--sample_steps 0 --warmup_steps 0 --eval_file null"
-).split()
+SMALL = ["--num_generations", "4", "--per_device_train_batch_size", "2", "--max_completion_length", "12"]
+SMALL += ["--max_steps", "2", "--save_steps", "2", "--sample_steps", "0", "--warmup_steps", "0", "--eval_file", "null"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
