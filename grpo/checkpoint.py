@@ -143,10 +143,12 @@ def save_checkpoint(
     return target
 
 
-def load_state(checkpoint: Path, optimizer: MasterAdamW, run: dict[str, Any]) -> tuple[int, float, list[str]]:
+def load_state(
+    checkpoint: Path, optimizer: MasterAdamW, run: dict[str, Any], entropy: dict[str, Any]
+) -> tuple[int, float, list[str]]:
     """Restore the optimizer -> steps done, seconds spent, and a line about settings that have changed since.
 
-    The weights come from `load_policy(checkpoint)`.
+    The weights come from `load_policy(checkpoint)`; `entropy` is the state of an EntropyTarget, and is filled in.
 
     Raises:
         ValueError: a setting has changed that cannot change within a run (both values are named).
@@ -159,5 +161,6 @@ def load_state(checkpoint: Path, optimizer: MasterAdamW, run: dict[str, Any]) ->
             old, new = changed[name]
             raise ValueError(f"{checkpoint} was trained with {name} {old!r}, which cannot become {new!r} within a run")
     optimizer.load_state_dict(state["optimizer"])
+    entropy |= state["optimizer"].get("entropy", {})
     said = ", ".join(f"{name} {new!r} instead of {old!r}" for name, (old, new) in changed.items())
     return state["step"], state["seconds"], [f"going on with {said}"] if said else []

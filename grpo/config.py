@@ -84,6 +84,11 @@ class Config:
         epsilon_high: upper clip range, null = epsilon.
         delta: second upper bound of the ratio, null = none.
         entropy_coef: weight of the entropy bonus.
+        entropy_target: adapt entropy_coef so that the mean entropy of tokens, in nats, does not fall below this: one
+            number, or one for each stream; null = entropy_coef stays.
+        entropy_coef_delta: how much it changes in a step.
+        entropy_coef_min: least that it becomes.
+        entropy_coef_max: most that it becomes.
         token_weights: function `package.module:name` that weighs each token's term of the loss, such as
             examples.entropy_selective:weights; null = all tokens weigh 1, at no cost.
         num_iterations: optimizer updates on one rollout.
@@ -184,6 +189,10 @@ class Config:
     epsilon_high: PerStream | None = None
     delta: float | None = None
     entropy_coef: PerStream = 0.0
+    entropy_target: PerStream | None = None
+    entropy_coef_delta: float = 0.005
+    entropy_coef_min: float = 0.0
+    entropy_coef_max: float = 1.0
     token_weights: str | None = None
     num_iterations: int = 1
     importance_sampling_level: Level = "token"
@@ -246,12 +255,21 @@ class Config:
         _require(kv_gib is None or kv_gib > 0, "rollout_kv_gib", kv_gib, "above 0, or null")
         for name in ("temperature", "image_temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
-        for name in ("ddp_timeout", "max_grad_norm", "adam_epsilon", "importance_sampling_clip_max"):
+        positive = (
+            "ddp_timeout",
+            "max_grad_norm",
+            "adam_epsilon",
+            "importance_sampling_clip_max",
+            "entropy_coef_delta",
+        )
+        for name in positive:
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         threshold = self.off_policy_mask_threshold
         _require(threshold is None or threshold > 0, "off_policy_mask_threshold", threshold, "above 0, or null")
         _require(self.delta is None or self.delta > 0, "delta", self.delta, "above 0, or null")
-        for name in PER_STREAM:
+        least, most = self.entropy_coef_min, self.entropy_coef_max
+        _require(0 <= least <= most, "entropy_coef_min", least, f"0 or more, and not above entropy_coef_max={most}")
+        for name in (*PER_STREAM, "entropy_target"):
             value = getattr(self, name)
             one_each = not isinstance(value, dict) or set(value) == set(STREAMS)
             _require(one_each, name, value, f"one number, or one for each of {' and '.join(STREAMS)}")
@@ -260,7 +278,7 @@ class Config:
                 if name in ("beta", "entropy_coef"):
                     _require(number >= 0, label, number, "0 or more")
                 else:
-                    optional = ", or null" if name == "epsilon_high" else ""
+                    optional = ", or null" if name in ("epsilon_high", "entropy_target") else ""
                     _require(number is None or number > 0, label, number, f"above 0{optional}")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")

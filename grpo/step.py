@@ -109,7 +109,11 @@ def skips_groups(config: Config) -> bool:
     Not with bnpo, whose normaliser counts the tokens of each micro-batch, with a function of token weights, which sees
     the whole micro-batch, or with DeepSpeed, which wants as many micro-batches on each rank.
     """
-    other = config.kl_streams or any(config.of_stream(stream)["entropy_coef"] for stream in STREAMS)
+    other = (
+        config.kl_streams
+        or config.entropy_target is not None
+        or any(config.of_stream(stream)["entropy_coef"] for stream in STREAMS)
+    )
     return not (other or config.loss_type == "bnpo" or config.token_weights or config.deepspeed)
 
 

@@ -33,6 +33,7 @@ from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
 from .dynamic_sampling import Drawn, redraw, redraw_metrics
+from .entropy import EntropyTarget
 from .errors import stop_signals
 from .evaluate import (
     Sample,
@@ -139,8 +140,10 @@ class Trainer:
                 kv_release=config.rollout_kv_release,
             )
         self.step, self.seconds, self.saved = 0, 0.0, -1
+        self.entropy = EntropyTarget(config)
         if checkpoint:
-            self.step, self.seconds, changed = load_state(checkpoint, self.optimizer, self._run_settings())
+            parts = (self.optimizer, self._run_settings(), self.entropy.state)
+            self.step, self.seconds, changed = load_state(checkpoint, *parts)
             said += changed
         ranks.on_main(lambda: self._begin(checkpoint, said))
 
@@ -270,7 +273,7 @@ class Trainer:
             if trains and scored:
                 # LoRA's dropout: other draws on each rank, the same in a run that goes on
                 torch.manual_seed(config.seed * _SEED_STRIDE + self.step * ranks.size + ranks.rank)
-                parts = (micro_batches, mine, reference, self.encoder, config, ranks, ahead)
+                parts = (micro_batches, mine, reference, self.encoder, self.entropy.applied(), ranks, ahead)
                 trained = update(self.policy, self.optimizer, *parts)
             elif trains:  # the KL alone would train, so the schedule alone goes on
                 ahead = None
@@ -302,6 +305,7 @@ class Trainer:
             **plan_metrics(plans, truncated),
             **(redraw_metrics(self.redrawn, ranks) if config.dynamic_sampling and not self.replay else {}),
         }
+        metrics |= self.entropy.look(metrics)
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         return {
@@ -359,7 +363,8 @@ class Trainer:
     def _save(self) -> None:
         if self.config.rollout_only or self.saved == self.step:
             return
-        state, weights = self.optimizer.state_dict(), gathered(self.policy.model, self.ranks.main)  # all ranks together
+        state = {**self.optimizer.state_dict(), "entropy": self.entropy.state}
+        weights = gathered(self.policy.model, self.ranks.main)  # all ranks together
         parts = (self.policy, weights, self.settings, state, self.seconds, self._run_settings())
         limit = self.config.save_total_limit
         self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit))

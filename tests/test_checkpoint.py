@@ -139,7 +139,7 @@ def test_a_state_is_read_from_the_file_and_kept_in_memory(optim: str, dtype: tor
     with torch.no_grad():
         loaded.parameters[0].copy_(weight)  # as load_policy does
     before = anonymous_bytes()
-    assert load_state(tmp_path, loaded, {})[:2] == (1, 1.0)
+    assert load_state(tmp_path, loaded, {}, {})[:2] == (1, 1.0)
     assert loaded.before - before < path.stat().st_size / 4
     with open(path, "r+b") as file:  # what the state was mapped from
         file.write(os.urandom(path.stat().st_size))

@@ -1,0 +1,47 @@
+"""An entropy bonus that holds each stream's entropy up to a target (Skywork-OR1, arXiv 2505.22312; TRL's
+`use_adaptive_entropy`).
+
+With H_k the mean entropy of a stream's tokens in step k, in nats, target `entropy_target`, and coef_0 = `entropy_coef`:
+
+    coef_k+1 = min(coef_k + entropy_coef_delta, entropy_coef_max)    if H_k <= target
+               max(coef_k - entropy_coef_delta, entropy_coef_min)    otherwise
+    step k+1 trains with coef_k+1 if H_k <= target, else with 0, and so does step 0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from .config import STREAMS, Config
+
+
+class EntropyTarget:
+    """The coefficients of a run, from step to step; as they are in `config` where it has no target.
+
+    `state`: coef_k and H_k-1 by stream, of which a checkpoint is made.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, target = config, config.entropy_target
+        self.targets = {s: target[s] if isinstance(target, dict) else target for s in STREAMS if target is not None}
+        self.state = {s: (float(config.of_stream(s)["entropy_coef"]), math.inf) for s in self.targets}
+
+    def applied(self) -> Config:
+        """The settings of the next step."""
+        return replace(self.config, entropy_coef=self._coefficients()) if self.targets else self.config
+
+    def look(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Learn from a step's metrics -> the coefficients that it had."""
+        had = {f"{stream}/entropy_coef": value for stream, value in self._coefficients().items()}
+        delta, least, most = (getattr(self.config, f"entropy_coef_{name}") for name in ("delta", "min", "max"))
+        for stream, target in self.targets.items():
+            if (entropy := metrics.get(f"{stream}/entropy")) is not None:  # none where the update was skipped
+                coef, _ = self.state[stream]
+                coef = min(coef + delta, most) if entropy <= target else max(coef - delta, least)
+                self.state[stream] = coef, entropy
+        return had
+
+    def _coefficients(self) -> dict[str, float]:
+        return {s: self.state[s][0] if self.state[s][1] <= target else 0.0 for s, target in self.targets.items()}
