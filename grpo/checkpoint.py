@@ -4,6 +4,7 @@
                                     (a LoRA run: adapter_config.json and adapter_model.safetensors of PEFT instead)
                                     bicot.json            (how to prompt and sample it)
                                     trainer_state.pt      (step, optimizer, schedule)
+                                    heldout.jsonl, .npz   (of the best evaluation so far: its samples)
                                     manifest.json         (size and SHA-256 of every file)
 
 A checkpoint appears under its name only when it is whole and on the disk, and is checked against its manifest before a
@@ -18,6 +19,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,11 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """The step in the name of a numbered checkpoint."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return output_dir / f"checkpoint-{step:06d}"
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -113,18 +120,22 @@ def save_checkpoint(
     seconds: float,
     run: dict[str, Any],
     keep: int | None,
+    best: int | None = None,
+    also: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
-    """Write checkpoint `step` of a run with the settings `run`, then drop the oldest beyond `keep`.
+    """Write checkpoint `step` of a run with the settings `run`, then drop the oldest beyond `keep`, but not `best`.
 
-    `weights` are the policy's where ZeRO-3 has sharded its own; `optimizer` is a state.
+    `weights` are the policy's where ZeRO-3 has sharded its own; `optimizer` is a state; `also` writes what else belongs
+    into the folder.
     """
-    target = output_dir / f"checkpoint-{step:06d}"
+    target = checkpoint_path(output_dir, step)
     partial, replaced = (output_dir / f".{target.name}.{what}" for what in ("partial", "old"))
     for left in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
     policy.save_pretrained(partial, weights)
     settings.save(partial)
+    also(partial)
     state = {"step": step, "seconds": seconds, "run": run, "optimizer": optimizer}
     torch.save(state, partial / STATE)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -139,7 +150,8 @@ def save_checkpoint(
     if replaced.exists():
         shutil.rmtree(replaced)
     for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
+        if step_of(old) != best:
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.partial")))
     return target
 
 

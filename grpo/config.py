@@ -43,6 +43,7 @@ class Config:
         ddp_timeout: seconds that ranks wait for each other before the run ends; not while rank 0 writes.
         train_file: prompts in T2I-R1's JSONL schema.
         eval_file: held-out prompts in the same schema, scored before and after training; null = none.
+        eval_steps: score them every so many steps too, and after the last, with the same draws; null = do not.
         skip_bad_prompts: leave out prompts that cannot be read or scored, and list them; otherwise they are an error.
         num_eval_generations: samples of each held-out prompt.
         chat_template: role names of the prompts; t2i_r1 as published, janus as the model was tuned.
@@ -124,6 +125,10 @@ class Config:
         stop_on_alarm: save a checkpoint and end where an alarm is raised, such as a reward that stays constant.
         save_steps: write a checkpoint every so many steps; there is always one at the end.
         save_total_limit: keep that many newest checkpoints, null = all.
+        load_best_model_at_end: write a checkpoint where an evaluation is the best so far, keep the last of these whatever
+            save_total_limit, and show it as the result at the end.
+        metric_for_best_model: what the best evaluation is the best by; a metric whose name begins with heldout/.
+        greater_is_better: whether more of it is better.
         sample_steps: write a grid of samples every so many steps, 0 = never.
         save_rollouts: folder where each step's rollout is written, a file for each rank: prompts, plans, tokens,
             log-probs and scores; null = none.
@@ -149,6 +154,7 @@ class Config:
 
     train_file: str = "t2i_r1_prompts.jsonl"
     eval_file: str | None = None
+    eval_steps: int | None = None
     skip_bad_prompts: bool = False
     num_eval_generations: int = 1
     chat_template: ChatTemplate = "t2i_r1"
@@ -224,6 +230,9 @@ class Config:
     stop_on_alarm: bool = False
     save_steps: int = 400
     save_total_limit: int | None = None
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "heldout/reward"
+    greater_is_better: bool = True
     sample_steps: int = 50
     save_rollouts: str | None = None
     save_rollout_images: bool = False
@@ -244,7 +253,7 @@ class Config:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("num_iterations", "max_completion_length", "save_steps", "num_eval_generations"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("stop_after", "save_total_limit"):
+        for name in ("stop_after", "save_total_limit", "eval_steps"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or null")
         _require(
@@ -322,6 +331,10 @@ class Config:
             raise ValueError(
                 f"importance_sampling_mode={self.importance_sampling_mode} needs importance_sampling_correction=true"
             )
+        if self.eval_steps and not self.eval_file:
+            raise ValueError(f"eval_steps={self.eval_steps} needs eval_file, the prompts to score")
+        if self.load_best_model_at_end and (not self.eval_steps or self.replay or self.rollout_only):
+            raise ValueError("load_best_model_at_end needs eval_steps, and neither replay nor rollout_only")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

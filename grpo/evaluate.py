@@ -1,11 +1,11 @@
-"""Score a policy on held-out prompts, the same draws every time it is asked."""
+"""Score a policy on held-out prompts, the same draws every time it is asked, and know which evaluation was the best."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,6 +137,47 @@ def evaluate(
 def mean_reward(samples: Sequence[Sample]) -> float | None:
     """Mean reward of all samples that have one; None where none has."""
     return mean_by_name(("", sample.reward) for sample in samples).get("")
+
+
+def heldout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of an evaluation, what its step reports: mean reward, by task type, and mean of each reward where it applies."""
+    scores = mean_by_name(pair for sample in samples for pair in sample.scores.items())
+    means = {
+        "heldout/reward": mean_reward(samples),
+        **{f"heldout/reward_by_task/{task}": mean for task, mean in mean_by_task(samples).items()},
+        **{f"heldout/rewards/{name}/mean": mean for name, mean in scores.items()},
+    }
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+class Best:
+    """The best evaluation so far; of equal ones the first.
+
+    Args:
+        metric: of `heldout_metrics`.
+        greater_is_better: whether more of it is better.
+    """
+
+    def __init__(self, metric: str, greater_is_better: bool) -> None:
+        self.metric, self.greater_is_better = metric, greater_is_better
+        self.step: int | None = None
+        self.value = math.nan
+
+    def require(self, examples: Sequence[Example], names: Sequence[str]) -> None:
+        """Raises ValueError if evaluations of these prompts and rewards have no such metric."""
+        tasks = sorted({example.task_type for example in examples})
+        known = ["heldout/reward", *(f"heldout/reward_by_task/{task}" for task in tasks)]
+        known += [f"heldout/rewards/{name}/mean" for name in names]
+        if self.metric not in known:
+            raise ValueError(f"metric_for_best_model={self.metric!r} is none of {', '.join(known)}")
+
+    def look(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether this step has an evaluation that is better than all before."""
+        value = metrics.get(self.metric, math.nan)
+        better = value > self.value if self.greater_is_better else value < self.value
+        if found := better or (math.isnan(self.value) and not math.isnan(value)):
+            self.step, self.value = step, value
+        return found
 
 
 def entropy_bits(counts: Tensor) -> float:

@@ -22,7 +22,7 @@ import yaml
 from tqdm import tqdm
 
 from .config import Config
-from .evaluate import Sample, load_samples, reward_rows
+from .evaluate import Sample, heldout_metrics, load_samples, reward_rows
 from .files import whole
 
 if TYPE_CHECKING:  # who trains without pictures need not have it
@@ -204,9 +204,13 @@ def write_report(
     """
     lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
     metrics = [json.loads(line) for line in lines]
+    evaluated = (
+        [{"step": 0, **heldout_metrics(heldout.get("before", ()))}, *metrics] if _keys(metrics, "heldout/") else []
+    )
     picked = {tag: pick(samples) for tag, samples in heldout.items()}
     plots: dict[str, Callable[[], str]] = {
         "Reward": lambda: _curves(metrics, ("reward", *_keys(metrics, "reward_by_task/"))),
+        "Held-out reward": lambda: _curves(evaluated, _keys(evaluated, "heldout/reward")),
         "Rewards and monitors": lambda: _curves(metrics, _keys(metrics, "rewards/", "/mean")),
         "Milliseconds of a step that a reward took": lambda: _reward_times(metrics),
         "KL to the initial model": lambda: _curves(metrics, ("kl", "text/kl", "image/kl")),
@@ -330,7 +334,7 @@ def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str:
         steps, values = zip(*points, strict=True)
         window = max(1, len(values) // 15)
         smooth = [sum(v := values[max(0, i - window + 1) : i + 1]) / len(v) for i in range(len(values))]
-        label = textwrap.shorten(re.sub("^reward(s|_by_task)/|/mean$", "", key), 30, placeholder=" …")
+        label = textwrap.shorten(re.sub("^(heldout/)?(reward(s|_by_task)/)?|/mean$", "", key), 30, placeholder=" …")
         (line,) = axis.plot(steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=label)
         axis.plot(steps, values, lw=0.7, alpha=0.25, color=line.get_color())
     if not axis.lines:

@@ -28,7 +28,7 @@ from ..model.weights import gathered
 from ..rewards.base import Example
 from ..rewards.worker import borrowed, host_copies
 from .alarms import Alarms
-from .checkpoint import find_checkpoint, load_state, save_checkpoint, step_of
+from .checkpoint import checkpoint_path, find_checkpoint, load_state, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
@@ -36,9 +36,11 @@ from .dynamic_sampling import Drawn, redraw, redraw_metrics
 from .entropy import EntropyTarget
 from .errors import stop_signals
 from .evaluate import (
+    Best,
     Sample,
     evaluate,
     gather_samples,
+    heldout_metrics,
     heldout_table,
     load_samples,
     mean_reward,
@@ -59,6 +61,7 @@ from .zero import ZeroAdamW, engine_config
 
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
+_HELDOUT = "heldout"  # samples of an evaluation, in its checkpoint
 # settings that say where a run writes, how often, and when it ends for now
 _OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
 _OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after", "save_rollouts", "save_rollout_images", "replay"}
@@ -119,6 +122,9 @@ class Trainer:
             file.check(self._fits)
             said += file.said()
         self.examples, self.heldout = ([*(file.examples for file in files), [], []])[:2]
+        self.best = Best(config.metric_for_best_model, config.greater_is_better)
+        if config.load_best_model_at_end:
+            self.best.require(self.heldout, self.ensemble.names)
         self.config = config = settle(config, ranks)
         self.policy.recompute(config.gradient_checkpointing)
         self.reference: Policy | None = None
@@ -192,24 +198,32 @@ class Trainer:
         policy.adapters.peft_config["default"].base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
         return policy
 
-    def run(self) -> dict[str, float | int | None]:
+    def run(self) -> dict[str, Any]:
         """Train to `max_steps` (or `stop_after`, or a SIGTERM/SIGINT) -> the summary that is also written."""
         config = self.config
-        before = self._evaluate("before") if self.step == 0 else self._saved("before")
+        before = self._keep("before", self._evaluate()) if self.step == 0 else self._saved("before")
         last = min(config.max_steps, config.stop_after or config.max_steps)
         log = Log(config, self.step) if self.ranks.main else None
-        self.alarms = self._alarms()
+        self._look_back()
+        heldout: list[Sample] = []
         stopped = 0
         with closing(log) if log else nullcontext(), stop_signals() as received:
             while self.step < last and not (stopped := self._agree(received)):
                 metrics, grid = self._train_step()
+                evaluates = config.eval_steps and (self.step % config.eval_steps == 0 or self.step == config.max_steps)
+                heldout = self._evaluate() if evaluates else []
+                metrics |= heldout_metrics(heldout)
                 if self.ranks.on_main(partial(self._record, log, metrics, grid)) and config.stop_on_alarm:
                     received.append(signal.SIGALRM)
-                if self.step % config.save_steps == 0 and self.step < last:
+                if config.load_best_model_at_end and self.best.look(self.step, metrics):
+                    self._save(heldout)
+                elif self.step % config.save_steps == 0 and self.step < last:
                     self._save()
             self._save()
         done = self.step >= config.max_steps
-        after = self._evaluate("after") if done else self._saved("after")
+        if done and self.best.step is not None:
+            heldout = load_samples(checkpoint_path(self.output, self.best.step) / _HELDOUT)
+        after = self._keep("after", heldout or self._evaluate()) if done else self._saved("after")
         summary = self._finish(before, after) if self.ranks.main else {}
         if stopped and self.ranks.main:
             name = "an alarm" if stopped == signal.SIGALRM else signal.Signals(stopped).name
@@ -224,12 +238,16 @@ class Trainer:
         print("".join(f"{line}\n" for line in said), end="")
         return bool(said)
 
-    def _alarms(self) -> Alarms:
-        """Those of the steps before have been raised."""
+    def _look_back(self) -> None:
+        """The alarms of the steps before have been raised; their best evaluation counts if its checkpoint is there."""
         path, count = self.output / METRICS, len(self.config.rewards.names)
         rows = [row for _, row in read_metrics(path)[0]] if path.is_file() else []
         names = self.ensemble.names
-        return Alarms(names[:count], names[count:], self.config.num_iterations, rows)
+        self.alarms = Alarms(names[:count], names[count:], self.config.num_iterations, rows)
+        for row in rows if self.config.load_best_model_at_end else ():
+            step = int(row["step"])
+            if (checkpoint_path(self.output, step) / f"{_HELDOUT}.jsonl").is_file():
+                self.best.look(step, row)
 
     def _agree(self, received: list[int]) -> int:
         """The signal that told a rank to stop, 0 for none: all stop after the same step."""
@@ -346,33 +364,42 @@ class Trainer:
                 self.reference.freeze()  # joins what came over one by one
             return reference_logprobs(self.reference, micro_batches, self.encoder, self.config)
 
-    def _evaluate(self, tag: str) -> list[Sample]:
+    def _evaluate(self) -> list[Sample]:
         """Score the held-out prompts, with the draws of `seed` whatever the step; none configured = no samples."""
         if not self.heldout:
             return []
         seed = self.config.seed * _SEED_STRIDE + _EVAL_STEP
         number, guidance = self.config.num_eval_generations, self.config.eval_cfg_weight
         sampling = self.settings.sampling if guidance is None else replace(self.settings.sampling, cfg_weight=guidance)
-        samples = evaluate(self.engine, self.ensemble, self.heldout, number, sampling, seed, self.ranks)
-        self.ranks.on_main(lambda: save_samples(samples, self.output / "samples" / f"heldout-{tag}"))
+        return evaluate(self.engine, self.ensemble, self.heldout, number, sampling, seed, self.ranks)
+
+    def _keep(self, tag: str, samples: list[Sample]) -> list[Sample]:
+        if samples:
+            self.ranks.on_main(lambda: save_samples(samples, self.output / "samples" / f"heldout-{tag}"))
         return samples
 
     def _saved(self, tag: str) -> list[Sample]:
         return load_samples(self.output / "samples" / f"heldout-{tag}")
 
-    def _save(self) -> None:
+    def _save(self, best: list[Sample] | None = None) -> None:
+        """Write a checkpoint; of the best evaluation, with its samples."""
         if self.config.rollout_only or self.saved == self.step:
             return
         state = {**self.optimizer.state_dict(), "entropy": self.entropy.state}
         weights = gathered(self.policy.model, self.ranks.main)  # all ranks together
         parts = (self.policy, weights, self.settings, state, self.seconds, self._run_settings())
         limit = self.config.save_total_limit
-        self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit))
+
+        def also(folder: Path) -> None:
+            if best:
+                save_samples(best, folder / _HELDOUT)
+
+        self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit, self.best.step, also))
         self.saved = self.step
 
-    def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, float | int | None]:
+    def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, Any]:
         images = self.step * self.config.prompts_per_device * self.config.num_generations * self.ranks.size
-        summary = {
+        summary: dict[str, Any] = {
             "heldout_reward_before": mean_reward(before),
             "heldout_reward_after": mean_reward(after),
             "steps": self.step,
@@ -380,6 +407,9 @@ class Trainer:
             "images_per_second": images / self.seconds if self.seconds else None,
             "seed": self.config.seed,
         }
+        best = "" if self.best.step is None else str(checkpoint_path(self.output, self.best.step))
+        if best:
+            summary |= {"best_model_checkpoint": best, "best_metric": self.best.value}
         with whole(self.output / SUMMARY) as part:
             part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
         grids = {"before": before, "after": after}
@@ -388,12 +418,14 @@ class Trainer:
             write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v}, self.alarms.said)
             files.append("report.html")
         print(heldout_table(before, after))
+        if best:
+            print(f"the best checkpoint, which is after: {best}, {self.best.metric} {self.best.value:.4g}")
         what = f"{', '.join(files[:-1])} and {files[-1]}"
         print(f"{self.step} steps in {self.seconds:.0f} s; {what} are in {self.output}")
         return summary
 
 
-def train(config: Config) -> dict[str, float | int | None]:
+def train(config: Config) -> dict[str, Any]:
     """Run a training job in this process (one of several under torchrun) -> its summary, empty off the main rank."""
     ranks = Ranks.start(config.ddp_timeout)
     try:
