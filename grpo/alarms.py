@@ -9,6 +9,7 @@ steps, and means over W steps m and over the W before that m':
     hacking     the reward rises, m > m' + 3·s, while a monitored one falls, m < m' - 3·s; s is the standard error of
                 the difference of both means
     entropy     a stream's entropy, over W steps, is below a tenth of its mean over the first W
+    diversity   image_diversity or plan_diversity, likewise
     truncated   over half of the plans of W steps were cut off at max_completion_length
 """
 
@@ -69,12 +70,13 @@ class Alarms:
         if statistics.mean(self._last("plan_truncated") or [0.0]) > 0.5:
             text = "over half of the plans are cut off at max_completion_length: they never end, or it is too small"
             yield "truncated", text
-        for stream in ("text", "image"):
-            key = f"{stream}/entropy"
+        of = {f"{stream}/entropy": f"the entropy of {stream} tokens" for stream in ("text", "image")}
+        of |= {f"{what}_diversity": f"the difference of {what}s in a group" for what in ("image", "plan")}
+        for key, name in of.items():
             first = [r[key] for r in self.rows[:WINDOW] if key in r]
             now = self._last(key)
             if first and now and statistics.mean(now) < 0.1 * statistics.mean(first):
-                text = f"the entropy of {stream} tokens fell from {statistics.mean(first):.3g} to "
+                text = f"{name} fell from {statistics.mean(first):.3g} to "
                 yield key, text + f"{statistics.mean(now):.3g}: samples become alike, and groups stop differing"
         for name in self.monitored if self._moved("reward", 1) else ():
             if self._moved(f"rewards/{name}/mean", -1):

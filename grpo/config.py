@@ -125,7 +125,7 @@ class Config:
         stop_on_alarm: save a checkpoint and end where an alarm is raised, such as a reward that stays constant.
         save_steps: write a checkpoint every so many steps; there is always one at the end.
         save_total_limit: keep that many newest checkpoints, null = all.
-        load_best_model_at_end: write a checkpoint where an evaluation is the best so far, keep the last of these whatever
+        load_best_model_at_end: write a checkpoint where an evaluation is the best so far, keep the last of these beyond
             save_total_limit, and show it as the result at the end.
         metric_for_best_model: what the best evaluation is the best by; a metric whose name begins with heldout/.
         greater_is_better: whether more of it is better.

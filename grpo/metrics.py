@@ -1,20 +1,24 @@
-"""What a step reports of its rollout, rewards and time. S samples of all ranks, R rewards.
+"""What a step reports of its rollout, rewards and time. S samples of all ranks, R rewards, G samples of a prompt.
 
-All of it is computed on the host: the scores and the plans are there, and `on_host` brings the rest in one transfer.
+Scores and plans are on the host; what is computed on the device comes there in one transfer, by `on_host`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.engine import Clock, Span, seconds_of
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
 from .distributed import Ranks
 from .evaluate import entropy_bits, mean_by_name
+
+_SIDE = 64  # pixels
 
 
 def on_host(metrics: Mapping[str, Tensor]) -> dict[str, float]:
@@ -57,13 +61,39 @@ def reward_costs(handle: RewardHandle, ranks: Ranks) -> dict[str, float]:
     return costs
 
 
-def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool]) -> dict[str, float]:
-    """Of the plans of all ranks: mean length, share that was cut off, entropy of their tokens in bits."""
+def image_diversity(images: Tensor, num_generations: int, ranks: Ranks) -> dict[str, Tensor]:
+    """Mean distance of two pictures of a group, over all groups of all ranks, on the device.
+
+    The distance is the RMS difference of their values in [0, 1], averaged down to at most `_SIDE` pixels a side.
+    images [S, 3, H, W] are this rank's; a replay may have none, [S, 0, 0, 0].
+    """
+    if not images.numel():
+        return {}
+    height, width = images.shape[2:]
+    small = F.adaptive_avg_pool2d(images.float(), (min(_SIDE, height), min(_SIDE, width)))
+    groups = small.reshape(-1, num_generations, small[0].numel())
+    # not by |a|² + |b|² - 2ab, which rounds small distances to nothing
+    distances = torch.cdist(groups, groups, compute_mode="donot_use_mm_for_euclid_dist") / groups.shape[2] ** 0.5
+    mean = distances.sum() / (len(groups) * num_generations * (num_generations - 1))  # to itself it is 0
+    return {"image_diversity": ranks.sum(mean) / ranks.size}
+
+
+def plan_diversity(plans: Sequence[Sequence[int]], num_generations: int) -> float:
+    """Mean distance of two plans of a group, over all groups: 1 - |A ∩ B| / |A ∪ B| of their sets of tokens."""
+    sets = [frozenset(plan) for plan in plans]
+    groups = (sets[start : start + num_generations] for start in range(0, len(sets), num_generations))
+    distances = [len(a ^ b) / max(1, len(a | b)) for group in groups for a, b in combinations(group, 2)]
+    return sum(distances) / len(distances)
+
+
+def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool], num_generations: int) -> dict[str, float]:
+    """Of the plans of all ranks: mean length, share that was cut off, entropy of their tokens in bits, diversity."""
     words = torch.tensor([word for plan in plans for word in plan])
     return {
         "plan_tokens": len(words) / len(plans),
         "plan_truncated": sum(truncated) / len(plans),
         "plan_entropy": entropy_bits(torch.bincount(words).float()),
+        "plan_diversity": plan_diversity(plans, num_generations),
     }
 
 

@@ -215,6 +215,7 @@ def write_report(
         "Milliseconds of a step that a reward took": lambda: _reward_times(metrics),
         "KL to the initial model": lambda: _curves(metrics, ("kl", "text/kl", "image/kl")),
         "Entropy (nats a token)": lambda: _curves(metrics, ("entropy", "text/entropy", "image/entropy")),
+        "Diversity in a group": lambda: _curves(metrics, ("image_diversity", "plan_diversity")),
         "Seconds of a step, by phase": lambda: _phase_bars(metrics),
     }
     pictures = {f"Held-out prompts, {' and '.join(heldout)} training": lambda: _pictures(picked)} if heldout else {}

@@ -47,7 +47,7 @@ from .evaluate import (
     save_samples,
 )
 from .files import whole
-from .metrics import Phases, on_host, plan_metrics, reward_costs, reward_metrics
+from .metrics import Phases, image_diversity, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
 from .output import METRICS, SUMMARY, go_back, locked, make_room, read_metrics
 from .plan import settle
@@ -318,9 +318,9 @@ class Trainer:
         metrics = {
             **reward_metrics(self.ensemble, everyone, config.num_generations, tasks),
             **reward_costs(handle, ranks),
-            **on_host(trained),
+            **on_host(trained | image_diversity(rollout.images, config.num_generations, ranks)),
             "update_skipped": float(not (trains and scored)),
-            **plan_metrics(plans, truncated),
+            **plan_metrics(plans, truncated, config.num_generations),
             **(redraw_metrics(self.redrawn, ranks) if config.dynamic_sampling and not self.replay else {}),
         }
         metrics |= self.entropy.look(metrics)

@@ -21,6 +21,7 @@ def healthy(step: int, draw: random.Random) -> dict[str, float]:
         "rewards/scene/mean": 0.5 + 0.002 * step + noise, "rewards/scene/std": 0.1,
         "rewards/other/mean": 0.4 + 0.001 * step + draw.gauss(0, 0.02), "rewards/other/std": 0.1,
         "text/entropy": 2.0 - 0.005 * step, "image/entropy": 3.0, "text/ratio_max": 1.0, "plan_truncated": 0.1,
+        "image_diversity": 0.2, "plan_diversity": 0.5,
     }  # fmt: skip
 
 
@@ -48,6 +49,8 @@ def test_a_healthy_run_raises_none() -> None:
         ({"rewards__scene__mean": 0.7, "rewards__scene__std": 0.0}, 40 + WINDOW, "reward scene has been 0.7"),
         ({"plan_truncated": 0.9}, 52, "cut off"),
         ({"text__entropy": 0.01}, 58, "entropy of text tokens fell from 1.95 to"),
+        ({"image_diversity": 0.001}, 58, "the difference of images in a group fell from 0.2 to"),
+        ({"plan_diversity": 0.0}, 58, "the difference of plans in a group fell from 0.5 to"),
         ({"rewards__other__mean": lambda n: 0.44 - 0.02 * n}, 50, "while other, which is not trained on, falls"),
     ],
 )
