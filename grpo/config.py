@@ -333,6 +333,8 @@ class Config:
             )
         if self.eval_steps and not self.eval_file:
             raise ValueError(f"eval_steps={self.eval_steps} needs eval_file, the prompts to score")
+        if self.rewards.heldout and not self.eval_file:
+            raise ValueError(f"rewards.heldout={self.rewards.heldout} needs eval_file, the prompts to score")
         if self.load_best_model_at_end and (not self.eval_steps or self.replay or self.rollout_only):
             raise ValueError("load_best_model_at_end needs eval_steps, and neither replay nor rollout_only")
         if self.loss_type == "cispo" and self.epsilon_high is None:

@@ -186,17 +186,22 @@ def entropy_bits(counts: Tensor) -> float:
     return float(-(p * p.log2()).sum())
 
 
-def reward_rows(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[str, float | None, float | None]]:
-    """(task type, mean reward before, after), and the mean of all; none without samples from before."""
+def reward_rows(
+    before: Sequence[Sample], after: Sequence[Sample], names: Sequence[str] = ()
+) -> list[tuple[str, float | None, float | None]]:
+    """(task type, mean reward before, after), the mean of all, and single rewards; none without samples from before."""
     if not before:
         return []
     first, last = mean_by_task(before), mean_by_task(after)
-    return [*((task, first[task], last.get(task)) for task in first), ("all", mean_reward(before), mean_reward(after))]
+    rows = [*((task, first[task], last.get(task)) for task in first), ("all", mean_reward(before), mean_reward(after))]
+    means = [heldout_metrics(samples) for samples in (before, after)]
+    keys = {name: f"heldout/rewards/{name}/mean" for name in names}
+    return rows + [(name, means[0].get(key), means[1].get(key)) for name, key in keys.items()]
 
 
-def heldout_table(before: Sequence[Sample], after: Sequence[Sample]) -> str:
-    """Held-out mean reward before → after, by task type and overall."""
-    rows = reward_rows(before, after)
+def heldout_table(before: Sequence[Sample], after: Sequence[Sample], names: Sequence[str] = ()) -> str:
+    """Held-out mean reward before → after, by task type and overall, and of single rewards."""
+    rows = reward_rows(before, after, names)
     if not rows:
         return "no held-out prompts (eval_file): no reward before and after"
     lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]

@@ -237,6 +237,13 @@ def _rewards(config: Config) -> tuple[int, int, int]:
     """Weights of the known rewards on the GPU, their activations (and weights) at work, and weights on the host."""
     weights = pictures = host = 0.0
     for name in [*config.rewards.names, *config.rewards.monitor]:
+    return Plan(rows, tuple(name for name in config.rewards.all if name not in COUNTED))
+
+
+def _rewards(config: Config) -> tuple[int, int]:
+    """Weights of the known rewards on the GPU, and their activations at work."""
+    weights = pictures = 0.0
+    for name in config.rewards.all:
         options = config.rewards.options.get(name, {})
         if name in REWARDS and options.get("device") != "cpu":
             count, each = REWARDS[name]

@@ -197,10 +197,11 @@ def write_report(
     summary: Mapping[str, Any],
     heldout: Mapping[str, Sequence[Sample]],
     alarms: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> None:
     """Write before_after.png and report.html from metrics.jsonl and the samples in `output`.
 
-    A part that cannot be drawn is left out, and said in one line.
+    `names` are single rewards that the table shows. A part that cannot be drawn is left out, and said in one line.
     """
     lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
     metrics = [json.loads(line) for line in lines]
@@ -210,7 +211,8 @@ def write_report(
     picked = {tag: pick(samples) for tag, samples in heldout.items()}
     plots: dict[str, Callable[[], str]] = {
         "Reward": lambda: _curves(metrics, ("reward", *_keys(metrics, "reward_by_task/"))),
-        "Held-out reward": lambda: _curves(evaluated, _keys(evaluated, "heldout/reward")),
+        "Held-out reward": lambda: _curves(evaluated, ("heldout/reward", *_keys(evaluated, "heldout/reward_by_task/"))),
+        "Held-out rewards, each": lambda: _curves(evaluated, _keys(evaluated, "heldout/rewards/")),
         "Rewards and monitors": lambda: _curves(metrics, _keys(metrics, "rewards/", "/mean")),
         "Milliseconds of a step that a reward took": lambda: _reward_times(metrics),
         "KL to the initial model": lambda: _curves(metrics, ("kl", "text/kl", "image/kl")),
@@ -238,7 +240,7 @@ def write_report(
     page = f"""<!doctype html>
 <html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>
 <title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>
-{_reward_table(heldout)}{_table(summary)}
+{_reward_table(heldout, names)}{_table(summary)}
 {"".join(f"<p><strong>{html.escape(alarm)}</strong></p>" for alarm in alarms)}
 <div class='plots'>{sections(plots) if metrics else ""}</div>
 {sections(pictures)}
@@ -248,10 +250,10 @@ def write_report(
         part.write_text(page, encoding="utf-8")
 
 
-def _reward_table(heldout: Mapping[str, Sequence[Sample]]) -> str:
+def _reward_table(heldout: Mapping[str, Sequence[Sample]], names: Sequence[str]) -> str:
     rows = [
         f"<tr><td>{html.escape(task)}</td>" + "".join(f"<td>{_show(value)}</td>" for value in pair) + "</tr>"
-        for task, *pair in reward_rows(heldout.get("before", ()), heldout.get("after", ()))
+        for task, *pair in reward_rows(heldout.get("before", ()), heldout.get("after", ()), names)
     ]
     head = "<caption>Held-out reward</caption><tr><th></th><th>before</th><th>after</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>" if rows else ""

@@ -105,8 +105,11 @@ class Trainer:
             self.ensemble = self.replay.ensemble
         else:
             self.ensemble = config.rewards.build(weights, device=ranks.device, failures=self.output)
-        for file in files:
-            file.check(self.ensemble.check)
+        self.judges = self.ensemble  # of evaluations
+        if heldout and not config.replay:
+            self.judges = config.rewards.build_heldout(self.ensemble, ranks.device, self.output)
+        for file, ensemble in zip(files, (self.ensemble, self.judges), strict=False):
+            file.check(ensemble.check)
         if config.token_weights:
             TokenWeights(config.token_weights)  # what is wrong with it is said now
         if adapter_base(config.model_name_or_path):
@@ -124,7 +127,7 @@ class Trainer:
         self.examples, self.heldout = ([*(file.examples for file in files), [], []])[:2]
         self.best = Best(config.metric_for_best_model, config.greater_is_better)
         if config.load_best_model_at_end:
-            self.best.require(self.heldout, self.ensemble.names)
+            self.best.require(self.heldout, self.judges.names)
         self.config = config = settle(config, ranks)
         self.policy.recompute(config.gradient_checkpointing)
         self.reference: Policy | None = None
@@ -371,7 +374,7 @@ class Trainer:
         seed = self.config.seed * _SEED_STRIDE + _EVAL_STEP
         number, guidance = self.config.num_eval_generations, self.config.eval_cfg_weight
         sampling = self.settings.sampling if guidance is None else replace(self.settings.sampling, cfg_weight=guidance)
-        return evaluate(self.engine, self.ensemble, self.heldout, number, sampling, seed, self.ranks)
+        return evaluate(self.engine, self.judges, self.heldout, number, sampling, seed, self.ranks)
 
     def _keep(self, tag: str, samples: list[Sample]) -> list[Sample]:
         if samples:
@@ -412,12 +415,13 @@ class Trainer:
             summary |= {"best_model_checkpoint": best, "best_metric": self.best.value}
         with whole(self.output / SUMMARY) as part:
             part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        grids = {"before": before, "after": after}
+        grids, names = {"before": before, "after": after}, self.judges.names[len(self.ensemble.names) :]
         files = ["metrics"] if self.config.rollout_only else ["checkpoint", "metrics"]
         with no_failure("no report.html"):
-            write_report(self.output, self.config, summary, {k: v for k, v in grids.items() if v}, self.alarms.said)
+            shown = {k: v for k, v in grids.items() if v}
+            write_report(self.output, self.config, summary, shown, self.alarms.said, names)
             files.append("report.html")
-        print(heldout_table(before, after))
+        print(heldout_table(before, after, names))
         if best:
             print(f"the best checkpoint, which is after: {best}, {self.best.metric} {self.best.value:.4g}")
         what = f"{', '.join(files[:-1])} and {files[-1]}"

@@ -76,7 +76,7 @@ def try_reward(reward: Reward, place: Placement, count: int, device: str) -> lis
 def check(config: RewardConfig, count: int, device: str) -> tuple[list[list[str]], dict[str, Exception]]:
     """-> a row of the table for each reward that works, the error of each that does not."""
     rows, failed = [], {}
-    for name in [*config.names, *config.monitor]:
+    for name in config.all:
         start = time.perf_counter()
         try:
             reward, place = config.load(name)

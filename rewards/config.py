@@ -46,6 +46,7 @@ class RewardConfig:
         names: hps, git, grounding, orm, plan, scene, scene_relation, or dotted paths `package.module:Class`, or names
             of your own for servers, whose options have a `url`; a list, or one string with commas.
         monitor: the same, for rewards that are scored and logged but never trained on.
+        heldout: the same, for rewards that score evaluations of eval_file alone: they cost a training step nothing.
         options: of single rewards, by the name above: device, micro_batch, offload, and the arguments of its class,
             such as path and dtype; of a server: url, timeout in seconds, retries.
         schedule: threads = rewards work while the policy decodes, each in a thread and on CUDA streams of its own;
@@ -56,17 +57,23 @@ class RewardConfig:
 
     names: list[str] | str = field(default_factory=list)
     monitor: list[str] | str = field(default_factory=list)
+    heldout: list[str] | str = field(default_factory=list)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     schedule: Schedule = "auto"
     on_reward_error: OnError = "raise"
 
     def __post_init__(self) -> None:
-        self.names, self.monitor = words_of(self.names), words_of(self.monitor)
-        known = [*self.names, *self.monitor, *BUILTIN]  # options in a file may be for rewards that are not chosen now
+        self.names, self.monitor, self.heldout = map(words_of, (self.names, self.monitor, self.heldout))
+        known = [*self.all, *BUILTIN]  # options in a file may be for rewards that are not chosen now
         for name, options in self.options.items():
             if name not in known and "url" not in options:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise ValueError(f"rewards.options has {name!r}, which is no reward; did you mean {near[0]!r}?")
+
+    @property
+    def all(self) -> list[str]:
+        """Every reward of the run: those that train, the monitored, those of evaluations."""
+        return [*self.names, *self.monitor, *self.heldout]
 
     def load(self, name: str) -> tuple[Reward, Placement]:
         """One of the rewards, with its place."""
@@ -81,12 +88,26 @@ class RewardConfig:
         device: str | torch.device = "cpu",
         failures: str | Path | None = None,
     ) -> RewardEnsemble:
-        """Load every reward. See RewardEnsemble for the arguments, load_reward for what can be wrong."""
-        loaded = {name: self.load(name) for name in [*self.names, *self.monitor]}
+        """Load the rewards of training steps. See RewardEnsemble for the arguments, load_reward for what can fail."""
+        return self._build(self.names, weights, self.monitor, device, failures)
+
+    def build_heldout(self, training: RewardEnsemble, device: torch.device, failures: Path) -> RewardEnsemble:
+        """What evaluations are scored by: the rewards of training steps, and `heldout`, which are loaded."""
+        return training.beside(self._build([], None, self.heldout, device, failures)) if self.heldout else training
+
+    def _build(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] | None,
+        monitor: Sequence[str],
+        device: str | torch.device,
+        failures: str | Path | None,
+    ) -> RewardEnsemble:
+        loaded = {name: self.load(name) for name in [*names, *monitor]}
         return RewardEnsemble(
-            [loaded[name][0] for name in self.names],
+            [loaded[name][0] for name in names],
             weights,
-            [loaded[name][0] for name in self.monitor],
+            [loaded[name][0] for name in monitor],
             placements={reward.name: place for reward, place in loaded.values()},
             device=device,
             schedule=self.schedule,

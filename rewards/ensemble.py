@@ -10,6 +10,7 @@ Shapes: S samples, R rewards (those that train first, then the monitored ones), 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,10 +98,7 @@ class RewardEnsemble:
         failures: str | Path | None = None,
     ) -> None:
         every = [*rewards, *monitors]
-        self.names = [reward.name for reward in every]
-        twice = {name for name in self.names if self.names.count(name) > 1}
-        if twice:
-            raise ValueError(f"two rewards have the name {twice.pop()!r}; names must differ, they label the metrics")
+        self.names = _different([reward.name for reward in every])
         trained = [1.0] * len(rewards) if weights is None else list(weights)
         self.weights = torch.tensor([*trained, *[0.0] * len(monitors)])
         threads = torch.device(device).type == "cuda" if schedule == "auto" else schedule == "threads"
@@ -116,6 +114,18 @@ class RewardEnsemble:
             )
             for reward in every
         ]
+
+    def beside(self, other: RewardEnsemble) -> RewardEnsemble:
+        """An ensemble of both's rewards, this one's first; the same rewards, not copies.
+
+        Raises:
+            ValueError: they have a name in common.
+        """
+        both = copy.copy(self)
+        both.names = _different([*self.names, *other.names])
+        both.weights = torch.cat([self.weights, other.weights])
+        both.workers = [*self.workers, *other.workers]
+        return both
 
     def check(self, example: Example) -> None:
         """Raises ValueError if one of the rewards cannot score the example, unless such samples are skipped."""
@@ -143,3 +153,10 @@ class RewardEnsemble:
             out[f"rewards/{name}/std"] = there.std().item() if len(there) > 1 else torch.nan
             out[f"rewards/{name}/missing"] = 1 - len(there) / len(column)
         return out
+
+
+def _different(names: list[str]) -> list[str]:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"two rewards have the name {twice.pop()!r}; names must differ, they label the metrics")
+    return names

@@ -100,3 +100,49 @@ def test_what_evaluations_need(job: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metric_for_best_model='reward' is none of heldout/reward, .*by_task/color, "):
         run(job, tmp_path / "out", *BEST, "--metric_for_best_model", "reward")
     assert not (tmp_path / "out").exists()
+
+
+LATE = """
+import json, time
+
+class Late:
+    name = "late"
+    def check(self, example):
+        if example.prompt == "w20":
+            raise ValueError("knows no w20")
+    def score(self, images, examples):
+        time.sleep(1)
+        assert all(example.metadata.get("heldout") for example in examples)
+        return images.mean((1, 2, 3))
+"""
+
+
+def test_heldout_rewards_score_evaluations_alone(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are neither trained on nor timed, and their `check` sees held-out prompts alone."""
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"prompt": f"a red circle and w{i}", "task_type": "object", "heldout": True} for i in range(2)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "w20", "task_type": "object"}) + "\n")
+    files = ("--train_file", str(tmp_path / "train.jsonl"), "--eval_file", str(tmp_path / "eval.jsonl"))
+    more = (*FEW, *files, "--max_steps", "1", "--rewards.heldout", "late:Late")
+    run(job, tmp_path / "plain", *more, "--rewards.heldout", "[]")
+    capsys.readouterr()
+    run(job, tmp_path / "run", *more, "--eval_steps", "1")
+    table = capsys.readouterr().out
+    assert_same_weights(weights(tmp_path / "run", 1), weights(tmp_path / "plain", 1))
+    (row,) = metrics(tmp_path / "run")
+    assert [key for key in row if "late" in key] == ["heldout/rewards/late/mean"]
+    assert row["heldout/reward"] == pytest.approx(row["heldout/rewards/redness/mean"]), "it has no weight"
+    assert f"late {row['heldout/rewards/late/mean']:>20.3f}"[-8:] in next(x for x in table.splitlines() if "late" in x)
+    assert "<td>late</td>" in (tmp_path / "run" / "report.html").read_text()
+    assert float(str(summary_of(tmp_path / "run")["seconds"])) < 1, "evaluations slept for seconds"
+    with pytest.raises(ValueError, match="rewards.heldout=.* needs eval_file"):
+        Config(rewards=RewardConfig("scene", heldout="late:Late"))
+    with pytest.raises(ValueError, match="two rewards have the name 'redness'"):
+        run(job, tmp_path / "none", *more, "--rewards.heldout", "redness:Redness")
+    with pytest.raises(ValueError, match="train.jsonl:1: reward 'late': knows no w20"):
+        run(job, tmp_path / "none", *more, "--eval_file", str(tmp_path / "train.jsonl"))
+    assert not (tmp_path / "none").exists()
