@@ -5,6 +5,8 @@
                                     bicot.json            (how to prompt and sample it)
                                     trainer_state.pt      (step, optimizer, schedule)
                                     heldout.jsonl, .npz   (of the best evaluation so far: its samples)
+                                    ema/                  (with ema_decay: the same model of averaged weights)
+                                    reference/            (with sync_ref_model: the reference model as it stands)
                                     manifest.json         (size and SHA-256 of every file)
 
 A checkpoint appears under its name only when it is whole and on the disk, and is checked against its manifest before a

@@ -74,6 +74,10 @@ class Config:
         beta: weight of the KL to the initial model; 0 loads no reference model. This, epsilon, epsilon_high and
             entropy_coef take one number, or one for each stream: {text: 0.01, image: 0.0}.
         reference_device: cpu = the initial model waits in host memory, and is on the GPU for its own pass alone.
+        sync_ref_model: the reference follows the policy: every ref_model_sync_steps steps it becomes
+            ref_model_mixup_alpha · policy + (1 - ref_model_mixup_alpha) · reference.
+        ref_model_sync_steps: see sync_ref_model.
+        ref_model_mixup_alpha: see sync_ref_model.
         kl_estimator: Schulman's k1, k2 or k3.
         use_bias_correction_kl: multiply the KL by the ratio, so that its gradient is that of the reverse KL; TRL's
             default is true.
@@ -112,6 +116,8 @@ class Config:
         adam_epsilon: of AdamW.
         weight_decay: of AdamW.
         max_grad_norm: gradient clipping.
+        ema_decay: of a float32 average of the trained weights, updated after each optimizer update; it is evaluated in
+            their place, and saved as a model in a checkpoint's folder ema; null = none.
         lr_scheduler_type: transformers' name of the schedule.
         warmup_steps: of the schedule.
         max_steps: steps (rollout and update) of the whole run; the schedule ends there.
@@ -186,6 +192,9 @@ class Config:
 
     beta: PerStream = 0.01
     reference_device: Literal["cpu"] | None = None
+    sync_ref_model: bool = False
+    ref_model_sync_steps: int = 512
+    ref_model_mixup_alpha: float = 0.6
     kl_estimator: KLEstimator = "k3"
     use_bias_correction_kl: bool = False
     loss_type: LossType = "dapo"
@@ -217,6 +226,7 @@ class Config:
     adam_epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    ema_decay: float | None = None
     lr_scheduler_type: str = "linear"
     warmup_steps: int = 0
     max_steps: int = 1600
@@ -251,7 +261,13 @@ class Config:
         _require(set(self.report_to) <= TRACKERS, "report_to", self.report_to, f"any of {', '.join(sorted(TRACKERS))}")
         for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("num_iterations", "max_completion_length", "save_steps", "num_eval_generations"):
+        for name in (
+            "num_iterations",
+            "max_completion_length",
+            "save_steps",
+            "num_eval_generations",
+            "ref_model_sync_steps",
+        ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("stop_after", "save_total_limit", "eval_steps"):
             value = getattr(self, name)
@@ -291,6 +307,9 @@ class Config:
                     _require(number is None or number > 0, label, number, f"above 0{optional}")
         for name in ("adam_beta1", "adam_beta2"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        alpha, decay = self.ref_model_mixup_alpha, self.ema_decay
+        _require(0 < alpha <= 1, "ref_model_mixup_alpha", alpha, "in (0, 1]")
+        _require(decay is None or 0 < decay < 1, "ema_decay", decay, "in (0, 1), or null")
         for name in ("learning_rate", "weight_decay", "top_k", "image_top_k", "sample_steps"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(0 <= self.dynamic_sampling <= 1000, "dynamic_sampling", self.dynamic_sampling, "0 to 1000")
@@ -317,6 +336,11 @@ class Config:
             raise ValueError(f"distributed={self.distributed} needs deepspeed={needs}")
         if self.deepspeed and self.optim != "adamw_torch_fused":
             raise ValueError(f"optim={self.optim} does not go with deepspeed: it trains with adamw_torch_fused")
+        if self.ema_decay is not None and self.deepspeed:
+            raise ValueError("ema_decay does not go with deepspeed, which holds the weights in shares: leave one out")
+        if self.sync_ref_model and (self.lora_r or not self.kl_streams):
+            why = "beta is 0: there is none" if not self.lora_r else "lora_r: it is the policy without adapters"
+            raise ValueError(f"sync_ref_model moves the reference model, which does not go with {why}")
         if self.reference_device and self.lora_r:
             raise ValueError(
                 "reference_device=cpu does not go with lora_r: the reference is the policy without adapters"

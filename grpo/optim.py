@@ -13,13 +13,14 @@ the sum of 2, 4, 16 and 64 has a relative error of 0.18, 0.27, 0.5 and 1.0 %, wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from .average import WeightAverage
 from .config import Config
 
 Result = TypeVar("Result")
@@ -31,8 +32,10 @@ class MasterAdamW:
 
     Args:
         parameters: the trainable weights of the model.
-        config: learning rate, betas, epsilon, decay, clipping and schedule.
+        config: learning rate, betas, epsilon, decay, clipping, schedule, and decay of the weights' average.
     """
+
+    average: WeightAverage | None = None
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: Config) -> None:
         self.parameters = list(parameters)
@@ -40,6 +43,8 @@ class MasterAdamW:
         own = [self.rounds or p.element_size() >= 4 for p in self.parameters]
         pairs = zip(self.parameters, own, strict=True)
         self.masters = [p if is_own else nn.Parameter(p.detach().float()) for p, is_own in pairs]
+        if config.ema_decay is not None:
+            self.average = WeightAverage(self.parameters, self.masters, config.ema_decay)
         self.max_grad_norm = config.max_grad_norm
         self.options: dict[str, Any] = {
             "lr": config.learning_rate,
@@ -101,7 +106,13 @@ class MasterAdamW:
         if pairs:
             with torch.no_grad():
                 torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+        if self.average:
+            self.average.update()
         return norm
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the model has its averaged weights, if there are any."""
+        return self.average.applied() if self.average else nullcontext()
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
@@ -121,9 +132,10 @@ class MasterAdamW:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's moments, the schedule, and the masters that are not the model's own weights."""
+        """AdamW's moments, the schedule, the masters that are not the model's own weights, and the average."""
         own = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
-        return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict(), "masters": own}
+        average = {"average": self.average.averages} if self.average else {}
+        return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict(), "masters": own, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy a state, but not its learning rate, betas, epsilon and decay: those of the configuration hold."""
@@ -136,6 +148,8 @@ class MasterAdamW:
                 if saved is not None:
                     master.copy_(saved)
                     parameter.copy_(saved)
+        if self.average:
+            self.average.load(state.get("average"))
 
     def _load_schedule(self, schedule: dict[str, Any]) -> None:
         self.schedule.load_state_dict(schedule)

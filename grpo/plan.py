@@ -173,6 +173,13 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     # what is there when the cache first grows: no moments yet, unless it is given back and grows again
     fixed = weights + gathered + lent + (held if config.rollout_kv_release else masters) + engine + scorers + CONTEXT
     asked = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, doubled)
+    reference = weights if config.kl_streams and not config.lora_r else 0
+    average = 0 if config.ema_decay is None else 4 * sum(trained.values())
+    masters = training.masters * sum(trained.values()) // (ranks if training.stage else 1)
+    scorers, pictures = _rewards(config)
+    fixed = weights + reference + masters + average + engine + scorers + CONTEXT
+    tokens = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, guided)
+    asked = tokens * pool.bytes_per_token
     most = SHARE_OF_FREE * max(0, gpu_bytes - fixed) if config.rollout_kv_gib is None else config.rollout_kv_gib * GIB
     cache = min(asked * pool.bytes_per_token, int(most))
     kept = 0 if config.rollout_kv_release else cache
@@ -182,6 +189,8 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         "reference model": (lent, reference, lent),
         "float32 masters": (masters,) * 3,
         "optimizer moments": (held - masters,) * 3,
+        **({"average (ema_decay)": (average,) * 3} if average else {}),
+        "optimizer moments": (training.held(sum(trained.values())) - masters,) * 3,
         "gradients": (0, 0, update.gradients),
         "KV cache": (cache, kept, kept),
         "activations": (0, reference_bytes(shape, batch) if config.kl_streams else 0, update.activations),

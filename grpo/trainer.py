@@ -28,6 +28,7 @@ from ..model.weights import gathered
 from ..rewards.base import Example
 from ..rewards.worker import borrowed, host_copies
 from .alarms import Alarms
+from .average import mix_into
 from .checkpoint import checkpoint_path, find_checkpoint, load_state, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
@@ -62,6 +63,7 @@ from .zero import ZeroAdamW, engine_config
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
 _HELDOUT = "heldout"  # samples of an evaluation, in its checkpoint
+_REFERENCE = "reference"  # a folder in it, of a model that has moved
 # settings that say where a run writes, how often, and when it ends for now
 _OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
 _OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after", "save_rollouts", "save_rollout_images", "replay"}
@@ -133,7 +135,10 @@ class Trainer:
         self.reference: Policy | None = None
         self.with_reference: Callable[[], AbstractContextManager[None]] = nullcontext
         if config.kl_streams and not config.rollout_only:  # with LoRA the policy itself, its adapters off
-            self.reference = self.policy if config.lora_r else self._load(config.model_name_or_path, reference=True)
+            moved = checkpoint / _REFERENCE if checkpoint and (checkpoint / _REFERENCE).is_dir() else None
+            self.moves = config.sync_ref_model or moved is not None
+            initial = moved or config.model_name_or_path
+            self.reference = self.policy if config.lora_r else self._load(initial, reference=True)
             if config.reference_device:
                 self.with_reference = partial(borrowed, host_copies(self.reference.model, ranks.device), ranks.device)
         if not config.rollout_only:
@@ -154,6 +159,8 @@ class Trainer:
             parts = (self.optimizer, self._run_settings(), self.entropy.state)
             self.step, self.seconds, changed = load_state(checkpoint, *parts)
             said += changed
+            if checkpoint.resolve().parent == self.output.resolve():  # it is there, perhaps with the best's samples
+                self.saved = self.step
         ranks.on_main(lambda: self._begin(checkpoint, said))
 
     def _begin(self, checkpoint: Path | None, said: list[str]) -> None:
@@ -213,6 +220,8 @@ class Trainer:
         with closing(log) if log else nullcontext(), stop_signals() as received:
             while self.step < last and not (stopped := self._agree(received)):
                 metrics, grid = self._train_step()
+                if self.reference and config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
+                    mix_into(self.reference, self.policy, config.ref_model_mixup_alpha)
                 evaluates = config.eval_steps and (self.step % config.eval_steps == 0 or self.step == config.max_steps)
                 heldout = self._evaluate() if evaluates else []
                 metrics |= heldout_metrics(heldout)
@@ -374,7 +383,8 @@ class Trainer:
         seed = self.config.seed * _SEED_STRIDE + _EVAL_STEP
         number, guidance = self.config.num_eval_generations, self.config.eval_cfg_weight
         sampling = self.settings.sampling if guidance is None else replace(self.settings.sampling, cfg_weight=guidance)
-        return evaluate(self.engine, self.judges, self.heldout, number, sampling, seed, self.ranks)
+        with self.optimizer.averaged():
+            return evaluate(self.engine, self.judges, self.heldout, number, sampling, seed, self.ranks)
 
     def _keep(self, tag: str, samples: list[Sample]) -> list[Sample]:
         if samples:
@@ -396,6 +406,12 @@ class Trainer:
         def also(folder: Path) -> None:
             if best:
                 save_samples(best, folder / _HELDOUT)
+            if self.reference and self.moves:
+                self.reference.save_pretrained(folder / _REFERENCE)
+            if self.optimizer.average:
+                with self.optimizer.averaged():
+                    self.policy.save_pretrained(folder / "ema")
+                self.settings.save(folder / "ema")
 
         self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit, self.best.step, also))
         self.saved = self.step

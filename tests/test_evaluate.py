@@ -64,6 +64,9 @@ def test_the_best_checkpoint_is_kept_and_shown(job: Path, tmp_path: Path, capsys
             summary["best_model_checkpoint"] == str(folder) and f"the best checkpoint, which is after: {folder}" in said
         )
         run(job, parts, *FEW, *BEST, *more, "--stop_after", "3")
+        there = sorted(parts.rglob("*"))
+        run(job, parts, *FEW, *BEST, *more, "--resume", "auto", "--stop_after", "3")  # has nothing to do
+        assert sorted(parts.rglob("*")) == there
         run(job, parts, *FEW, *BEST, *more, "--resume", "auto")
         assert outcome(parts)[0] == outcome(whole)[0] and outcome(parts)[2:] == outcome(whole)[2:]
     assert chosen != {4}, "one of them is not the last"

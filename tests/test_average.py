@@ -1,0 +1,112 @@
+"""Averaged weights, and a reference that follows the policy, in whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import test_trainer
+import torch
+from safetensors.torch import load_file
+from test_trainer import SMALL, assert_same_weights, metrics, run, weights
+from test_trainer import job as job  # a fixture
+
+from bicot.grpo.average import WeightAverage
+from bicot.grpo.config import Config
+from bicot.grpo.plan import load_model, plan_of
+from bicot.rewards.config import RewardConfig
+
+reward_module = test_trainer.reward_module  # a fixture
+LAST = ("--save_steps", "1", "--save_total_limit", "null", "--max_steps", "3", "--lr_scheduler_type", "constant")
+EMA = (*LAST, "--sample_steps", "0", "--ema_decay", "0.75", "--eval_steps", "3")
+SYNC = (*SMALL, *LAST, "--sync_ref_model", "true", "--ref_model_sync_steps", "2", "--ref_model_mixup_alpha", "0.25")
+
+
+def model_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_average_is_evaluated_and_saved(job: Path, tmp_path: Path) -> None:
+    plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
+    run(job, plain, *SMALL, *LAST)
+    run(job, whole, *EMA)
+    assert_same_weights(weights(plain, 3), weights(whole, 3))
+    average = model_of(job / "model")
+    for step in (1, 2, 3):
+        average = {name: value.lerp(weights(whole, step)[name], 0.25) for name, value in average.items()}
+        assert_same_weights(model_of(whole / f"checkpoint-{step:06d}" / "ema"), average)
+    assert any(not torch.equal(value, weights(whole, 3)[name]) for name, value in average.items())
+    ema = ("--model_name_or_path", str(whole / "checkpoint-000003" / "ema"))
+    fresh = run(job, tmp_path / "fresh", *EMA, *ema, "--max_steps", "1", "--eval_steps", "1")
+    assert fresh["heldout_reward_before"] == metrics(whole)[2]["heldout/reward"]
+    run(job, parts, *EMA, "--stop_after", "2")
+    run(job, parts, *EMA, "--resume", "auto")
+    assert_same_weights(model_of(parts / "checkpoint-000003" / "ema"), average)
+    assert metrics(parts) == metrics(whole)
+
+
+def test_a_bfloat16_model_has_a_float32_average(job: Path, tmp_path: Path) -> None:
+    """Of the masters: in bfloat16 it would not move at all."""
+    more = (*SMALL, *LAST, "--dtype", "bfloat16", "--learning_rate", "1e-5", "--ema_decay", "0.999")
+    run(job, tmp_path / "run", *more, "--stop_after", "2")
+    first, second = (
+        torch.load(tmp_path / "run" / f"checkpoint-{step:06d}" / "trainer_state.pt")["optimizer"] for step in (1, 2)
+    )
+    for old, new, master in zip(first["average"], second["average"], second["masters"], strict=True):
+        assert new.dtype == torch.float32 and torch.equal(new, old.lerp(master, 1 - 0.999))
+    assert any(not torch.equal(old, new) for old, new in zip(first["average"], second["average"], strict=True))
+    narrow = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))  # as its own master
+    average = WeightAverage([narrow], [narrow], 0.999)
+    narrow.data.fill_(1)
+    for _ in range(1000):
+        average.update()
+    assert average.averages[0].tolist() == pytest.approx([1 - 0.999**1000] * 3, rel=1e-4)
+    with average.applied():
+        assert narrow[0].item() == pytest.approx(0.632, abs=2e-3)
+    assert narrow.tolist() == [1, 1, 1]
+
+
+def test_adapters_have_an_average(job: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    run(job, tmp_path, *SMALL, *LAST, "--lora_r", "2", "--ema_decay", "0.5")
+    read = [load_file(tmp_path / f"checkpoint-{n:06d}" / "adapter_model.safetensors") for n in (1, 2)]
+    average = [load_file(tmp_path / f"checkpoint-{n:06d}" / "ema" / "adapter_model.safetensors") for n in (1, 2)]
+    assert_same_weights(average[1], {name: value.lerp(read[1][name], 0.5) for name, value in average[0].items()})
+
+
+@pytest.mark.parametrize("more", [(), ("--reference_device", "cpu")])
+def test_the_reference_follows_the_policy(more: tuple[str, ...], job: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(job, whole, *SYNC, *more)
+    initial = model_of(job / "model")
+    mixed = {name: value.lerp(weights(whole, 2)[name], 0.25) for name, value in initial.items()}
+    for step, expected in ((1, initial), (2, mixed), (3, mixed)):
+        assert_same_weights(model_of(whole / f"checkpoint-{step:06d}" / "reference"), expected)
+    run(job, tmp_path / "still", *SYNC, "--sync_ref_model", "false")
+    assert not (tmp_path / "still" / "checkpoint-000003" / "reference").exists()
+    kl = [[row["kl"] for row in metrics(output)] for output in (whole, tmp_path / "still")]
+    assert kl[0][:2] == kl[1][:2] and kl[0][2] < kl[1][2]
+    run(job, parts, *SYNC, *more, "--stop_after", "2")
+    run(job, parts, *SYNC, *more, "--resume", "auto")
+    assert_same_weights(weights(whole, 3), weights(parts, 3))
+    assert metrics(whole) == metrics(parts)
+
+
+def test_what_does_not_go_together(job: Path) -> None:
+    rewards = RewardConfig("scene")
+    for settings, message in (
+        ({"lora_r": 4, "sync_ref_model": True}, "sync_ref_model .* does not go with lora_r"),
+        ({"beta": 0.0, "sync_ref_model": True}, "sync_ref_model .* does not go with beta"),
+        ({"ema_decay": 0.9, "deepspeed": "zero2.json"}, "ema_decay does not go with deepspeed"),
+        ({"ema_decay": 1.0}, r"ema_decay=1.0 must be in \(0, 1\), or null"),
+        ({"ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha=0.0 must be in \(0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Config(rewards=rewards, **settings)
+
+
+def test_the_plan_has_a_row_for_the_average(job: Path) -> None:
+    model = load_model(str(job / "model"))
+    plans = [plan_of(Config(rewards=RewardConfig("scene"), ema_decay=decay), model, 1, 2**33) for decay in (None, 0.9)]
+    assert plans[1].rows["average (ema_decay)"][0] == plans[1].rows["float32 masters"][0] > 0
+    assert "average (ema_decay)" not in plans[0].rows
