@@ -124,13 +124,13 @@ def test_heldout_rewards_score_evaluations_alone(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are neither trained on nor timed, and their `check` sees held-out prompts alone."""
-    (tmp_path / "late.py").write_text(LATE)
+    (tmp_path / "tardy.py").write_text(LATE)
     monkeypatch.syspath_prepend(tmp_path)
     rows = [{"prompt": f"a red circle and w{i}", "task_type": "object", "heldout": True} for i in range(2)]
     (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "w20", "task_type": "object"}) + "\n")
     files = ("--train_file", str(tmp_path / "train.jsonl"), "--eval_file", str(tmp_path / "eval.jsonl"))
-    more = (*FEW, *files, "--max_steps", "1", "--rewards.heldout", "late:Late")
+    more = (*FEW, *files, "--max_steps", "1", "--rewards.heldout", "tardy:Late")
     run(job, tmp_path / "plain", *more, "--rewards.heldout", "[]")
     capsys.readouterr()
     run(job, tmp_path / "run", *more, "--eval_steps", "1")
@@ -143,7 +143,7 @@ def test_heldout_rewards_score_evaluations_alone(
     assert "<td>late</td>" in (tmp_path / "run" / "report.html").read_text()
     assert float(str(summary_of(tmp_path / "run")["seconds"])) < 1, "evaluations slept for seconds"
     with pytest.raises(ValueError, match="rewards.heldout=.* needs eval_file"):
-        Config(rewards=RewardConfig("scene", heldout="late:Late"))
+        Config(rewards=RewardConfig("scene", heldout="tardy:Late"))
     with pytest.raises(ValueError, match="two rewards have the name 'redness'"):
         run(job, tmp_path / "none", *more, "--rewards.heldout", "redness:Redness")
     with pytest.raises(ValueError, match="train.jsonl:1: reward 'late': knows no w20"):
