@@ -47,7 +47,7 @@ class WeightAverage:
         finally:
             torch._foreach_copy_(weights, kept)
 
-    def load(self, averages: Sequence[Tensor] | None) -> None:
+    def load(self, averages: list[Tensor] | None) -> None:
         """Copy saved averages; without them, begin anew at the masters."""
         torch._foreach_copy_(self.averages, averages or [master.detach() for master in self.masters])
 

@@ -168,18 +168,12 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     engine += reference_bytes(shape, Batch(PREFILL_TOKENS, 0, 0, 0))
     reference = whole if config.kl_streams and not config.lora_r else 0
     lent = 0 if config.reference_device else reference  # while it is not at work
-    held = training.held(count)
+    held, average = training.held(count), 0 if config.ema_decay is None else 4 * count
     masters = held * training.masters // (training.masters + training.moments)
     # what is there when the cache first grows: no moments yet, unless it is given back and grows again
-    fixed = weights + gathered + lent + (held if config.rollout_kv_release else masters) + engine + scorers + CONTEXT
+    fixed = weights + gathered + lent + average + engine + scorers + CONTEXT
+    fixed += held if config.rollout_kv_release else masters
     asked = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, doubled)
-    reference = weights if config.kl_streams and not config.lora_r else 0
-    average = 0 if config.ema_decay is None else 4 * sum(trained.values())
-    masters = training.masters * sum(trained.values()) // (ranks if training.stage else 1)
-    scorers, pictures = _rewards(config)
-    fixed = weights + reference + masters + average + engine + scorers + CONTEXT
-    tokens = kv_tokens(config.prompts_per_device, config.num_generations, PLAN_PROMPT, limit, image, guided)
-    asked = tokens * pool.bytes_per_token
     most = SHARE_OF_FREE * max(0, gpu_bytes - fixed) if config.rollout_kv_gib is None else config.rollout_kv_gib * GIB
     cache = min(asked * pool.bytes_per_token, int(most))
     kept = 0 if config.rollout_kv_release else cache
@@ -189,8 +183,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         "reference model": (lent, reference, lent),
         "float32 masters": (masters,) * 3,
         "optimizer moments": (held - masters,) * 3,
-        **({"average (ema_decay)": (average,) * 3} if average else {}),
-        "optimizer moments": (training.held(sum(trained.values())) - masters,) * 3,
+        "average (ema_decay)": (average,) * 3,
         "gradients": (0, 0, update.gradients),
         "KV cache": (cache, kept, kept),
         "activations": (0, reference_bytes(shape, batch) if config.kl_streams else 0, update.activations),
@@ -205,8 +198,9 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         "rewards": offloaded,
     }
     host = {name: size for name, size in host.items() if size}
-    others = tuple(name for name in [*config.rewards.names, *config.rewards.monitor] if name not in COUNTED)
-    return Plan({n: row for n, row in rows.items() if n != "gathered weights" or gathered}, others, host, ranks)
+    optional = ("gathered weights", "average (ema_decay)")
+    others = tuple(name for name in config.rewards.all if name not in COUNTED)
+    return Plan({n: row for n, row in rows.items() if any(row) or n not in optional}, others, host, ranks)
 
 
 def pinned(size: int) -> int:
@@ -245,13 +239,6 @@ def _training(config: Config, zero: dict[str, Any], trained: list[int], e: int, 
 def _rewards(config: Config) -> tuple[int, int, int]:
     """Weights of the known rewards on the GPU, their activations (and weights) at work, and weights on the host."""
     weights = pictures = host = 0.0
-    for name in [*config.rewards.names, *config.rewards.monitor]:
-    return Plan(rows, tuple(name for name in config.rewards.all if name not in COUNTED))
-
-
-def _rewards(config: Config) -> tuple[int, int]:
-    """Weights of the known rewards on the GPU, and their activations at work."""
-    weights = pictures = 0.0
     for name in config.rewards.all:
         options = config.rewards.options.get(name, {})
         if name in REWARDS and options.get("device") != "cpu":
