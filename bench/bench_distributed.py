@@ -185,7 +185,9 @@ def section(result: dict[str, Any]) -> str:
             end = f"step {row['same_steps'] + 1} ({row['first_tipped']} of {row['samples']} samples)"
             cells = [end if row["first_tipped"] else "none"]
             for key in (f"gaps_of_{EARLY}", "gaps_while_same"):
-                cells.append(", ".join(f"{row[key][curve][0]:.0e}" for curve in ("loss", "kl") if row[key]))
+                cells.append(
+                    ", ".join(f"{row[key][curve][0]:.0e}".replace("0e+00", "0") for curve in ("loss", "kl") if row[key])
+                )
             largest, mean = row["gaps"]["reward"]
             cells.append(f"{mean:.3f}, {largest:.3f}")
         ratio = "" if name == base else f" ({rates[name] / rates[base]:.2f}×)"
