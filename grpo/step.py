@@ -46,12 +46,15 @@ def token_streams(
     compared = config.importance_sampling_correction or config.off_policy_mask_threshold is not None
     streams = []
     if "text" in names:
-        trained = _text_tokens(rollout, config)
-        own = trained if isinstance(trained, slice) else upload(trained, policy.device)
+        features, trained = hidden.pop(0), _text_tokens(rollout, config)
+        own: slice | Tensor = slice(None)
+        if isinstance(trained, Tensor):  # a slice of all would copy the gradient
+            own = upload(trained, policy.device)
+            features = features[own]
         text = TokenStream(
             targets=upload(rollout.plans.values[trained], policy.device),
             sample=upload(torch.repeat_interleave(rollout.plans.lengths)[trained], policy.device),
-            hidden=hidden.pop(0)[own],
+            hidden=features,
             weight=policy.text_head.weight,
             bias=policy.text_head.bias,
             sampling_logprob=rollout.plan_logprobs.values[own] if compared else None,

@@ -135,6 +135,8 @@ def test_the_rest_of_the_settings_counts(models: dict[str, Any]) -> None:
     assert lora["gradients"][2] < plain["gradients"][2] / 20
     waits = rows(lora_r=32, lora_dropout=0.1)
     assert lora["rewards"][2] == lora["rewards"][1] > waits["rewards"][2], "the first forward pass is beside them"
+    without_kl = rows(beta=0.0)
+    assert without_kl["rewards"][2] < without_kl["rewards"][1], "it waits for the scores of groups that teach nothing"
     two, one = (sum(row[2] for row in rows(gradient_accumulation_steps=n).values()) for n in (2, 1))
     assert two > one, "between micro-batches gradients are kept"
 
