@@ -87,19 +87,19 @@ def section(result: dict[str, Any]) -> str:
         first, last = (fmean(run["curves"]["reward"][part]) for part in (slice(WINDOW), slice(-WINDOW, None)))
         before, after = result["before"][str(run["seed"])], run["heldout"]
         rows.append(
-            [run["variant"], str(run["seed"]), f"{first:.3f} → {last:.3f}"]
+            [run["variant"], str(run["seed"]), str(run["steps"]), f"{first:.3f} → {last:.3f}"]
             + [f"{before[w]:.3f} → {after[w]:.3f}" for w in after]
             + [f"{run['seconds_per_step']:.2f}"]
         )
-    header = ["guidance in training", "seed", f"reward, {WINDOW} steps"]
+    header = ["guidance in training", "seed", "steps", f"reward, {WINDOW} steps"]
     header += [*(f"held-out, guidance {float(w):g}" for w in result["runs"][0]["heldout"]), "seconds a step"]
     options = " ".join(["", "--", *result["options"]]) if result["options"] else ""
     return f"""## Guidance in training, on the toy
 
 `python -m bicot.bench.toy_guidance --output bench/results/toy_guidance.json{options}` on {machine(result)}.
-{result["runs"][0]["steps"]} steps with configs/toy.yaml but for guidance. The reward is the mean of the first → the
-last {WINDOW} steps, drawn as that run draws; held-out rewards are before → after training, by the guidance of
-evaluation; seconds a step are medians. {result.get("note", "")}
+Runs with configs/toy.yaml but for guidance. The reward is the mean of the first → the last {WINDOW} steps, drawn as
+that run draws; held-out rewards are before → after these steps, by the guidance of evaluation; seconds are medians.
+{result.get("note", "")}
 
 {table(header, rows)}
 """
@@ -111,7 +111,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     panels = figure.subplots(2, len(CURVES) // 2).flat
-    colours = {variant: f"C{i}" for i, variant in enumerate(VARIANTS)}
+    colours = {variant: f"C{i}" for i, variant in enumerate(dict.fromkeys(run["variant"] for run in result["runs"]))}
     for axes, name in zip(panels, CURVES, strict=True):
         for run in result["runs"]:
             ys = run["curves"][name]

@@ -1,7 +1,8 @@
 """The default run with several seeds: does the held-out reward rise, and do the plans stay varied?
 
-python -m bicot.bench.toy_seeds [--seeds 0 1 2] [--output bench/results/toy_seeds.json] [-- any option of train.py]
-Each seed is `python train.py --seed N` in a process of its own; the last line is the JSON.
+python -m bicot.bench.toy_seeds [--seeds 0 1 2] [--runs FOLDER] [--output bench/results/toy_seeds.json] [-- any option]
+Each seed is `python train.py --seed N` in a process of its own; the last line is the JSON. Runs are kept in FOLDER, and
+one that ended there is not run again.
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="also write the JSON to this file, the first seed's picture beside it"
     )
+    parser.add_argument("--runs", type=Path, help="keep the runs here, each in the folder of its seed")
     parser.add_argument("train_options", nargs="*", help="passed on to train.py, after --")
     arguments = parser.parse_args()
     if arguments.output:
@@ -46,9 +48,10 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seeds:
-            output = Path(folder) / str(seed)
+            output = (arguments.runs or Path(folder)) / str(seed)
             command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--output_dir", str(output)]
-            subprocess.run([*command, *arguments.train_options], check=True)
+            if not (output / "summary.json").is_file():
+                subprocess.run([*command, *arguments.train_options], check=True)
             heldout = {tag: load_samples(output / "samples" / f"heldout-{tag}") for tag in ("before", "after")}
             summary = json.loads((output / "summary.json").read_text())
             runs.append({**summary, **{tag: describe(samples) for tag, samples in heldout.items()}})

@@ -375,11 +375,14 @@ def test_seeds_of_the_default_run(
     pytest.importorskip("matplotlib")
     file = tmp_path / "results" / "toy_seeds.json"
     train = ["--max_steps", "1", "--num_generations", "2", "--num_eval_generations", "1"]
-    monkeypatch.setattr(sys, "argv", ["toy_seeds", "--seeds", "3", "--output", str(file), "--", *train])
+    words = ["toy_seeds", "--seeds", "3", "--runs", str(tmp_path / "runs"), "--output", str(file), "--", *train]
+    monkeypatch.setattr(sys, "argv", words)
     importlib.import_module("bicot.bench.toy_seeds").main()
     result = json.loads(file.read_text())
     printed = capsys.readouterr().out.splitlines()
     assert result == json.loads(printed[-1]) and [run["seed"] for run in result["runs"]] == [3]
+    importlib.import_module("bicot.bench.toy_seeds").main()
+    assert json.loads(file.read_text())["runs"] == result["runs"], "a run that ended is not run again"
     assert file.with_suffix(".png").exists() and "| 3 | " in report.render(file.parent)
 
 
