@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import torch
 import yaml
 from tiny import ROOT
 
+from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config
+from bicot.grpo.trainer import train
 from bicot.rewards.base import Example
 from bicot.rewards.config import RewardConfig
 
-README, CONTRIBUTING = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+README, CONTRIBUTING, CURVES = (
+    (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/curves.md")
+)
 
 
 def blocks(text: str) -> list[str]:
@@ -47,8 +52,12 @@ def test_reward_example_is_a_reward(schedule: str, tmp_path: Path, monkeypatch: 
     assert scores[0, 0] == 0.75 and scores[1, 0].isnan()
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING])
-def test_options_and_links_exist(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [(README, ROOT), (CONTRIBUTING, ROOT), (CURVES, ROOT / "docs")],
+    ids=["readme", "contributing", "curves"],
+)
+def test_options_and_links_exist(text: str, folder: Path) -> None:
     fields = (
         {field.name for field in dataclasses.fields(Config)}
         | {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
@@ -68,7 +77,7 @@ def test_options_and_links_exist(text: str) -> None:
     fields |= {"output", "gpu", "gpus", "shape", "quick", "tests"}  # of the benches
     assert set(re.findall(r"--([a-z][\w.-]+)", text)) <= fields
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (ROOT / link).exists(), link
+        assert (folder / link).exists(), link
 
 
 def test_tree_lists_every_source_file() -> None:
@@ -77,3 +86,19 @@ def test_tree_lists_every_source_file() -> None:
         if path.parent.name in ("kernels", "model", "rewards", "grpo"):
             name = path.name
             assert name in tree or f"`{path.stem}`" in README, f"{path.relative_to(ROOT)} is not in the README's tree"
+
+
+def test_the_curves_are_of_real_metrics(tmp_path: Path) -> None:
+    """Names in the first column of a table; all that a run can write is there after two runs on one rank."""
+    names = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (`.*?) \|", CURVES, re.MULTILINE)))
+    assert len(names) > 40
+    words = ["--num_generations", "2", "--per_device_train_batch_size", "2", "--max_steps", "1", "--eval_file", "null"]
+    written = {"seconds/wait", "slowest_rank"}  # of several ranks
+    for i, more in enumerate(
+        [[], ["--beta", "0", "--dynamic_sampling", "1", "--importance_sampling_correction", "true"]]
+    ):
+        train(parse_config([*words, *more, "--output_dir", str(tmp_path / str(i))]))
+        written |= json.loads((tmp_path / str(i) / "metrics.jsonl").read_text()).keys()
+    for name in names:
+        pattern = name.replace("STREAM", "(text|image)").replace("NAME", r"\w+").replace("TASK", r"\w+")
+        assert any(re.fullmatch(pattern, key) for key in written), name
