@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import ROOT
+from tiny import ROOT, TOY
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config
@@ -92,11 +92,12 @@ def test_the_curves_are_of_real_metrics(tmp_path: Path) -> None:
     """Names in the first column of a table; all that a run can write is there after two runs on one rank."""
     names = re.findall(r"`([^`]+)`", " ".join(re.findall(r"^\| (`.*?) \|", CURVES, re.MULTILINE)))
     assert len(names) > 40
-    words = ["--num_generations", "2", "--per_device_train_batch_size", "2", "--max_steps", "1", "--eval_file", "null"]
+    words = ["--num_generations", "2", "--per_device_train_batch_size", "2", "--max_steps", "1"]
     written = {"seconds/wait", "slowest_rank"}  # of several ranks
-    for i, more in enumerate(
-        [[], ["--beta", "0", "--dynamic_sampling", "1", "--importance_sampling_correction", "true"]]
-    ):
+    (tmp_path / "two.jsonl").write_text("".join((TOY / "heldout.jsonl").open().readlines()[:2]))
+    heldout = ["--eval_file", str(tmp_path / "two.jsonl"), "--eval_steps", "1", "--entropy_target", "0.1"]
+    dull = ["--eval_file", "null", "--beta", "0", "--dynamic_sampling", "1", "--importance_sampling_correction", "true"]
+    for i, more in enumerate([heldout, dull]):
         train(parse_config([*words, *more, "--output_dir", str(tmp_path / str(i))]))
         written |= json.loads((tmp_path / str(i) / "metrics.jsonl").read_text()).keys()
     for name in names:
