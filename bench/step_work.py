@@ -182,7 +182,7 @@ TARGETS = [
     *(Target(Ranks, method, "communication") for method in ("sum", "max", "sum_gradients", "cat", "gather", "meet")),
     *(
         Target(trainer, function, "metrics")
-        for function in ("reward_metrics", "reward_costs", "plan_metrics", "on_host")
+        for function in ("reward_metrics", "reward_costs", "image_diversity", "plan_metrics", "on_host")
     ),
     Target(trainer, "group_advantages", "metrics"),
     Target(trainer, "draw_grid", "metrics"),

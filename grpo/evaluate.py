@@ -6,8 +6,9 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,9 +16,13 @@ from torch import Tensor
 from ..model.engine import RolloutChunk, RolloutEngine, Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble
+from .checkpoint import checkpoint_path
+from .config import Config
 from .distributed import Ranks
 from .files import whole
 from .rollout import roll_out
+
+_SAMPLES = "heldout"  # of the best evaluation, in its checkpoint
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,84 @@ class Best:
         if found := better or (math.isnan(self.value) and not math.isnan(value)):
             self.step, self.value = step, value
         return found
+
+
+class Heldout:
+    """The evaluations of a run: when they are, what is kept of them, and which was the best.
+
+    Args:
+        config: of the run.
+        judges: what scores them.
+        examples: the held-out prompts; without any, an evaluation has no samples.
+        seed: of the draws, the same in each evaluation.
+        ranks: this process among the others.
+
+    Raises:
+        ValueError: `metric_for_best_model` is no metric of these prompts and judges.
+    """
+
+    def __init__(
+        self, config: Config, judges: RewardEnsemble, examples: Sequence[Example], seed: int, ranks: Ranks
+    ) -> None:
+        self.config, self.judges, self.examples, self.seed, self.ranks = config, judges, examples, seed, ranks
+        self.output = Path(config.output_dir)
+        self.best = Best(config.metric_for_best_model, config.greater_is_better)
+        if config.load_best_model_at_end:
+            self.best.require(examples, judges.names)
+
+    def evaluate(self, engine: RolloutEngine, sampling: Sampling) -> list[Sample]:
+        """Draw and score the held-out prompts, with the guidance of evaluations if they have their own."""
+        if not self.examples:
+            return []
+        number, guidance = self.config.num_eval_generations, self.config.eval_cfg_weight
+        sampling = sampling if guidance is None else replace(sampling, cfg_weight=guidance)
+        return evaluate(engine, self.judges, self.examples, number, sampling, self.seed, self.ranks)
+
+    def is_due(self, step: int) -> bool:
+        """After a step of the run."""
+        every = self.config.eval_steps
+        return every is not None and (step % every == 0 or step == self.config.max_steps)
+
+    def keep(self, tag: str, samples: list[Sample]) -> list[Sample]:
+        """The samples, which are written if there are any."""
+        if samples:
+            self.ranks.on_main(lambda: save_samples(samples, self.output / "samples" / f"heldout-{tag}"))
+        return samples
+
+    def kept(self, tag: str) -> list[Sample]:
+        """What `keep` wrote."""
+        return load_samples(self.output / "samples" / f"heldout-{tag}")
+
+    def look_back(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Those of the steps before a run that goes on count if their checkpoints are there."""
+        for row in rows if self.config.load_best_model_at_end else ():
+            step = int(row["step"])
+            if (checkpoint_path(self.output, step) / f"{_SAMPLES}.jsonl").is_file():
+                self.is_best(step, row)
+
+    def is_best(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether the run keeps the checkpoint of this step as the best."""
+        return self.config.load_best_model_at_end and self.best.look(step, metrics)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        return None if self.best.step is None else checkpoint_path(self.output, self.best.step)
+
+    def best_samples(self) -> list[Sample]:
+        """Of the best evaluation, if there is one: `save_best` wrote them into its checkpoint."""
+        return load_samples(self.best_checkpoint / _SAMPLES) if self.best_checkpoint else []
+
+    def summary(self) -> dict[str, Any]:
+        """The best evaluation, as transformers names it, with the model that it scored; nothing without one."""
+        if not (folder := self.best_checkpoint):
+            return {}
+        scored = folder if self.config.ema_decay is None else folder / "ema"
+        return {"best_model_checkpoint": str(scored), "best_metric": self.best.value}
+
+
+def save_best(samples: Sequence[Sample], checkpoint: Path) -> None:
+    """Put the samples of the best evaluation into its checkpoint."""
+    save_samples(samples, checkpoint / _SAMPLES)
 
 
 def entropy_bits(counts: Tensor) -> float:

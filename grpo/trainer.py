@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ from ..rewards.base import Example
 from ..rewards.worker import borrowed, host_copies
 from .alarms import Alarms
 from .average import mix_into
-from .checkpoint import checkpoint_path, find_checkpoint, load_state, save_checkpoint, step_of
+from .checkpoint import find_checkpoint, load_state, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
@@ -37,14 +37,13 @@ from .dynamic_sampling import Drawn, redraw, redraw_metrics
 from .entropy import EntropyTarget
 from .errors import stop_signals
 from .evaluate import (
-    Best,
+    Heldout,
     Sample,
-    evaluate,
     gather_samples,
     heldout_metrics,
     heldout_table,
-    load_samples,
     mean_reward,
+    save_best,
     save_samples,
 )
 from .files import whole
@@ -62,8 +61,7 @@ from .zero import ZeroAdamW, engine_config
 
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
-_HELDOUT = "heldout"  # samples of an evaluation, in its checkpoint
-_REFERENCE = "reference"  # a folder in it, of a model that has moved
+_REFERENCE = "reference"  # folder in a checkpoint, of a model that has moved
 # settings that say where a run writes, how often, and when it ends for now
 _OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
 _OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after", "save_rollouts", "save_rollout_images", "replay"}
@@ -107,10 +105,10 @@ class Trainer:
             self.ensemble = self.replay.ensemble
         else:
             self.ensemble = config.rewards.build(weights, device=ranks.device, failures=self.output)
-        self.judges = self.ensemble  # of evaluations
+        judges = self.ensemble  # of evaluations
         if heldout and not config.replay:
-            self.judges = config.rewards.build_heldout(self.ensemble, ranks.device, self.output)
-        for file, ensemble in zip(files, (self.ensemble, self.judges), strict=False):
+            judges = config.rewards.build_heldout(self.ensemble, ranks.device, self.output)
+        for file, ensemble in zip(files, (self.ensemble, judges), strict=False):
             file.check(ensemble.check)
         if config.token_weights:
             TokenWeights(config.token_weights)  # what is wrong with it is said now
@@ -126,10 +124,8 @@ class Trainer:
         for file in files:
             file.check(self._fits)
             said += file.said()
-        self.examples, self.heldout = ([*(file.examples for file in files), [], []])[:2]
-        self.best = Best(config.metric_for_best_model, config.greater_is_better)
-        if config.load_best_model_at_end:
-            self.best.require(self.heldout, self.judges.names)
+        self.examples, examples = ([*(file.examples for file in files), [], []])[:2]
+        self.heldout = Heldout(config, judges, examples, config.seed * _SEED_STRIDE + _EVAL_STEP, ranks)
         self.config = config = settle(config, ranks)
         self.policy.recompute(config.gradient_checkpointing)
         self.reference: Policy | None = None
@@ -211,31 +207,31 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to `max_steps` (or `stop_after`, or a SIGTERM/SIGINT) -> the summary that is also written."""
         config = self.config
-        before = self._keep("before", self._evaluate()) if self.step == 0 else self._saved("before")
+        before = self.heldout.keep("before", self._evaluate()) if self.step == 0 else self.heldout.kept("before")
         last = min(config.max_steps, config.stop_after or config.max_steps)
         log = Log(config, self.step) if self.ranks.main else None
         self._look_back()
-        heldout: list[Sample] = []
+        samples: list[Sample] = []
         stopped = 0
         with closing(log) if log else nullcontext(), stop_signals() as received:
             while self.step < last and not (stopped := self._agree(received)):
                 metrics, grid = self._train_step()
                 if self.reference and config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
                     mix_into(self.reference, self.policy, config.ref_model_mixup_alpha)
-                evaluates = config.eval_steps and (self.step % config.eval_steps == 0 or self.step == config.max_steps)
-                heldout = self._evaluate() if evaluates else []
-                metrics |= heldout_metrics(heldout)
+                samples = self._evaluate() if self.heldout.is_due(self.step) else []
+                metrics |= heldout_metrics(samples)
                 if self.ranks.on_main(partial(self._record, log, metrics, grid)) and config.stop_on_alarm:
                     received.append(signal.SIGALRM)
-                if config.load_best_model_at_end and self.best.look(self.step, metrics):
-                    self._save(heldout)
+                if self.heldout.is_best(self.step, metrics):
+                    self._save(samples)
                 elif self.step % config.save_steps == 0 and self.step < last:
                     self._save()
             self._save()
         done = self.step >= config.max_steps
-        if done and self.best.step is not None:
-            heldout = load_samples(checkpoint_path(self.output, self.best.step) / _HELDOUT)
-        after = self._keep("after", heldout or self._evaluate()) if done else self._saved("after")
+        if done:
+            after = self.heldout.keep("after", self.heldout.best_samples() or samples or self._evaluate())
+        else:
+            after = self.heldout.kept("after")
         summary = self._finish(before, after) if self.ranks.main else {}
         if stopped and self.ranks.main:
             name = "an alarm" if stopped == signal.SIGALRM else signal.Signals(stopped).name
@@ -251,15 +247,12 @@ class Trainer:
         return bool(said)
 
     def _look_back(self) -> None:
-        """The alarms of the steps before have been raised; their best evaluation counts if its checkpoint is there."""
+        """On the steps before: their alarms have been raised."""
         path, count = self.output / METRICS, len(self.config.rewards.names)
         rows = [row for _, row in read_metrics(path)[0]] if path.is_file() else []
         names = self.ensemble.names
         self.alarms = Alarms(names[:count], names[count:], self.config.num_iterations, rows)
-        for row in rows if self.config.load_best_model_at_end else ():
-            step = int(row["step"])
-            if (checkpoint_path(self.output, step) / f"{_HELDOUT}.jsonl").is_file():
-                self.best.look(step, row)
+        self.heldout.look_back(rows)
 
     def _agree(self, received: list[int]) -> int:
         """The signal that told a rank to stop, 0 for none: all stop after the same step."""
@@ -377,22 +370,11 @@ class Trainer:
             return reference_logprobs(self.reference, micro_batches, self.encoder, self.config)
 
     def _evaluate(self) -> list[Sample]:
-        """Score the held-out prompts, with the draws of `seed` whatever the step; none configured = no samples."""
-        if not self.heldout:
+        """Score the held-out prompts, with averaged weights if there are any; no prompts = no samples."""
+        if not self.heldout.examples:
             return []
-        seed = self.config.seed * _SEED_STRIDE + _EVAL_STEP
-        number, guidance = self.config.num_eval_generations, self.config.eval_cfg_weight
-        sampling = self.settings.sampling if guidance is None else replace(self.settings.sampling, cfg_weight=guidance)
         with self.optimizer.averaged():
-            return evaluate(self.engine, self.judges, self.heldout, number, sampling, seed, self.ranks)
-
-    def _keep(self, tag: str, samples: list[Sample]) -> list[Sample]:
-        if samples:
-            self.ranks.on_main(lambda: save_samples(samples, self.output / "samples" / f"heldout-{tag}"))
-        return samples
-
-    def _saved(self, tag: str) -> list[Sample]:
-        return load_samples(self.output / "samples" / f"heldout-{tag}")
+            return self.heldout.evaluate(self.engine, self.settings.sampling)
 
     def _save(self, best: list[Sample] | None = None) -> None:
         """Write a checkpoint; of the best evaluation, with its samples."""
@@ -405,7 +387,7 @@ class Trainer:
 
         def also(folder: Path) -> None:
             if best:
-                save_samples(best, folder / _HELDOUT)
+                save_best(best, folder)
             if self.reference and self.moves:
                 self.reference.save_pretrained(folder / _REFERENCE)
             if self.optimizer.average:
@@ -413,33 +395,31 @@ class Trainer:
                     self.policy.save_pretrained(folder / "ema")
                 self.settings.save(folder / "ema")
 
-        self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit, self.best.step, also))
+        self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit, self.heldout.best.step, also))
         self.saved = self.step
 
     def _finish(self, before: list[Sample], after: list[Sample]) -> dict[str, Any]:
         images = self.step * self.config.prompts_per_device * self.config.num_generations * self.ranks.size
-        summary: dict[str, Any] = {
+        summary = {
             "heldout_reward_before": mean_reward(before),
             "heldout_reward_after": mean_reward(after),
             "steps": self.step,
             "seconds": round(self.seconds, 3),
             "images_per_second": images / self.seconds if self.seconds else None,
             "seed": self.config.seed,
+            **self.heldout.summary(),
         }
-        best = "" if self.best.step is None else str(checkpoint_path(self.output, self.best.step))
-        if best:
-            summary |= {"best_model_checkpoint": best, "best_metric": self.best.value}
         with whole(self.output / SUMMARY) as part:
             part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        grids, names = {"before": before, "after": after}, self.judges.names[len(self.ensemble.names) :]
+        grids, names = {"before": before, "after": after}, self.heldout.judges.names[len(self.ensemble.names) :]
         files = ["metrics"] if self.config.rollout_only else ["checkpoint", "metrics"]
         with no_failure("no report.html"):
             shown = {k: v for k, v in grids.items() if v}
             write_report(self.output, self.config, summary, shown, self.alarms.said, names)
             files.append("report.html")
         print(heldout_table(before, after, names))
-        if best:
-            print(f"the best checkpoint, which is after: {best}, {self.best.metric} {self.best.value:.4g}")
+        if best := summary.get("best_model_checkpoint"):
+            print(f"the best checkpoint, which is after: {best}, by {self.config.metric_for_best_model}")
         what = f"{', '.join(files[:-1])} and {files[-1]}"
         print(f"{self.step} steps in {self.seconds:.0f} s; {what} are in {self.output}")
         return summary
