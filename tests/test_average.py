@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import killed
 import pytest
 import test_trainer
 import torch
 from safetensors.torch import load_file
-from test_trainer import SMALL, assert_same_weights, metrics, run, weights
+from test_trainer import SMALL, assert_same_weights, metrics, run, weights, words
 from test_trainer import job as job  # a fixture
+from tiny import ROOT
 
 from bicot.grpo.average import WeightAverage
 from bicot.grpo.config import Config
@@ -90,6 +93,21 @@ def test_the_reference_follows_the_policy(more: tuple[str, ...], job: Path, tmp_
     run(job, parts, *SYNC, *more, "--resume", "auto")
     assert_same_weights(weights(whole, 3), weights(parts, 3))
     assert metrics(whole) == metrics(parts)
+
+
+def test_the_reference_follows_weights_in_shares(job: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    zero3 = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or none of these small ones would be
+    (tmp_path / "zero3.json").write_text(json.dumps(zero3))
+    more = (*SYNC, "--max_steps", "2", "--deepspeed", str(tmp_path / "zero3.json"))
+    process = killed.start(killed.run, words(job, tmp_path / "run", *more), job, tmp_path / "run")
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "run.log").read_text()
+    trained, initial = weights(tmp_path / "run", 2), model_of(job / "model")
+    mixed = {name: value.lerp(trained[name], 0.25) for name, value in initial.items()}
+    assert any(not torch.equal(value, mixed[name]) for name, value in initial.items())
+    assert_same_weights(model_of(tmp_path / "run" / "checkpoint-000002" / "reference"), mixed)
 
 
 def test_what_does_not_go_together(job: Path) -> None:
