@@ -199,8 +199,8 @@ def cases(device: str, tiny: bool) -> list[Case]:
     found = []
     for setting in settings_of(device, tiny):
         config, dtype = setting.config, getattr(torch, setting.config.dtype)
-        counts = sorted({config.gradient_accumulation_steps, 1}, reverse=True)
-        for phase, recompute in (("reference", False), ("update", True), ("update", False)):
+        counts = sorted({config.gradient_accumulation_steps, 1})
+        for phase, recompute in (("update", False), ("reference", False), ("update", True)):
             for count in counts:
                 batch: dict[str, Any] = {"per_device_train_batch_size": config.prompts_per_device // count}
                 batch |= {"gradient_accumulation_steps": count, "gradient_checkpointing": recompute}
