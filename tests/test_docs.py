@@ -18,8 +18,8 @@ from bicot.grpo.trainer import train
 from bicot.rewards.base import Example
 from bicot.rewards.config import RewardConfig
 
-README, CONTRIBUTING, CURVES = (
-    (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/curves.md")
+README, CONTRIBUTING, CURVES, RESEARCH = (
+    (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/curves.md", "docs/research.md")
 )
 
 
@@ -54,8 +54,8 @@ def test_reward_example_is_a_reward(schedule: str, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("text", "folder"),
-    [(README, ROOT), (CONTRIBUTING, ROOT), (CURVES, ROOT / "docs")],
-    ids=["readme", "contributing", "curves"],
+    [(README, ROOT), (CONTRIBUTING, ROOT), (CURVES, ROOT / "docs"), (RESEARCH, ROOT / "docs")],
+    ids=["readme", "contributing", "curves", "research"],
 )
 def test_options_and_links_exist(text: str, folder: Path) -> None:
     fields = (
