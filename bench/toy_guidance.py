@@ -25,7 +25,7 @@ VARIANTS = {
     "2, guided log-probs": ["--cfg_weight", str(GUIDANCE), "--policy_logits", "guided"],
 }
 CURVES = ("reward", "reward_std", "kl", "loss", "text/entropy", "image/entropy", "grad_norm", "plan_tokens")
-WINDOW = 20  # steps of a mean
+WINDOW, SMOOTH, EVERY = 20, 9, 3  # steps of a mean in the table and in the picture; steps from point to point there
 
 
 def train(output: Path, *options: str) -> None:
@@ -43,6 +43,13 @@ def heldout(model: Path, seed: int, more: list[str]) -> dict[str, float]:
     return rewards
 
 
+def smooth(values: list[float]) -> list[float]:
+    """Means over SMOOTH steps, at every EVERY-th."""
+    around = SMOOTH // 2
+    places = range(0, len(values), EVERY)
+    return [float(f"{fmean(values[max(0, i - around) : i + around + 1]):.4g}") for i in places]
+
+
 def measure(variant: str, seed: int, steps: int, output: Path, more: list[str]) -> dict[str, Any]:
     """One run: its curves, seconds a step, and the held-out reward before and after by guidance."""
     checkpoint = output / f"checkpoint-{steps:06d}"
@@ -53,7 +60,8 @@ def measure(variant: str, seed: int, steps: int, output: Path, more: list[str]) 
         "variant": variant,
         "seed": seed,
         "steps": steps,
-        "curves": {name: [float(f"{row[name]:.4g}") for row in rows] for name in CURVES},
+        "reward": [fmean(row["reward"] for row in part) for part in (rows[:WINDOW], rows[-WINDOW:])],
+        "curves": {name: smooth([row[name] for row in rows]) for name in CURVES},
         "seconds_per_step": median(row["seconds/step"] for row in rows),
         "heldout": heldout(checkpoint, seed, more),
     }
@@ -84,8 +92,7 @@ def section(result: dict[str, Any]) -> str:
 
     rows = []
     for run in result["runs"]:
-        first, last = (fmean(run["curves"]["reward"][part]) for part in (slice(WINDOW), slice(-WINDOW, None)))
-        before, after = result["before"][str(run["seed"])], run["heldout"]
+        (first, last), before, after = run["reward"], result["before"][str(run["seed"])], run["heldout"]
         rows.append(
             [run["variant"], str(run["seed"]), str(run["steps"]), f"{first:.3f} → {last:.3f}"]
             + [f"{before[w]:.3f} → {after[w]:.3f}" for w in after]
@@ -106,7 +113,7 @@ that run draws; held-out rewards are before → after these steps, by the guidan
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """A panel a metric, a line a run."""
+    """A panel a metric, a line a run: means over SMOOTH steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.6), layout="constrained")
@@ -115,10 +122,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes, name in zip(panels, CURVES, strict=True):
         for run in result["runs"]:
             ys = run["curves"][name]
-            mean = [fmean(ys[max(0, i - 4) : i + 5]) for i in range(len(ys))]
-            colour, steps = colours[run["variant"]], range(1, len(ys) + 1)
-            axes.plot(steps, ys, color=colour, lw=0.5, alpha=0.35)
-            axes.plot(steps, mean, color=colour, lw=1.5, label=run["variant"])
+            steps = range(1, EVERY * len(ys), EVERY)
+            axes.plot(steps, ys, color=colours[run["variant"]], lw=1.2, label=run["variant"])
         axes.set_title(name, fontsize="medium")
         axes.set_xlabel("step")
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -401,7 +401,8 @@ def test_guidance_of_the_toy(
     result = json.loads(file.read_text())
     assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
     (run,) = result["runs"]
-    assert run["heldout"].keys() == {"2.0"} and all(len(curve) == 2 for curve in run["curves"].values())
+    assert run["heldout"].keys() == {"2.0"} and all(len(curve) == 1 for curve in run["curves"].values())
+    assert bench.smooth([float(i) for i in range(9)]) == [2.0, 3.5, 5.0]
     monkeypatch.setattr(bench, "EVALUATED", ())
     assert bench.measure("guided", 3, 2, tmp_path / "0" / "3", []) == {**run, "heldout": {}}, "it is not run again"
     assert f"| {run['heldout']['2.0']:.3f} |" in report.render(file.parent).replace("→", "|")
