@@ -15,9 +15,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..rewards.config import RewardConfig
 from .config import Config
+from .files import ROOT
 
 _PATHS = ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path", "deepspeed")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class _Parser(ArgumentParser):

@@ -18,7 +18,7 @@ from .config import STREAMS, Config
 
 
 class EntropyTarget:
-    """The coefficients of a run, from step to step; as they are in `config` where it has no target.
+    """The coefficients of a run, from step to step; as they are in its settings where it has no target.
 
     `state`: coef_k and H_k-1 by stream, of which a checkpoint is made.
     """
@@ -28,9 +28,9 @@ class EntropyTarget:
         self.targets = {s: target[s] if isinstance(target, dict) else target for s in STREAMS if target is not None}
         self.state = {s: (float(config.of_stream(s)["entropy_coef"]), math.inf) for s in self.targets}
 
-    def applied(self) -> Config:
-        """The settings of the next step."""
-        return replace(self.config, entropy_coef=self._coefficients()) if self.targets else self.config
+    def applied(self, config: Config) -> Config:
+        """The settings, with the coefficients of the next step."""
+        return replace(config, entropy_coef=self._coefficients()) if self.targets else config
 
     def look(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Learn from a step's metrics -> the coefficients that it had."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:

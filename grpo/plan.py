@@ -23,9 +23,9 @@ from ..model.decoder import PREFILL_TOKENS
 from ..model.kv import SHARE_OF_FREE, KVPool
 from ..model.policy import read_config
 from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
-from .cli import ROOT
 from .config import Config
 from .distributed import Ranks
+from .files import ROOT
 from .memory import Batch, Shape, Training, Update, forward_bytes, kv_tokens, reference_bytes, update_peak
 from .step import skips_groups
 from .zero import bucket_size, read_settings

@@ -296,7 +296,7 @@ class Trainer:
             if trains and scored:
                 # LoRA's dropout: other draws on each rank, the same in a run that goes on
                 torch.manual_seed(config.seed * _SEED_STRIDE + self.step * ranks.size + ranks.rank)
-                parts = (micro_batches, mine, reference, self.encoder, self.entropy.applied(), ranks, ahead)
+                parts = (micro_batches, mine, reference, self.encoder, self.entropy.applied(config), ranks, ahead)
                 trained = update(self.policy, self.optimizer, *parts)
             elif trains:  # the KL alone would train, so the schedule alone goes on
                 ahead = None

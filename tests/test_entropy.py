@@ -22,18 +22,18 @@ def test_coefficients_follow_the_formula() -> None:
         entropy_coef_delta=0.25, entropy_coef_min=0.05, entropy_coef_max=0.5,
     )  # fmt: skip
     controller = EntropyTarget(cfg)
-    assert controller.applied().entropy_coef == {"text": 0.0, "image": 0.0}
+    assert controller.applied(controller.config).entropy_coef == {"text": 0.0, "image": 0.0}
     had = []
     for text, image in ((1.9, 1.1), (2.0, 0.9), (2.1, 0.9), (1.0, 0.9), (3.0, 3.0)):
         had.append(tuple(controller.look({"text/entropy": text, "image/entropy": image}).values()))
-        coefs = controller.applied().entropy_coef
+        coefs = controller.applied(controller.config).entropy_coef
         assert isinstance(coefs, dict) and all(0 <= coef <= 0.5 for coef in coefs.values())
     # 0.1 +0.25 +0.25→0.5 -0.25 (not applied) +0.25;  0 -0.25→0.05 (not applied) +0.25 +0.25→0.5 …
     assert had == [(0.0, 0.0), (0.35, 0.0), (0.5, 0.3), (0.0, 0.5), (0.5, 0.5)]
     before = dict(controller.state)
     assert controller.look({}) == {"text/entropy_coef": 0.0, "image/entropy_coef": 0.0} and controller.state == before
     off = EntropyTarget(config(entropy_coef=0.1))
-    assert off.applied() is off.config and off.look({"text/entropy": 0.0}) == {} and off.state == {}
+    assert off.applied(off.config) is off.config and off.look({"text/entropy": 0.0}) == {} and off.state == {}
 
 
 def test_a_run_adapts_and_goes_on_as_if_it_had_not_stopped(job: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tiny import ROOT
 from bicot.grpo.data import step_indices
 from bicot.grpo.evaluate import load_samples
 
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of torchrun
 SCRIPT = ["bash", str(ROOT / "examples" / "torchrun_multinode.sh")]
 # In rank 1 alone it takes its time.
 REWARD = """
@@ -49,7 +51,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment(job: Path, module: Path, **more: str) -> dict[str, str]:  # noqa: F811
     variables = _environment(job)
-    return variables | {"PYTHONPATH": f"{variables['PYTHONPATH']}:{module}", **more}
+    return variables | {"PYTHONPATH": f"{variables['PYTHONPATH']}:{module}", "PATH": PATH, **more}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on(job: Path, tmp_path
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"}
+    given = {"PATH": f"{tmp_path}:{PATH}", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"}
     given |= {"SLURM_JOB_ID": str(free_port() - 20000), "NPROC_PER_NODE": "1", "LOG_DIR": str(tmp_path / "logs")}
     output = tmp_path / "run"
 

@@ -45,14 +45,14 @@ def trainer_of(job: Path, output: Path, monkeypatch: pytest.MonkeyPatch, *more: 
         (1, 1, ()),
         (1, 1, ("--dtype", "float32", "--beta", "0", "--loss_type", "bnpo", "--cfg_weight", "1")),
         (2, 2, MUCH),
-        (1, 1, ("--token_weights", "even:even")),
+        (1, 1, ("--token_weights", "evenly:even")),
         pytest.param(1, 1, ("--lora_r", "2"), marks=pytest.mark.skipif(not find_spec("peft"), reason="needs PEFT")),
     ],
 )
 def test_a_step_waits_at_the_named_places_alone(
     chunks: int, updates: int, settings: tuple[str, ...], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "even.py").write_text("def even(tokens):\n    return tokens.entropies * 0 + 1\n")
+    (tmp_path / "evenly.py").write_text("def even(tokens):\n    return tokens.entropies * 0 + 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     with Waits() as waits:
         trainer = trainer_of(job, tmp_path / "run", monkeypatch, *settings)
