@@ -1,4 +1,4 @@
-"""configs/recipe-*.yaml: each goes on top of the published files, and trains on top of the toy's."""
+"""configs: recipes go on top of the published files and of the toy's; all train on the toy."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def test_a_recipe_trains(recipe: Path, tmp_path: Path, monkeypatch: pytest.Monke
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["update_skipped"] for row in rows] == [0, 0] and all(row["grad_norm"] > 0 for row in rows)
     assert ("kl" in rows[0]) == (settings.get("beta") != 0)
+
+
+@pytest.mark.parametrize("name", ["janus-pro-1b", "janus-pro-7b"])
+def test_the_published_settings_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the toy's model and prompts, by a reward that needs no files."""
+    monkeypatch.chdir(ROOT)
+    toy = yaml.safe_load((ROOT / "configs" / "toy.yaml").read_text())
+    words = ["--config", f"configs/{name}.yaml", *SMALL, "--output_dir", str(tmp_path), "--rewards.names", "scene"]
+    for key in ("model_name_or_path", "train_file", "reasoning_prompt_path"):
+        words += [f"--{key}", toy[key]]
+    train(parse_config(words))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update_skipped"] for row in rows] == [0, 0] and all(row["grad_norm"] > 0 for row in rows)
