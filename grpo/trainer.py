@@ -419,7 +419,7 @@ class Trainer:
             files.append("report.html")
         print(heldout_table(before, after, names))
         if best := summary.get("best_model_checkpoint"):
-            print(f"the best checkpoint, which is after: {best}, by {self.config.metric_for_best_model}")
+            print(f'"after" is the best checkpoint by {self.config.metric_for_best_model}: {best}')
         what = f"{', '.join(files[:-1])} and {files[-1]}"
         print(f"{self.step} steps in {self.seconds:.0f} s; {what} are in {self.output}")
         return summary
