@@ -1,6 +1,6 @@
 """Guidance in training, on the toy: none, as published, and with the log-probs that the pictures are drawn from.
 
-python -m bicot.bench.toy_guidance [--seeds 0] [--steps 150] [--runs FOLDER] [--output FILE.json] [-- any option]
+python -m bicot.bench.toy_guidance [--seeds 0 1 2] [--steps 150] [--runs FOLDER] [--output FILE.json] [-- any option]
 Each run is `python train.py` in a process of its own. Its held-out prompts are scored again with each guidance.
 Runs are kept in FOLDER, and one that got to that step there is not run again; the last line is the JSON.
 """
@@ -69,7 +69,7 @@ def measure(variant: str, seed: int, steps: int, output: Path, more: list[str]) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150, help="a checkpoint is written there")
     parser.add_argument("--runs", type=Path, help="keep the runs here, in folders VARIANT/SEED numbered from 0")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
