@@ -58,12 +58,15 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint that `resume` means (None = start anew), and a line for each damaged one that was passed over.
 
-    Call it on one rank alone: a checkpoint whose replacement was interrupted gets its name back.
+    Call it on one rank alone: what was half written or half deleted goes, and a checkpoint whose replacement was
+    interrupted gets its name back.
 
     Raises:
         FileNotFoundError: `resume` names a folder without a trainer state.
         ValueError: the folder that `resume` names is damaged, or every checkpoint in `output_dir` is.
     """
+    for left in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(left)
     for old in output_dir.glob(".checkpoint-*.old"):
         target = old.with_name(old.stem[1:])
         shutil.rmtree(old) if target.exists() else old.rename(target)

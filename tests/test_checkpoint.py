@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_trainer import HAS_TORCHAO, assert_same_weights, job, metrics, weights, words  # noqa: F401
 
-from bicot.grpo.checkpoint import STATE, list_checkpoints, load_state
+from bicot.grpo.checkpoint import STATE, find_checkpoint, list_checkpoints, load_state
 from bicot.grpo.config import Config
 from bicot.grpo.evaluate import load_samples
 from bicot.grpo.optim import MasterAdamW
@@ -152,3 +152,9 @@ def test_a_state_is_read_from_the_file_and_kept_in_memory(optim: str, dtype: tor
             optimizer.step(lambda masters: None)
         for one, other in ((loaded.masters[0], saved.masters[0]), (loaded.parameters[0], weight)):
             assert torch.equal(one, other), "the moments too are those that were saved"
+
+
+def test_what_a_kill_left_half_deleted_goes(tmp_path: Path) -> None:
+    """Also where no checkpoint is written any more."""
+    (tmp_path / ".checkpoint-000004.partial" / "ema").mkdir(parents=True)
+    assert find_checkpoint("auto", tmp_path) == (None, []) and not list(tmp_path.iterdir())
