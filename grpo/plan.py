@@ -27,7 +27,7 @@ from .config import Config
 from .distributed import Ranks
 from .files import ROOT
 from .memory import Batch, Shape, Training, Update, forward_bytes, kv_tokens, reference_bytes, update_peak
-from .step import skips_groups
+from .step import begins_early
 from .zero import bucket_size, read_settings
 
 GIB = 2**30
@@ -160,9 +160,8 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     steps, recompute = config.gradient_accumulation_steps, config.gradient_checkpointing
     update = update_peak(shape, batch, trained, head, training, steps, recompute, embedding)
     scorers, pictures, offloaded = _rewards(config)
-    # the first forward pass does not wait for the rewards, but in some cases (see Trainer)
     ahead, beside = sum(forward_bytes(shape, batch, recompute)), 0
-    if not (config.deepspeed or config.lora_dropout or skips_groups(config)) and ahead + pictures > update.total:
+    if begins_early(config) and ahead + pictures > update.total:  # rewards are at work beside the first forward pass
         update, beside = Update(0, ahead, 0), pictures
     decoder = sum(size for n, size in sizes.items() if n.startswith("model.vqmodel.") and ".encoder." not in n)
     engine = merged + e * (decoder + shape.codes * shape.hidden) + PICTURE_BYTES

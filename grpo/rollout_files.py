@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ from torch import Tensor
 
 from ..model.engine import RolloutChunk
 from ..model.packed import Packed
-from ..rewards.base import Example, NumeracyInfo, SpatialInfo
+from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
 from ..rewards.worker import Scored
+from .data import parse_example
 from .distributed import Ranks
+from .files import whole
 
 _PACKED = ("prompts", "plans", "plan_logprobs", "image_prompts")
 _TENSORS = ("truncated", "image_tokens", "image_logprobs", "guided_logprobs")
@@ -69,18 +71,15 @@ def save_rollout(path: Path, saved: SavedRollout, images: bool) -> None:
         tensors["images"] = rollout.images.mul(255).round().byte()
     header = {
         "plan_texts": rollout.plan_texts,
-        "examples": [asdict(replace(example, plan="")) for example in saved.examples],
+        "examples": [example.row() for example in saved.examples],
         "trained": saved.trained,
         "monitored": saved.monitored,
         "ranks": saved.ranks,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part,
-        {name: json.dumps(value) for name, value in header.items()},
-    )  # fmt: skip
-    part.replace(path)
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole(path) as part:
+        save_file(on_host, part, {name: json.dumps(value) for name, value in header.items()})
 
 
 def load_rollout(path: Path, device: torch.device) -> SavedRollout:
@@ -98,29 +97,16 @@ def load_rollout(path: Path, device: torch.device) -> SavedRollout:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
         packed: dict[str, Any] = {n: Packed(tensors[n].to(device), tensors[f"{n}.offsets"]) for n in _PACKED}
         plain = {name: tensors[name].to(device) for name in _TENSORS}
-        texts, examples = header["plan_texts"], map(_example, header["examples"], header["plan_texts"])
+        texts, rows = header["plan_texts"], header["examples"]
+        examples = [replace(parse_example(row), plan=plan) for row, plan in zip(rows, texts, strict=True)]
         images = tensors["images"].to(device).float().div(255) if "images" in tensors else None
         if images is None:
             images = torch.empty(len(texts), 0, 0, 0, device=device)
         rollout = RolloutChunk(plan_texts=texts, images=images, spans=(), **packed, **plain)
         names = header["trained"], header["monitored"]
-        return SavedRollout(rollout, list(examples), tensors["scores"], *names, header["ranks"])
+        return SavedRollout(rollout, examples, tensors["scores"], *names, header["ranks"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no rollout of --save_rollouts: {type(error).__name__}: {error}") from error
-
-
-def _example(row: dict[str, Any], plan: str) -> Example:
-    spatial = row["spatial_info"]
-    return Example(
-        prompt=row["prompt"],
-        task_type=row["task_type"],
-        nouns=tuple(row["nouns"]),
-        attr_nouns=tuple(row["attr_nouns"]),
-        spatial_info=None if spatial is None else SpatialInfo(**spatial),
-        numeracy_info=tuple(NumeracyInfo(**item) for item in row["numeracy_info"]),
-        metadata=row["metadata"],
-        plan=plan,
-    )
 
 
 class Replay:

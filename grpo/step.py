@@ -120,6 +120,15 @@ def skips_groups(config: Config) -> bool:
     return not (other or config.loss_type == "bnpo" or config.token_weights or config.deepspeed)
 
 
+def begins_early(config: Config) -> bool:
+    """Whether `begin` may run before the scores are there.
+
+    Not with DeepSpeed, which wants a micro-batch in one call, with LoRA's dropout, from whose generator rewards might
+    draw, or where `skips_groups`, since the pass may be over a group that is left out.
+    """
+    return not (config.deepspeed or config.lora_dropout or skips_groups(config))
+
+
 def _teaching(
     micro_batches: list[RolloutChunk], advantages: Tensor, config: Config
 ) -> tuple[list[RolloutChunk], Tensor]:
@@ -136,7 +145,7 @@ def _teaching(
 
 
 def begin(policy: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config) -> Ahead:
-    """The first forward pass of `update`, which needs no advantages: rewards may work beside it."""
+    """The first forward pass of `update`, which needs no advantages; rewards work beside it."""
     _train_mode(policy, config)
     return [token_streams(policy, micro_batches[0], encoder, config)]
 

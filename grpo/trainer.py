@@ -54,7 +54,7 @@ from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
 from .rollout_files import Replay, SavedRollout, path_of, save_rollout
-from .step import begin, reference_logprobs, skips_groups, split, update
+from .step import begin, begins_early, reference_logprobs, split, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
 from .zero import ZeroAdamW, engine_config
@@ -267,10 +267,8 @@ class Trainer:
         with clock("reference"):
             reference = self._reference_logprobs(micro_batches) if self.reference else None
         with clock("train"):
-            # DeepSpeed wants a micro-batch in one call, and rewards might draw from the generator of LoRA's dropout
-            # and where groups are left out, their scores come first: this pass may be theirs
-            later = config.deepspeed or config.lora_dropout or config.rollout_only or skips_groups(config)
-            ahead = None if later else begin(self.policy, micro_batches, self.encoder, config)
+            early = begins_early(config) and not config.rollout_only
+            ahead = begin(self.policy, micro_batches, self.encoder, config) if early else None
         with clock("reward"):
             scores = handle.result()
         if config.save_rollouts:

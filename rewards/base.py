@@ -7,7 +7,7 @@ to that sample's prompt (a missing reward is left out of the advantage; it is no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -47,6 +47,12 @@ class Example:
     numeracy_info: tuple[NumeracyInfo, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
     plan: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """As the prompt file has it: the user's own keys beside the schema's, and no plan."""
+        row = asdict(self)
+        del row["plan"]
+        return row.pop("metadata") | row
 
 
 class Unavailable(OSError):

@@ -16,7 +16,6 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from http.client import HTTPException, HTTPMessage
 from typing import IO, Any
 from urllib.error import HTTPError
@@ -72,10 +71,8 @@ class HttpReward:
         return upload(self._ask([base64.b64encode(_png(p)).decode() for p in pixels], examples), images.device)
 
     def _ask(self, images: list[str], examples: Sequence[Example]) -> list[float]:
-        rows = [asdict(example) for example in examples]
-        plans = [row.pop("plan") for row in rows]
-        rows = [row.pop("metadata") | row for row in rows]
-        asked = {"images": images, "prompts": [row["prompt"] for row in rows], "plans": plans, "examples": rows}
+        prompts, plans = [example.prompt for example in examples], [example.plan for example in examples]
+        asked = {"images": images, "prompts": prompts, "plans": plans, "examples": [e.row() for e in examples]}
         return _scores(self._post(json.dumps(asked).encode()), len(images), self.url)
 
     def _post(self, body: bytes) -> bytes:
