@@ -5,7 +5,8 @@ steps, and means over W steps m and over the W before that m':
 
     constant    a trained reward's mean has had one value for W steps, and its std was 0
     gradient    grad_norm is 0 although rewards differ within a group (reward_std > 0)
-    ratio       the first update's largest ratio (`…/ratio_max`) is above 1.001: one update per rollout has a ratio of 1
+    ratio       with one update per rollout, the largest ratio (`…/ratio_max`) is above 1.001; the loss makes it 1
+    sampling    `…/sampling_ratio`, the mean ratio of training's to sampling's probability, is over 0.1 from 1
     hacking     the reward rises, m > m' + 3·s, while a monitored one falls, m < m' - 3·s; s is the standard error of
                 the difference of both means
     entropy     a stream's entropy, over W steps, is below a tenth of its mean over the first W
@@ -60,6 +61,8 @@ class Alarms:
         for key, value in row.items():
             if key.endswith("/ratio_max") and self.num_iterations == 1 and value > 1.001:
                 yield key, f"{key} is {value:.3g}, but one update per rollout has a ratio of 1"
+            if key.endswith("/sampling_ratio") and self.num_iterations == 1 and abs(value - 1) > 0.1:
+                yield key, f"{key} is {value:.3g}: what was drawn is not what trains, by weights, prompts or settings"
         if len(self.rows) < WINDOW:
             return
         for name in self.trained:

@@ -46,6 +46,7 @@ def test_a_healthy_run_raises_none() -> None:
     [
         ({"grad_norm": 0.0}, 41, "the gradient is 0"),
         ({"text__ratio_max": 1.2}, 41, "text/ratio_max is 1.2"),
+        ({"image__sampling_ratio": 0.8}, 41, "image/sampling_ratio is 0.8: what was drawn is not what trains"),
         ({"rewards__scene__mean": 0.7, "rewards__scene__std": 0.0}, 40 + WINDOW, "reward scene has been 0.7"),
         ({"plan_truncated": 0.9}, 52, "cut off"),
         ({"text__entropy": 0.01}, 58, "entropy of text tokens fell from 1.95 to"),
@@ -63,6 +64,7 @@ def test_each_alarm_is_raised_once(changed: dict[str, Any], after: int, words: s
 def test_what_may_be() -> None:
     assert raised(grad_norm=0.0, reward_std=0.0) == [], "groups without spread have no gradient"
     assert raised(text__ratio_max=1.2, num_iterations=2) == []
+    assert raised(image__sampling_ratio=0.8, num_iterations=2) == [] == raised(image__sampling_ratio=1.05)
     assert raised(rewards__other__mean=0.7, rewards__other__std=0.0) == [], "a monitor may be constant"
     assert raised(reward=0.1, rewards__other__mean=0.1) == [], "both fall"
 

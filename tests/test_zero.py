@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT, tiny_policy
-from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHARDED, SHRUNK, STAGES, STEPS, words
+from test_trainer import job as train_job  # noqa: F401, a fixture
+from tiny import ROOT
+from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHRUNK, STAGES, STEPS, words
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config, RewardConfig
@@ -29,30 +30,13 @@ pytest.importorskip("deepspeed")
 BOUND = {"float32": 1e-5, "bfloat16": 3e-2}
 KEYS = ("loss", "grad_norm", "kl", "reward", "plan_tokens")
 TWO = Ranks(0, 2, torch.device("cpu"))
-REWARD = """
-class Redness:
-    name = "redness"
-    def score(self, images, examples):
-        return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-"""
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("job")
-    tiny_policy(seed=5).save_pretrained(folder / "model")
-    rows = [
-        {"prompt": f"a {colour} {shape} and w{i}", "task_type": "color"}
-        for i, (colour, shape) in enumerate([("red", "circle"), ("blue", "square")] * 4)
-    ]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "heldout.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    (folder / "redness.py").write_text(REWARD)
-    (folder / "plan.txt").write_text("plan {}")
-    zero3 = json.loads((ROOT / "configs" / "zero3.json").read_text())
-    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / SHARDED).write_text(json.dumps(zero3))
-    return folder
+def job(train_job: Path) -> Path:  # noqa: F811
+    """The job of test_trainer.py with a held-out prompt."""
+    (train_job / "heldout.jsonl").write_text((train_job / "train.jsonl").read_text().split("\n")[0] + "\n")
+    return train_job
 
 
 @pytest.fixture(scope="module")
