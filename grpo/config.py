@@ -35,8 +35,9 @@ class Config:
         lora_alpha: adapters are scaled by lora_alpha / lora_r.
         lora_dropout: of the adapters' input, but not of adapted heads.
         lora_target_modules: linear layers that get adapters, by the last part of their name, outside `freeze`.
-        gradient_checkpointing: recompute activations in the backward pass: true, all: least memory, about a third more
-            time; selective, all that is no product: a third less memory; auto, the least of these that fits this GPU.
+        gradient_checkpointing: recompute activations in the backward pass. true recomputes all: the least memory, about
+            a third more time. selective recomputes no matrix product: a third less memory, little more time. auto takes
+            the first of false, selective and true that fits this GPU.
         distributed: what several ranks share: ddp nothing, deepspeed (ZeRO) masters, gradients and weights as its JSON
             says; auto is deepspeed where `deepspeed` is given.
         deepspeed: DeepSpeed's JSON, such as configs/zero2.json; what is "auto" there is taken from these settings.
@@ -101,8 +102,8 @@ class Config:
             loss_type gspo is grpo with it.
         importance_sampling_correction: weigh tokens by ratios of training to sampling log-probs, as
             importance_sampling_mode says.
-        importance_sampling_mode: ratios of tokens or sequences (plan and picture), which above
-            importance_sampling_clip_max are that (truncate) or 0 (mask).
+        importance_sampling_mode: ratios of tokens or of sequences (plan and picture); one above
+            importance_sampling_clip_max becomes that bound (truncate) or 0 (mask).
         importance_sampling_clip_max: bound of those weights.
         off_policy_mask_threshold: samples of negative advantage have no policy loss where the mean of sampling minus
             training log-probs of their tokens is above it (DeepSeek-V3.2); null = none.
@@ -133,7 +134,7 @@ class Config:
         save_total_limit: keep that many newest checkpoints, null = all.
         load_best_model_at_end: write a checkpoint where an evaluation is the best so far, keep the last of these beyond
             save_total_limit, and show it as the result at the end.
-        metric_for_best_model: what the best evaluation is the best by; a metric whose name begins with heldout/.
+        metric_for_best_model: the metric by which evaluations are compared; its name begins with heldout/.
         greater_is_better: whether more of it is better.
         sample_steps: write a grid of samples every so many steps, 0 = never.
         save_rollouts: folder where each step's rollout is written, a file for each rank: prompts, plans, tokens,

@@ -157,9 +157,8 @@ def update_peak(
     every = recompute is True
     backward = shape.bytes * batch.tokens * (2 * shape.hidden + 3 * shape.intermediate)
     kept, ends = forward_bytes(shape, batch, recompute)
-    hidden = (
-        shape.bytes * shape.hidden * (batch.texts + batch.images * batch.passes)
-    )  # what the streams still hold after backward
+    # what the streams still hold after backward
+    hidden = shape.bytes * shape.hidden * (batch.texts + batch.images * batch.passes)
     rows = max(batch.texts * shape.vocab, batch.images * shape.codes)
     chunk = min(CHUNK_BYTES, shape.bytes * rows)
     weights, largest = sum(trained), max(trained, default=0)
