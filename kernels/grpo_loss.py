@@ -11,7 +11,7 @@ For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log
                (use_bias_correction_kl: times ratio_t, which makes it the policy's own KL off policy too)
     loss     = Σ_t w_t·[n_t·(β·KL_t - weight_t·policy_t) - entropy_coef·H_t / tokens of the step]
 
-    w_t = the token's own weight (`token_weight`), 1 without it; n_t and the metrics do not know of it
+    w_t = the token's own weight (`token_weight`), 1 without it; n_t and the metrics ignore it
     n_t = 1 / tokens of the step (dapo, cispo), 1 / tokens of this call (bnpo),
           1 / (tokens of s · samples) (grpo), 1 / (samples · max_completion_length) (dr_grpo)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import job as train_job  # noqa: F401, a fixture
 from tiny import ROOT
-from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHRUNK, STAGES, STEPS, words
+from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHARDED, SHRUNK, STAGES, STEPS, words
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config, RewardConfig
@@ -34,8 +34,11 @@ TWO = Ranks(0, 2, torch.device("cpu"))
 
 @pytest.fixture(scope="module")
 def job(train_job: Path) -> Path:  # noqa: F811
-    """The job of test_trainer.py with a held-out prompt."""
+    """The job of test_trainer.py with a held-out prompt, and a ZeRO-3 that shards every parameter."""
     (train_job / "heldout.jsonl").write_text((train_job / "train.jsonl").read_text().split("\n")[0] + "\n")
+    zero3 = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (train_job / SHARDED).write_text(json.dumps(zero3))
     return train_job
 
 
