@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _obstacle(impl: str, device: torch.device, dtype: torch.dtype, cpp: bool) -> str | None:
     """Why `impl` cannot run on this input, or None."""
     if impl == "triton":
         if not HAS_TRITON:
@@ -65,16 +65,18 @@ def _obstacle(impl: str, device: torch.device, dtype: torch.dtype) -> str | None
             return f"it needs a CUDA tensor, got {device.type} (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
         if dtype not in TRITON_DTYPES:
             return f"it takes float32, bfloat16 or float16, got {dtype}"
+    elif impl == "native" and not cpp:
+        return "there is no C++ kernel"
     elif impl == "native" and (device.type != "cpu" or dtype not in NATIVE_DTYPES):
         return f"it takes float32 or bfloat16 on the CPU, got {dtype} on {device.type}"
     return None
 
 
-def choose(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
+def choose(impl: Impl, device: torch.device, dtype: torch.dtype, *, cpp: bool = True) -> str:
     """The implementation that runs: "triton", "native" or "torch".
 
     "auto" is Triton on a GPU and C++ on a CPU where they take the dtype (float64 is for oracles, and PyTorch's) and are
-    installed; `native.available` warns once where a CPU has no C++ kernels.
+    installed; `native.available` warns once where a CPU has no C++ kernels. Without `cpp`, the op has no C++ kernel.
 
     Raises:
         ValueError: an unknown name, or an implementation that cannot take this device and dtype.
@@ -84,9 +86,9 @@ def choose(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(f'impl must be "auto", "triton", "native" or "torch", got {impl!r}')
     if impl == "auto":
         best = "triton" if device.type == "cuda" else "native"
-        usable = _obstacle(best, device, dtype) is None and (best == "triton" or native.available())
+        usable = _obstacle(best, device, dtype, cpp) is None and (best == "triton" or native.available())
         return best if usable else "torch"
-    if reason := _obstacle(impl, device, dtype):
+    if reason := _obstacle(impl, device, dtype, cpp):
         raise ValueError(f'impl="{impl}" cannot run here: {reason}; use impl="torch"')
     if impl == "native":
         native.require()

