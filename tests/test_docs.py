@@ -12,15 +12,17 @@ import torch
 import yaml
 from tiny import ROOT, TOY
 
+from bicot.docs import write
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config
 from bicot.grpo.trainer import train
 from bicot.rewards.base import Example
 from bicot.rewards.config import RewardConfig
 
-README, CONTRIBUTING, CURVES, RESEARCH = (
-    (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "docs/curves.md", "docs/research.md")
-)
+PAGES = {
+    path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
+}
+README, REWARDS, CURVES = PAGES["README.md"], PAGES["rewards.md"], PAGES["curves.md"]
 
 
 def blocks(text: str) -> list[str]:
@@ -38,11 +40,11 @@ def test_kernel_example_runs() -> None:
 
 @pytest.mark.parametrize("schedule", ["serial", "threads"])
 def test_reward_example_is_a_reward(schedule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = blocks(CONTRIBUTING)
+    (block,) = blocks(REWARDS)
     assert len(block.splitlines()) <= 20
     (tmp_path / "my_rewards.py").write_text(block)
     monkeypatch.syspath_prepend(tmp_path)
-    (settings,) = re.findall(r"```yaml\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", REWARDS, re.DOTALL)
     name = "my_rewards:Brightness"
     rewards = yaml.safe_load(settings)["rewards"]
     assert name in rewards["names"] and rewards["options"][name] == {"target": 0.5}
@@ -52,32 +54,38 @@ def test_reward_example_is_a_reward(schedule: str, tmp_path: Path, monkeypatch: 
     assert scores[0, 0] == 0.75 and scores[1, 0].isnan()
 
 
-@pytest.mark.parametrize(
-    ("text", "folder"),
-    [(README, ROOT), (CONTRIBUTING, ROOT), (CURVES, ROOT / "docs"), (RESEARCH, ROOT / "docs")],
-    ids=["readme", "contributing", "curves", "research"],
-)
-def test_options_and_links_exist(text: str, folder: Path) -> None:
-    fields = (
-        {field.name for field in dataclasses.fields(Config)}
-        | {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
-        | {"config"}
+@pytest.mark.parametrize("name", PAGES)
+def test_options_and_links_exist(name: str) -> None:
+    """Options of train.py, or of the programs named below; those of T2I-R1 are in the first column of its tables."""
+    text = PAGES[name]
+    folder = ROOT if (ROOT / name).exists() else ROOT / "docs"
+    options = {field.name for field in dataclasses.fields(Config)}
+    options |= {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
+    options |= {"config", "help", "print_config", "dry_run", "gpu_gib", "gpus", "force_memory", "debug"}  # of train.py
+    options |= {"output", "gpu", "shape", "quick", "tests", "model"}  # of the benches
+    options |= {"nproc-per-node", "log-dir", "tee"}  # of torchrun
+    options |= set(re.findall(r'"--(\w+)"', (ROOT / "generate.py").read_text()))
+    ours = re.sub(r"^\| [^|]* \|", "|", text, flags=re.MULTILINE) if name == "from-t2i-r1.md" else text
+    assert (
+        set(re.findall(r"--([a-z][\w.-]+)", re.sub(r"--rewards\.options\.\w+", "--rewards.options", ours))) <= options
     )
-    fields |= {
-        "help",
-        "print_config",
-        "dry_run",
-        "gpu_gib",
-        "force_memory",
-        "model",
-        "nproc-per-node",
-        "log-dir",
-        "tee",
-    }  # of generate.py and torchrun
-    fields |= {"output", "gpu", "gpus", "shape", "quick", "tests"}  # of the benches
-    assert set(re.findall(r"--([a-z][\w.-]+)", text)) <= fields
-    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
-        assert (folder / link).exists(), link
+    for link in re.findall(r"\]\((?!http)([^)]+)", text):
+        target, _, place = link.partition("#")
+        assert (folder / target).exists(), link
+        if place:
+            titles = re.findall(r"^#+ (.*)", (folder / target).read_text() if target else text, re.MULTILINE)
+            assert place in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, link
+
+
+def test_every_page_is_in_the_readme() -> None:
+    for path in ROOT.glob("docs/*.md"):
+        assert f"](docs/{path.name})" in README, path.name
+
+
+def test_generated_pages_are_current() -> None:
+    """Else run `python -m bicot.docs.write`."""
+    assert PAGES["configuration.md"] == write.configuration()
+    assert PAGES["kernels.md"] == write.kernels()
 
 
 def test_tree_lists_every_source_file() -> None:

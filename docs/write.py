@@ -1,0 +1,128 @@
+"""Write the generated pages of this folder: configuration.md and kernels.md.
+
+python -m bicot.docs.write
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from docstring_parser import parse
+
+from bicot.grpo.config import Config
+from bicot.rewards.config import RewardConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+# One for each block of fields that a blank line ends in Config.
+SECTIONS = ("The model", "Prompts", "Sampling", "Rewards and advantages", "Loss", "Optimizer", "The run")
+CONFIGURATION = """# Settings
+
+Generated from the dataclasses by `python -m bicot.docs.write`.
+
+Every setting is a key of the YAML file and an option of `train.py`: `beta: 0.04` in the file is `--beta 0.04` on the
+command line. Options override the file, and a later `--config FILE` overrides an earlier one. `--print_config` prints
+what a command line means. An unknown name is an error, which names the nearest known one.
+
+The defaults below are the published ones of T2I-R1 where it has the setting. Without `--config`, `train.py` reads
+[configs/toy.yaml](../configs/toy.yaml) over them.
+"""
+KERNELS = """# Kernels
+
+Generated from the docstrings and from bench/results by `python -m bicot.docs.write`.
+
+Each file in [kernels/](../kernels) has one op, which knows nothing of the trainer. `impl="auto"` takes the Triton
+kernel on a GPU, the C++ kernel on a CPU, and plain PyTorch for tensors that neither takes. Asking for an implementation
+that cannot run is an error. The floor of an op is the time that its bytes or its FLOPs need at least.
+
+"Measured" says how many times as long plain PyTorch and `torch.compile` take, in the least and the most favourable case
+of our bench on a CPU. All cases, other libraries and GPUs are in [bench/RESULTS.md](../bench/RESULTS.md).
+"""
+
+
+def blocks(cls: type) -> list[list[str]]:
+    """Names of the fields of a dataclass, a list for each block between blank lines."""
+    found: list[list[str]] = []
+    last = 0
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            if not found or node.lineno > last + 1:
+                found.append([])
+            found[-1].append(node.target.id)
+            last = node.end_lineno or node.lineno
+    return found
+
+
+def default(field: dataclasses.Field[Any]) -> str:
+    """The default as one writes it in YAML."""
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return json.dumps(value).replace('"', "")
+
+
+def table(cls: type, names: list[str], prefix: str = "") -> str:
+    """A line of Markdown for each of the fields."""
+    meaning = {item.arg_name: " ".join((item.description or "").split()) for item in parse(cls.__doc__ or "").params}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    lines += [f"| `{prefix}{name}` | `{default(fields[name])}` | {meaning[name]} |" for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def configuration() -> str:
+    """configuration.md"""
+    page = [CONFIGURATION]
+    for title, names in zip(SECTIONS, blocks(Config), strict=True):
+        page += [f"## {title}\n", table(Config, [name for name in names if name != "rewards"])]
+        if "rewards" in names:
+            page.append(table(RewardConfig, [field.name for field in dataclasses.fields(RewardConfig)], "rewards."))
+    return "\n".join(page)
+
+
+def measured(op: str) -> str:
+    """What the committed CPU result says of an op, or nothing where there is none."""
+    file = ROOT / "bench" / "results" / f"{op}_cpu.json"
+    if not file.is_file():
+        return ""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    cases: dict[str, dict[str, float]] = {}
+    for row in result["rows"]:
+        if row["ms"]:
+            cases.setdefault(json.dumps(row["case"]), {})[row["provider"]] = row["ms"][1]
+    said = []
+    for provider, name in (("eager", "plain PyTorch"), ("torch.compile", "`torch.compile`")):
+        ratios = [ms[provider] / ms["ours"] for ms in cases.values() if provider in ms and "ours" in ms]
+        if ratios:
+            said.append(f"{name} takes {min(ratios):.2g} to {max(ratios):.2g} times as long")
+    return f"Measured on an {result['cpu']}, {result['threads']} threads: {', '.join(said)}.\n" if said else ""
+
+
+def kernels() -> str:
+    """kernels.md"""
+    page = [KERNELS]
+    for file in sorted((ROOT / "kernels").glob("*.py")):
+        module = importlib.import_module(f"bicot.kernels.{file.stem}")
+        for name, op in vars(module).items():
+            if not inspect.isfunction(op) or op.__module__ != module.__name__ or name.startswith("_"):
+                continue
+            parameters = inspect.signature(op).parameters
+            if "impl" in parameters and parameters["impl"].default == "auto":
+                page.append(f"## {name}\n\n[kernels/{file.name}](../kernels/{file.name}):")
+                page.append(f"`{name}({', '.join(parameters)})`\n")
+                page += [f"```text\n{(module.__doc__ or '').strip()}\n```\n", measured(name)]
+    return "\n".join(part for part in page if part)
+
+
+def main() -> None:
+    for name, page in (("configuration", configuration()), ("kernels", kernels())):
+        (ROOT / "docs" / f"{name}.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
