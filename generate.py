@@ -36,11 +36,9 @@ SAMPLING_OPTIONS = {
 }
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
-    parser.add_argument("prompts", nargs="+", help="one or more prompts")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Which checkpoint draws, and how; evaluate.py has them too."""
     parser.add_argument("--model", default=str(TOY), help="checkpoint or adapter folder, or hub id (default: the toy)")
-    parser.add_argument("--num_generations", type=int, default=4, help="pictures of each prompt")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: the checkpoint's)")
     parser.add_argument("--chat_template", choices=["t2i_r1", "janus"], help="(default: the checkpoint's)")
@@ -51,10 +49,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="outputs/generate/grid.png", help="the grid; pictures go beside it")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    args = parser.parse_args()
-    if args.num_generations < 1:
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where one of `add_options`, or --num_generations, has no such value."""
+    if args.num_generations is not None and args.num_generations < 1:
         parser.error(f"--num_generations {args.num_generations} must be at least 1")
     for name, least in (("max_completion_length", 1), ("temperature", 0), ("image_temperature", 0), ("top_k", 0)):
         value = getattr(args, name)
@@ -62,6 +62,16 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name} {value} must be a number that is at least {least}")
     if args.cfg_weight is not None and not math.isfinite(args.cfg_weight):
         parser.error(f"--cfg_weight {args.cfg_weight} must be finite")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
+    parser.add_argument("prompts", nargs="+", help="one or more prompts")
+    parser.add_argument("--num_generations", type=int, default=4, help="pictures of each prompt")
+    add_options(parser)
+    parser.add_argument("--output", default="outputs/generate/grid.png", help="the grid; pictures go beside it")
+    args = parser.parse_args()
+    check_options(parser, args)
     if Path(args.output).suffix != ".png":
         parser.error(f"--output {args.output} must end in .png")
     return args
