@@ -1,4 +1,4 @@
-"""Write the generated pages of this folder: configuration.md and kernels.md.
+"""Write configuration.md and kernels.md of this folder, and the picture of the house in CONTRIBUTING.md.
 
 python -m bicot.docs.write
 """
@@ -21,6 +21,7 @@ from bicot.rewards.config import RewardConfig
 ROOT = Path(__file__).resolve().parents[1]
 # One for each block of fields that a blank line ends in Config.
 SECTIONS = ("The model", "Prompts", "Sampling", "Rewards and advantages", "Loss", "Optimizer", "The run")
+FOLDERS = ("docs", "examples", "bench", "grpo", "rewards", "model", "kernels")
 CONFIGURATION = """# Settings
 
 Generated from the dataclasses by `python -m bicot.docs.write`.
@@ -119,9 +120,39 @@ def kernels() -> str:
     return "\n".join(part for part in page if part)
 
 
+def imports(file: Path) -> set[str]:
+    """The folders of bicot that a file imports from."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if node.level == 2 or (node.level == 0 and parts[0] == "bicot" and len(parts) > 1):
+                names.add(parts[0] if node.level else parts[1])
+    return names
+
+
+def house() -> str:
+    """Who imports from whom, as a Mermaid chart."""
+    scripts = [file for file in sorted(ROOT.glob("*.py")) if file.name not in ("setup.py", "__init__.py")]
+    files = {script.stem: [script] for script in scripts} | {name: (ROOT / name).rglob("*.py") for name in FOLDERS}
+    lines = ["```mermaid", "flowchart TD"]
+    for name, sources in files.items():
+        found = set().union(*map(imports, sources)) - {name}
+        lines += [f"    {name} --> {other}" for other in FOLDERS if other in found]
+    return "\n".join([*lines, "```"])
+
+
+def contributing() -> str:
+    """CONTRIBUTING.md with the picture of today."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition("```mermaid")
+    return before + house() + rest.partition("```")[2]
+
+
 def main() -> None:
-    for name, page in (("configuration", configuration()), ("kernels", kernels())):
-        (ROOT / "docs" / f"{name}.md").write_text(page, encoding="utf-8")
+    pages = {"docs/configuration.md": configuration(), "docs/kernels.md": kernels(), "CONTRIBUTING.md": contributing()}
+    for name, page in pages.items():
+        (ROOT / name).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

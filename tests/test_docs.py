@@ -86,6 +86,12 @@ def test_generated_pages_are_current() -> None:
     """Else run `python -m bicot.docs.write`."""
     assert PAGES["configuration.md"] == write.configuration()
     assert PAGES["kernels.md"] == write.kernels()
+    assert PAGES["CONTRIBUTING.md"] == write.contributing()
+
+
+def test_the_walk_names_files_that_exist() -> None:
+    for name in re.findall(r"`(\w+/\w+\.py)`", PAGES["CONTRIBUTING.md"]):
+        assert (ROOT / name).exists(), name
 
 
 def test_tree_lists_every_source_file() -> None:
