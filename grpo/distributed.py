@@ -65,8 +65,8 @@ class Ranks:
             torch.cuda.set_device(device)
         rank, size, store = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), None
         if size > 1:
-            store, _, _ = next(dist.rendezvous("env://"))
             limit = timedelta(seconds=timeout)
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
             dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, rank=rank, world_size=size, store=store)
             store = dist.PrefixStore("bicot", store)
         alone = cls(rank, size, device, store=store, timeout=timeout)

@@ -67,6 +67,7 @@ def test_two_ranks_of_which_one_is_killed_go_on(job: Path, tmp_path: Path) -> No
     draws = random.Random(1)
     more = ("--max_steps", "3", "--save_steps", "1", "--resume", "auto", "--gradient_accumulation_steps", "1")
     more += ("--eval_file", "null", "--sample_steps", "0", "--move_output_dir", "false")
+    more += ("--ddp_timeout", "30")  # a rank that is killed before the other one meets it is waited for as long
     killed.start(print).join()
     start = time.monotonic()
     for process in killed.together(killed.run, words(job, tmp_path / "whole", *more), job, tmp_path / "whole", None):
