@@ -3,6 +3,7 @@
 pip install -e .            # or: make setup
 """
 
+import runpy
 import shutil
 import subprocess
 import tempfile
@@ -53,7 +54,7 @@ class BuildNative(build_ext):
 
 setup(
     name="bicot",
-    version="0.1.0",
+    version=runpy.run_path(str(ROOT / "__init__.py"))["__version__"],
     description="Janus-Pro text-to-image training with BiCoT-GRPO, as fast as the hardware allows",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -72,7 +73,9 @@ setup(
         "pyyaml",
         "tqdm",
         "matplotlib",
+        "pillow",
     ],
+    entry_points={"console_scripts": ["bicot-train = bicot.train:run", "bicot-generate = bicot.generate:run"]},
     extras_require={
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

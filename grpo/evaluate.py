@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..model.engine import RolloutChunk, RolloutEngine, Sampling
+from ..model.generation import to_pixels
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble
 from .checkpoint import checkpoint_path
@@ -35,11 +36,6 @@ class Sample:
     reward: float
     scores: dict[str, float]
     image: np.ndarray
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """[S, 3, H, W] in [0, 1] -> [S, H, W, 3] uint8."""
-    return images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def samples_of(

@@ -61,8 +61,8 @@ class RolloutChunk:
     """S consecutive samples, in the order of the prompts. What the host knows anyway stays there.
 
     Args:
-        prompts: Packed int64 on the CPU, stage-1 prompt ids.
-        plans: Packed int64 on the CPU, plan ids up to and including the first EOS.
+        prompts: Packed int64 on the CPU, stage-1 prompt ids; empty where the plan was given.
+        plans: Packed int64 on the CPU, plan ids up to and including the first EOS; empty likewise.
         plan_logprobs: Packed float32, of the plan tokens at the sampling temperature.
         plan_texts: the plans as text.
         truncated: [S] bool on the CPU, plans that reached max_completion_length without EOS.
@@ -213,7 +213,13 @@ class RolloutEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[str], group_size: int, sampling: Sampling, seed: int, first_sample: int | list[int] = 0
+        self,
+        prompts: Sequence[str],
+        group_size: int,
+        sampling: Sampling,
+        seed: int,
+        first_sample: int | list[int] = 0,
+        plans: Sequence[str | None] | None = None,
     ) -> Iterator[RolloutChunk]:
         """Yield chunks that together hold `group_size` samples of every prompt, in order.
 
@@ -227,13 +233,14 @@ class RolloutEngine:
             seed: of this rollout, 64 bits.
             first_sample: number of the first sample; a rank that generates a later part of a step starts there. Or of
                 each prompt the number of its first sample.
+            plans: None = sample them. Or of each prompt the text of its plan; None = a picture of the prompt alone.
 
         Raises:
             ValueError: an empty prompt, or one too long for the context or the KV cache (named), before anything is
                 sampled; a plan that leaves no room for the picture; logits that are not finite.
         """
         limit = sampling.max_completion_length
-        asked = [self.encoder.plan_ids(prompt, limit) for prompt in prompts]
+        asked = [[] if plans is not None else self.encoder.plan_ids(prompt, limit) for prompt in prompts]
         # a request for a plan has all that a picture's has but the plan, whose text may take more tokens than it did
         longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1
         most = [min(len(ids) + longest, room) for ids in asked]
@@ -243,6 +250,8 @@ class RolloutEngine:
         samples = [
             _Sample(first[i] + g, prompts[i], ids, most[i]) for i, ids in enumerate(asked) for g in range(group_size)
         ]
+        for sample, plan in zip(samples, [plan for plan in plans or () for _ in range(group_size)], strict=False):
+            self._ask_for_picture(sample, plan)
         if self.decode_stream:
             self.decode_stream.wait_stream(torch.cuda.current_stream(self.device))  # the optimizer may still be writing
         with self._on(self.decode_stream, self.picture_stream):
@@ -262,16 +271,17 @@ class RolloutEngine:
         most_images = self._most_images(rows_per_image)
         # now and for plans of any length: a pool that grew later would take its place, and the graphs, with it
         self._reserve(
-            [plan_slots(part) for part in _slices(samples, self.max_rows)]
+            [plan_slots(part) for part in _slices(samples if plans is None else [], self.max_rows)]
             + [image_slots(part) for part in _slices(samples, most_images)]
         )
         with self._on(self.decode_stream):
-            self._prepare(len(samples), rows_per_image, sampling)
+            self._prepare(len(samples), rows_per_image, sampling, plans is None)
 
-        for batch in self._parts(samples, self.max_rows, plan_slots):
+        for batch in self._parts(samples, self.max_rows, plan_slots) if plans is None else [samples]:
             with self._on(self.decode_stream):
                 clock = Clock(self.device)
-                self._write_plans(batch, sampling, seed)
+                if plans is None:
+                    self._write_plans(batch, sampling, seed)
                 spans = [clock.lap("plan")]
             for part in self._parts(batch, most_images, image_slots):
                 with self._on(self.decode_stream):
@@ -304,10 +314,10 @@ class RolloutEngine:
         if self.pool.reserve(max(tokens, default=0)):
             self.graphs.clear()
 
-    def _prepare(self, samples: int, rows_per_image: int, sampling: Sampling) -> None:
-        """Both stages, and the graphs of prefills and of the largest batch of so many samples."""
+    def _prepare(self, samples: int, rows_per_image: int, sampling: Sampling, plan: bool) -> None:
+        """The stages, and the graphs of prefills and of the largest batch of so many samples."""
         limit, length, most = sampling.max_completion_length, self.policy.num_image_tokens, self.max_rows
-        if self.plan_stage is None or self.plan_stage.length != limit:
+        if self.plan_stage is None or (plan and self.plan_stage.length != limit):
             self.graphs.clear()
             self.plan_stage = PlanStage(self.decoder, self.graphs, most, 1, limit)
         if self.image_stage is None or self.image_stage.rows_per_sample != rows_per_image:
@@ -318,7 +328,8 @@ class RolloutEngine:
             print("capturing the CUDA graphs of rollouts, which takes some seconds", file=sys.stderr, flush=True)
         self.decoder.prepare()
         images = min(samples, self._most_images(rows_per_image))
-        self.plan_stage.prepare(min(samples, most), self.policy.tokenizer.eos_token_id, sampling)
+        if plan:
+            self.plan_stage.prepare(min(samples, most), self.policy.tokenizer.eos_token_id, sampling)
         self.image_stage.prepare(images, sampling)
         if self.weights.image_decoder.graphs.missing:
             with self._on(self.picture_stream, self.decode_stream):
@@ -359,9 +370,12 @@ class RolloutEngine:
         plans, logprobs = self.plan_stage.run(rows, [s.prompt_ids[-1] for s in samples], eos, sampling, seed)
         for sample, plan, logprob in zip(samples, plans, logprobs, strict=True):
             sample.plan, sample.plan_logprobs = plan, logprob
-            sample.text = self.encoder.decode_plan(plan)
-            sample.image_ids = self.encoder.image_ids(sample.prompt, sample.text, self.policy.num_image_tokens)
-            sample.image_prompt = len(sample.image_ids) - 1
+            self._ask_for_picture(sample, self.encoder.decode_plan(plan))
+
+    def _ask_for_picture(self, sample: _Sample, plan: str | None) -> None:
+        sample.text = plan or ""
+        sample.image_ids = self.encoder.image_ids(sample.prompt, plan, self.policy.num_image_tokens)
+        sample.image_prompt = len(sample.image_ids) - 1
 
     def _draw(
         self, samples: Sequence[_Sample], rows_per_image: int, sampling: Sampling, seed: int
@@ -396,7 +410,7 @@ class RolloutEngine:
             current.wait_stream(self.decode_stream)
             current.wait_stream(self.picture_stream)
             drawn[0].record_stream(self.picture_stream)
-            for tensor in (*drawn, images, *(s.plan_logprobs for s in samples)):
+            for tensor in (*drawn, images, *(s.plan_logprobs for s in samples if s.plan)):
                 tensor.record_stream(current)
         eos = self.policy.tokenizer.eos_token_id
         tokens, logp, guided = drawn
@@ -405,7 +419,7 @@ class RolloutEngine:
             plans=Packed.of([s.plan for s in samples]),
             plan_logprobs=Packed.of([s.plan_logprobs for s in samples]),
             plan_texts=[s.text for s in samples],
-            truncated=torch.tensor([s.plan[-1] != eos for s in samples]),
+            truncated=torch.tensor([bool(s.plan) and s.plan[-1] != eos for s in samples]),
             image_prompts=Packed.of([s.image_ids for s in samples]),
             image_tokens=tokens,
             image_logprobs=logp,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,14 @@ from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneratio
 from . import body
 from .adapters import adapter_base, load_lora, merged
 from .convert import ORIGINAL, load_original, original_config, original_tokenizer
+from .generation import Generation, generate
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
 from .rows import Layout, lay_out
+from .settings import RolloutSettings
+
+if TYPE_CHECKING:
+    from .engine import RolloutEngine
 
 # What the published recipe trains is the language model and its head; everything else stays as it came.
 PUBLISHED_FREEZE = (
@@ -47,6 +52,8 @@ class Policy:
     Args:
         model: the transformers module; its parameters are the policy's, nothing is copied.
         tokenizer: its tokenizer, with `boi_token` among its special tokens.
+
+    `settings` are the prompt texts and the sampling of `generate`: those of the checkpoint that it was loaded from.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:  # transformers annotates both too loosely to check against
@@ -55,10 +62,58 @@ class Policy:
         self.config = self.model.config
         self.adapters: Any = None  # PEFT's model around `model`, where LoRA adapters alone train
         self.selective = False
+        self.settings = RolloutSettings()
+        self._engine: RolloutEngine | None = None
         body.install(self.decoder)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
             if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"the tokenizer defines no {name}; a Janus tokenizer has bos, eos, pad and boi tokens")
+
+    @staticmethod
+    def from_pretrained(
+        path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Policy:
+        """`load_policy`; None = a GPU and bfloat16 if there is one, or else the CPU and float32."""
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return load_policy(path, dtype=dtype or default_dtype(where), device=where)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        plan: str | Sequence[str] = "auto",
+        **sampling: Any,
+    ) -> list[Generation]:
+        """Plan and draw `n` pictures of each prompt, in order.
+
+        Args:
+            prompts: one, or a list.
+            n: pictures of each prompt.
+            seed: of the first picture of each prompt; the next one has the next seed.
+            plan: "auto" = the model writes one for each picture; "off" = it draws the prompt without a plan; any other
+                text is the plan. Or a list: of each prompt "off", or the text of its plan.
+            sampling: fields of `Sampling`, such as cfg_weight, temperature, top_k, image_temperature and
+                max_completion_length; None, or left out = as in `settings`.
+
+        Raises:
+            ValueError: an empty prompt, or one that is too long; a number out of range.
+            TypeError: an argument that `Sampling` does not have.
+        """
+        given = {name: value for name, value in sampling.items() if value is not None}
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        drawn = generate(self, prompts, n, seed, plan, replace(self.settings.sampling, **given))
+        return list(drawn) if prompts else []
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """What `generate` draws with; kept with its CUDA graphs and KV cache until the prompt texts are others."""
+        from .engine import RolloutEngine  # it imports this module
+
+        if self._engine is None or self._engine.encoder.format != self.settings.prompts:
+            self._engine = RolloutEngine(self, self.prompt_encoder(self.settings.prompts))
+        return self._engine
 
     @property
     def device(self) -> torch.device:
@@ -192,6 +247,11 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of a model that only draws."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """A model's config.json. FileNotFoundError where there is none."""
     try:
@@ -227,6 +287,7 @@ def load_policy(
     if base := adapter_base(path):
         policy = load_policy(base, dtype=dtype, device=device, freeze=freeze)
         policy.adapters = load_lora(policy.model, path).eval()
+        policy.settings = RolloutSettings.load(path, base)
         return policy
     raw = read_config(path)
     kind = raw.get("model_type")
@@ -251,7 +312,9 @@ def load_policy(
             raise ValueError(f"freeze: no parameter of {path} begins with {prefix!r}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(tuple(freeze)))
-    return Policy(model.eval(), tokenizer)
+    policy = Policy(model.eval(), tokenizer)
+    policy.settings = RolloutSettings.load(path)
+    return policy
 
 
 def _load(path: str | Path, dtype: torch.dtype) -> Any:

@@ -2,6 +2,7 @@
 
 Stage 1 (semantic CoT):  [system] + user(reasoning_prompt.format(prompt)) + assistant, the model writes a plan.
 Stage 2 (token CoT):     user("{prompt}. {plan}") + assistant + <begin_of_image>, the model draws T image tokens.
+Without a plan, stage 2 alone: user("{prompt}") + assistant + <begin_of_image>.
 
 The unconditional row of classifier-free guidance has the length of the conditional one: every token but the
 first (BOS) and the last (<begin_of_image>) becomes the pad token, and all of them are attended.
@@ -74,15 +75,18 @@ class PromptFormat:
         # replace, not format: prompts and instructions may contain other braces
         return self._chat(self.reasoning_prompt.replace("{}", prompt), self.system_prompt)
 
-    def image_parts(self, prompt: str, plan: str) -> list[str]:
-        """Stage 2, the request for the picture, likewise; `<begin_of_image>` is added as a token."""
-        return self._chat(f"{prompt}. {plan}")
+    def image_parts(self, prompt: str, plan: str | None) -> list[str]:
+        """Stage 2, the request for the picture, likewise; `<begin_of_image>` is added as a token.
+
+        Without a plan (None) it is the raw prompt alone, as the base model gets it.
+        """
+        return self._chat(prompt if plan is None else f"{prompt}. {plan}")
 
     def plan_text(self, prompt: str) -> str:
         """Stage 1 in one piece."""
         return "".join(self.plan_parts(prompt))
 
-    def image_text(self, prompt: str, plan: str) -> str:
+    def image_text(self, prompt: str, plan: str | None) -> str:
         """Stage 2 in one piece."""
         return "".join(self.image_parts(prompt, plan))
 
@@ -107,11 +111,9 @@ class PromptEncoder:
 
     def plan_ids(self, prompt: str, room: int) -> list[int]:
         """Ids of the stage-1 prompt, leaving `room` tokens of the context for the plan."""
-        if not prompt.strip():
-            raise ValueError("empty prompt: give every row a non-empty `prompt`")
         return self._encode(self.format.plan_parts(prompt), prompt, room)
 
-    def image_ids(self, prompt: str, plan: str, room: int) -> list[int]:
+    def image_ids(self, prompt: str, plan: str | None, room: int) -> list[int]:
         """Ids of the stage-2 prompt with `<begin_of_image>` last, leaving `room` tokens for the picture."""
         return [*self._encode(self.format.image_parts(prompt, plan), prompt, room + 1), self.boi_token_id]
 
@@ -139,6 +141,8 @@ class PromptEncoder:
         return [i for i in known if i is not None]
 
     def _encode(self, parts: list[str], prompt: str, room: int) -> list[int]:
+        if not prompt.strip():
+            raise ValueError("empty prompt: give every row a non-empty `prompt`")
         # by id: a tokenizer that adds no BOS, or an EOS too, would begin or end otherwise than the unconditional row
         ids = [self.tokenizer.bos_token_id]
         for i, part in enumerate(parts):

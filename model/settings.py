@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .prompts import PromptFormat
 
 FILE = "bicot.json"
+LEAST = {"max_completion_length": 1, "temperature": 0, "top_k": 0, "image_temperature": 0, "image_top_k": 0}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,16 @@ class Sampling:
     image_top_p: float = 1.0
     cfg_weight: float = 5.0
 
+    def __post_init__(self) -> None:
+        for name, least in LEAST.items():
+            if not least <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} {value} must be a number that is at least {least}")
+        for name in ("top_p", "image_top_p"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} {value} must be above 0, and at most 1")
+        if not math.isfinite(self.cfg_weight):
+            raise ValueError(f"cfg_weight {self.cfg_weight} must be finite")
+
 
 @dataclass(frozen=True)
 class RolloutSettings:
@@ -43,10 +55,10 @@ class RolloutSettings:
         (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> RolloutSettings:
-        """What `save` wrote into this checkpoint; the defaults for one that has no such file (or a hub id)."""
-        path = Path(folder) / FILE
-        if not path.is_file():
+    def load(cls, *folders: str | Path) -> RolloutSettings:
+        """What `save` wrote into the first of these checkpoints that has it; the defaults if none has (or a hub id)."""
+        path = next((path for folder in folders if (path := Path(folder) / FILE).is_file()), None)
+        if path is None:
             return cls()
         values = json.loads(path.read_text(encoding="utf-8"))
         return cls(PromptFormat(**values["prompts"]), Sampling(**values["sampling"]))

@@ -18,7 +18,7 @@ from bicot.model import convert
 from bicot.model.engine import RolloutChunk, RolloutEngine
 from bicot.model.policy import Policy, load_policy
 from bicot.model.prompts import PromptFormat
-from bicot.model.settings import Sampling
+from bicot.model.settings import RolloutSettings, Sampling
 
 WORDS = ["User", "Assistant", ":", ".", "plan", "a", "red", "blue", "circle", "square", "and", "of", "two"]
 VOCAB = 61
@@ -216,7 +216,9 @@ def test_weights_of_all_formats(kind: str, shards: int, twin: Any, folder: Path)
 
 def test_results_equal_those_of_the_twin(twin: Any, folder: Path, tmp_path: Path) -> None:
     """Logits, features of a picture, pictures of tokens, and whole rollouts; in the twin's layout too."""
+    RolloutSettings(sampling=Sampling(7)).save(folder)
     loaded = load_policy(folder, dtype=torch.float32)
+    assert loaded.settings.sampling == Sampling(7)
     loaded.save_pretrained(tmp_path / "saved")
     assert loaded.config.to_dict()["text_config"]["rms_norm_eps"] == 1e-6
     images = torch.rand(2, 3, 8, 8)
