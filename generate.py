@@ -110,6 +110,11 @@ def main() -> None:
     print(f"wrote {grid} and {len(rollout)} pictures beside it")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command line, as `python generate.py` and as `bicot-generate`."""
     with one_line_errors(sys.argv):
         main()
+
+
+if __name__ == "__main__":
+    run()

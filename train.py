@@ -46,6 +46,11 @@ def main(words: list[str]) -> None:
         train(config)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command line, as `python train.py` and as `bicot-train`."""
     with one_line_errors(sys.argv, f"; go on with: {resume_command()}"):
         main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run()
