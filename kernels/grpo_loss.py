@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,20 +41,7 @@ from torch import Tensor
 from .dispatch import Impl, choose
 from .group_advantages import group_advantages
 from .grpo_rows import ROWS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
-from .token_stream import TokenStream, check_features, check_tokens
-
-LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo"]
-KLEstimator = Literal["k1", "k2", "k3"]
-Level = Literal["token", "sequence"]
-
-
-class Coefficients(NamedTuple):
-    """Those of one stream: its own, or the call's."""
-
-    beta: float
-    epsilon: float
-    epsilon_high: float
-    entropy_coef: float
+from .token_stream import KLEstimator, Level, LossOptions, LossType, TokenStream, check_streams, check_tokens
 
 
 class GRPOLoss(NamedTuple):
@@ -87,15 +74,7 @@ def _mean(x: Tensor) -> Tensor:
 def grpo_loss_ref(
     streams: Sequence[TokenStream],
     advantages: Tensor,
-    coefficients: Sequence[Coefficients],
-    *,
-    loss_type: LossType,
-    importance_sampling_level: Level,
-    kl_estimator: KLEstimator,
-    use_bias_correction_kl: bool,
-    delta: float | None,
-    importance_sampling_clip_max: float,
-    max_completion_length: int | None,
+    options: LossOptions,
     num_tokens: Tensor,
     num_samples: Tensor,
     impl: Impl = "torch",
@@ -104,54 +83,60 @@ def grpo_loss_ref(
     stats = [stream.stats(impl) for stream in streams]
     old = [s.logprob.detach() if t.old_logprob is None else t.old_logprob for t, s in zip(streams, stats, strict=True)]
     log_ratios = [s.logprob - o for s, o in zip(stats, old, strict=True)]
-    if importance_sampling_level == "sequence":
+    if options.sequence_ratios:
         total = sum(sample_sums(r, t.sample, len(advantages)) for r, t in zip(log_ratios, streams, strict=True))
         mean = total / _token_counts(streams, advantages).clamp(min=1)
         log_ratios = [mean[stream.sample] for stream in streams]
-    norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
+    norm = token_norm(streams, advantages, options, num_tokens, num_samples)
 
     loss = advantages.new_zeros(())
     metrics: dict[str, Tensor] = {}
-    for i, (stream, stat, log_ratio, old_logprob) in enumerate(zip(streams, stats, log_ratios, old, strict=True)):
-        beta, epsilon, epsilon_high, entropy_coef = coefficients[i]
-        advantage = advantages[stream.sample]
+    for stream, stat, log_ratio, old_logprob in zip(streams, stats, log_ratios, old, strict=True):
+        own, advantage = options.of(stream), advantages[stream.sample]
         weight, (logprob, entropy) = stream.token_weight, stat
         if weight is not None:
             weight = weight.detach().to(advantage)
             # 0 * inf is NaN, backward too: a token of weight 0 takes no part
             logprob, entropy = (torch.where(weight == 0, x.detach(), x) for x in stat)
-            log_ratio = log_ratio if importance_sampling_level == "sequence" else logprob - old_logprob
+            log_ratio = log_ratio if options.sequence_ratios else logprob - old_logprob
         ratio = log_ratio.exp()
-        if loss_type == "cispo":
-            policy = ratio.clamp(max=epsilon_high).detach() * advantage * logprob
-        else:
-            bounded = ratio if delta is None else ratio.clamp(max=delta)
-            policy = torch.min(bounded * advantage, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantage)
-        if stream.sampling_logprob is not None:
-            correction = (old_logprob - stream.sampling_logprob).exp()
-            policy = policy * correction.clamp(max=importance_sampling_clip_max)
-            metrics[f"{stream.name}/sampling_ratio"] = _mean(correction)
-        token_loss = -policy
-        if beta:
-            assert stream.ref_logprob is not None
-            kl = kl_divergence(logprob, stream.ref_logprob, kl_estimator)
-            kl = kl * ratio if use_bias_correction_kl else kl
-            token_loss = token_loss + beta * kl
-            metrics[f"{stream.name}/kl"] = _mean(kl)
+        token_loss, also = _policy_and_kl(stream, own, logprob, old_logprob, ratio, advantage)
         token_loss = token_loss * norm[stream.sample]
-        if entropy_coef:
-            token_loss = token_loss - entropy_coef * entropy / num_tokens.clamp(min=1)
+        if own.entropy_coef:
+            token_loss = token_loss - own.entropy_coef * entropy / num_tokens.clamp(min=1)
         if weight is not None:
             token_loss = torch.where(weight == 0, 0.0, weight * token_loss)
         loss = loss + token_loss.sum()
-        detached = ratio.detach()
-        metrics[f"{stream.name}/entropy"] = _mean(stat.entropy)
-        high = epsilon_high if loss_type == "cispo" else 1 + epsilon_high
-        metrics[f"{stream.name}/clip_ratio/high"] = _mean((detached > high) & (advantage > 0))
-        if loss_type != "cispo":
-            metrics[f"{stream.name}/clip_ratio/low"] = _mean((detached < 1 - epsilon) & (advantage < 0))
-        metrics[f"{stream.name}/ratio_max"] = detached.amax() if len(detached) else advantages.new_ones(())
+        also["entropy"] = _mean(stat.entropy)
+        metrics |= {f"{stream.name}/{name}": value for name, value in also.items()}
     return GRPOLoss(loss, metrics, tuple(stat.logprob.detach() for stat in stats))
+
+
+def _policy_and_kl(
+    stream: TokenStream, own: LossOptions, logprob: Tensor, old: Tensor, ratio: Tensor, advantage: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """beta·KL - weight·policy of each token, and their metrics."""
+    metrics: dict[str, Tensor] = {}
+    if own.cispo:
+        policy = ratio.clamp(max=own.high).detach() * advantage * logprob
+    else:
+        bounded = ratio if own.delta is None else ratio.clamp(max=own.delta)
+        policy = torch.min(bounded * advantage, ratio.clamp(own.low, own.high) * advantage)
+        metrics["clip_ratio/low"] = _mean((ratio < own.low) & (advantage < 0))
+    if stream.sampling_logprob is not None:
+        correction = (old - stream.sampling_logprob).exp()
+        policy = policy * correction.clamp(max=own.importance_sampling_clip_max)
+        metrics["sampling_ratio"] = _mean(correction)
+    loss = -policy
+    if own.beta:
+        assert stream.ref_logprob is not None
+        kl = kl_divergence(logprob, stream.ref_logprob, own.kl_estimator)
+        kl = kl * ratio if own.use_bias_correction_kl else kl
+        loss = loss + own.beta * kl
+        metrics["kl"] = _mean(kl)
+    metrics["clip_ratio/high"] = _mean((ratio > own.high) & (advantage > 0))
+    metrics["ratio_max"] = ratio.detach().amax() if len(ratio) else advantage.new_ones(())
+    return loss, metrics
 
 
 def _token_counts(streams: Sequence[TokenStream], advantages: Tensor) -> Tensor:
@@ -169,60 +154,43 @@ def sample_sums(x: Tensor, sample: Tensor, num_samples: int) -> Tensor:
 
 
 def token_norm(
-    streams: Sequence[TokenStream],
-    advantages: Tensor,
-    loss_type: LossType,
-    max_completion_length: int | None,
-    num_tokens: Tensor,
-    num_samples: Tensor,
+    streams: Sequence[TokenStream], advantages: Tensor, options: LossOptions, num_tokens: Tensor, num_samples: Tensor
 ) -> Tensor:
     """n_t of each sample's tokens, [S]."""
-    if loss_type == "grpo":
+    if options.loss_type in ("grpo", "gspo"):
         return 1 / (_token_counts(streams, advantages).clamp(min=1) * num_samples)
-    if loss_type == "dr_grpo":
-        return (1 / (num_samples * (max_completion_length or 1))).expand_as(advantages)
-    if loss_type == "bnpo":
+    if options.loss_type == "dr_grpo":
+        return (1 / (num_samples * (options.max_completion_length or 1))).expand_as(advantages)
+    if options.loss_type == "bnpo":
         num_tokens = _scalar(sum(len(stream.targets) for stream in streams), num_tokens)
     return (1 / num_tokens.clamp(min=1)).expand_as(advantages)
 
 
 def _fused_loss(
     streams: Sequence[TokenStream],
-    coefficients: Sequence[Coefficients],
+    advantages: Tensor,
+    options: LossOptions,
     num_tokens: Tensor,
-    kl_estimator: KLEstimator,
-    shared: dict[str, Any],
+    num_samples: Tensor,
     inplace: bool,
     impl: str,
 ) -> GRPOLoss:
-    """Loss, gradients and metrics out of one pass over each stream's rows. `shared`: the `Terms` of all streams."""
+    """Loss, gradients and metrics out of one pass over the logits of each stream."""
+    advantages = advantages.contiguous()
+    norm = token_norm(streams, advantages, options, num_tokens, num_samples).contiguous()
     losses, logprobs = [], []
     metrics: dict[str, Tensor] = {}
-    for stream, own in zip(streams, coefficients, strict=True):
-        terms = Terms(
-            targets=stream.targets.contiguous(),
-            sample=stream.sample.contiguous(),
-            old=_float32(stream.old_logprob),
-            ref=_float32(stream.ref_logprob),
-            sampling=_float32(stream.sampling_logprob),
-            token_weight=_float32(stream.token_weight),
-            entropy_weight=own.entropy_coef / num_tokens.clamp(min=1),
-            beta=float(own.beta),
-            low=1 - own.epsilon,
-            high=own.epsilon_high if shared["cispo"] else 1 + own.epsilon_high,
-            kl=int(kl_estimator[1]) if own.beta else 0,
-            temperature=float(stream.temperature),
-            **shared,
-        )
+    for stream in streams:
+        terms = _terms(stream, options.of(stream), advantages, norm, num_tokens)
         given = (stream.hidden, stream.weight, stream.bias) if stream.logits is None else (stream.logits,)
         needed = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in given]
         inputs = [None if t is None else t.detach() for t in given]
         if stream.logits is None:
-            rows, *gradients = grpo_linear(*inputs, *terms, needed, impl)
+            rows, *gradients = grpo_linear(*inputs, needed, impl, *terms.arguments())
         elif inplace and needed[0]:
-            rows, gradients = grpo_logits_(*inputs, *terms, impl), inputs
+            rows, gradients = grpo_logits_(*inputs, impl, *terms.arguments()), inputs
         else:
-            rows, *gradients = grpo_logits(*inputs, *terms, needed[0], impl)
+            rows, *gradients = grpo_logits(*inputs, needed[0], impl, *terms.arguments())
         loss = rows[0].sum()
         if any(needed):
             leaves, known = ([x for x, need in zip(xs, needed, strict=True) if need] for xs in (given, gradients))
@@ -231,6 +199,30 @@ def _fused_loss(
         metrics |= _row_metrics(stream, rows, terms)
         logprobs.append(rows[1])
     return GRPOLoss(torch.stack(losses).sum(), metrics, tuple(logprobs))
+
+
+def _terms(stream: TokenStream, own: LossOptions, advantages: Tensor, norm: Tensor, num_tokens: Tensor) -> Terms:
+    """What the fused pass takes of a stream and its options."""
+    return Terms(
+        targets=stream.targets.contiguous(),
+        sample=stream.sample.contiguous(),
+        advantages=advantages,
+        norm=norm,
+        entropy_weight=own.entropy_coef / num_tokens.clamp(min=1),
+        old=_float32(stream.old_logprob),
+        ref=_float32(stream.ref_logprob),
+        sampling=_float32(stream.sampling_logprob),
+        token_weight=_float32(stream.token_weight),
+        temperature=float(stream.temperature),
+        beta=float(own.beta),
+        low=own.low,
+        high=own.high,
+        delta=math.inf if own.delta is None else float(own.delta),
+        clip_max=float(own.importance_sampling_clip_max),
+        cispo=own.cispo,
+        kl=int(own.kl_estimator[1]) if own.beta else 0,
+        correct_kl=own.use_bias_correction_kl,
+    )
 
 
 def _float32(x: Tensor | None) -> Tensor | None:
@@ -301,61 +293,11 @@ def grpo_loss(
             assertion instead, which costs no sync.
         RuntimeError: `impl="native"` and the C++ library is missing.
     """
-    if loss_type not in get_args(LossType):
-        raise ValueError(f"loss_type={loss_type!r} is unknown; use one of {', '.join(get_args(LossType))}")
-    if importance_sampling_level not in get_args(Level):
-        raise ValueError(f"importance_sampling_level={importance_sampling_level!r} is unknown; use token or sequence")
-    if loss_type == "gspo":
-        loss_type, importance_sampling_level = "grpo", "sequence"
-    if kl_estimator not in get_args(KLEstimator):
-        raise ValueError(f"kl_estimator={kl_estimator!r} is unknown; use one of {', '.join(get_args(KLEstimator))}")
-    if loss_type == "dr_grpo" and max_completion_length is None:
-        raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it")
-    if loss_type == "cispo" and epsilon_high is None and any(stream.epsilon_high is None for stream in streams):
-        raise ValueError("loss_type='cispo' clips its weights at epsilon_high: give it (5.0 is recommended)")
-    names = [stream.name for stream in streams]
-    if len(set(names)) < len(names):
-        raise ValueError(f"streams need names of their own, which tell their metrics apart; got {names}")
-    if not streams:
-        raise ValueError("grpo_loss needs at least one stream")
-    for stream in streams:
-        check_features(stream, inplace)
-    kinds = {(stream.features.dtype, stream.features.device) for stream in streams}
-    if len(kinds) > 1:
-        raise ValueError(f"all streams must have one dtype and device, got {' and '.join(map(str, kinds))}")
-    chosen = choose(impl, streams[0].features.device, streams[0].features.dtype)
-    advantages = rewards_or_advantages
-    if group_size is not None:
-        advantages = group_advantages(rewards_or_advantages, group_size)
-    if advantages.ndim != 1:
-        raise ValueError(f"advantages must be [S], got {tuple(advantages.shape)}; for rewards give group_size too")
-    if advantages.device != streams[0].features.device:
-        raise ValueError(f"advantages are on {advantages.device}, the streams on {streams[0].features.device}")
-    # counts of tokens need float32; the kernels take no more
-    wide = torch.promote_types(advantages.dtype, torch.float32) if chosen == "torch" else torch.float32
-    advantages = advantages.detach().to(wide)
-    coefficients = [_coefficients(stream, beta, epsilon, epsilon_high, entropy_coef) for stream in streams]
-    for stream, own in zip(streams, coefficients, strict=True):
-        check_tokens(stream, own.beta, len(advantages))
-    num_tokens = _scalar(
-        sum(len(stream.targets) for stream in streams) if num_tokens is None else num_tokens, advantages
-    )
-    num_samples = _scalar(len(advantages) if num_samples is None else num_samples, advantages)
-    if chosen != "torch" and importance_sampling_level == "token" and not _needs_loss_scale(streams):
-        norm = token_norm(streams, advantages, loss_type, max_completion_length, num_tokens, num_samples)
-        shared = {
-            "advantages": advantages.contiguous(),
-            "norm": norm.contiguous(),
-            "delta": math.inf if delta is None else float(delta),
-            "clip_max": float(importance_sampling_clip_max),
-            "cispo": loss_type == "cispo",
-            "correct_kl": use_bias_correction_kl,
-        }
-        return _fused_loss(streams, coefficients, num_tokens, kl_estimator, shared, inplace, chosen)
-    return grpo_loss_ref(
-        streams,
-        advantages,
-        coefficients,
+    options = LossOptions(
+        beta=beta,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        entropy_coef=entropy_coef,
         loss_type=loss_type,
         importance_sampling_level=importance_sampling_level,
         kl_estimator=kl_estimator,
@@ -363,21 +305,32 @@ def grpo_loss(
         delta=delta,
         importance_sampling_clip_max=importance_sampling_clip_max,
         max_completion_length=max_completion_length,
-        num_tokens=num_tokens,
-        num_samples=num_samples,
-        impl=impl,
     )
+    betas = [options.of(stream).beta for stream in streams]
+    features = check_streams(streams, inplace)
+    chosen = choose(impl, features.device, features.dtype)
+    advantages = _advantages(rewards_or_advantages, group_size, features, chosen)
+    for stream, own_beta in zip(streams, betas, strict=True):
+        check_tokens(stream, own_beta, len(advantages))
+    tokens = sum(len(stream.targets) for stream in streams) if num_tokens is None else num_tokens
+    samples = len(advantages) if num_samples is None else num_samples
+    shared = (advantages, options, _scalar(tokens, advantages), _scalar(samples, advantages))
+    if chosen == "torch" or options.sequence_ratios or _needs_loss_scale(streams):
+        return grpo_loss_ref(streams, *shared, impl)
+    return _fused_loss(streams, *shared, inplace, chosen)
 
 
-def _coefficients(
-    stream: TokenStream, beta: float, epsilon: float, epsilon_high: float | None, entropy_coef: float
-) -> Coefficients:
-    """Those of a stream, from the call's."""
-    beta = beta if stream.beta is None else stream.beta
-    epsilon = epsilon if stream.epsilon is None else stream.epsilon
-    high = epsilon_high if stream.epsilon_high is None else stream.epsilon_high
-    entropy_coef = entropy_coef if stream.entropy_coef is None else stream.entropy_coef
-    return Coefficients(beta, epsilon, epsilon if high is None else high, entropy_coef)
+def _advantages(given: Tensor, group_size: int | None, features: Tensor, chosen: str) -> Tensor:
+    """[S], from rewards where there is a group_size; float32, or float64 in PyTorch."""
+    if group_size is not None:
+        given = group_advantages(given, group_size)
+    if given.ndim != 1:
+        raise ValueError(f"advantages must be [S], got {tuple(given.shape)}; for rewards give group_size too")
+    if given.device != features.device:
+        raise ValueError(f"advantages are on {given.device}, the streams on {features.device}")
+    # counts of tokens need float32; the kernels take no more
+    wide = torch.promote_types(given.dtype, torch.float32) if chosen == "torch" else torch.float32
+    return given.detach().to(wide)
 
 
 def _needs_loss_scale(streams: Sequence[TokenStream]) -> bool:

@@ -19,7 +19,8 @@ GEMMs (a GPU does not know how many rows remain without stopping for the answer)
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,8 @@ def _scale_kernel(p_x, stride, size, p_factor, BLOCK: tl.constexpr):  # type: ig
             tl.store(p_row + o_x, (b_x * factor).to(p_x.dtype.element_ty), mask=o_x < size)
 
 
-class Terms(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Terms:
     """What the loss knows of N tokens of S samples, besides their logits. float32 and int64, contiguous."""
 
     targets: Tensor  # [N]
@@ -192,20 +194,19 @@ class Terms(NamedTuple):
     kl: int  # the estimator's number; 0 without KL
     correct_kl: bool
 
-    def part(self, rows: slice) -> Terms:
+    def arguments(self) -> tuple[Any, ...]:
+        """The last arguments of the ops below."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def part(self, tokens: slice) -> Terms:
         """Those of a slice of the tokens."""
-        per_token = (self.old, self.ref, self.sampling, self.token_weight)
-        old, ref, sampling, weight = (None if t is None else t[rows] for t in per_token)
-        targets, sample = self.targets[rows], self.sample[rows]
-        return self._replace(targets=targets, sample=sample, old=old, ref=ref, sampling=sampling, token_weight=weight)
+        names = ("targets", "sample", "old", "ref", "sampling", "token_weight")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value[tokens] for name, value in given.items()})
 
 
-_TERMS = (
-    "Tensor targets, Tensor sample, Tensor advantages, Tensor norm, Tensor entropy_weight, Tensor? old, Tensor? ref, "
-    "Tensor? sampling, Tensor? token_weight, float temperature, float beta, float low, float high, float delta, "
-    "float clip_max, bool cispo, int kl, bool correct_kl"
-)
-_FIELDS = len(Terms._fields)
+# "Tensor targets, …, Tensor? old, …, float beta, …": the end of each op's schema
+_TERMS = ", ".join(f"{field.type} {field.name}".replace(" | None", "?") for field in fields(Terms))
 
 
 def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Tensor | None) -> None:
@@ -237,59 +238,56 @@ def launch_rows(logits: Tensor, terms: Terms, impl: str, rows: Tensor, grad: Ten
 @torch.library.custom_op(
     "bicot::grpo_logits",
     mutates_args=(),
-    schema=f"(Tensor logits, {_TERMS}, bool gradient, str impl) -> (Tensor, Tensor)",
+    schema=f"(Tensor logits, bool gradient, str impl, {_TERMS}) -> (Tensor, Tensor)",
 )
-def grpo_logits(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def grpo_logits(logits: Tensor, gradient: bool, impl: str, *terms: Any) -> tuple[Tensor, Tensor]:
     """-> rows [len(ROWS), N], gradient of the logits (empty unless `gradient`)."""
-    terms, (gradient, impl) = Terms(*rest[:_FIELDS]), rest[_FIELDS:]
-    check_targets(terms.targets, logits.shape[1])
+    given = Terms(*terms)
+    check_targets(given.targets, logits.shape[1])
     logits = unit_columns(logits) if impl == "native" or not gradient else dense_rows(logits)
-    rows, grad = _fake_logits(logits, *rest)
-    launch_rows(logits, terms, impl, rows, grad if gradient else None)
+    rows, grad = _fake_logits(logits, gradient, impl)
+    launch_rows(logits, given, impl, rows, grad if gradient else None)
     return rows, grad
 
 
 @grpo_logits.register_fake
-def _fake_logits(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    gradient = rest[_FIELDS]
+def _fake_logits(logits: Tensor, gradient: bool, impl: str, *terms: Any) -> tuple[Tensor, Tensor]:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format) if gradient else logits.new_empty(0)
     return _new_rows(logits), grad
 
 
 @torch.library.custom_op(
-    "bicot::grpo_logits_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {_TERMS}, str impl) -> Tensor"
+    "bicot::grpo_logits_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, str impl, {_TERMS}) -> Tensor"
 )
-def grpo_logits_(logits: Tensor, *rest: Any) -> Tensor:
+def grpo_logits_(logits: Tensor, impl: str, *terms: Any) -> Tensor:
     """The gradient takes the place of the logits. -> rows [len(ROWS), N]."""
-    terms, impl = Terms(*rest[:_FIELDS]), rest[_FIELDS]
-    check_targets(terms.targets, logits.shape[1])
-    rows = _new_rows(logits)
-    launch_rows(logits, terms, impl, rows, logits)
+    given, rows = Terms(*terms), _new_rows(logits)
+    check_targets(given.targets, logits.shape[1])
+    launch_rows(logits, given, impl, rows, logits)
     return rows
 
 
 @grpo_logits_.register_fake
-def _fake_logits_(logits: Tensor, *rest: Any) -> Tensor:
+def _fake_logits_(logits: Tensor, impl: str, *terms: Any) -> Tensor:
     return _new_rows(logits)
 
 
 @torch.library.custom_op(
     "bicot::grpo_linear",
     mutates_args=(),
-    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, {_TERMS}, bool[] needed, str impl) "
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, bool[] needed, str impl, {_TERMS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def grpo_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool], impl: str, *terms: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> rows [len(ROWS), N], gradients of hidden, weight and bias where `needed`, else empty."""
-    terms, (needed, impl) = Terms(*rest[:_FIELDS]), rest[_FIELDS:]
-    check_targets(terms.targets, len(weight))
-    rows = _new_rows(hidden)
+    rows, whole = _new_rows(hidden), Terms(*terms)
+    check_targets(whole.targets, len(weight))
     gradients = HeadGradients(hidden, weight, needed)
     for chunk in row_chunks(hidden, weight):
         logits = F.linear(hidden[chunk], weight, bias)
-        part = terms.part(chunk)
+        part = whole.part(chunk)
         launch_rows(logits, part, impl, rows[:, chunk], logits if any(needed) else None)
         if any(needed):
             gradients.add(chunk, logits, _active_rows(rows[-1, chunk], part))
@@ -298,8 +296,10 @@ def grpo_linear(
 
 
 @grpo_linear.register_fake
-def _fake_linear(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _new_rows(hidden), *empty_gradients(hidden, weight, rest[-2])
+def _fake_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool], impl: str, *terms: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_rows(hidden), *empty_gradients(hidden, weight, needed)
 
 
 def _new_rows(like: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The tokens that grpo_loss takes: what it knows of each, and which settings a stream has of its own."""
+"""What grpo_loss takes: streams of tokens, and the options of a call, some of which a stream may have of its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from torch import Tensor
 from .dispatch import Impl
 from .linear_logprobs import check_head, linear_logprobs
 from .token_logprobs import TokenStats, check_logits, check_overwritable, token_logprobs
+
+LossType = Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "gspo"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Level = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,83 @@ class TokenStream:
         return features
 
 
-def check_features(stream: TokenStream, inplace: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class LossOptions:
+    """The options of one call, as `grpo_loss` explains them. A stream may have the first four of its own.
+
+    Raises:
+        ValueError: an unknown option, or one that its loss_type needs is missing.
+    """
+
+    beta: float
+    epsilon: float
+    epsilon_high: float | None
+    entropy_coef: float
+    loss_type: LossType
+    importance_sampling_level: Level
+    kl_estimator: KLEstimator
+    use_bias_correction_kl: bool
+    delta: float | None
+    importance_sampling_clip_max: float
+    max_completion_length: int | None
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in get_args(LossType):
+            raise ValueError(f"loss_type={self.loss_type!r} is unknown; use one of {', '.join(get_args(LossType))}")
+        if self.importance_sampling_level not in get_args(Level):
+            level = self.importance_sampling_level
+            raise ValueError(f"importance_sampling_level={level!r} is unknown; use token or sequence")
+        if self.kl_estimator not in get_args(KLEstimator):
+            known = ", ".join(get_args(KLEstimator))
+            raise ValueError(f"kl_estimator={self.kl_estimator!r} is unknown; use one of {known}")
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it")
+
+    def of(self, stream: TokenStream) -> LossOptions:
+        """Those of a stream: its own, or the call's."""
+        names = ("beta", "epsilon", "epsilon_high", "entropy_coef")
+        own = {name: value for name in names if (value := getattr(stream, name)) is not None}
+        options = replace(self, **own)
+        if options.cispo and options.epsilon_high is None:
+            raise ValueError("loss_type='cispo' clips its weights at epsilon_high: give it (5.0 is recommended)")
+        return options
+
+    @property
+    def cispo(self) -> bool:
+        return self.loss_type == "cispo"
+
+    @property
+    def sequence_ratios(self) -> bool:
+        return self.importance_sampling_level == "sequence" or self.loss_type == "gspo"
+
+    @property
+    def low(self) -> float:
+        """The lower bound of the ratio."""
+        return 1 - self.epsilon
+
+    @property
+    def high(self) -> float:
+        """The upper bound of the ratio."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return high if self.cispo else 1 + high
+
+
+def check_streams(streams: Sequence[TokenStream], inplace: bool) -> Tensor:
+    """Raise ValueError unless the streams have names, shapes and dtypes that go together -> features of the first."""
+    names = [stream.name for stream in streams]
+    if len(set(names)) < len(names):
+        raise ValueError(f"streams need names of their own, which tell their metrics apart; got {names}")
+    if not streams:
+        raise ValueError("grpo_loss needs at least one stream")
+    for stream in streams:
+        _check_features(stream, inplace)
+    kinds = {(stream.features.dtype, stream.features.device) for stream in streams}
+    if len(kinds) > 1:
+        raise ValueError(f"all streams must have one dtype and device, got {' and '.join(map(str, kinds))}")
+    return streams[0].features
+
+
+def _check_features(stream: TokenStream, inplace: bool) -> None:
     """Raise ValueError unless the stream has either logits or a head, of matching shapes."""
     headless = stream.hidden is None and stream.weight is None and stream.bias is None
     if not headless if stream.logits is not None else stream.hidden is None or stream.weight is None:

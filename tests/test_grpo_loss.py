@@ -560,18 +560,18 @@ class TestKernels:
         there, ops = device(impl), torch.ops.bicot
         stream = converted(make(torch.float32, old=True, sampling=True), there)[0]
         per_sample = (torch.tensor(ADVANTAGES).to(there), torch.full((5,), 0.1).to(there), torch.tensor(0.01).to(there))
-        rest = (
+        terms = (
             stream.targets, stream.sample, *per_sample, stream.old_logprob, stream.ref_logprob, stream.sampling_logprob,
             torch.tensor([0.0, 1.0, 2.0, 0.5, 0.0, 1.0]).to(there), 0.7, 0.1, 0.8, 1.2, 2.0, 3.0, False, 3, True,
         )  # fmt: skip
         hidden, weight, bias = (t.detach() for t in (stream.hidden, stream.weight, stream.bias))
         logits = torch.nn.functional.linear(hidden, weight, bias)
         check = torch.library.opcheck
-        check(ops.grpo_logits.default, (logits, *rest, True, impl))
-        check(ops.grpo_logits.default, (logits, *rest, False, impl))
-        check(ops.grpo_logits_.default, (logits.clone(), *rest, impl))
+        for gradient in (True, False):
+            check(ops.grpo_logits.default, (logits, gradient, impl, *terms))
+        check(ops.grpo_logits_.default, (logits.clone(), impl, *terms))
         for needed in ([True, True, True], [True, False, False], [False, False, False]):
-            check(ops.grpo_linear.default, (hidden, weight, bias, *rest, needed, impl))
+            check(ops.grpo_linear.default, (hidden, weight, bias, needed, impl, *terms))
         check(ops.scale_.default, (logits.clone(), torch.tensor(0.5).to(there), impl))
         loss, leaf = torch.tensor(1.0).to(there), logits.clone().requires_grad_()
         check(ops.attach_gradients.default, (loss, [leaf], [torch.ones_like(logits)], impl))
