@@ -5,7 +5,8 @@ Random samples of a step: on a GPU of Janus-Pro-1B, 16 pictures of 576 tokens wi
 of two layers of Janus-Pro-1B's width with one prompt of two samples. The learning rate is 0, so that every update is
 given the same weights, and beta is 0, so that an update has no reference pass in it. Eager is the forward pass and loss
 of bench/baseline_t2i_r1.py: padded, text and image apart, by transformers' layers. The two others are that with each
-layer under torch.compile, or with Liger's norms, rotary embedding and MLP (on a GPU). Peak MiB is beyond weights,
+layer under torch.compile, or with Liger's norms, rotary embedding and MLP (on a GPU). "ours, varlen" and the like, on a
+GPU, are ours with each other attention_implementation that is installed. Peak MiB is beyond weights,
 masters and moments. Checked: log-probs and gradient norm against those of the batch that bench_step trains.
 """
 
@@ -26,6 +27,7 @@ from ..grpo.config import Config
 from ..grpo.optim import MasterAdamW
 from ..grpo.step import reference_logprobs, split, update
 from ..kernels.group_advantages import group_advantages
+from ..model.attention import Attention, available
 from ..model.engine import RolloutChunk
 from ..model.packed import Packed
 from ..model.policy import Policy
@@ -105,6 +107,18 @@ def train(x: Training) -> Outputs:
     advantages = group_advantages(x.rewards, x.config.num_generations)
     given = (contest.policy, contest.optimizer, x.parts, advantages, None, contest.encoder, x.config)
     return (None, None, update(*given, contest.ranks)["grad_norm"])
+
+
+def with_attention(name: str, ours: Callable[[Training], Outputs], x: Training) -> Outputs:
+    """Ours with another implementation of attention."""
+    both = (x.contest.policy, x.contest.reference)
+    for policy in both:
+        policy.attention = Attention(name)
+    try:
+        return ours(x)
+    finally:
+        for policy in both:
+            policy.attention = Attention()
 
 
 Layers = Callable[[Training], AbstractContextManager[tuple[Policy, MasterAdamW]]]  # a policy as a peer has it
@@ -210,6 +224,8 @@ def cases(device: str, tiny: bool) -> list[Case]:
                     labels["activations"] = f"activations {'recomputed' if recompute else 'kept'}"
                 ours, theirs = (refer, their_reference) if phase == "reference" else (train, their_update)
                 providers = {"ours": Provider(ours)}
+                for name in available(torch.device(device), dtype)[1:]:
+                    providers[f"ours, {name}"] = Provider(partial(with_attention, name, ours))
                 providers |= {name: Provider(partial(theirs, layers)) for name, layers in PEERS.items()}
                 if phase == "reference" and device == "cpu" and not tiny:
                     del providers["torch.compile"]  # Inductor 2.13 fails on the toy's pass without gradients

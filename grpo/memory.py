@@ -1,6 +1,6 @@
 """How much of a GPU's memory a run takes, phase by phase, from its settings and the model's config.json alone.
 
-The formulas count what PyTorch allocates. N tokens and M places (padded, see model/rows.py) of a micro-batch, D hidden,
+The formulas count what PyTorch allocates. N tokens and M places (see model/rows.py) of a micro-batch, D hidden,
 I intermediate, Q and K the widths of queries and of keys, e bytes of the dtype. Autograd keeps of a layer
 
     e·N·(4·D + Q + 3·I) + e·M·(2·Q + 2·K)      both norms' inputs and outputs, attention's output, gate, up and their
@@ -16,6 +16,9 @@ in hand e·N·(2·D + 3·I) more. A pass without gradients holds at its widest e
 gate, up lie side by side. The update's peak is the largest of these moments: the loss (the head's gradient in float32,
 a chunk of logits), the first and the last layer's backward pass, the conversion of gradients to float32, and the sum
 over ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient as soon as it is there, through buckets.
+
+The plan's samples are equally long, so M has no padding in it. In a run, `attention_implementation: sdpa` pads shorter
+ones to the longest; the others do not, and take less.
 
 A CPU holds a float32 copy of a bfloat16 chunk of logits beside that, which a GPU does not.
 """

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from ..kernels.group_advantages import group_advantages
 from ..model.adapters import adapter_base, add_lora, load_lora
+from ..model.attention import resolve
 from ..model.engine import RolloutChunk, RolloutEngine
 from ..model.policy import Policy, load_policy
 from ..model.prompts import PromptFormat
@@ -112,6 +113,7 @@ class Trainer:
             file.check(ensemble.check)
         if config.token_weights:
             TokenWeights(config.token_weights)  # what is wrong with it is said now
+        self.attention = resolve(config.attention_implementation, ranks.device, getattr(torch, config.dtype))
         if adapter_base(config.model_name_or_path):
             raise ValueError(
                 f"model_name_or_path={config.model_name_or_path!r} is a LoRA adapter; merge it into its model first: "
@@ -185,6 +187,7 @@ class Trainer:
             device=(reference and self.config.reference_device) or self.ranks.device,
             freeze=self.config.freeze,
         )
+        policy.attention = self.attention
         return policy.freeze() if reference else policy
 
     def _adapted(self, checkpoint: Path | None) -> Policy:

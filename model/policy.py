@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneratio
 
 from . import body
 from .adapters import adapter_base, load_lora, merged
+from .attention import Attention
 from .convert import ORIGINAL, load_original, original_config, original_tokenizer
 from .generation import Generation, generate
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
-from .rows import Layout, lay_out
+from .rows import Layout, fastest, lay_out, take
 from .settings import RolloutSettings
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.config = self.model.config
         self.adapters: Any = None  # PEFT's model around `model`, where LoRA adapters alone train
+        self.attention = Attention()
         self.selective = False
         self.settings = RolloutSettings()
         self._engine: RolloutEngine | None = None
@@ -203,12 +205,16 @@ class Policy:
         predicting = []
         for stream, table in zip(streams, tables, strict=True):
             at = [i for tokens, p, c in zip(table, *stream, strict=True) for i in tokens[len(p) - 1 :][: len(c)]]
-            predicting.append(hidden.index_select(0, upload(at, self.device)))
+            predicting.append(take(hidden, at))
         return predicting
 
     def lay_out(self, blocks: Sequence[Sequence[Sequence[int]]]) -> tuple[list[int], list[list[list[int]]], Layout]:
-        """`rows.lay_out`, on the policy's device."""
-        return lay_out(blocks, self.device)
+        """`rows.lay_out`, on the policy's device, for its attention; the first rows decide what `auto` is."""
+        if self.attention.name == "auto":
+            text = self.config.text_config
+            shape = (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
+            self.attention.name = fastest(blocks, shape, self.device, self.dtype)
+        return lay_out(blocks, self.device, self.attention.name)
 
     def image_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
         """Rows of codes -> the ids that `hidden` knows them by."""
@@ -224,7 +230,7 @@ class Policy:
         text, image = upload([ids[i] for i in order], self.device).split([texts, len(ids) - texts])
         embedded = self.embed_text(text)
         embedded = torch.cat([embedded, self.embed_image(image[None] - vocab)[0].to(embedded.dtype)])
-        return embedded.index_select(0, upload(torch.tensor(order).argsort(), self.device))
+        return take(embedded, torch.tensor(order).argsort().tolist())
 
     def text_hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
         """Hidden states that predict each completion token, packed: sum of completion lengths × D."""

@@ -87,6 +87,16 @@ def test_many_places_are_added_in_float32(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_queries_alone_not_rotated_are_summed(impl: str) -> None:
+    to = device(impl)
+    rows = torch.randn(12, 3, 6, generator=torch.Generator().manual_seed(0)).to(to)
+    cos, sin = torch.ones(6, 3, device=to), torch.zeros(6, 3, device=to)
+    summed = gather([rows, rows[:, :0], rows[:, :0]], cos, sin, impl)
+    expected = rows.new_zeros(6, 18).index_add_(0, torch.tensor(TOKEN_AT, device=to), rows.flatten(1))
+    torch.testing.assert_close(summed, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_nothing_to_do(impl: str) -> None:
     qkv, cos, sin, token_at = inputs((6, 2, 12), torch.float32, device(impl))
     spread = rope_spread(qkv, cos, sin, token_at[:0], 2, impl=impl)

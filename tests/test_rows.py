@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from bicot.model import body
 from bicot.model.engine import RolloutEngine
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
-from bicot.model.rows import lay_out
+from bicot.model.rows import lay_out, take
 
 CPU = torch.device("cpu")
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
@@ -155,20 +155,25 @@ def test_layout() -> None:
     assert first.first.tolist() == [0, 1, 2, 7] and second.first.tolist() == second.places.tolist() == [0, 2, 3]
 
 
-@given(st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=3))
-def test_any_layout(blocks: list[list[list[int]]]) -> None:
-    ids, tables, layout = lay_out(blocks, CPU)
+@given(st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=3), st.booleans())
+def test_any_layout(blocks: list[list[list[int]]], padded: bool) -> None:
+    ids, tables, layout = lay_out(blocks, CPU, "sdpa" if padded else "varlen")
     assert [[[ids[i] for i in tokens] for tokens in table] for table in tables] == blocks
     rows = [tokens for table in tables for tokens in table]
     for tokens in rows:
         assert layout.positions[tokens].tolist() == list(range(len(tokens)))
     assert {i for tokens in rows for i in tokens} == set(range(len(ids))), "each token is in a row"
-    for block, table in zip(layout.blocks, tables, strict=True):
+    for block, table in zip(layout.blocks, tables if padded else [rows], strict=True):
         S, L = block.shape
+        assert (len(table), max(map(len, table))) == (S, L) and block.lengths == tuple(map(len, table))
+        offsets = block.offsets.tolist()
+        assert offsets == [0, *accumulate(block.lengths)] and block.offsets.dtype == torch.int32
         own = torch.arange(len(ids))[block.tokens]
-        real = [s * L + i for s, tokens in enumerate(table) for i in range(len(tokens))]
+        begins = range(0, S * L, L) if padded else offsets
+        real = [begin + i for begin, tokens in zip(begins, table, strict=False) for i in range(len(tokens))]
         assert own[block.token_at[real]].tolist() == [i for tokens in table for i in tokens]
-        assert len(block.token_at) == S * L and sorted(block.places.tolist()) == real, "every place but pads"
+        assert len(block.token_at) == (S * L if padded else offsets[-1])
+        assert sorted(block.places.tolist()) == real, "every place but pads"
         for i, (begin, end) in enumerate(pairwise(block.starts.tolist())):
             places = block.places[begin:end].tolist()
             assert (
@@ -183,6 +188,22 @@ def test_the_same_rows_twice_are_the_same_bits() -> None:
     first, second = (policy.hidden(*streams(policy)) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, gradients(policy, first), gradients(policy, second)))
+
+
+@pytest.mark.parametrize("to", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_the_gradient_of_a_row_that_a_group_takes_is_rounded_once(to: str) -> None:
+    """Sums in bfloat16 would lose what is 2^-8 of the first."""
+    at = [3, *[0] * 40, 2, 3, *[0] * 24]
+    given = torch.randn(len(at), 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    given[1] *= 256
+    x = torch.zeros(4, 48, dtype=torch.bfloat16, device=to, requires_grad=True)
+    first, second = (torch.autograd.grad(take(x, at), x, given.to(to))[0].cpu() for _ in range(2))
+    exact = torch.zeros(4, 48, dtype=torch.float64).index_add_(0, torch.tensor(at), given.double())
+    in_order = torch.zeros(4, 48)
+    for row, grad in zip(at, given.float(), strict=True):
+        in_order[row] += grad
+    assert torch.equal(first, second) and torch.equal(first, in_order.bfloat16())
+    assert ((first - exact).abs() <= 2**-8 * exact.abs()).all()
 
 
 def test_without_rows_the_model_is_as_it_was() -> None:
@@ -238,6 +259,7 @@ def test_launches_of_a_layer() -> None:
             (outputs[0].sum() + outputs[1].sum()).backward()
         counts.append(launches.names)
     assert (counts[1] - counts[0]).total() <= 40
+    assert not any("index_add" in name or "index_put" in name for name in counts[1]), "sums of bfloat16 in any order"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

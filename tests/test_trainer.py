@@ -337,6 +337,13 @@ def test_long_prompt_is_named_before_anything_is_spent(job: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_attention_that_cannot_run_is_said_before_anything_is_touched(job: Path, tmp_path: Path) -> None:
+    given = ("--attention_implementation", "varlen", "--dtype", "bfloat16", "--model_name_or_path", "nowhere")
+    with pytest.raises(ValueError, match="attention_implementation=varlen needs an NVIDIA GPU"):
+        Trainer(parse_config(words(job, tmp_path / "run", *given)), Ranks(0, 1, torch.device("cpu")))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("file", ["train_file", "eval_file"])
 def test_prompts_that_cannot_be_used_are_found_at_start(
     file: str, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

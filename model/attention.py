@@ -1,0 +1,127 @@
+"""Causal attention of whole sequences, by the implementation of a name.
+
+`sdpa` sees a rectangle, each sequence padded to the longest; the others see sequences end to end, without padding.
+`auto` is what is fastest on this device, as rows.py measures it.
+
+Shapes: S sequences at M places, Hq query and Hkv key/value heads of E elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rows import Block
+
+Implementation = Literal["sdpa", "varlen", "flash_attn", "xformers", "auto"]
+Attend = Callable[[Tensor, Tensor, Tensor, "Block", float | None], Tensor]
+# what each imports, and how to install it
+_NEEDS = {
+    "varlen": ("torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
+    "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+    "xformers": ("xformers.ops", "pip install xformers"),
+}
+
+
+@dataclass
+class Attention:
+    """The choice of a run: policies that share it compute alike. `auto` becomes a name in their first pass."""
+
+    name: str = "sdpa"
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+    q, k, v = (x.view(*block.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts, longest = block.offsets, block.shape[1]
+    each = (q, _for_each_query(k, q), _for_each_query(v, q), starts, starts, longest, longest)
+    out = varlen_attn(*each, scale=scale, window_size=(-1, 0))  # no key after the query
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    starts, longest = block.offsets, block.shape[1]
+    each = (q, k, v, starts, starts, longest, longest)
+    return flash_attn_varlen_func(*each, softmax_scale=scale, causal=True, deterministic=True)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    each = (x[None] for x in (q, _for_each_query(k, q), _for_each_query(v, q)))
+    return memory_efficient_attention(*each, attn_bias=_mask(block.lengths, q.device), scale=scale)[0]
+
+
+@lru_cache(maxsize=2)
+def _mask(lengths: tuple[int, ...], device: torch.device) -> object:
+    """All layers of a pass share it; copied to the device without waiting."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    return BlockDiagonalCausalMask.from_seqlens(lengths, device=device)
+
+
+def _for_each_query(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values [M, Hkv, E] -> [M, Hq, E]."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+IMPLEMENTATIONS: dict[str, Attend] = {
+    "sdpa": _sdpa, "varlen": _varlen, "flash_attn": _flash_attn, "xformers": _xformers,
+}  # fmt: skip
+
+
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+    """q [M, Hq, E], k and v [M, Hkv, E] at the places of the block's sequences -> [M, Hq, E].
+
+    Args:
+        name: of an implementation that `resolve` lets through; the block is laid out for it.
+        scale: of the scores; None = E^-1/2.
+    """
+    return IMPLEMENTATIONS[name](q, k, v, block, scale)
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The implementation of that name, or `auto`, for weights of that dtype on that device.
+
+    Raises:
+        ValueError: it is not installed, or cannot run there.
+    """
+    if name in _NEEDS and (why := _missing(name, device, dtype)):
+        raise ValueError(f"attention_implementation={name} {why}")
+    return Attention(name)
+
+
+def available(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What can run there; `sdpa` always can."""
+    return [name for name in IMPLEMENTATIONS if name not in _NEEDS or not _missing(name, device, dtype)]
+
+
+def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """What the implementation lacks; empty if nothing."""
+    module, install = _NEEDS[name]
+    try:
+        import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a library built for another torch or CUDA
+        return f"is not installed ({error}): {install}"
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"needs an NVIDIA GPU of compute capability 8.0 or newer, not {device}: take sdpa"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"needs dtype=bfloat16, not {str(dtype).removeprefix('torch.')}: take sdpa"
+    return ""
