@@ -1,4 +1,4 @@
-"""Rotary embedding of packed tokens on their way into the padded rows that attention sees, and its adjoint.
+"""Rotary embedding of packed tokens on their way into the rows that attention sees, and its adjoint.
 
 A head x of a token, split in halves (a, b), becomes at each of the token's places, in float32 and rounded once,
 
