@@ -26,7 +26,7 @@ class OutputInUse(RuntimeError):
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
+def locked(output: Path, option: str = "--output_dir") -> Iterator[None]:
     """Hold the folder for this process; it is made if need be. The system releases it however the process ends.
 
     Raises:
@@ -41,7 +41,7 @@ def locked(output: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise OutputInUse(f"{output} is in use by {holder}: choose another --output_dir") from None
+            raise OutputInUse(f"{output} is in use by {holder}: choose another {option}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -1,0 +1,173 @@
+"""A prompt set in, pictures out in the folders that a benchmark's scorer reads; our own rewards with intervals.
+
+    python evaluate.py --prompts evaluation_metadata.jsonl --format geneval --model MODEL --output DIR
+    python evaluate.py --prompts color_val.txt --format t2i_compbench --model MODEL --output DIR
+    torchrun --nproc-per-node 8 evaluate.py --prompts dpg_bench/prompts --format dpg --model MODEL --output DIR
+    python evaluate.py --prompts heldout.jsonl --format bicot --rewards.names scene --model MODEL --output DIR
+    python evaluate.py … --model OTHER --output DIR2 --compare DIR          # differences, paired by prompt
+
+The same command goes on where it stopped; the pictures do not depend on that, nor on the number of ranks.
+`grpo/benchmarks.py` lists the formats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from tqdm import tqdm
+from transformers.utils import logging
+
+from bicot.generate import add_options, check_options, settings_of
+from bicot.grpo.benchmarks import BENCHMARKS, Picture, Prompt, draw, fingerprint, missing, prepare
+from bicot.grpo.distributed import Ranks
+from bicot.grpo.errors import one_line_errors
+from bicot.grpo.output import locked
+from bicot.grpo.scores import Scored, as_json, chart, difference_table, save_scores, score, table
+from bicot.model.engine import RolloutEngine
+from bicot.model.policy import load_policy
+from bicot.model.settings import RolloutSettings
+from bicot.rewards.config import RewardConfig
+from bicot.rewards.ensemble import RewardEnsemble
+
+WAIT = 7 * 24 * 3600.0  # seconds: a rank may draw so much longer than another
+
+
+def parse_args(words: list[str]) -> tuple[Any, RewardConfig]:
+    parser = ArgumentParser(description="Draw the pictures of a benchmark; score them.", allow_abbrev=False)
+    parser.add_argument("--prompts", nargs="+", required=True, help="files; for wise and dpg also a folder of them")
+    parser.add_argument("--format", choices=list(BENCHMARKS), required=True, help="of the prompts and the pictures")
+    parser.add_argument("--num_generations", type=int, help="pictures of each prompt (default: the benchmark's)")
+    add_options(parser)
+    parser.add_argument("--output", default="outputs/evaluate", help="folder of the pictures")
+    parser.add_argument("--compare", help="output folder of another evaluation of the same prompts, for bicot")
+    parser.add_class_arguments(RewardConfig, "rewards")
+    args = parser.parse_args(words)
+    check_options(parser, args)
+    rewards = parser.instantiate(args).rewards
+    if args.format != "bicot" and (rewards.all or args.compare):
+        parser.error("rewards and --compare are for --format bicot: other prompts have no annotations")
+    return args, rewards
+
+
+def settings_to_keep(
+    args: Any, settings: RolloutSettings, prompts: list[Prompt], num_generations: int
+) -> dict[str, Any]:
+    """What the pictures depend on."""
+    texts = "\0".join(f"{prompt.name}\0{prompt.text}" for prompt in prompts)
+    return {
+        "format": args.format,
+        "model": args.model,
+        "weights": fingerprint(args.model),
+        "prompts": hashlib.sha256(texts.encode()).hexdigest(),
+        "num_generations": num_generations,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        **asdict(settings.prompts),
+        **asdict(settings.sampling),
+    }
+
+
+def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
+    output, benchmark = Path(args.output), BENCHMARKS[args.format]
+    number = args.num_generations or benchmark.num_generations
+    prompts = benchmark.load([Path(path) for path in args.prompts])
+    pictures = benchmark.pictures(prompts, number)
+    settings = settings_of(args)
+    kept = settings_to_keep(args, settings, prompts, number)
+    other = Scored.load(Path(args.compare)) if args.compare else None
+    if other:
+        other.require_prompts([prompt.text for prompt in prompts], Path(args.compare))
+    device = ranks.device if args.device == "cuda" else torch.device(args.device)
+    ensemble = rewards.build_heldout(rewards.build(device=device, failures=output), device, output)
+    for prompt in prompts:
+        if prompt.example:
+            try:
+                ensemble.check(prompt.example)
+            except ValueError as error:
+                raise ValueError(f"{prompt.where}: {error}") from error
+    absent = ranks.on_main(lambda: missing(output, pictures, kept))
+    if absent:
+        policy = load_policy(args.model, dtype=getattr(torch, args.dtype), device=device)
+        engine = RolloutEngine(policy, policy.prompt_encoder(settings.prompts))
+        ranks.on_main(lambda: prepare(output, prompts, pictures, kept))
+        mine = share(absent, ranks)
+        drawn = draw(engine, settings.sampling, args.seed, prompts, mine, number, output)
+        for _ in tqdm(drawn, "pictures", len(mine), disable=not ranks.main):
+            pass
+        del policy, engine, drawn
+    ranks.gather([])  # all pictures are there
+    if ranks.main:
+        print(f"{output}: {len(absent)} pictures drawn, {len(pictures)} there, of {len(prompts)} prompts")
+    if args.format == "bicot":
+        report(ensemble, prompts, pictures, number, args, other, device, ranks)
+
+
+def share(pictures: list[Picture], ranks: Ranks) -> list[Picture]:
+    """This rank's pictures: all of every so-manieth prompt that has any."""
+    prompts = dict.fromkeys(picture.prompt for picture in pictures)
+    mine = set(list(prompts)[ranks.rank :: ranks.size])
+    return [picture for picture in pictures if picture.prompt in mine]
+
+
+def report(
+    ensemble: RewardEnsemble,
+    prompts: list[Prompt],
+    pictures: list[Picture],
+    number: int,
+    args: Any,
+    other: Scored | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> None:
+    """Score the pictures; print and write what is found."""
+    output = Path(args.output)
+    samples = score(ensemble, prompts, pictures, output, device, ranks)
+    if not ranks.main:
+        return
+    scored = Scored.of(samples, number)
+    rows = scored.rows()
+    print(table(rows))
+    more: dict[str, Any] = {}
+    shown = {str(output): rows}
+    if other:
+        differences = scored.minus(other)
+        print(f"\n{output} minus {args.compare}\n{difference_table(differences)}")
+        found = [
+            entry | {"excludes_zero": row.excludes_zero}
+            for row, entry in zip(differences, as_json(differences), strict=True)
+        ]
+        more = {"compared_with": args.compare, "differences": found}
+        shown = {args.compare: other.rows(), **shown}
+    save_scores(output, samples, number, rows, more)
+    chart(output / "scores.png", shown)
+    print(f"samples.jsonl, scores.json and scores.png are in {output}")
+
+
+def main(words: list[str]) -> None:
+    logging.disable_progress_bar()
+    args, rewards = parse_args(words)
+    ranks = Ranks.start(WAIT)
+    try:
+        with (
+            ranks.naming_the_lost(),
+            locked(Path(args.output), "--output") if ranks.main else nullcontext(),
+        ):
+            evaluate(args, rewards, ranks)
+    finally:
+        ranks.close()
+
+
+def run() -> None:
+    with one_line_errors(sys.argv, "; the same command goes on"):
+        main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    run()
