@@ -75,7 +75,9 @@ setup(
         "matplotlib",
         "pillow",
     ],
-    entry_points={"console_scripts": ["bicot-train = bicot.train:run", "bicot-generate = bicot.generate:run"]},
+    entry_points={
+        "console_scripts": [f"bicot-{name} = bicot.{name}:run" for name in ("train", "generate", "evaluate")],
+    },
     extras_require={
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -64,7 +64,8 @@ def test_options_and_links_exist(name: str) -> None:
     options |= {"config", "help", "print_config", "dry_run", "gpu_gib", "gpus", "force_memory", "debug"}  # of train.py
     options |= {"output", "gpu", "shape", "quick", "tests", "model"}  # of the benches
     options |= {"nproc-per-node", "log-dir", "tee"}  # of torchrun
-    options |= set(re.findall(r'"--(\w+)"', (ROOT / "generate.py").read_text()))
+    scripts = "".join((ROOT / script).read_text() for script in ("generate.py", "evaluate.py"))
+    options |= set(re.findall(r'"--(\w+)"', scripts))
     ours = re.sub(r"^\| [^|]* \|", "|", text, flags=re.MULTILINE) if name == "from-t2i-r1.md" else text
     assert (
         set(re.findall(r"--([a-z][\w.-]+)", re.sub(r"--rewards\.options\.\w+", "--rewards.options", ours))) <= options
