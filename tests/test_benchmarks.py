@@ -290,9 +290,9 @@ def test_the_bootstrap_interval() -> None:
         ends = np.quantile(every, [(1 - level) / 2, (1 + level) / 2])
         assert bootstrap(few, level, 40_000) == pytest.approx(tuple(ends), abs=0.015)
     generator = np.random.default_rng(7)
-    prompts, first, second = generator.normal(0, 5, 2000), generator.normal(0, 1, 2000), generator.normal(0.1, 1, 2000)
+    prompts, first, second = (generator.normal(*law, 800) for law in ((0, 5), (0, 1), (0.15, 1)))
     change = (prompts + second) - (prompts + first)
-    half = 1.959964 * change.std() / math.sqrt(2000)
+    half = 1.959964 * change.std() / math.sqrt(800)
     expected = (change.mean() - half, change.mean() + half)
     assert bootstrap(change) == pytest.approx(expected, abs=0.05 * half) and expected[0] > 0
     assert bootstrap(change) == bootstrap(change)
