@@ -7,7 +7,8 @@
 
 The log-probs are those of the whole distributions, before truncation: what a training forward computes again.
 Temperature 0 is greedy (the smallest id among equals); the log-probs are then those of temperature 1. A logit of -inf
-masks its token: one that either row masks is never drawn.
+masks its token: one that either row masks is never drawn. A `mask` does that for the draw alone: it is an unconditional
+row of 0 and -inf, and z = 0 + 1·(z_c - 0) is z_c.
 
 The noise of token v is word ⌊v / 64⌋ mod 4 of Philox4x32-7 (Salmon et al., SC'11: the fewest rounds that pass
 BigCrush) with key `seed` and counter (offset, 64·⌊v / 256⌋ + v mod 64): neighbouring tokens are lanes of a vector, and
@@ -141,7 +142,7 @@ def cfg_sample_ref(
     cond = cond.to(torch.promote_types(cond.dtype, torch.float32))
     good = cond.amax(-1).isfinite()  # NaN and +inf spread through max; -inf is a masked token
     guided = cond
-    if uncond is not None and guidance != 1:
+    if uncond is not None:
         uncond = uncond.to(cond.dtype)
         masked = (cond == -torch.inf) | (uncond == -torch.inf)  # where the formula gives inf - inf
         guided = (uncond + guidance * (cond - uncond)).masked_fill(masked, -torch.inf)
@@ -247,6 +248,7 @@ def cfg_sample(
     top_p: float = 1.0,
     seed: int | Tensor,
     offset: Tensor,
+    mask: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Draw:
     """Draw one token a row from guided logits. Not differentiable; the same tokens from every implementation.
@@ -261,6 +263,8 @@ def cfg_sample(
         seed: Philox key, int or int64 scalar tensor.
         offset: [B] int64 Philox counters, one a row and draw. With `seed` a tensor too, a CUDA graph can replay the
             call: nothing is made on the host.
+        mask: [V], dtype of `cond`, instead of `uncond`: 0, or -inf for a token that is never drawn. `logp_cond` is that
+            without it.
         impl: "triton" is two launches on a GPU, three to truncate; "native" the C++ kernel on a CPU (float32 or
             bfloat16); "torch" plain PyTorch; "auto" the first that takes the logits. Float64 is PyTorch's.
 
@@ -271,6 +275,9 @@ def cfg_sample(
             synchronisation.
         RuntimeError: `impl="native"` and the C++ library is missing.
     """
+    if mask is not None and (uncond is not None or mask.shape != cond.shape[1:]):
+        raise ValueError(f"mask must be [V] = {list(cond.shape[1:])}, without uncond, got {list(mask.shape)}")
+    uncond = uncond if mask is None else mask.expand_as(cond)
     _check(cond, uncond, offset)
     if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or not math.isfinite(guidance):
         raise ValueError(
@@ -285,7 +292,11 @@ def cfg_sample(
     if len(devices) > 1:
         raise ValueError(f"cond, uncond, seed and offset must share a device, got {sorted(map(str, devices))}")
     chosen = choose(impl, cond.device, cond.dtype)
-    cond, uncond = cond.detach(), None if uncond is None or guidance == 1 else uncond.detach()
+    if mask is not None:
+        guidance = 1.0
+    elif guidance == 1:
+        uncond = None
+    cond, uncond = cond.detach(), None if uncond is None else uncond.detach()
     if chosen == "torch":
         draw = cfg_sample_ref(cond, uncond, guidance, temperature, top_k, top_p, seed, offset)
         _check_rows(draw, cond, uncond)

@@ -182,8 +182,8 @@ class PlanStage(Stage):
         logits = self.weights.text_head(self._hidden(rows))
         draw = cfg_sample(
             logits,
-            self.weights.drawable(logits),
-            guidance=0.0,  # draw from the second alone; `logp_cond` is that of the first
+            None,
+            mask=self.weights.text_mask,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,

@@ -54,10 +54,10 @@ class Weights:
         self.layers = [Layer(self, f"model.language_model.layers.{i}") for i in range(config.num_hidden_layers)]
         self.norm = self.read("weight", "model.language_model.norm")
         self.text_head = Linear(self, "lm_head")
-        self._unknown: Tensor | None = None  # [V] bool
+        self.text_mask: Tensor | None = None  # [V], -inf for ids that the tokenizer does not have, and else 0
         if ids := policy.unknown_ids:
-            self._unknown = torch.zeros(config.vocab_size, dtype=torch.bool, device=policy.device)
-            self._unknown[ids] = True
+            self.text_mask = torch.zeros(config.vocab_size, dtype=policy.dtype, device=policy.device)
+            self.text_mask[ids] = -torch.inf
         self._image_projection = Linear(self, "model.generation_head.proj_out")
         self.image_head = Linear(self, "model.generation_head.vision_head")
         self._codes = self.read("weight", "model.generation_embeddings")
@@ -79,10 +79,6 @@ class Weights:
     def image_features(self, hidden: Tensor) -> Tensor:
         """[R, D] hidden -> [R, D], the input of `image_head`."""
         return self._activation(self._image_projection(hidden))
-
-    def drawable(self, text_logits: Tensor) -> Tensor | None:
-        """The logits [R, V] with -inf for ids that the tokenizer does not have; None where it has all of them."""
-        return None if self._unknown is None else text_logits.masked_fill(self._unknown, -torch.inf)
 
     @torch.no_grad()
     def refresh(self) -> bool:

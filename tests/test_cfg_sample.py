@@ -629,7 +629,7 @@ def test_log_probs_are_no_worse_than_the_references(kind: str, V: int, dtype: to
     cond, uncond = (LOGITS[kind](torch.randn(B, V, generator=generator)).to(dtype) for _ in range(2))
     for guidance, temperature in ((1.0, 1.0), (5.0, 0.7), (5.0, 0.0)):
         options = (guidance, temperature, 0, 1.0, 2, torch.arange(B))
-        eager = cfg_sample_ref(cond, uncond, *options)
+        eager = cfg_sample_ref(cond, uncond if guidance != 1 else None, *options)
         named = dict(zip(("guidance", "temperature", "top_k", "top_p", "seed", "offset"), options, strict=True))
         ours = sample(impl, cond, uncond, **named)
         assert torch.equal(ours.token, eager.token)
@@ -711,6 +711,22 @@ def test_a_token_masked_by_either_row_is_never_drawn(impl: str) -> None:
             draw = sample(impl, cond, uncond, guidance=guidance, **options, seed=2, offset=torch.arange(B))
             expected = {0} if "temperature" in options else {0, 2, 3}
             assert set(draw.token.tolist()) == expected and draw.logp_guided.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_is_that_of_the_draw_alone(dtype: torch.dtype, impl: str) -> None:
+    B, V = few(40), 300
+    cond, mask = torch.tensor([normal(V, seed=i) for i in range(B)]).to(dtype), torch.zeros(V, dtype=dtype)
+    mask[::3] = mask[290:] = -INF
+    for options in ({}, {"temperature": 0.7, "top_k": 9, "top_p": 0.9}, {"temperature": 0.0}):
+        options = {**options, "seed": 2, "offset": torch.arange(B)}
+        ours, masked = sample(impl, cond, None, mask=mask, **options), sample(impl, cond + mask, None, **options)
+        assert torch.equal(ours.token, masked.token) and (mask[ours.token] == 0).all()
+        torch.testing.assert_close(ours.logp_guided, masked.logp_guided, rtol=0, atol=2e-6)  # sums in another order
+        logits = cond.float() / (options.get("temperature") or 1.0)
+        expected = logits.log_softmax(-1).gather(-1, ours.token[:, None])[:, 0]
+        torch.testing.assert_close(ours.logp_cond, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -916,6 +932,8 @@ Z, OFFSET = torch.zeros(2, 5), torch.arange(2)
         (Z, None, OFFSET, {"seed": torch.tensor(1.0)}, r"seed must be an int or one int64, got \(\) torch.float32"),
         (Z.double(), None, OFFSET, {"impl": "native"}, 'impl="native" cannot run here'),
         (Z, None, OFFSET, {"impl": "cuda"}, 'impl must be "auto"'),
+        (Z, Z, OFFSET, {"mask": Z[0]}, r"mask must be \[V\] = \[5\], without uncond, got \[5\]"),
+        (Z, None, OFFSET, {"mask": Z}, r"mask must be \[V\] = \[5\], without uncond, got \[2, 5\]"),
     ],
 )
 def test_bad_input_is_named(cond: Tensor, uncond: Tensor | None, offset: Tensor, options: dict, message: str) -> None:
