@@ -1,7 +1,7 @@
 # A newcomer needs Python, git and make. `make ARGS="..." train` passes arguments on; so do test and bench.
 PYTHON ?= python3
 STAMP := .venv/.stamp
-PACKAGES := kernels model rewards grpo bench examples docs
+PACKAGES := kernels model rewards grpo toy bench examples docs
 
 .PHONY: setup train test lint bench clean
 

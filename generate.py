@@ -26,7 +26,7 @@ from bicot.model.engine import RolloutChunk, RolloutEngine
 from bicot.model.policy import load_policy
 from bicot.model.settings import RolloutSettings
 
-TOY = Path(__file__).resolve().parent / "model" / "assets" / "toy"
+TOY = Path(__file__).resolve().parent / "toy" / "assets"
 SAMPLING_OPTIONS = {
     "cfg_weight": (float, "classifier-free guidance of the picture, 1 = none"),
     "temperature": (float, "of the plan, 0 = greedy"),

@@ -27,7 +27,7 @@ from ..model.policy import Policy, load_policy
 from .harness import Unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = ROOT / "model" / "assets" / "toy"
+TOY = ROOT / "toy" / "assets"
 TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=1, pad_token_id=2, boi_token_id=3)
 
 

@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     parser.add_argument("train_options", nargs="*", help="passed on to train.py, after --")
     arguments = parser.parse_args()
-    more, toy = arguments.train_options, ROOT / "model" / "assets" / "toy"
+    more, toy = arguments.train_options, ROOT / "toy" / "assets"
     with tempfile.TemporaryDirectory() as folder:
         base = arguments.runs or Path(folder)
         runs = [

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..grpo.evaluate import Sample, load_samples, mean_by_task
-from ..model.world import plan_cell_entropy
+from ..toy.world import plan_cell_entropy
 from .harness import finish, hardware
 
 ROOT = Path(__file__).resolve().parent.parent

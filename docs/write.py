@@ -21,7 +21,7 @@ from bicot.rewards.config import RewardConfig
 ROOT = Path(__file__).resolve().parents[1]
 # One for each block of fields that a blank line ends in Config.
 SECTIONS = ("The model", "Prompts", "Sampling", "Rewards and advantages", "Loss", "Optimizer", "The run")
-FOLDERS = ("docs", "examples", "bench", "grpo", "rewards", "model", "kernels")
+FOLDERS = ("docs", "examples", "bench", "grpo", "toy", "rewards", "model", "kernels")
 CONFIGURATION = """# Settings
 
 Generated from the dataclasses by `python -m bicot.docs.write`.

@@ -27,8 +27,8 @@ BUILTIN = {
     "grounding": "bicot.rewards.grounding:GroundingReward",
     "orm": "bicot.rewards.orm:OrmReward",
     "plan": "bicot.rewards.plan:PlanReward",
-    "scene": "bicot.rewards.scene:SceneReward",
-    "scene_relation": "bicot.rewards.scene:SceneRelation",
+    "scene": "bicot.toy.reward:SceneReward",
+    "scene_relation": "bicot.toy.reward:SceneRelation",
 }
 _PLACEMENT = tuple(item.name for item in fields(Placement))
 

@@ -396,7 +396,7 @@ def test_guidance_of_the_toy(
     monkeypatch.setattr(bench, "EVALUATED", (2.0,))
     words = ["--seeds", "3", "--steps", "2", "--runs", str(tmp_path), "--output", str(file), "--"]
     few = tmp_path / "few.jsonl"
-    few.write_text("".join((bench.ROOT / "model/assets/toy/heldout.jsonl").read_text().splitlines(True)[:8]))
+    few.write_text("".join((bench.ROOT / "toy/assets/heldout.jsonl").read_text().splitlines(True)[:8]))
     words += ["--num_generations", "2", "--num_eval_generations", "1", "--eval_file", str(few)]
     monkeypatch.setattr(sys, "argv", ["toy_guidance", *words])
     bench.main()

@@ -16,7 +16,7 @@ from bicot.grpo.config import Config, RewardConfig
 def test_default_is_the_toy() -> None:
     config = parse_config([])
     assert config.dtype == "float32" and config.rewards.names == ["scene"]
-    assert Path(config.model_name_or_path).resolve() == ROOT / "model" / "assets" / "toy"
+    assert Path(config.model_name_or_path).resolve() == ROOT / "toy" / "assets"
     assert Path(config.train_file).is_file() and Path(str(config.eval_file)).is_file()
 
 
@@ -47,7 +47,7 @@ def test_paths_are_relative_to_the_working_directory_then_to_the_package(
     (tmp_path / "prompts.jsonl").write_text("{}")
     config = parse_config(["--train_file", "prompts.jsonl"])
     assert config.train_file == "prompts.jsonl"
-    assert config.eval_file == str(ROOT / "model/assets/toy/heldout.jsonl")
+    assert config.eval_file == str(ROOT / "toy/assets/heldout.jsonl")
 
 
 def test_reward_names_take_a_list_or_words() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from bicot.grpo.data import parse_example
-from bicot.model.world import POSITIONS, Scene, SceneObject, make_prompts, random_scene, render
 from bicot.rewards.base import Example, NumeracyInfo, Reward, SpatialInfo
-from bicot.rewards.scene import SceneRelation, SceneReward
+from bicot.toy.reward import SceneRelation, SceneReward
+from bicot.toy.world import POSITIONS, Scene, SceneObject, make_prompts, random_scene, render
 
 
 def scene(*things: str) -> Scene:

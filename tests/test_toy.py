@@ -19,8 +19,9 @@ from transformers.utils import logging
 from bicot.grpo.data import load_examples, parse_example
 from bicot.model.prompts import PromptEncoder, PromptFormat
 from bicot.model.settings import RolloutSettings
-from bicot.model.toy import SETTINGS, Recipe, make_tokenizer, make_toy
-from bicot.model.world import (
+from bicot.toy.recipe import SETTINGS, Recipe, make_tokenizer, make_toy
+from bicot.toy.reward import SceneReward
+from bicot.toy.world import (
     POSITIONS,
     Scene,
     make_prompts,
@@ -30,7 +31,6 @@ from bicot.model.world import (
     random_scene,
     render,
 )
-from bicot.rewards.scene import SceneReward
 
 FILES = [
     "bicot.json",

@@ -18,7 +18,7 @@ from transformers import (
 from bicot.model.policy import PUBLISHED_FREEZE, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
-TOY = ROOT / "model" / "assets" / "toy"
+TOY = ROOT / "toy" / "assets"
 PUBLISHED_PROMPTS = ROOT.parent / "shared" / "data" / "t2i_r1_prompts.jsonl"
 
 

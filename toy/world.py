@@ -31,6 +31,12 @@ BACKGROUND = (0.96, 0.96, 0.95)
 SHAPES = ("circle", "square", "triangle")
 POSITIONS = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
+DIRECTIONS = {
+    "left": (0, -1),
+    "right": (0, 1),
+    "above": (-1, 0),
+    "below": (1, 0),
+}  # (dy, dx) from the second to the first
 # Where the first object stands from the second: the words for it, and the relation read from the other side.
 RELATIONS = {
     "left": (("left of", "on the left of"), "right"),
@@ -170,9 +176,9 @@ def mistaken(scene: Scene, rng: random.Random) -> Scene:
 
 def _stands(relation: str, first: int, second: int) -> bool:
     """Whether cell `first` stands so from cell `second`; at 45 degrees both relations hold."""
-    (row1, col1), (row2, col2) = divmod(first, 3), divmod(second, 3)
-    right, down = col1 - col2, row1 - row2
-    ahead = {"left": -right, "right": right, "above": -down, "below": down}[relation]
+    (y1, x1), (y2, x2) = divmod(first, 3), divmod(second, 3)
+    (dy, dx), down, right = DIRECTIONS[relation], y1 - y2, x1 - x2
+    ahead = down * dy + right * dx
     return ahead > 0 and ahead >= max(abs(right), abs(down))
 
 

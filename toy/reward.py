@@ -22,36 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Example
+from ..rewards.base import Example
+from .world import BACKGROUND, COLOURS, DIRECTIONS, IMAGE_SIZE, SHAPES, Kind
 
-SIZE = 32
-COLOURS = ("red", "green", "blue", "yellow")
-SHAPES = ("circle", "square", "triangle")
-# the four colours, then the background
-PALETTE = ((0.86, 0.16, 0.18), (0.13, 0.60, 0.28), (0.16, 0.32, 0.84), (0.96, 0.78, 0.10), (0.96, 0.96, 0.95))
+NAMES = tuple(COLOURS)
+PALETTE = (*COLOURS.values(), BACKGROUND)
 MAX_COLOUR_DISTANCE = 0.35  # of a pixel to its palette colour; beyond, it is paint of no colour
 MIN_AREA = 16  # pixels; a whole shape has 40 to 64
 OBJECTS_SHARE, RELATION_SHARE = 0.3, 0.7
-DIRECTIONS = {  # word of a locality -> (dy, dx), from the second object to the first
-    "left": (0, -1),
-    "right": (0, 1),
-    "above": (-1, 0),
-    "top": (-1, 0),
-    "over": (-1, 0),
-    "below": (1, 0),
-    "under": (1, 0),
-    "underneath": (1, 0),
-    "beneath": (1, 0),
-    "bottom": (1, 0),
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What the prompt requires of one object: a shape, and a colour unless that is left open."""
-
-    shape: str
-    colour: str | None
+SYNONYMS = dict.fromkeys(("top", "over"), "above") | dict.fromkeys(
+    ("under", "underneath", "beneath", "bottom"), "below"
+)
 
 
 @dataclass(frozen=True)
@@ -110,22 +91,22 @@ def look(images: Tensor) -> list[Picture]:
     if samples == 0:
         return []
     images = images.float()
-    if images.shape[-1] != SIZE:
-        images = F.interpolate(images, (SIZE, SIZE), mode="area")
+    if images.shape[-1] != IMAGE_SIZE:
+        images = F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="area")
     palette = images.new_tensor(PALETTE)
     pixels = images.flatten(2).transpose(1, 2)  # [S, 1024, 3]
     distance, colour = torch.cdist(pixels, palette.expand(samples, -1, -1)).min(-1)
-    painted = (colour < len(COLOURS)) | (distance > MAX_COLOUR_DISTANCE)
-    colour = colour.masked_fill(distance > MAX_COLOUR_DISTANCE, len(COLOURS))
+    painted = (colour < len(NAMES)) | (distance > MAX_COLOUR_DISTANCE)
+    colour = colour.masked_fill(distance > MAX_COLOUR_DISTANCE, len(NAMES))
     masks = F.one_hot(colour, len(PALETTE))[..., :-1].transpose(1, 2).bool()  # [S, 4, 1024]
-    blobs = _measure(_components(masks.reshape(-1, SIZE, SIZE)))
+    blobs = _measure(_components(masks.reshape(-1, IMAGE_SIZE, IMAGE_SIZE)))
 
     objects: list[list[Found]] = [[] for _ in range(samples)]
     area_used = [0.0] * samples
     for mask, area, y, x, top, bottom, left, right in blobs.tolist():
-        sample, colour_id = divmod(int(mask), len(COLOURS))
+        sample, colour_id = divmod(int(mask), len(NAMES))
         shape = _shape(area, y, bottom - top + 1, right - left + 1, (top + bottom) / 2)
-        objects[sample].append(Found(shape, COLOURS[colour_id], y, x))
+        objects[sample].append(Found(shape, NAMES[colour_id], y, x))
         area_used[sample] += area
     totals = painted.sum(-1).tolist()
     return [
@@ -160,7 +141,7 @@ def _measure(labels: Tensor) -> Tensor:
     index, where = labels.nonzero(as_tuple=True)
     key = index * (pixels + 1) + labels[index, where]
     component, member, area = torch.unique(key, return_inverse=True, return_counts=True)
-    place = torch.stack((where // SIZE, where % SIZE), dim=1).float()
+    place = torch.stack((where // IMAGE_SIZE, where % IMAGE_SIZE), dim=1).float()
     target = member[:, None].expand(-1, 2)
     empty = place.new_zeros(len(component), 2)
     mean = empty.scatter_reduce(0, target, place, "mean", include_self=False)
@@ -243,7 +224,8 @@ def _relation(picture: Picture, example: Example) -> float:
     if info is None:
         return math.nan
     first, second = _kind(info.obj1), _kind(info.obj2)
-    direction = next((DIRECTIONS[word] for word in info.locality.lower().split() if word in DIRECTIONS), None)
+    words = (SYNONYMS.get(word, word) for word in info.locality.lower().split())
+    direction = next((DIRECTIONS[word] for word in words if word in DIRECTIONS), None)
     if first is None or second is None or direction is None:
         return math.nan
     dy, dx = direction

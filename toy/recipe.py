@@ -1,6 +1,6 @@
-"""The toy: a Janus of a million parameters that draws the scenes of `world.py`, made from nothing.
+"""The toy's model: a Janus of a million parameters that draws the scenes of `world.py`, made from nothing.
 
-    python -m bicot.model.toy                # rewrites model/assets/toy; 4 to 6 minutes on two cores
+    python -m bicot.toy.recipe                # rewrites toy/assets; 4 to 6 minutes on two cores
 
 A VQ-VAE learns the pictures, then the policy learns (prompt -> plan) and (prompt + plan -> image tokens) from scenes
 that contain mistakes, so that reinforcement has something to do. The checkpoint is an ordinary
@@ -34,9 +34,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..model.prompts import PromptEncoder, PromptFormat
+from ..model.settings import RolloutSettings, Sampling
 from . import world
-from .prompts import PromptEncoder, PromptFormat
-from .settings import RolloutSettings, Sampling
 
 HIDDEN, CODES, MAX_CONTEXT = 128, 64, 256
 GRID = world.IMAGE_SIZE // world.PATCH_SIZE
@@ -331,7 +331,7 @@ def make_toy(output_dir: str | Path, seed: int = 0, recipe: Recipe | None = None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "assets" / "toy")
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "assets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     make_toy(args.output_dir, args.seed)
