@@ -85,7 +85,7 @@ setup(
         "bench": [*TRL, "liger-kernel>=0.8.2; platform_system == 'Linux'"],  # the peers; Liger needs Triton
         "peft": PEFT,  # LoRA
         "deepspeed": DEEPSPEED,  # ZeRO
-        # attention_implementation; the first needs --no-build-isolation
+        # attn_implementation; the first needs --no-build-isolation
         "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
         "xformers": ["xformers>=0.0.35,<0.1; platform_system == 'Linux'"],
         # AdamW of 8 bits; not in dev: transformers imports it, and on a CPU that prints warnings in every run

@@ -6,7 +6,7 @@ of two layers of Janus-Pro-1B's width with one prompt of two samples. The learni
 given the same weights, and beta is 0, so that an update has no reference pass in it. Eager is the forward pass and loss
 of bench/baseline_t2i_r1.py: padded, text and image apart, by transformers' layers. The two others are that with each
 layer under torch.compile, or with Liger's norms, rotary embedding and MLP (on a GPU). "ours, varlen" and the like, on a
-GPU, are ours with each other attention_implementation that is installed. Peak MiB is beyond weights,
+GPU, are ours with each other attn_implementation that is installed. Peak MiB is beyond weights,
 masters and moments. Checked: log-probs and gradient norm against those of the batch that bench_step trains.
 """
 

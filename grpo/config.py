@@ -39,7 +39,7 @@ class Config:
         gradient_checkpointing: recompute activations in the backward pass. true recomputes all: the least memory, about
             a third more time. selective recomputes no matrix product: a third less memory, little more time. auto takes
             the first of false, selective and true that fits this GPU.
-        attention_implementation: of training: sdpa is PyTorch's, padded; varlen (PyTorch), flash_attn and xformers pad
+        attn_implementation: of training: sdpa is PyTorch's, padded; varlen (PyTorch), flash_attn and xformers pad
             nothing, and need a GPU and bfloat16. auto is the fastest of them on the first rows, timed on each rank.
         distributed: what several ranks share: ddp nothing, deepspeed (ZeRO) masters, gradients and weights as its JSON
             says; auto is deepspeed where `deepspeed` is given.
@@ -158,7 +158,7 @@ class Config:
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
     gradient_checkpointing: bool | Literal["selective", "auto"] = False
-    attention_implementation: Implementation = "sdpa"
+    attn_implementation: Implementation = "sdpa"
     distributed: Literal["auto", "ddp", "deepspeed"] = "auto"
     deepspeed: str | None = None
     ddp_timeout: float = 1800.0
@@ -339,9 +339,9 @@ class Config:
         if self.distributed not in ("auto", "deepspeed" if self.deepspeed else "ddp"):
             needs = "a file, such as configs/zero2.json" if self.deepspeed is None else "null"
             raise ValueError(f"distributed={self.distributed} needs deepspeed={needs}")
-        if self.attention_implementation not in ("sdpa", "auto") and self.dtype != "bfloat16":
-            name = self.attention_implementation
-            raise ValueError(f"attention_implementation={name} needs dtype=bfloat16, not {self.dtype}")
+        if self.attn_implementation not in ("sdpa", "auto") and self.dtype != "bfloat16":
+            name = self.attn_implementation
+            raise ValueError(f"attn_implementation={name} needs dtype=bfloat16, not {self.dtype}")
         if self.deepspeed and self.optim != "adamw_torch_fused":
             raise ValueError(f"optim={self.optim} does not go with deepspeed: it trains with adamw_torch_fused")
         if self.ema_decay is not None and self.deepspeed:

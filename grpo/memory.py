@@ -17,7 +17,7 @@ gate, up lie side by side. The update's peak is the largest of these moments: th
 a chunk of logits), the first and the last layer's backward pass, the conversion of gradients to float32, and the sum
 over ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient as soon as it is there, through buckets.
 
-The plan's samples are equally long, so M has no padding in it. In a run, `attention_implementation: sdpa` pads shorter
+The plan's samples are equally long, so M has no padding in it. In a run, `attn_implementation: sdpa` pads shorter
 ones to the longest; the others do not, and take less.
 
 A CPU holds a float32 copy of a bfloat16 chunk of logits beside that, which a GPU does not.

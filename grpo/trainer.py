@@ -113,7 +113,7 @@ class Trainer:
             file.check(ensemble.check)
         if config.token_weights:
             TokenWeights(config.token_weights)  # what is wrong with it is said now
-        self.attention = resolve(config.attention_implementation, ranks.device, getattr(torch, config.dtype))
+        self.attention = resolve(config.attn_implementation, ranks.device, getattr(torch, config.dtype))
         if adapter_base(config.model_name_or_path):
             raise ValueError(
                 f"model_name_or_path={config.model_name_or_path!r} is a LoRA adapter; merge it into its model first: "

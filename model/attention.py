@@ -104,7 +104,7 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
         ValueError: it is not installed, or cannot run there.
     """
     if name in _NEEDS and (why := _missing(name, device, dtype)):
-        raise ValueError(f"attention_implementation={name} {why}")
+        raise ValueError(f"attn_implementation={name} {why}")
     return Attention(name)
 
 

@@ -239,7 +239,7 @@ def fastest(
     seconds = {name: _seconds(name, blocks, shape, device, dtype) for name in names}
     best = min(names, key=seconds.__getitem__)
     each = ", ".join(f"{name} {1e3 * seconds[name]:.2f}" for name in names)
-    print(f"attention_implementation auto: {best}; a layer's attention in ms: {each}", file=sys.stderr)
+    print(f"attn_implementation auto: {best}; a layer's attention in ms: {each}", file=sys.stderr)
     return best
 
 

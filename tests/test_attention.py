@@ -104,10 +104,10 @@ def test_what_cannot_run_says_why() -> None:
     for name in OTHERS:
         absent = name in install and not find_spec(name)
         why = f"is not installed.*: {install[name]}$" if absent else "needs an NVIDIA GPU .* not cpu: take sdpa$"
-        with pytest.raises(ValueError, match=f"^attention_implementation={name} {why}"):
+        with pytest.raises(ValueError, match=f"^attn_implementation={name} {why}"):
             resolve(name, CPU, torch.bfloat16)
-        with pytest.raises(ValueError, match=f"attention_implementation={name} needs dtype=bfloat16, not float32"):
-            Config(rewards=RewardConfig("scene"), dtype="float32", attention_implementation=name)
+        with pytest.raises(ValueError, match=f"attn_implementation={name} needs dtype=bfloat16, not float32"):
+            Config(rewards=RewardConfig("scene"), dtype="float32", attn_implementation=name)
     if CUDA:
         with pytest.raises(ValueError, match=r"varlen needs dtype=bfloat16, not float32"):
             resolve("varlen", torch.device("cuda"), torch.float32)
@@ -131,7 +131,7 @@ def test_auto_takes_the_fastest_once(monkeypatch: pytest.MonkeyPatch, capsys: py
         first = reference.hidden(*streams(policy))
     assert policy.attention.name == "one_by_one" and calls
     said = capsys.readouterr().err
-    assert said.startswith("attention_implementation auto: one_by_one; a layer's attention in ms: sdpa ")
+    assert said.startswith("attn_implementation auto: one_by_one; a layer's attention in ms: sdpa ")
     calls.clear()
     close(policy.hidden(*streams(policy)), first)
     assert not calls and not capsys.readouterr().err

@@ -338,8 +338,8 @@ def test_long_prompt_is_named_before_anything_is_spent(job: Path, tmp_path: Path
 
 
 def test_attention_that_cannot_run_is_said_before_anything_is_touched(job: Path, tmp_path: Path) -> None:
-    given = ("--attention_implementation", "varlen", "--dtype", "bfloat16", "--model_name_or_path", "nowhere")
-    with pytest.raises(ValueError, match="attention_implementation=varlen needs an NVIDIA GPU"):
+    given = ("--attn_implementation", "varlen", "--dtype", "bfloat16", "--model_name_or_path", "nowhere")
+    with pytest.raises(ValueError, match="attn_implementation=varlen needs an NVIDIA GPU"):
         Trainer(parse_config(words(job, tmp_path / "run", *given)), Ranks(0, 1, torch.device("cpu")))
     assert not (tmp_path / "run").exists()
 
