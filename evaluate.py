@@ -29,7 +29,7 @@ from bicot.grpo.benchmarks import BENCHMARKS, Picture, Prompt, draw, fingerprint
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.output import locked
-from bicot.grpo.scores import Scored, as_json, chart, difference_table, save_scores, score, table
+from bicot.grpo.scores import Evaluation, as_json, chart, difference_table, save_scores, score, table
 from bicot.model.engine import RolloutEngine
 from bicot.model.policy import load_policy
 from bicot.model.settings import RolloutSettings
@@ -45,6 +45,7 @@ def parse_args(words: list[str]) -> tuple[Any, RewardConfig]:
     parser.add_argument("--format", choices=list(BENCHMARKS), required=True, help="of the prompts and the pictures")
     parser.add_argument("--num_generations", type=int, help="pictures of each prompt (default: the benchmark's)")
     add_options(parser)
+    parser.add_argument("--plan", choices=["auto", "off"], default="auto", help="auto = the model plans; off = no plan")
     parser.add_argument("--output", default="outputs/evaluate", help="folder of the pictures")
     parser.add_argument("--compare", help="output folder of another evaluation of the same prompts, for bicot")
     parser.add_class_arguments(RewardConfig, "rewards")
@@ -60,7 +61,7 @@ def settings_to_keep(
     args: Any, settings: RolloutSettings, prompts: list[Prompt], num_generations: int
 ) -> dict[str, Any]:
     """What the pictures depend on."""
-    texts = "\0".join(f"{prompt.name}\0{prompt.text}" for prompt in prompts)
+    texts = "\0".join(f"{prompt.name}\0{prompt.text}\0{prompt.metadata}" for prompt in prompts)
     return {
         "format": args.format,
         "model": args.model,
@@ -69,6 +70,7 @@ def settings_to_keep(
         "num_generations": num_generations,
         "seed": args.seed,
         "dtype": args.dtype,
+        "plan": args.plan,
         **asdict(settings.prompts),
         **asdict(settings.sampling),
     }
@@ -81,7 +83,7 @@ def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
     pictures = benchmark.pictures(prompts, number)
     settings = settings_of(args)
     kept = settings_to_keep(args, settings, prompts, number)
-    other = Scored.load(Path(args.compare)) if args.compare else None
+    other = Evaluation.load(Path(args.compare)) if args.compare else None
     if other:
         other.require_prompts([prompt.text for prompt in prompts], Path(args.compare))
     device = ranks.device if args.device == "cuda" else torch.device(args.device)
@@ -98,7 +100,7 @@ def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
         engine = RolloutEngine(policy, policy.prompt_encoder(settings.prompts))
         ranks.on_main(lambda: prepare(output, prompts, pictures, kept))
         mine = share(absent, ranks)
-        drawn = draw(engine, settings.sampling, args.seed, prompts, mine, number, output)
+        drawn = draw(engine, settings.sampling, args.seed, prompts, mine, number, output, args.plan == "auto")
         for _ in tqdm(drawn, "pictures", len(mine), disable=not ranks.main):
             pass
         del policy, engine, drawn
@@ -122,7 +124,7 @@ def report(
     pictures: list[Picture],
     number: int,
     args: Any,
-    other: Scored | None,
+    other: Evaluation | None,
     device: torch.device,
     ranks: Ranks,
 ) -> None:
@@ -131,7 +133,7 @@ def report(
     samples = score(ensemble, prompts, pictures, output, device, ranks)
     if not ranks.main:
         return
-    scored = Scored.of(samples, number)
+    scored = Evaluation.of(samples, number)
     rows = scored.rows()
     print(table(rows))
     more: dict[str, Any] = {}

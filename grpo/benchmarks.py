@@ -9,11 +9,11 @@
 
 What a scorer opens is said by its own code:
 
-    geneval         djghosh13/geneval 16f1681: README.md, evaluation/evaluate_images.py
+    geneval         djghosh13/geneval af4902f: README.md, evaluation/evaluate_images.py
     t2i_compbench   Karine-Huang/T2I-CompBench 1b70949: Readme.md, BLIPvqa_eval/BLIP_vqa.py,
                     UniDet_eval/experts/obj_detection/generate_dataset.py, 3_in_1_eval/3_in_1.py
     wise            PKU-YuanGroup/WISE eb51174: vllm_eval.py, WISE_legacy/gpt_eval.py
-    dpg             TencentQQGYLab/ELLA 025f650: dpg_bench/compute_dpg_bench.py, dpg_bench/dist_eval.sh
+    dpg             TencentQQGYLab/ELLA 3c228f1: dpg_bench/compute_dpg_bench.py, dpg_bench/dist_eval.sh
 """
 
 from __future__ import annotations
@@ -270,8 +270,10 @@ def draw(
     pictures: Sequence[Picture],
     num_generations: int,
     output: Path,
+    plan: bool = True,
 ) -> Iterator[Picture]:
-    """Draw the pictures and write each; whatever others are drawn, a sample is the same."""
+    """Draw the pictures, with a plan or from the prompt alone, and write each; a sample is the same whatever others are
+    drawn."""
     count: dict[int, int] = {}
     for picture in pictures:
         count[picture.prompt] = count.get(picture.prompt, 0) + len(picture.samples)
@@ -282,7 +284,7 @@ def draw(
         texts, firsts = [prompts[index].text for index, _ in starts], [first for _, first in starts]
         samples = (
             sample
-            for chunk in engine.generate(texts, size, sampling, seed, firsts)
+            for chunk in engine.generate(texts, size, sampling, seed, firsts, None if plan else [None] * len(texts))
             for sample in zip(to_pixels(chunk.images), chunk.plan_texts, strict=True)
         )
         for picture in part:

@@ -71,7 +71,7 @@ def score(
 
 
 @dataclass(frozen=True)
-class Scored:
+class Evaluation:
     """An evaluation: its prompts [P], their task types [P], and by reward the means [P] over a prompt's samples.
 
     A prompt that a reward does not apply to has NaN.
@@ -82,7 +82,7 @@ class Scored:
     means: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, samples: Sequence[Mapping[str, Any]], num_generations: int) -> Scored:
+    def of(cls, samples: Sequence[Mapping[str, Any]], num_generations: int) -> Evaluation:
         """Of the rows that `score` returns, so many for each prompt."""
         groups = [samples[i : i + num_generations] for i in range(0, len(samples), num_generations)]
         means = {}
@@ -92,7 +92,7 @@ class Scored:
         return cls([group[0]["prompt"] for group in groups], [group[0]["task_type"] for group in groups], means)
 
     @classmethod
-    def load(cls, output: Path) -> Scored:
+    def load(cls, output: Path) -> Evaluation:
         """Of an output folder.
 
         Raises:
@@ -114,7 +114,7 @@ class Scored:
         """Each reward's mean by task type, and of all."""
         return [row for name, values in self.means.items() for row in _by_task(name, self.tasks, values)]
 
-    def minus(self, other: Scored) -> list[Row]:
+    def minus(self, other: Evaluation) -> list[Row]:
         """The differences of both's rewards, prompt by prompt, averaged likewise."""
         names = [name for name in self.means if name in other.means]
         return [row for name in names for row in _by_task(name, self.tasks, self.means[name] - other.means[name])]

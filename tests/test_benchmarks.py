@@ -17,8 +17,8 @@ from PIL import Image
 from tiny import ROOT, tiny_policy
 
 from bicot import evaluate
-from bicot.grpo.benchmarks import BENCHMARKS, tile
-from bicot.grpo.scores import Scored, bootstrap, plan_agreement
+from bicot.grpo.benchmarks import BENCHMARKS, load_picture, tile
+from bicot.grpo.scores import Evaluation, bootstrap, plan_agreement
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
 from bicot.rewards.base import Example, NumeracyInfo
@@ -92,6 +92,10 @@ def test_geneval_and_dpg_show_the_same_samples(models: Path, tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path / "geneval" / "00001" / "samples")) == [f"000{i}.png" for i in range(4)]
     assert len({picture.tobytes() for pictures in found.values() for picture in pictures}) == 8
 
+    rows[0]["tag"] = "counting"
+    with pytest.raises(ValueError, match="another evaluation .prompts is"):  # its folder would hold the old line
+        evaluate.main(words(models, lines(tmp_path / "g.jsonl", rows), "geneval", tmp_path / "geneval"))
+
     (tmp_path / "prompts").mkdir()
     for name, prompt in zip(("coco12", "diff3"), PROMPTS, strict=True):
         (tmp_path / "prompts" / f"{name}.txt").write_text(f"{prompt}\n")
@@ -127,11 +131,12 @@ def test_wise(models: Path, tmp_path: Path) -> None:
             for i in ids
         ]
         (tmp_path / "data" / f"{file}.json").write_text(json.dumps(entries))
-    evaluate.main(words(models, tmp_path / "data", "wise", tmp_path / "out"))
+    evaluate.main(words(models, tmp_path / "data", "wise", tmp_path / "out", "--plan", "off"))
     for file in ("culture", "science"):  # gpt_eval.py: a JSON file at a time, one folder of pictures
         entries = {entry["prompt_id"]: entry for entry in json.loads((tmp_path / "data" / f"{file}.json").read_text())}
         assert all((tmp_path / "out" / f"{number}.png").exists() for number in entries)
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"1.png", "2.png", "701.png"}
+    assert load_picture(tmp_path / "out" / "1.png")[1] == [""], "no plan"
 
 
 def test_goes_on_where_it_stopped(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +249,7 @@ def test_own_scores_and_the_difference_of_two_checkpoints(
     evaluate.main([*second, "--model", str(models / "1")])
     said = capsys.readouterr().out
     differences = json.loads((tmp_path / "b" / "scores.json").read_text())["differences"]
-    theirs, ours = Scored.load(tmp_path / "a"), Scored.load(tmp_path / "b")
+    theirs, ours = Evaluation.load(tmp_path / "a"), Evaluation.load(tmp_path / "b")
     change = ours.means["blueness"] - theirs.means["blueness"]
     found = next(row for row in differences if (row["reward"], row["task_type"]) == ("blueness", "all"))
     assert found["mean"] == pytest.approx(np.nanmean(change)) and found["prompts"] == 3 and found["mean"] != 0
