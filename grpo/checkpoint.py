@@ -138,8 +138,7 @@ def save_checkpoint(
     for left in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    policy.save_pretrained(partial, weights)
-    settings.save(partial)
+    policy.save_pretrained(partial, weights, settings)
     also(partial)
     state = {"step": step, "seconds": seconds, "run": run, "optimizer": optimizer}
     torch.save(state, partial / STATE)

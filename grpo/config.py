@@ -146,6 +146,9 @@ class Config:
         replay: train from the rollouts of this folder, with neither engine nor rewards; null = draw them.
         rollout_only: only draw, score and save rollouts, all with the initial model: no reference, optimizer or update.
         profile: instead of training, write to this .json where a step's time goes, its picture and trace beside it.
+        push_to_hub: upload the trained model to the Hugging Face Hub at the end; the login is checked at the start.
+        hub_model_id: repository there, such as user/name; null = output_dir's name, under your own.
+        hub_private_repo: whether a repository that is made then is private; null = as the hub's organisation has it.
         report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio. This, freeze and reward_weights take a
             list, or one string with commas.
     """
@@ -254,6 +257,9 @@ class Config:
     replay: str | None = None
     rollout_only: bool = False
     profile: str | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
     report_to: list[str] | str = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -369,6 +375,10 @@ class Config:
             raise ValueError(f"rewards.heldout={self.rewards.heldout} needs eval_file, the prompts to score")
         if self.load_best_model_at_end and (not self.eval_steps or self.replay or self.rollout_only):
             raise ValueError("load_best_model_at_end needs eval_steps, and neither replay nor rollout_only")
+        if self.hub_model_id and not self.push_to_hub:
+            raise ValueError(f"hub_model_id={self.hub_model_id!r} needs push_to_hub=true")
+        if self.push_to_hub and self.rollout_only:
+            raise ValueError("push_to_hub needs a model that trains, not rollout_only")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
 

@@ -30,7 +30,7 @@ from ..rewards.base import Example
 from ..rewards.worker import borrowed, host_copies
 from .alarms import Alarms
 from .average import mix_into
-from .checkpoint import find_checkpoint, load_state, save_checkpoint, step_of
+from .checkpoint import checkpoint_path, find_checkpoint, load_state, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
@@ -48,6 +48,7 @@ from .evaluate import (
     save_samples,
 )
 from .files import whole
+from .hub import push, require_hub, write_card
 from .metrics import Phases, image_diversity, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
 from .output import METRICS, SUMMARY, go_back, locked, make_room, read_metrics
@@ -66,6 +67,7 @@ _REFERENCE = "reference"  # folder in a checkpoint, of a model that has moved
 # settings that say where a run writes, how often, and when it ends for now
 _OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
 _OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after", "save_rollouts", "save_rollout_images", "replay"}
+_OF_OUTPUT |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
 
 
 def rollout_settings(config: Config) -> RolloutSettings:
@@ -111,6 +113,7 @@ class Trainer:
             judges = config.rewards.build_heldout(self.ensemble, ranks.device, self.output)
         for file, ensemble in zip(files, (self.ensemble, judges), strict=False):
             file.check(ensemble.check)
+        self.repo = ranks.on_main(lambda: require_hub(config))
         if config.token_weights:
             TokenWeights(config.token_weights)  # what is wrong with it is said now
         self.attention = resolve(config.attn_implementation, ranks.device, getattr(torch, config.dtype))
@@ -236,6 +239,12 @@ class Trainer:
         else:
             after = self.heldout.kept("after")
         summary = self._finish(before, after) if self.ranks.main else {}
+        if self.ranks.main and not config.rollout_only:
+            model = Path(summary.get("best_model_checkpoint", checkpoint_path(self.output, self.step)))
+            with no_failure("no model card"):
+                write_card(model, config, self._run_settings(), summary, self.repo)
+            if self.repo and done:
+                push(model, self.repo, self.step)
         if stopped and self.ranks.main:
             name = "an alarm" if stopped == signal.SIGALRM else signal.Signals(stopped).name
             print(f"stopped by {name} after step {self.step} of {config.max_steps}; go on with: {resume_command()}")
@@ -393,8 +402,7 @@ class Trainer:
                 self.reference.save_pretrained(folder / _REFERENCE)
             if self.optimizer.average:
                 with self.optimizer.averaged():
-                    self.policy.save_pretrained(folder / "ema")
-                self.settings.save(folder / "ema")
+                    self.policy.save_pretrained(folder / "ema", settings=self.settings)
 
         self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit, self.heldout.best.step, also))
         self.saved = self.step

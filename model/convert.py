@@ -33,6 +33,8 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
+from .settings import Sampling, save_for_transformers
+
 ORIGINAL = "multi_modality"  # model_type of config.json
 
 TOWERS: dict[str, dict[str, Any]] = {
@@ -257,6 +259,7 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    save_for_transformers(args.output, config, tokenizer, Sampling())
 
 
 if __name__ == "__main__":

@@ -36,9 +36,8 @@ def merge(adapter: Path, out: Path) -> None:
     policy.model, policy.adapters = policy.adapters.merge_and_unload(), None
     raw, _ = PreTrainedConfig.get_config_dict(base)
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    policy.model.to(getattr(torch, name)).save_pretrained(out)
-    policy.tokenizer.save_pretrained(out)
-    RolloutSettings.load(adapter).save(out)
+    policy.model.to(getattr(torch, name))
+    policy.save_pretrained(out, settings=RolloutSettings.load(adapter))
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from .generation import Generation, generate
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
 from .rows import Layout, fastest, lay_out, take
-from .settings import RolloutSettings
+from .settings import RolloutSettings, save_for_transformers
 
 if TYPE_CHECKING:
     from .engine import RolloutEngine
@@ -240,17 +240,27 @@ class Policy:
         """Image-head features that predict each image token, packed: prompts S rows, tokens [S, T] -> [S·T, D]."""
         return self.image_features(self.hidden((prompts, self.image_ids(tokens.tolist())))[0])
 
-    def save_pretrained(self, folder: str | Path, weights: dict[str, Any] | None = None) -> None:
-        """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer files.
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        weights: dict[str, Any] | None = None,
+        settings: RolloutSettings | None = None,
+    ) -> None:
+        """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer, processor.
 
         With adapters, PEFT's: adapter_config.json and adapter_model.safetensors instead of the model.
-        `weights`: in place of the model's own, which ZeRO-3 shards.
+        `weights`: in place of the model's own, which ZeRO-3 shards. `settings`: how to prompt and sample it, written as
+        bicot.json; None = as published.
         """
         if self.adapters:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
+            (Path(folder) / "README.md").unlink(missing_ok=True)  # a form to be filled in
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
+        settings = settings or self.settings
+        settings.save(folder)
+        save_for_transformers(folder, self.config, self.tokenizer, settings.sampling)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

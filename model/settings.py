@@ -1,4 +1,4 @@
-"""How a checkpoint is meant to be prompted and sampled, kept beside its weights as `bicot.json`."""
+"""How a checkpoint is meant to be prompted and sampled: `bicot.json` beside its weights, and files for transformers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils import cached_file
 
 from .prompts import PromptFormat
 
@@ -56,9 +60,44 @@ class RolloutSettings:
 
     @classmethod
     def load(cls, *folders: str | Path) -> RolloutSettings:
-        """What `save` wrote into the first of these checkpoints that has it; the defaults if none has (or a hub id)."""
-        path = next((path for folder in folders if (path := Path(folder) / FILE).is_file()), None)
-        if path is None:
-            return cls()
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return cls(PromptFormat(**values["prompts"]), Sampling(**values["sampling"]))
+        """What `save` wrote into the first of these checkpoints, folders or hub ids, that has it; else the defaults."""
+        for folder in folders:
+            try:
+                path = cached_file(str(folder), FILE)
+            except OSError:  # also where there is no such model, which loading it will say
+                continue
+            values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+            return cls(PromptFormat(**values["prompts"]), Sampling(**values["sampling"]))
+        return cls()
+
+
+def save_for_transformers(folder: str | Path, config: Any, tokenizer: Any, sampling: Sampling) -> None:
+    """Write generation_config.json and processor_config.json: plain transformers then draws the same pictures.
+
+    transformers has one set of sampling parameters, so they are the picture's. It always computes the unconditional
+    rows and combines them only above a guidance scale of 1; the next number above it is 1 in float32.
+    """
+    draws: dict[str, Any] = {"do_sample": sampling.image_temperature > 0}
+    if draws["do_sample"]:
+        draws |= {"temperature": sampling.image_temperature}
+        draws |= {"top_k": sampling.image_top_k, "top_p": sampling.image_top_p}
+    GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        generation_kwargs={"boi_token_id": tokenizer.boi_token_id},
+        guidance_scale=math.nextafter(1, 2) if sampling.cfg_weight == 1 else sampling.cfg_weight,
+        **draws,
+    ).save_pretrained(folder)
+    side = config.vision_config.image_size
+    processor = {
+        "processor_class": "JanusProcessor",
+        "num_image_tokens": config.vision_config.num_image_tokens,
+        "image_processor": {  # as JanusImageProcessor writes it, which needs Pillow
+            "image_processor_type": "JanusImageProcessor",
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "size": {"height": side, "width": side},
+        },
+    }
+    (Path(folder) / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
