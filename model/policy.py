@@ -250,7 +250,7 @@ class Policy:
 
         With adapters, PEFT's: adapter_config.json and adapter_model.safetensors instead of the model.
         `weights`: in place of the model's own, which ZeRO-3 shards. `settings`: how to prompt and sample it, written as
-        bicot.json; None = as published.
+        bicot.json; None = its own.
         """
         if self.adapters:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
