@@ -1,32 +1,52 @@
-"""Prompts in, plans and pictures out, from any checkpoint in Hugging Face layout.
+"""Prompts in, plans and pictures out, from any checkpoint: `python generate.py`, or `bicot-generate`.
 
     python generate.py "a red circle left of a blue square"                              # the toy
     python generate.py "a red circle" --model outputs/toy/checkpoint-000150              # what you trained
     python generate.py "a photo of a cat" --model deepseek-community/Janus-Pro-1B --dtype bfloat16
+    python generate.py --prompt_file prompts.txt --num_generations 1 --json             # or .jsonl; - is stdin
+    python generate.py "a red circle" --plan "red circle at top ."                       # your plan; off = none
+    python generate.py --prompt_file rows.jsonl --best_of 16 --rewards.names scene       # the best of 16 by the rewards
 
-Writes one grid (PNG) with each prompt above its pictures and the plans under them, each picture by itself beside it,
-and prints the plans.
-Prompt texts and sampling are those of the checkpoint's bicot.json, or the published ones; options override them.
+Writes each picture as it comes, with prompt, plan, seed and settings in its PNG text chunks, and at the end a grid of
+the first ones. Prompt texts and sampling are those of the checkpoint's bicot.json, or the published ones; options
+override them. A picture depends on its own seed alone: `--seed 7 --num_generations 1` draws the one of seed 7 again.
 """
 
 import argparse
+import json
 import math
+import statistics
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any, TextIO
 
-import matplotlib.image
+import numpy as np
 import torch
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 from transformers.utils import logging
 
+import bicot
+from bicot.grpo.best_of import Ranked, best_of, require_scores
+from bicot.grpo.cli import parse_config
+from bicot.grpo.data import bare, read_prompts
 from bicot.grpo.errors import one_line_errors
-from bicot.grpo.evaluate import Sample, to_pixels
+from bicot.grpo.evaluate import Sample
+from bicot.grpo.files import whole
 from bicot.grpo.report import draw_grid
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.adapters import adapter_base
+from bicot.model.generation import Generation, generate
 from bicot.model.policy import load_policy
 from bicot.model.settings import RolloutSettings
+from bicot.rewards.base import Example
+from bicot.rewards.ensemble import RewardEnsemble
 
 TOY = Path(__file__).resolve().parent / "toy" / "assets"
+GRID = 64  # most pictures of the grid
+REWARDS = ("config", "rewards.names", "rewards.options", "reward_weights")  # options that train.py has too
 SAMPLING_OPTIONS = {
     "cfg_weight": (float, "classifier-free guidance of the picture, 1 = none"),
     "temperature": (float, "of the plan, 0 = greedy"),
@@ -66,20 +86,41 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
-    parser.add_argument("prompts", nargs="+", help="one or more prompts")
-    parser.add_argument("--num_generations", type=int, default=4, help="pictures of each prompt")
+    parser.add_argument("prompts", nargs="*", help="prompts; - = the lines of standard input")
+    parser.add_argument("--prompt_file", help="a prompt a line, or JSONL rows with a prompt; - = standard input")
+    parser.add_argument("--num_generations", type=int, help="pictures of each prompt (default: 4; with --best_of 1)")
+    parser.add_argument(
+        "--plan", default="auto", help="auto = the model plans; off = no plan; any other text = the plan"
+    )
     add_options(parser)
     parser.add_argument("--output", default="outputs/generate/grid.png", help="the grid; pictures go beside it")
+    parser.add_argument(
+        "--json", action="store_true", help="a line of JSON for each picture on stdout, nothing else there"
+    )
+    parser.add_argument("--best_of", type=int, metavar="N", help="draw N pictures of each prompt, keep the best")
+    parser.add_argument("--config", help="of --best_of: a YAML file of train.py, for its rewards")
+    parser.add_argument("--rewards.names", help="of --best_of: which rewards, as for train.py")
+    parser.add_argument("--rewards.options", help="of --best_of: their options, as for train.py")
+    parser.add_argument("--reward_weights", help="of --best_of: a number for each of them (default: 1)")
     args = parser.parse_args()
     check_options(parser, args)
+    given = [f"--{name}" for name in REWARDS if getattr(args, name) is not None]
+    if args.best_of is None and given:
+        parser.error(f"{given[0]} needs --best_of N")
+    if args.best_of is not None and args.best_of < (args.num_generations or 1):
+        parser.error(f"--best_of {args.best_of} must be at least the number of pictures to keep")
+    if args.best_of is not None and not {"--config", "--rewards.names"} & set(given):
+        parser.error("--best_of needs rewards: give --rewards.names, or the --config of a run")
     if Path(args.output).suffix != ".png":
         parser.error(f"--output {args.output} must end in .png")
+    if not args.prompts and args.prompt_file is None:
+        parser.error("give a prompt, or a --prompt_file")
     return args
 
 
 def settings_of(args: argparse.Namespace) -> RolloutSettings:
     """The checkpoint's settings with the command line's over them."""
-    saved = RolloutSettings.load(args.model)
+    saved = RolloutSettings.load(args.model, adapter_base(args.model) or args.model)
     given = {name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None}
     texts = {
         name: getattr(args, name) for name in ("chat_template", "system_prompt") if getattr(args, name) is not None
@@ -89,25 +130,109 @@ def settings_of(args: argparse.Namespace) -> RolloutSettings:
     return RolloutSettings(replace(saved.prompts, **texts), replace(saved.sampling, **given))
 
 
+def rewards_of(args: argparse.Namespace) -> RewardEnsemble:
+    """The rewards of --best_of, as train.py has them; those that it only monitors are left out."""
+    words = [f"--{name}={value}" for name in REWARDS if (value := getattr(args, name)) is not None]
+    config = parse_config(words)
+    rewards = replace(config.rewards, monitor=[], heldout=[])
+    return rewards.build(config.reward_weights, device=args.device)  # type: ignore[arg-type]
+
+
+def draw(args: argparse.Namespace, examples: list[Example], settings: RolloutSettings) -> Iterator[list[Ranked]]:
+    """The pictures as they come: each alone, or with --best_of all of a prompt, best first."""
+    ensemble = rewards_of(args) if args.best_of else None
+    if ensemble:
+        require_scores(ensemble, examples)
+    policy = load_policy(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    policy.settings = settings
+    if ensemble:
+        yield from best_of(policy, ensemble, examples, args.best_of, args.seed, args.plan, settings.sampling)
+        return
+    prompts = [example.prompt for example in examples]
+    for picture in generate(policy, prompts, args.num_generations or 4, args.seed, args.plan, settings.sampling):
+        yield [Ranked(picture, math.nan, {})]
+
+
+def save(picture: Generation, path: Path, checkpoint: str, settings: RolloutSettings) -> None:
+    """A PNG that says in its text chunks how to draw it again."""
+    info = PngInfo()
+    cfg_weight = settings.sampling.cfg_weight
+    texts = {"prompt": picture.prompt, "plan": picture.plan, "seed": picture.seed, "checkpoint": checkpoint}
+    texts |= {"cfg_weight": cfg_weight, "settings": json.dumps(asdict(settings)), "bicot": bicot.__version__}
+    for name, text in texts.items():
+        info.add_text(name, str(text))
+    with whole(path) as part:
+        picture.image.save(part, pnginfo=info)
+
+
+def row_of(one: Ranked, group: list[Ranked], path: Path) -> dict[str, Any]:
+    """What --json says of a picture that is kept; null = the reward does not apply."""
+    row = {"prompt": one.picture.prompt, "plan": one.picture.plan, "seed": one.picture.seed, "file": str(path)}
+    if one.scores:
+        by_seed = sorted(group, key=lambda other: other.picture.seed)
+        row |= {"score": one.score, "scores": {name: _number(score) for name, score in one.scores.items()}}
+        row |= {"scores_of_all": [_number(other.score) for other in by_seed]}
+    return row
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """The same for people."""
+    numbers = [f"{row['seed']:>8}"]
+    if "score" in row:
+        there = [score for score in row["scores_of_all"] if score is not None]
+        scores = (row["score"], statistics.fmean(there), *row["scores"].values())
+        numbers += [f"{'–':>8}" if score is None else f"{score:8.3f}" for score in scores]
+    text = " ".join(f"{row['prompt']} -> {row['plan']}".split())
+    return "  ".join([*numbers, Path(row["file"]).name, text])
+
+
+def _number(score: float) -> float | None:
+    return None if math.isnan(score) else score
+
+
+def write_grid(samples: list[Sample], path: Path) -> None:
+    """A row of pictures below each prompt, or where none has two pictures, the prompt under each."""
+    rows: dict[str, list[Sample]] = {}
+    for sample in samples:
+        rows.setdefault(sample.prompt, []).append(replace(sample, prompt=""))
+    draw_grid({"": samples} if len(rows) == len(samples) else rows, path)
+
+
 def main() -> None:
     args = parse_args()
     logging.disable_progress_bar()
-    settings = settings_of(args)
-    policy = load_policy(args.model, dtype=getattr(torch, args.dtype), device=args.device)
-    engine = RolloutEngine(policy, policy.prompt_encoder(settings.prompts))
-    grid = Path(args.output)
-    grid.parent.mkdir(parents=True, exist_ok=True)
-    chunks = engine.generate(args.prompts, args.num_generations, settings.sampling, args.seed)
-    rollout = RolloutChunk.cat(list(chunks))
+    files = [*["-"] * ("-" in args.prompts), *([] if args.prompt_file is None else [args.prompt_file])]
+    examples = [bare(prompt) for prompt in args.prompts if prompt != "-"]
+    examples += [example for file in files for example in read_prompts(file)]
+    out = sys.stdout
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():  # whatever else may print
+        write_pictures(args, examples, out)
 
-    rows: dict[str, list[Sample]] = {}
-    for s, (plan, pixels) in enumerate(zip(rollout.plan_texts, to_pixels(rollout.images), strict=True)):
-        prompt = args.prompts[s // args.num_generations]
-        rows.setdefault(prompt, []).append(Sample("", "", plan, math.nan, {}, pixels))
-        matplotlib.image.imsave(grid.with_name(f"{grid.stem}-{s:03d}.png"), pixels)
-        print(f"{prompt} -> {plan}")
-    draw_grid(rows, grid)
-    print(f"wrote {grid} and {len(rollout)} pictures beside it")
+
+def write_pictures(args: argparse.Namespace, examples: list[Example], out: TextIO) -> None:
+    """Draw and write; a line for each picture goes to `out`."""
+    settings, grid = settings_of(args), Path(args.output)
+    shown: list[Sample] = []
+    count = 0
+    with tqdm(total=len(examples) * (args.best_of or args.num_generations or 4), unit="picture", disable=None) as bar:
+        for group in draw(args, examples, settings):
+            for one in group[: args.num_generations or 1]:
+                path = grid.with_name(f"{grid.stem}-{count:03d}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save(one.picture, path, args.model, settings)
+                row = row_of(one, group, path)
+                if one.scores and not count and not args.json:
+                    tqdm.write("  ".join(f"{name:>8}" for name in ("seed", "score", "mean", *one.scores)), out)
+                tqdm.write(json.dumps(row) if args.json else line_of(row), out)
+                out.flush()
+                if count < GRID:
+                    pixels = np.asarray(one.picture.image)
+                    shown.append(Sample(one.picture.prompt, "", one.picture.plan, one.score, {}, pixels))
+                count += 1
+            bar.update(len(group))
+    write_grid(shown, grid)
+    of = f" of the first {GRID}" if count > GRID else ""
+    print(f"wrote {grid}{of} and {count} pictures beside it")
 
 
 def run() -> None:

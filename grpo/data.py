@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,15 +91,45 @@ def load_examples(path: str | Path, skip_bad: bool = False) -> list[Example]:
     return PromptFile(path, skip_bad).examples
 
 
-def parse_line(line: str) -> Example:
-    """One line of a prompt file -> Example. Raises ValueError with what is wrong."""
+def read_prompts(path: str) -> list[Example]:
+    """Prompts to draw, of a file or ("-") of standard input: a line of text each, or JSONL rows that need no task_type.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no prompt, as `file:line: what is wrong`, or no prompts at all.
+    """
+    name = "standard input" if path == "-" else path
+    if path != "-" and not Path(path).is_file():
+        raise FileNotFoundError(f"no prompt file at {path}; give lines of text, or of JSON with a prompt each")
+    text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig", "surrogateescape")
+    rows = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{name} has no prompts")
+    as_json = path.endswith(".jsonl") or rows[0][1].startswith("{")
+    examples = []
+    for number, line in rows:
+        try:
+            examples.append(parse_line(line, task_type="any") if as_json else bare(line))
+        except ValueError as error:
+            raise ValueError(f"{name}:{number}: {error}") from error
+    return examples
+
+
+def bare(prompt: str) -> Example:
+    """A prompt without annotations. Raises ValueError for bytes that are no UTF-8."""
     try:
-        line.encode()
+        prompt.encode()
     except UnicodeEncodeError as error:
-        byte = ord(line[error.start]) - 0xDC00
+        byte = ord(prompt[error.start]) - 0xDC00
         raise ValueError(f"byte 0x{byte:02x} at character {error.start + 1} is not UTF-8; save it as UTF-8") from error
+    return Example(prompt, "any")
+
+
+def parse_line(line: str, **defaults: Any) -> Example:
+    """One line of a prompt file -> Example; `defaults` for keys that it lacks. Raises ValueError with what is wrong."""
     try:
-        return parse_example(json.loads(line))
+        row = json.loads(bare(line).prompt)
+        return parse_example(defaults | row if isinstance(row, dict) else row)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

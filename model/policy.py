@@ -77,7 +77,8 @@ class Policy:
     ) -> Policy:
         """`load_policy`; None = a GPU and bfloat16 if there is one, or else the CPU and float32."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return load_policy(path, dtype=dtype or default_dtype(where), device=where)
+        usual = torch.bfloat16 if where.type == "cuda" else torch.float32
+        return load_policy(path, dtype=dtype or usual, device=where)
 
     def generate(
         self,
@@ -261,11 +262,6 @@ class Policy:
         settings = settings or self.settings
         settings.save(folder)
         save_for_transformers(folder, self.config, self.tokenizer, settings.sampling)
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Of a model that only draws."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

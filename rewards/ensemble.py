@@ -132,6 +132,11 @@ class RewardEnsemble:
         for worker in self.workers:
             worker.check(example)
 
+    def silent(self, example: Example) -> list[str]:
+        """The rewards that train and do not apply to the example."""
+        every = zip(self.names, self.weights.tolist(), self.workers, strict=True)
+        return [name for name, weight, worker in every if weight and not worker.asks(example)]
+
     def submit(self, images: Tensor, examples: Sequence[Example]) -> RewardHandle:
         """Start scoring S pictures, which the current stream has made or is about to, of S examples."""
         ready = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None

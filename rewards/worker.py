@@ -105,7 +105,7 @@ class Worker:
     def check(self, example: Example) -> None:
         """Raises ValueError if the reward's own `check` does, unless such samples are skipped."""
         check: Callable[[Example], None] | None = getattr(self.reward, "check", None)
-        if check is None or self.on_error == "skip" or not self._asks(example):
+        if check is None or self.on_error == "skip" or not self.asks(example):
             return
         try:
             check(example)
@@ -121,7 +121,7 @@ class Worker:
 
     @torch.no_grad()
     def _run(self, images: Tensor, examples: list[Example], ready: torch.cuda.Event | None) -> Scored:
-        asked = [s for s, example in enumerate(examples) if self._asks(example)]
+        asked = [s for s, example in enumerate(examples) if self.asks(example)]
         with ExitStack() as stack:
             for stream in self._streams(images.device) if self.thread else ():
                 if ready:
@@ -142,7 +142,7 @@ class Worker:
                 values[s] = torch.nan
         return Scored(values, seconds, done, len(lost))
 
-    def _asks(self, example: Example) -> bool:
+    def asks(self, example: Example) -> bool:
         try:
             return self.applies is None or self.applies(example)
         except Exception as error:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PUBLISHED_PROMPTS
 
-from bicot.grpo.data import PromptFile, load_examples, step_indices
+from bicot.grpo.data import PromptFile, load_examples, read_prompts, step_indices
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 
 GOOD = {"prompt": "a cat", "task_type": "object"}
@@ -127,3 +127,22 @@ def test_each_epoch_sees_every_example_once(num_examples: int, batch: int, seed:
     order = [i for step in range(steps) for i in step_indices(num_examples, batch, step, seed)]
     for epoch in range(3):
         assert sorted(order[epoch * num_examples : (epoch + 1) * num_examples]) == list(range(num_examples))
+
+
+def test_prompts_to_draw_are_lines_or_rows(tmp_path: Path) -> None:
+    file = tmp_path / "prompts"
+    file.write_bytes(b"\xef\xbb\xbfa cat\r\n\n a dog \n")
+    assert [example.prompt for example in read_prompts(str(file))] == ["a cat", "a dog"]
+    file.write_text('{"prompt": "a cat", "nouns": ["cat"]}\n{"prompt": "a dog", "task_type": "color"}\n')
+    cat, dog = read_prompts(str(file))
+    assert (cat.prompt, cat.nouns, dog.task_type) == ("a cat", ("cat",), "color")
+    for text, error in (
+        ("\n", "has no prompts"),
+        ('{"prompt": "a"}\na', "prompts:2: Expecting"),
+        ("{}", ":1: prompt must"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=error):
+            read_prompts(str(file))
+    with pytest.raises(FileNotFoundError, match="no prompt file at nowhere; give lines of text"):
+        read_prompts("nowhere")

@@ -15,7 +15,7 @@ from tiny import ROOT, TOY, tiny_policy
 import bicot
 from bicot import Policy
 from bicot.model.adapters import add_lora
-from bicot.model.generation import Generation
+from bicot.model.generation import Generation, generate
 from bicot.model.policy import PUBLISHED_FREEZE
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
@@ -42,9 +42,9 @@ def test_names_of_bicot() -> None:
     assert all(callable(getattr(bicot, name)) and name in dir(bicot) for name in bicot.__all__)
     with pytest.raises(AttributeError, match="module 'bicot' has no attribute 'polcy'"):
         _ = bicot.polcy
-    for path in (p for layer in ("kernels", "model", "rewards", "grpo") for p in (ROOT / layer).glob("*.py")):
+    for path in (p for layer in ("kernels", "model", "rewards", "grpo", "toy") for p in (ROOT / layer).glob("*.py")):
         code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.DOTALL)
-        upward = r"from (\.\.|bicot)( import|\.(train|generate)\b)|import bicot\b"
+        upward = r"from (\.\.|bicot)( import|\.(train|generate|evaluate)\b)|import bicot\b"
         assert not re.search(upward, code), f"{path.name} imports a program, or all of bicot"
 
 
@@ -78,6 +78,17 @@ def test_without_a_plan_the_prompt_stands_alone(toy: Policy) -> None:
     assert chunk.plan_texts == ["", ""] and chunk.plans.tolist() == [[], []] and not chunk.truncated.any()
     picture = toy.generate("two circles", plan="off")[0]
     assert picture.plan == "" and torch.equal(picture.tokens, chunk.image_tokens[0])
+
+
+def test_pictures_come_while_others_are_still_to_draw(toy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that many prompts take no more memory than few."""
+    drawn, engine = [], toy.engine
+    monkeypatch.setattr(engine, "max_rows", 4)
+    monkeypatch.setattr(engine, "_draw", lambda *a: (drawn.append(len(a[0])), type(engine)._draw(engine, *a))[1])
+    pictures = generate(toy, PROMPTS, 3, 0, "auto", toy.settings.sampling)
+    next(pictures)
+    assert drawn == [2]
+    assert len(list(pictures)) == 5 and drawn == [2, 2, 2]
 
 
 def test_sampling_is_that_of_the_checkpoint_unless_given(toy: Policy) -> None:

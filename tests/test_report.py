@@ -1,11 +1,9 @@
-"""Grids, the page, trackers, and `generate.py`, looked at from outside."""
+"""Grids, the page and trackers, looked at from outside."""
 
 from __future__ import annotations
 
 import json
 import math
-import runpy
-import subprocess
 import sys
 from base64 import b64decode
 from dataclasses import replace
@@ -19,14 +17,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from tiny import ROOT, tiny_policy
 
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.evaluate import Sample, load_samples, mean_by_task, mean_reward, save_samples
 from bicot.grpo.report import _say_no_font, _wrap, draw_grid, grid_figure, pick, write_report
 from bicot.grpo.tracking import Log
-from bicot.model.prompts import PromptFormat
-from bicot.model.settings import RolloutSettings, Sampling
 
 
 def sample(i: int, task: str = "color", reward: float = 0.5) -> Sample:
@@ -235,36 +230,3 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
     config = Config(rewards=RewardConfig("scene"), output_dir=str(tmp_path), report_to=["wandb"])
     with pytest.raises(ImportError, match="wandb is not installed; pip install wandb"):
         Log(config, 0)
-
-
-def test_generate_from_any_checkpoint(tmp_path: Path) -> None:
-    tiny_policy().save_pretrained(tmp_path / "model")
-    RolloutSettings(PromptFormat("janus", "", "plan {}"), Sampling(6, cfg_weight=2.0)).save(tmp_path / "model")
-    command = [sys.executable, str(ROOT / "generate.py"), "a red circle", "two blue square", "--num_generations", "2"]
-    where = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out" / "grid.png")]
-    done = subprocess.run([*command, *where], check=True, capture_output=True, text=True, timeout=120)
-    assert done.stdout.count("a red circle -> ") == 2 and done.stdout.count("two blue square -> ") == 2
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *(f"grid-{i:03d}.png" for i in range(4)),
-        "grid.png",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (("--num_generations", "0"), "--num_generations 0 must be at least 1"),
-        (("--num_gen", "2"), "unrecognized arguments: --num_gen 2"),
-        (("--temperature", "nan"), "--temperature nan must be a number that is at least 0"),
-        (("--max_completion_length", "0"), "--max_completion_length 0 must be a number that is at least 1"),
-        (("--cfg_weight", "inf"), "--cfg_weight inf must be finite"),
-        (("--output", "here"), "--output here must end in .png"),
-    ],
-)
-def test_generate_refuses(
-    words: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["generate.py", "a", *words])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(ROOT / "generate.py"), run_name="__main__")
-    assert capsys.readouterr().err.splitlines()[-1] == f"generate.py: error: {line}"

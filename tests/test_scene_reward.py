@@ -172,7 +172,7 @@ def test_what_it_cannot_judge_is_missing() -> None:
         numeracy((2, "dogs")),
         spatial("circle", "near", "square"),
     ):
-        assert SceneReward().score(image, [example]).isnan().all()
+        assert SceneReward().score(image, [example]).isnan().all() and not SceneReward().applies(example)
     assert SceneReward().score(image[:0], []).shape == (0,)
 
 

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROOT, tiny_policy
 
+from bicot import generate
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.data import step_indices
@@ -614,19 +615,11 @@ def test_a_lora_run_goes_on_and_is_merged(
     torch.testing.assert_close(whole, adapted, atol=1e-5, rtol=1e-5)
     assert (adapted - base).abs().max() > 1e-2
     assert (tmp_path / "merged" / "bicot.json").read_text() == (last / "bicot.json").read_text()
-    command = [
-        sys.executable,
-        str(ROOT / "generate.py"),
-        "a red circle",
-        "--model",
-        str(last),
-        "--num_generations",
-        "1",
-    ]
-    drawn = subprocess.run(
-        [*command, "--output", str(tmp_path / "grid.png")], env=_environment(job), capture_output=True, timeout=120
-    )
-    assert drawn.returncode == 0 and (tmp_path / "grid.png").is_file(), drawn.stderr
+    drawing = ["a red circle", "--model", str(last), "--num_generations", "1", "--output", str(tmp_path / "grid.png")]
+    monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["generate.py", *drawing])
+    generate.main()
+    assert (tmp_path / "grid.png").is_file()
 
 
 def test_lora_trains_and_keeps_its_adapters_alone(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

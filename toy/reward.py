@@ -58,10 +58,17 @@ class Picture:
     tidiness: float
 
 
+EMPTY = Picture((), 1.0)
+
+
 class SceneReward:
     """See the module's docstring. NaN where the annotations name nothing that this reward knows."""
 
     name = "scene"
+
+    def applies(self, example: Example) -> bool:
+        """Whether the annotations name things, and a relation if any, that this reward can see."""
+        return not math.isnan(_score(EMPTY, example))
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, H] in [0, 1], S examples -> [S] float32 on the device of `images`."""
@@ -72,6 +79,10 @@ class SceneRelation:
     """Relation accuracy, for monitoring: 1 if the relation of a spatial prompt holds, 0 if not, NaN elsewhere."""
 
     name = "scene_relation"
+
+    def applies(self, example: Example) -> bool:
+        """Whether the annotations have a relation that this reward can see."""
+        return not math.isnan(_relation(EMPTY, example))
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, H] in [0, 1], S examples -> [S] float32 on the device of `images`."""
