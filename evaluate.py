@@ -13,9 +13,10 @@ The same command goes on where it stopped; the pictures do not depend on that, n
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from bicot.generate import add_options, check_options, settings_of
-from bicot.grpo.benchmarks import BENCHMARKS, Picture, Prompt, draw, fingerprint, missing, prepare
+from bicot.grpo.benchmarks import BENCHMARKS, Picture, Prompt, check, draw, fingerprint, missing, prepare, require_room
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.output import locked
@@ -35,8 +36,6 @@ from bicot.model.policy import load_policy
 from bicot.model.settings import RolloutSettings
 from bicot.rewards.config import RewardConfig
 from bicot.rewards.ensemble import RewardEnsemble
-
-WAIT = 7 * 24 * 3600.0  # seconds: a rank may draw so much longer than another
 
 
 def parse_args(words: list[str]) -> tuple[Any, RewardConfig]:
@@ -88,23 +87,19 @@ def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
         other.require_prompts([prompt.text for prompt in prompts], Path(args.compare))
     device = ranks.device if args.device == "cuda" else torch.device(args.device)
     ensemble = rewards.build_heldout(rewards.build(device=device, failures=output), device, output)
-    for prompt in prompts:
-        if prompt.example:
-            try:
-                ensemble.check(prompt.example)
-            except ValueError as error:
-                raise ValueError(f"{prompt.where}: {error}") from error
+    check(prompts, lambda prompt: ensemble.check(prompt.example) if prompt.example else None)
     absent = ranks.on_main(lambda: missing(output, pictures, kept))
     if absent:
         policy = load_policy(args.model, dtype=getattr(torch, args.dtype), device=device)
         engine = RolloutEngine(policy, policy.prompt_encoder(settings.prompts))
+        require_room(engine, settings.sampling, args.plan == "auto", prompts)
         ranks.on_main(lambda: prepare(output, prompts, pictures, kept))
         mine = share(absent, ranks)
         drawn = draw(engine, settings.sampling, args.seed, prompts, mine, number, output, args.plan == "auto")
         for _ in tqdm(drawn, "pictures", len(mine), disable=not ranks.main):
             pass
         del policy, engine, drawn
-    ranks.gather([])  # all pictures are there
+    replace(ranks, timeout=math.inf).meet(0)  # a rank may draw much longer than another
     if ranks.main:
         print(f"{output}: {len(absent)} pictures drawn, {len(pictures)} there, of {len(prompts)} prompts")
     if args.format == "bicot":
@@ -112,7 +107,7 @@ def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
 
 
 def share(pictures: list[Picture], ranks: Ranks) -> list[Picture]:
-    """This rank's pictures: all of every so-manieth prompt that has any."""
+    """This rank's pictures: the prompts that have any are dealt out one by one."""
     prompts = dict.fromkeys(picture.prompt for picture in pictures)
     mine = set(list(prompts)[ranks.rank :: ranks.size])
     return [picture for picture in pictures if picture.prompt in mine]
@@ -135,7 +130,7 @@ def report(
         return
     scored = Evaluation.of(samples, number)
     rows = scored.rows()
-    print(table(rows))
+    print(table(rows) if rows else "no reward applies to any prompt")
     more: dict[str, Any] = {}
     shown = {str(output): rows}
     if other:
@@ -148,14 +143,15 @@ def report(
         more = {"compared_with": args.compare, "differences": found}
         shown = {args.compare: other.rows(), **shown}
     save_scores(output, samples, number, rows, more)
-    chart(output / "scores.png", shown)
-    print(f"samples.jsonl, scores.json and scores.png are in {output}")
+    if rows:
+        chart(output / "scores.png", shown)
+    print(f"samples.jsonl, scores.json{' and scores.png' if rows else ''} are in {output}")
 
 
 def main(words: list[str]) -> None:
     logging.disable_progress_bar()
     args, rewards = parse_args(words)
-    ranks = Ranks.start(WAIT)
+    ranks = Ranks.start()
     try:
         with (
             ranks.naming_the_lost(),

@@ -31,10 +31,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..model.engine import RolloutEngine
+from ..model.generation import to_pixels
 from ..model.settings import Sampling
 from ..rewards.base import Example
 from .data import parse_line
-from .evaluate import to_pixels
 from .files import whole
 
 SETTINGS = "settings.json"
@@ -212,6 +212,27 @@ BENCHMARKS = {
     "dpg": Benchmark(_dpg, ".txt", "images/{name}.png", 4, most=4, grid=True),
     "bicot": Benchmark(_bicot, None, "images/{index:05}_{sample:02}.png", 4),
 }
+
+
+def check(prompts: Sequence[Prompt], use: Callable[[Prompt], None]) -> None:
+    """Raises ValueError where `use` does, with the place of the prompt."""
+    for prompt in prompts:
+        try:
+            use(prompt)
+        except ValueError as error:
+            raise ValueError(f"{prompt.where}: {error}") from error
+
+
+def require_room(engine: RolloutEngine, sampling: Sampling, plan: bool, prompts: Sequence[Prompt]) -> None:
+    """Raises ValueError if the context has no room for a prompt with the longest plan, if there is one, and picture."""
+    longest, encoder = sampling.max_completion_length if plan else 0, engine.encoder
+
+    def fits(prompt: Prompt) -> None:
+        if plan:
+            encoder.plan_ids(prompt.text, longest)
+        encoder.image_ids(prompt.text, "" if plan else None, longest + engine.policy.num_image_tokens)
+
+    check(prompts, fits)
 
 
 def fingerprint(model: str) -> str:

@@ -167,6 +167,20 @@ def test_goes_on_where_it_stopped(models: Path, tmp_path: Path, capsys: pytest.C
     assert {file.name for file in (tmp_path / "out" / "samples").iterdir()} == before.keys()
 
 
+def test_prompts_that_do_not_fit_or_have_no_reward(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines(tmp_path / "p.jsonl", [{"prompt": "a", "task_type": "b"}, {"prompt": "a " * 120, "task_type": "b"}])
+    command = words(models, tmp_path / "p.jsonl", "bicot", tmp_path / "out")
+    for more in ((), ("--max_completion_length", "30"), ("--plan", "off")):
+        with pytest.raises(ValueError, match="p.jsonl:2: prompt too long"):
+            evaluate.main([*command, *more])
+    assert not (tmp_path / "out").exists()
+    lines(tmp_path / "p.jsonl", [{"prompt": "a", "task_type": "b"}])
+    evaluate.main(command)
+    assert "no reward applies to any prompt" in capsys.readouterr().out
+
+
 LONG = "w" * 239
 
 
