@@ -1,6 +1,6 @@
 """decode_kernels: the kernels of a decode step by name, how long each takes, and how long none runs.
 
-python -m bicot.bench.decode_kernels [--device cpu|cuda] [--output FILE.json]
+python -m bicot.bench.decode_kernels [--device cpu|cuda] [--dependent_launches] [--output FILE.json]
 Our steps of bench_rollout at Janus-Pro-1B's shapes (on a CPU the toy's, and operators in the place of kernels): first
 they are timed, then profiled. The gaps are the time from the first kernel to the last in which none runs. Floor: as in
 bench_rollout.
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
+from ..kernels.dispatch import has_dependent_launch
 from .bench_rollout import IMAGE, TEXT, TINY_IMAGE, TINY_TEXT, TOY_IMAGE, TOY_TEXT, Stage, floor_bytes, inputs, ours
 from .harness import Provider, copy_gbps, finish, hardware, label, quantiles, save, short, times_ms
 from .ranges import Launch, Recorder, longest, read_trace
@@ -61,9 +62,9 @@ def gap_us(launches: list[Launch]) -> float:
 
 
 def measure(
-    model: str, dtype: torch.dtype, stage: Stage, rows: int, steps: int, device: str, tiny: bool
+    model: str, dtype: torch.dtype, stage: Stage, rows: int, steps: int, device: str, tiny: bool, dependent: bool
 ) -> dict[str, Any]:
-    """The row of a case."""
+    """The row of a case; `dependent` times it with dependent launches too."""
     drawn = (stage.length - steps) // 2
     samples = rows // 2 if stage.name == "image" else rows
     x = inputs(model, dtype, device, "auto", stage, samples, drawn, steps)
@@ -71,7 +72,7 @@ def measure(
     launches = traced(lambda: ours(x), device == "cuda")
     floor = floor_bytes(model, dtype.itemsize, stage, samples, drawn + (steps + 1) / 2, False)
     middle = quantiles(ms)[1]
-    return {
+    row: dict[str, Any] = {
         "case": {"model": model, "stage": stage.name, "rows": rows, "context": stage.prompt + drawn, "steps": steps}
         | {"dtype": short(dtype)},
         "ms": [round(t, 4) for t in quantiles(ms)],
@@ -82,6 +83,12 @@ def measure(
         "gap_us": round(gap_us(launches) / steps, 1),
         "kernels": longest(launches, steps),
     }
+    if dependent:
+        x.engine.graphs.clear()
+        x.engine.graphs.dependent_launches = True
+        again = times_ms({"": (Provider(ours), x)}, 5, device)[""]
+        row["dependent_launches_ms"] = [round(t / steps, 4) for t in quantiles(again)]
+    return row
 
 
 def section(result: dict[str, Any]) -> str:
@@ -93,7 +100,9 @@ def section(result: dict[str, Any]) -> str:
         parts.append(
             f"{label(row['case'])}: {number(row['ms'][1])} ms a step, {row['floor_pct']:.0f} % of the floor's rate "
             f"({number(row['floor_gb'])} GB); {row['launches']:.0f} launches, kernels {number(row['busy_us'])} µs, "
-            f"gaps {number(row['gap_us'])} µs.\n"
+            f"gaps {number(row['gap_us'])} µs"
+            + (f"; {number(ms[1])} ms with dependent launches" if (ms := row.get("dependent_launches_ms")) else "")
+            + ".\n"
         )
         lines = [[f"`{name}`", number(count), number(us)] for name, count, us in row["kernels"][:SHOWN]]
         parts.append(table(["of a step", "count", "µs"], lines) + "\n")
@@ -111,11 +120,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="few small rows: walks the code, measures nothing")
+    parser.add_argument("--dependent_launches", action="store_true", help="compare steps with and without them")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     device, tiny = arguments.device, arguments.tiny
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
+    if arguments.dependent_launches and not has_dependent_launch(torch.device(device)):
+        parser.error("--dependent_launches needs a GPU of compute capability 9.0, and a Triton that has them")
     what, _, _, *how = (__doc__ or "").strip().splitlines()
     what = what.removeprefix("decode_kernels: ")
     result: dict[str, Any] = {
@@ -128,7 +140,7 @@ def main() -> None:
         "rows": [],
     }
     for model, dtype, stage, rows, steps in cases(device, tiny):
-        result["rows"].append(measure(model, dtype, stage, rows, steps, device, tiny))
+        result["rows"].append(measure(model, dtype, stage, rows, steps, device, tiny, arguments.dependent_launches))
         save(result, arguments.output)
     print(section(result))
     finish(result, arguments.output)

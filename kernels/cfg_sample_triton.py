@@ -104,9 +104,11 @@ def _measure(b_x, scale):  # type: ignore[no-untyped-def]
 @triton.jit
 def measure_kernel(  # type: ignore[no-untyped-def]
     p_cond, p_uncond, p_parts, p_first, p_arrived, p_good, V, cond_stride, uncond_stride, guidance, scale,
-    GUIDED: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Statistics of one part of a row, the maximum NaN where a logit is NaN or +inf."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     all_parts = tl.num_programs(0) * tl.num_programs(1)
     p_part = p_parts + row * tl.num_programs(1) + part
@@ -182,9 +184,11 @@ def _select(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["top_k", "top_p_bits", "parts"])
 def truncate_kernel(  # type: ignore[no-untyped-def]
     p_cond, p_uncond, p_parts, p_cut, p_last, V, parts, cond_stride, uncond_stride, guidance, scale, top_k, top_p_bits,
-    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """What stays of a row: every logit above `cut`, and of those equal to it the first, up to column `last`."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     p_c = p_cond + row * cond_stride
     p_u = p_uncond + row * uncond_stride
@@ -222,10 +226,12 @@ def truncate_kernel(  # type: ignore[no-untyped-def]
 def race_kernel(  # type: ignore[no-untyped-def]
     p_cond, p_uncond, p_seed, p_offset, p_cut, p_last, p_parts, p_first, p_arrived, p_good, p_token, p_logp_cond,
     p_logp_guided, V, cond_stride, uncond_stride, guidance, inverse_temperature, scale,
-    GUIDED: tl.constexpr, GREEDY: tl.constexpr, TRUNCATED: tl.constexpr, BLOCK: tl.constexpr,
+    GUIDED: tl.constexpr, GREEDY: tl.constexpr, TRUNCATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """The first token of one part to come in, and, from the last part of a row, the draw. A row without an answer (NaN
     or +inf in it, or every token masked) gets NaN log-probs and token 0."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     parts = tl.num_programs(1)
     all_parts = tl.num_programs(0) * parts

@@ -75,7 +75,7 @@ def decode_attention_ref(
 def _attend_kernel(  # type: ignore[no-untyped-def]
     p_q, q_stride, p_keys, p_values, p_key_scales, p_value_scales, p_prefix_start, p_prefix_length, p_start, p_length,
     p_out, p_top, p_sum, scale, HKV: tl.constexpr, G: tl.constexpr, E: tl.constexpr, GB: tl.constexpr,
-    EB: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr,
+    EB: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program: one row and GB of the G queries of a key head, over the row's keys or one split of them.
 
@@ -86,6 +86,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     Without SPLIT it writes the output [R, Hq, E]; else, of each split, top and sum [R, Hq, splits], and the sum of
     values [R, Hq, splits, E].
     """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     BLOCKS: tl.constexpr = (G + GB - 1) // GB
     row, block, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     kv = block // BLOCKS
@@ -141,9 +143,11 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _combine_kernel(  # type: ignore[no-untyped-def]
-    p_top, p_sum, p_part, p_out, E: tl.constexpr, EB: tl.constexpr, SPLITS: tl.constexpr
+    p_top, p_sum, p_part, p_out, E: tl.constexpr, EB: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr = False
 ):
     """One program puts the splits of one row's head together. One without keys has the lowest top, and sums of 0."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0).to(tl.int64)
     o_s = head * SPLITS + tl.arange(0, SPLITS)
     o_e = tl.arange(0, EB)

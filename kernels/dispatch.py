@@ -6,8 +6,9 @@ and `impl="triton"` is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -46,8 +47,10 @@ __all__ = [
     "TRITON_DTYPES",
     "Impl",
     "choose",
+    "dependent_launches",
     "device_guard",
     "forward_only",
+    "has_dependent_launch",
     "launch",
     "register",
     "tl",
@@ -100,8 +103,33 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+_dependent = ContextVar("dependent launches", default=False)
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether this Triton and this GPU (compute capability 9.0 or more) have programmatic dependent launch."""
+    wait = HAS_TRITON and not INTERPRETED and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")
+    return wait and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@contextmanager
+def dependent_launches(on: bool = True) -> Iterator[None]:
+    """Inside, a kernel of this thread with an argument PDL is launched before the kernel in front of it has ended.
+
+    It waits for that one before it reads or writes anything, so only the time that a launch takes is saved. Where
+    `has_dependent_launch` says no, nothing changes.
+    """
+    token = _dependent.set(on)
+    try:
+        yield
+    finally:
+        _dependent.reset(token)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a Triton kernel on the device of its first argument. All launches go through here."""
+    if _dependent.get() and "PDL" in kernel.arg_names and has_dependent_launch(first.device):
+        options |= {"PDL": True, "launch_pdl": True}
     with device_guard(first.device):
         kernel[grid](first, *arguments, **options)
 

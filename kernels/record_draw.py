@@ -27,8 +27,11 @@ from .dispatch import Impl, choose, launch, tl, triton
 def _record_draw_kernel(  # type: ignore[no-untyped-def]
     p_token, p_cond, p_guided, p_numbers, stride, p_tokens, p_conds, p_guideds, p_running, end, p_table, p_x, B,
     K: tl.constexpr, GROWS: tl.constexpr, PLACE: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program takes one row."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     sample = row % B
     token = tl.load(p_token + sample)

@@ -44,8 +44,11 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
 
 @triton.jit
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
-    p_x, p_weight, p_residual, p_total, p_out, eps, D: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr
-):
+    p_x, p_weight, p_residual, p_total, p_out, eps, D: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr = False,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64) * D
     o = tl.arange(0, BLOCK)
     m = o < D

@@ -78,8 +78,11 @@ def _store_head(b_a, b_b, p_pool, p_scales, o_head, o_a, m_head, m_a, HALF: tl.c
 def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
     p_qkv, p_cos, p_sin, p_positions, p_slots, p_keys, p_values, p_key_scales, p_value_scales,
     HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program takes HB heads of one token, all of them queries, keys or values."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     Q_BLOCKS: tl.constexpr = (HQ + HB - 1) // HB
     KV_BLOCKS: tl.constexpr = (HKV + HB - 1) // HB
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -36,7 +36,9 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
-def _silu_mul_kernel(p_gate_up, p_out, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _silu_mul_kernel(p_gate_up, p_out, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False):  # type: ignore[no-untyped-def]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < SIZE

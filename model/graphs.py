@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..kernels.dispatch import choose
+from ..kernels.dispatch import choose, dependent_launches
 
 
 def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch.dtype) -> bool:
@@ -46,10 +46,13 @@ class StepGraphs:
 
     Args:
         stream: where steps are captured. A graph's kernels keep the priority of this stream wherever it is replayed.
+        dependent_launches: captured kernels are launched as `dispatch.dependent_launches` says. Off until a GPU has
+            shown that it saves time (python -m bicot.bench.decode_kernels compares).
     """
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None, dependent_launches: bool = False) -> None:
         self.stream = stream
+        self.dependent_launches = dependent_launches
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # one pool for all: they never run at the same time
 
@@ -84,8 +87,9 @@ class StepGraphs:
         """
         if not self.lacks(key):
             return
-        step()  # Triton compiles, cuBLAS picks, workspaces are allocated
-        self._graphs[key] = self._record(lambda: _repeat(step, times))
+        with dependent_launches(self.dependent_launches):
+            step()  # Triton compiles, cuBLAS picks, workspaces are allocated
+            self._graphs[key] = self._record(lambda: _repeat(step, times))
 
     def run(self, key: Hashable, step: Callable[[], None], times: int = 1) -> None:
         """Run `step` so many times: by the graph that was captured under its key, or eagerly."""

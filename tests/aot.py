@@ -77,7 +77,7 @@ def compile_kernel(
 
     Args:
         signature: type of each run-time argument: "*bf16", "*fp32", "*i64", "i32", "i64", "fp32", ...
-        constexprs: the others.
+        constexprs: the others; those with a default may be left out.
         divisible: run-time arguments that are multiples of 16: pointers that torch allocated (they are aligned), and
             integers such as V = 16384. A launch tells the compiler so by itself, unless the kernel says
             `do_not_specialize`.
@@ -88,8 +88,11 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constexprs = {p.name: p.default for p in kernel.params if p.has_default} | dict(constexprs)
+    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+    divisible = set(divisible) - constexprs.keys()
     assert signature.keys() | constexprs.keys() == set(kernel.arg_names), "an argument is missing, or one is unknown"
-    unknown = set(divisible) - signature.keys() | {
+    unknown = divisible - signature.keys() | {
         p.name
         for p in kernel.params
         if p.name in divisible and (p.do_not_specialize or p.do_not_specialize_on_alignment)
@@ -98,7 +101,7 @@ def compile_kernel(
     source = ASTSource(
         kernel,
         signature={name: signature.get(name, "constexpr") for name in kernel.arg_names},
-        constexprs=dict(constexprs),
+        constexprs=constexprs,
         # sorted: Triton's cache would not know the same kernel again in another order
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in sorted(divisible)},
     )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import decode_attention, prefill_attention, record_draw, rms_norm, rope_kv_write, rope_rows, silu_mul
+from bicot.kernels import (
+    cfg_sample_triton,
+    decode_attention,
+    prefill_attention,
+    record_draw,
+    rms_norm,
+    rope_kv_write,
+    rope_rows,
+    silu_mul,
+)
 from bicot.kernels.kv_pool import FP8
 
 pytestmark = needs_compiler
@@ -22,6 +32,23 @@ POINTERS = dict.fromkeys(INDICES, "*i64") | {
     "p_key_scales": "*fp32",
     "p_value_scales": "*fp32",
 }
+
+
+def test_dependent_launches_wait_before_the_first_access() -> None:
+    """The kernels of a captured step: without PDL, and for a GPU that lacks it, the instruction is not there."""
+    config, constants = rms_norm.launch_config(2048), {"D": 2048, "HAS_RESIDUAL": True}
+    for arch, pdl in ((90, True), (90, False), (80, False)):
+        code = compiled(rms_norm._rms_norm_kernel, "*bf16", config, constants | {"PDL": pdl}, arch)
+        assert ("griddepcontrol.wait" in code.ptx) == pdl
+    kernels = [
+        *(rms_norm._rms_norm_kernel, silu_mul._silu_mul_kernel, rope_kv_write._rope_kv_write_kernel),
+        *(decode_attention._attend_kernel, decode_attention._combine_kernel, record_draw._record_draw_kernel),
+        *(cfg_sample_triton.measure_kernel, cfg_sample_triton.truncate_kernel, cfg_sample_triton.race_kernel),
+    ]
+    for kernel in kernels:
+        body = ast.parse(kernel.src).body[0].body  # type: ignore[attr-defined]
+        first = body[1] if isinstance(body[0], ast.Expr) else body[0]  # behind a docstring
+        assert ast.unparse(first) == "if PDL:\n    tl.extra.cuda.gdc_wait()", kernel.__name__
 
 
 def compiled(kernel: Any, element: str, config: dict[str, Any], constants: dict[str, Any], arch: int) -> Compiled:

@@ -13,7 +13,16 @@ import torch
 from oracle import needs_native
 from tiny import ROOT
 
-from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED, choose, device_guard, launch
+from bicot.kernels.dispatch import (
+    HAS_TRITON,
+    INTERPRETED,
+    choose,
+    dependent_launches,
+    device_guard,
+    has_dependent_launch,
+    launch,
+    tl,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -105,3 +114,29 @@ def test_a_launch_is_on_the_device_of_its_first_tensor(monkeypatch: pytest.Monke
     x = torch.ones(2, device="meta")
     launch(Kernel(), (3,), x, 7, BLOCK=16)
     assert order == [torch.device("meta"), ((3,), (x, 7), {"BLOCK": 16}), "left"]
+
+    # within `dependent_launches`, where the GPU has them, and only for kernels that wait
+    Kernel.arg_names = ["p_x"]  # type: ignore[attr-defined]
+    has = {"has": True}
+    monkeypatch.setattr("bicot.kernels.dispatch.has_dependent_launch", lambda device: has["has"])
+    for names, able, on in (
+        (["p_x"], True, {}),
+        (["PDL"], False, {}),
+        (["PDL"], True, {"PDL": True, "launch_pdl": True}),
+    ):
+        Kernel.arg_names, has["has"] = names, able  # type: ignore[attr-defined]
+        with dependent_launches():
+            launch(Kernel(), (3,), x)
+        assert order[-2] == ((3,), (x,), on)
+    launch(Kernel(), (3,), x)
+    assert order[-2] == ((3,), (x,), {})
+
+
+def test_which_gpus_have_dependent_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_dependent_launch(CPU)
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert has_dependent_launch(CUDA) == (capability >= (9, 0) and HAS_TRITON and not INTERPRETED)
+    if HAS_TRITON:
+        monkeypatch.delattr(tl.extra.cuda, "gdc_wait", raising=False)  # an older Triton
+        assert not has_dependent_launch(CUDA)
