@@ -123,7 +123,12 @@ def _pass_work(module: Any, tokens: int) -> dict[str, Work]:
 
 
 def reference_work(
-    result: object, policy: Policy, micro_batches: Sequence[RolloutChunk], encoder: PromptEncoder, config: Config
+    result: object,
+    policy: Policy,
+    micro_batches: Sequence[RolloutChunk],
+    encoder: PromptEncoder,
+    config: Config,
+    *_: Any,
 ) -> dict[str, Work]:
     """The heads of streams with a KL; `body_work` and `features_work` count the rest."""
     plans = sum(len(part.plans.values) for part in micro_batches) * ("text" in config.kl_streams)

@@ -56,6 +56,10 @@ class Config:
         num_generations: G, samples of one prompt.
         per_device_train_batch_size: prompts of one micro-batch on one device.
         gradient_accumulation_steps: micro-batches of one step; all of them are rolled out together.
+        micro_batch_tokens: cut the prompts of a step, as many as the two settings above multiply to, into micro-batches
+            of at most so many tokens instead (a group's prompt counts once): whole groups where they fit, and at least
+            one sample. The loss stays the same. auto takes the most that fits this GPU, after gradient_checkpointing;
+            without a GPU it is null. verl calls it ppo_max_token_len_per_gpu.
         max_completion_length: most tokens of a plan.
         temperature: of the plan.
         top_k: of the plan, 0 = all tokens.
@@ -178,6 +182,7 @@ class Config:
     num_generations: int = 8
     per_device_train_batch_size: int = 1
     gradient_accumulation_steps: int = 2
+    micro_batch_tokens: int | Literal["auto"] | None = None
     max_completion_length: int = 1024
     temperature: float = 1.0
     top_k: int = 50
@@ -286,6 +291,10 @@ class Config:
         _require(
             self.num_generations >= 2, "num_generations", self.num_generations, "at least 2: one alone has no advantage"
         )
+        tokens = self.micro_batch_tokens
+        _require(
+            tokens in (None, "auto") or int(tokens) >= 1, "micro_batch_tokens", tokens, "at least 1, auto, or null"
+        )
         _require(self.rollout_max_rows >= 1, "rollout_max_rows", self.rollout_max_rows, "at least 1")
         kv_gib = self.rollout_kv_gib
         _require(kv_gib is None or kv_gib > 0, "rollout_kv_gib", kv_gib, "above 0, or null")
@@ -350,6 +359,8 @@ class Config:
             raise ValueError(f"attn_implementation={name} needs dtype=bfloat16, not {self.dtype}")
         if self.deepspeed and self.optim != "adamw_torch_fused":
             raise ValueError(f"optim={self.optim} does not go with deepspeed: it trains with adamw_torch_fused")
+        if self.micro_batch_tokens is not None and (why := self.needs_equal_micro_batches):
+            raise ValueError(f"micro_batch_tokens does not go with {why}: leave one out")
         if self.ema_decay is not None and self.deepspeed:
             raise ValueError("ema_decay does not go with deepspeed, which holds the weights in shares: leave one out")
         if self.sync_ref_model and (self.lora_r or not self.kl_streams):
@@ -393,8 +404,17 @@ class Config:
         return tuple(stream for stream in STREAMS if self.of_stream(stream)["beta"])
 
     @property
+    def needs_equal_micro_batches(self) -> str:
+        """The setting for which it matters where micro-batches are cut, and why; empty if there is none."""
+        if self.deepspeed:
+            return "deepspeed, which wants as many micro-batches on each rank"
+        if self.loss_type == "bnpo":
+            return "loss_type=bnpo, which averages over each micro-batch"
+        return "token_weights, whose function sees whole micro-batches" if self.token_weights else ""
+
+    @property
     def micro_batch(self) -> int:
-        """Samples of one micro-batch on one device."""
+        """Samples of one micro-batch on one device, where micro_batch_tokens is null."""
         return self.per_device_train_batch_size * self.num_generations
 
     @property

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..kernels.linear_logprobs import CHUNK_BYTES
 from .distributed import BUCKET_BYTES
@@ -48,6 +48,16 @@ class Shape:
     vocab: int
     codes: int
     bytes: int
+
+    @classmethod
+    def of(cls, config: Any, itemsize: int) -> Shape:
+        """Of a Janus model's config."""
+        text = config.text_config
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads * dim,
+            text.num_key_value_heads * dim, text.vocab_size, config.vq_config.num_embeddings, itemsize,
+        )  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -71,6 +81,11 @@ class Batch(NamedTuple):
         if guided:  # rows without the prompt are all alike up to the picture
             tokens, places = tokens + picture + samples * (image - 1), places + samples * (picture + image - 1)
         return cls(tokens, places, samples * plan, samples * image, 1 + guided)
+
+    def part(self, tokens: int) -> Batch:
+        """So many tokens of it, in its own proportions."""
+        counts = (-(-count * tokens // self.tokens) for count in self[:-1])
+        return Batch._make([*counts, self.passes])
 
 
 class Training(NamedTuple):
@@ -136,6 +151,13 @@ def forward_bytes(shape: Shape, batch: Batch, recompute: bool | str) -> tuple[in
         kept = shape.layers * (selective_bytes if recompute else layer_bytes)(shape, batch)
     images, guided = batch.images * batch.passes, batch.passes - 1
     return kept, stream + shape.bytes * shape.hidden * (2 * batch.texts + 3 * images + batch.images * guided)
+
+
+def reference_tokens(shape: Shape, tokens: int, recompute: bool | str) -> int:
+    """How many tokens may pass without gradients where a micro-batch has `tokens`: no more than its forward pass, which
+    follows, keeps the memory of."""
+    one = Batch(1, 0, 0, 0)
+    return tokens * max(1, forward_bytes(shape, one, recompute)[0] // reference_bytes(shape, one))
 
 
 def update_peak(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +28,17 @@ from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
 from .config import Config
 from .distributed import Ranks
 from .files import ROOT
-from .memory import Batch, Shape, Training, Update, forward_bytes, kv_tokens, reference_bytes, update_peak
+from .memory import (
+    Batch,
+    Shape,
+    Training,
+    Update,
+    forward_bytes,
+    kv_tokens,
+    reference_bytes,
+    reference_tokens,
+    update_peak,
+)
 from .step import begins_early
 from .zero import bucket_size, read_settings
 
@@ -40,6 +52,7 @@ REWARDS = {"hps": (986e6, 0.0), "git": (395e6, 0.0), "grounding": (172e6, 1.0), 
 _NO_TOKENIZER = SimpleNamespace(  # of which the sizes of a model do not depend
     bos_token_id=0, eos_token_id=1, pad_token_id=2, convert_tokens_to_ids=lambda _: 3
 )
+_AUTO: dict[str, Any] = {"gradient_checkpointing": False, "micro_batch_tokens": None}  # what "auto" is without a GPU
 _OTHER_TRAINING = ("--lora_r", "--max_completion_length")
 COUNTED = {"scene", "scene_relation", *REWARDS}
 
@@ -100,20 +113,37 @@ def load_model(path: str) -> Any:
 
 
 def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
-    """`gradient_checkpointing: auto` becomes the first that leaves `ROOM` of GPUs of so many bytes, or else all."""
-    if config.gradient_checkpointing != "auto":
-        return config
-    choices = [replace(config, gradient_checkpointing=how) for how in (False, "selective", True)]
-    fits = (c for c in choices if plan_of(c, model, ranks, gpu_bytes).peak <= (1 - ROOM) * gpu_bytes)
-    return next(fits, choices[-1])
+    """`auto` becomes what leaves `ROOM` of GPUs of so many bytes, or else takes least.
+
+    `gradient_checkpointing` becomes the first that does, then `micro_batch_tokens` the largest: a larger micro-batch
+    saves less than what is not recomputed.
+    """
+    most = (1 - ROOM) * gpu_bytes
+
+    def fits(**changed: Any) -> bool:
+        return plan_of(replace(config, **changed), model, ranks, gpu_bytes).peak <= most
+
+    if config.gradient_checkpointing == "auto":
+        tokens = None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
+        choices = (False, "selective", True)
+        how = next((how for how in choices if fits(gradient_checkpointing=how, micro_batch_tokens=tokens)), True)
+        config = replace(config, gradient_checkpointing=how)  # type: ignore[arg-type]
+    if config.micro_batch_tokens == "auto":
+        whole = _cut(config, model, config.max_completion_length)[0].tokens
+        sizes = range(100, whole, 100)
+        if fits(micro_batch_tokens=whole):  # one micro-batch has no gradients of others beside it
+            return replace(config, micro_batch_tokens=whole)
+        count = bisect_right(sizes, 0, key=lambda tokens: not fits(micro_batch_tokens=tokens))
+        config = replace(config, micro_batch_tokens=100 * max(1, count))
+    return config
 
 
 def settle(config: Config, ranks: Ranks) -> Config:
-    """The same on all ranks, for the smallest of their GPUs; without GPUs nothing is recomputed."""
-    if config.gradient_checkpointing != "auto":
+    """The same on all ranks, for the smallest of their GPUs; without GPUs nothing is recomputed or cut by tokens."""
+    if not (auto := [name for name in _AUTO if getattr(config, name) == "auto"]):
         return config
     if ranks.device.type != "cuda":
-        return replace(config, gradient_checkpointing=False)
+        return replace(config, **{name: _AUTO[name] for name in auto})
     sizes = torch.tensor([-torch.cuda.get_device_properties(ranks.device).total_memory], device=ranks.device)
     size, model = -int(ranks.max(sizes).item()), load_model(config.model_name_or_path)
     chosen = settled(config, model, ranks.size, size)
@@ -123,25 +153,38 @@ def settle(config: Config, ranks: Ranks) -> Config:
 
 
 def _auto(config: Config, chosen: Config) -> str:
-    if chosen == config:
-        return ""
-    return f"gradient_checkpointing auto: {str(chosen.gradient_checkpointing).lower()}; "
+    names = [name for name in _AUTO if getattr(config, name) == "auto"]
+    said = ", ".join(f"{name} auto: {str(getattr(chosen, name)).lower()}" for name in names)
+    return f"{said}; " if said else ""
+
+
+def _cut(config: Config, model: Any, plan: int) -> tuple[Batch, Batch, int]:
+    """The samples of a step on one GPU, a micro-batch of them, and how many there are, with plans of so many tokens."""
+    image = model.config.vision_config.num_image_tokens
+    guided = config.cfg_weight != 1 and config.policy_logits == "guided"
+
+    def batch(prompts: int, group: int) -> Batch:
+        return Batch.of(prompts, group, PLAN_PROMPT, IMAGE_PROMPT, plan, image, guided)
+
+    whole = batch(config.prompts_per_device, config.num_generations)
+    if not isinstance(config.micro_batch_tokens, int):
+        part = batch(config.per_device_train_batch_size, config.num_generations)
+        return whole, part, config.gradient_accumulation_steps
+    tokens = min(whole.tokens, max(config.micro_batch_tokens, batch(1, 1).tokens))
+    return whole, whole.part(tokens), -(-whole.tokens // tokens)
 
 
 def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
     """The plan of each of `ranks` GPUs."""
     config = settled(config, model, ranks, gpu_bytes)
-    text, e = model.config.text_config, getattr(torch, config.dtype).itemsize
+    e = getattr(torch, config.dtype).itemsize
     cached = FP8 if config.rollout_kv_dtype == "fp8" else getattr(torch, config.dtype)
-    pool = KVPool(text, cached, torch.device("meta"), max_bytes=None)
-    shape = Shape(
-        text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads * pool.dim,
-        pool.heads * pool.dim, text.vocab_size, model.config.vq_config.num_embeddings, e,
-    )  # fmt: skip
+    pool = KVPool(model.config.text_config, cached, torch.device("meta"), max_bytes=None)
+    shape = Shape.of(model.config, e)
     trained, head, embedding, merged = _trained(config, model)
     zero = read_settings(config.deepspeed)["zero_optimization"] if config.deepspeed else {}
     training, count = _training(config, zero, trained, e, ranks), sum(trained)
-    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    sizes = _sizes(model)
     whole = e * sum(sizes.values())
     weights, gathered = whole + (e * count if config.lora_r else 0), 0
     if training.stage == 3:
@@ -152,13 +195,14 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         merged = e * sum(size for name, size in sizes.items() if not name.startswith(decoded))
         weights //= ranks
     limit, image = config.max_completion_length, model.config.vision_config.num_image_tokens
-    doubled = config.cfg_weight != 1
-    batch = Batch.of(
-        config.per_device_train_batch_size, config.num_generations, PLAN_PROMPT, IMAGE_PROMPT, limit, image,
-        doubled and config.policy_logits == "guided",
-    )  # fmt: skip
-    steps, recompute = config.gradient_accumulation_steps, config.gradient_checkpointing
-    update = update_peak(shape, batch, trained, head, training, steps, recompute, embedding)
+    doubled, recompute = config.cfg_weight != 1, config.gradient_checkpointing
+    # of as many tokens, short plans leave more to pictures and padding
+    cuts = [_cut(config, model, plan) for plan in (limit, min(SHORT_PLAN, limit))]
+    peaks = [update_peak(shape, b, trained, head, training, n, recompute, embedding) for _, b, n in cuts]
+    update, (_, batch, _) = max(zip(peaks, cuts, strict=True), key=lambda pair: pair[0].total)
+    everyone, passing, _ = cuts[0]  # the second through the reference at a time
+    if config.micro_batch_tokens is not None:
+        passing = everyone.part(min(everyone.tokens, reference_tokens(shape, passing.tokens, recompute)))
     scorers, pictures, offloaded = _rewards(config)
     ahead, beside = sum(forward_bytes(shape, batch, recompute)), 0
     if begins_early(config) and ahead + pictures > update.total:  # rewards are at work beside the first forward pass
@@ -186,7 +230,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         "average (ema_decay)": (average,) * 3,
         "gradients": (0, 0, update.gradients),
         "KV cache": (cache, kept, kept),
-        "activations": (0, reference_bytes(shape, batch) if config.kl_streams else 0, update.activations),
+        "activations": (0, reference_bytes(shape, passing) if config.kl_streams else 0, update.activations),
         "chunk of logits": (0, 0, update.logits),
         "engine": (engine,) * 3,
         "rewards": (scorers + pictures, scorers + pictures, scorers + beside),
@@ -208,10 +252,16 @@ def pinned(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
+@cache
+def _sizes(model: Any) -> dict[str, int]:
+    """Weights of each parameter; asked again and again for "auto"."""
+    return {name: p.numel() for name, p in model.named_parameters()}
+
+
 def _trained(config: Config, model: Any) -> tuple[list[int], int, int, int]:
     """Weights of each parameter that trains, those of heads and of the text's embedding, and the bytes of merged copies
     for rollouts."""
-    trained = {n: p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(config.freeze))}
+    trained = {n: size for n, size in _sizes(model).items() if not n.startswith(tuple(config.freeze))}
     if not config.lora_r:
         heads = ("lm_head.weight", "model.generation_head.vision_head.weight")
         embedding = trained.get("model.language_model.embed_tokens.weight", 0)
@@ -260,10 +310,12 @@ def changes(config: Config, ranks: int = 1) -> Iterator[tuple[str, Config]]:
         yield "--gradient_checkpointing selective", replace(config, gradient_checkpointing="selective")
     if config.gradient_checkpointing in (False, "selective"):
         yield "--gradient_checkpointing true", replace(config, gradient_checkpointing=True)
-    if (prompts := config.per_device_train_batch_size) > 1:
+    if (prompts := config.per_device_train_batch_size) > 1 and config.micro_batch_tokens is None:
         steps = config.gradient_accumulation_steps * prompts
         words = f"--per_device_train_batch_size 1 --gradient_accumulation_steps {steps}"
         yield words, replace(config, per_device_train_batch_size=1, gradient_accumulation_steps=steps)
+    if config.micro_batch_tokens != "auto" and not config.needs_equal_micro_batches:
+        yield "--micro_batch_tokens auto", replace(config, micro_batch_tokens="auto")
     if not config.rollout_kv_release:
         yield "--rollout_kv_release true", replace(config, rollout_kv_release=True)
     if config.rollout_kv_gib is None or config.rollout_kv_gib > 4:
@@ -271,7 +323,7 @@ def changes(config: Config, ranks: int = 1) -> Iterator[tuple[str, Config]]:
     if config.kl_streams and not config.lora_r and not config.reference_device:
         yield "--reference_device cpu", replace(config, reference_device="cpu")
     if config.optim != "adamw_8bit" and not config.deepspeed:
-        if ranks > 1:
+        if ranks > 1 and config.micro_batch_tokens is None:
             file = "configs/zero2.json"
             yield f"--deepspeed {file}", replace(config, deepspeed=str(ROOT / file))
         yield "--optim adamw_8bit", replace(config, optim="adamw_8bit")
@@ -327,7 +379,8 @@ def require_memory(config: Config, force: bool) -> None:
     ranks, device = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     size = torch.cuda.get_device_properties(device).total_memory
     plan = plan_of(config, model, ranks, size)
-    if int(os.environ.get("RANK", 0)) == 0 and config.gradient_checkpointing != "auto":  # `settle` says it
+    auto = any(getattr(config, name) == "auto" for name in _AUTO)
+    if int(os.environ.get("RANK", 0)) == 0 and not auto:  # `settle` says it
         print(plan.line(), file=sys.stderr)
     short = replace(config, max_completion_length=min(SHORT_PLAN, config.max_completion_length))
     if not force and (least := plan_of(short, model, ranks, size).peak) > size:

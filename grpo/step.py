@@ -1,6 +1,6 @@
 """One BiCoT-GRPO update: rollout and advantages in, new weights and metrics out.
 
-Shapes: S samples on this rank, R rewards; a micro-batch holds `config.micro_batch` samples.
+Shapes: S samples on this rank, R rewards.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,13 +19,31 @@ from ..model.engine import RolloutChunk
 from ..model.packed import upload
 from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
+from ..model.rows import Stream, token_counts
 from .config import STREAMS, Config
 from .distributed import Ranks
+from .memory import Shape, reference_tokens
 from .off_policy import corrected
 from .optim import MasterAdamW
 from .token_weights import TokenWeights
 
 Ahead = list[list[TokenStream]]
+
+
+def _rows(
+    policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config, names: Sequence[str]
+) -> list[Stream]:
+    """What passes for these streams: plans, pictures, and where guided log-probs train the pictures without prompts."""
+    prompts, plans, image_prompts, tokens = rollout.ids
+    pictures = policy.image_ids(tokens)
+    rows: dict[str, list[Stream]] = {"text": [(prompts, plans)], "image": [(image_prompts, pictures)]}
+    if _guided(config):
+        rows["image"].append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
+    return [row for name in names for row in rows[name]]
+
+
+def _guided(config: Config) -> bool:
+    return config.policy_logits == "guided" and config.cfg_weight != 1
 
 
 def token_streams(
@@ -36,13 +55,7 @@ def token_streams(
 ) -> list[TokenStream]:
     """Forward the plans and the pictures of a micro-batch: the text stream and the image stream, or one of them."""
     num_samples, num_tokens = rollout.image_tokens.shape
-    guided = config.policy_logits == "guided" and config.cfg_weight != 1
-    prompts, plans, image_prompts, tokens = rollout.ids
-    pictures = policy.image_ids(tokens)
-    rows = {"text": [(prompts, plans)], "image": [(image_prompts, pictures)]}
-    if guided:
-        rows["image"].append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
-    hidden = policy.hidden(*(row for name in names for row in rows[name]))
+    hidden = policy.hidden(*_rows(policy, rollout, encoder, config, names))
     compared = config.importance_sampling_correction or config.off_policy_mask_threshold is not None
     streams = []
     if "text" in names:
@@ -67,7 +80,7 @@ def token_streams(
         for other in unconditional:  # the head is linear: the guided logits are the head on the guided features
             other = other.detach() if config.detach_uncond else other
             features = other + config.cfg_weight * (features - other)
-        sampled = rollout.guided_logprobs if guided else rollout.image_logprobs
+        sampled = rollout.guided_logprobs if _guided(config) else rollout.image_logprobs
         image = TokenStream(
             targets=rollout.image_tokens.flatten(),
             sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
@@ -84,20 +97,87 @@ def token_streams(
 
 @torch.no_grad()
 def reference_logprobs(
-    reference: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config
+    reference: Policy,
+    micro_batches: list[RolloutChunk],
+    encoder: PromptEncoder,
+    config: Config,
+    passes: list[RolloutChunk] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Log-probs of every token under the reference model (without its adapters), by stream, for each micro-batch.
 
-    A stream without KL is left out: neither its rows nor its head are computed.
+    A stream without KL is left out: neither its rows nor its head are computed. The policy has a forward pass of its
+    own even where only adapters differ: one pass for both would have each row twice, and save no product.
+
+    Args:
+        passes: `reference_passes` over the same samples; None = one pass a micro-batch.
     """
     with reference.without_adapters():
-        return [
+        found = [
             {
                 stream.name: stream.stats().logprob
                 for stream in token_streams(reference, part, encoder, config, config.kl_streams)
             }
-            for part in micro_batches
+            for part in passes or micro_batches
         ]
+    if passes is None:
+        return found
+    counts = [dict(zip(STREAMS, _counts(part, config), strict=True)) for part in micro_batches]
+    each: list[dict[str, Tensor]] = [{} for _ in micro_batches]
+    for name in config.kl_streams:
+        parts = torch.cat([one[name] for one in found]).split([count[name] for count in counts])
+        for own, part in zip(each, parts, strict=True):
+            own[name] = part.clone()  # aligned, as Triton's kernels are compiled for
+    return each
+
+
+def reference_passes(
+    reference: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config
+) -> list[RolloutChunk] | None:
+    """With `micro_batch_tokens`, what passes through the reference at a time: without gradients, more than trains."""
+    if config.micro_batch_tokens is None:
+        return None
+    shape = Shape.of(reference.config, reference.dtype.itemsize)
+    most = reference_tokens(shape, int(config.micro_batch_tokens), config.gradient_checkpointing)
+    return _by_tokens(reference, rollout, encoder, config, config.kl_streams, most)
+
+
+def micro_batches_of(
+    policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config
+) -> list[RolloutChunk]:
+    """The micro-batches of a rollout: by `micro_batch_tokens`, or else `split`."""
+    if config.micro_batch_tokens is None:
+        return split(rollout, config)
+    return _by_tokens(policy, rollout, encoder, config, STREAMS, int(config.micro_batch_tokens))
+
+
+def _by_tokens(
+    policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config, names: Sequence[str], most: int
+) -> list[RolloutChunk]:
+    counts = token_counts(_rows(policy, rollout.on_host(), encoder, config, names))
+    starts = cut(*counts, config.num_generations, most)
+    return [rollout[start:end] for start, end in pairwise([*starts, len(rollout)])]
+
+
+def cut(alone: Sequence[int], more: Sequence[int], group: int, most: int) -> list[int]:
+    """Where parts of at most so many tokens begin. A group that has more is cut between its samples; a sample is not.
+
+    Args:
+        alone: [S] tokens of a sample that begins a part.
+        more: [S] tokens that it adds after the sample above.
+        group: samples of one prompt.
+    """
+    starts, tokens = list[int](), 0
+    for first in range(0, len(alone), group):
+        whole = alone[first] + sum(more[first + 1 : first + group]) <= most
+        size = group if whole else 1
+        for start in range(first, min(first + group, len(alone)), size):
+            rest = sum(more[start + 1 : start + size])
+            if starts and tokens + more[start] + rest <= most:
+                tokens += more[start] + rest
+            else:
+                starts.append(start)
+                tokens = alone[start] + rest
+    return starts
 
 
 def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
@@ -130,18 +210,22 @@ def begins_early(config: Config) -> bool:
 
 
 def _teaching(
-    micro_batches: list[RolloutChunk], advantages: Tensor, config: Config
+    policy: Policy, micro_batches: list[RolloutChunk], advantages: Tensor, encoder: PromptEncoder, config: Config
 ) -> tuple[list[RolloutChunk], Tensor]:
     """Micro-batches and advantages of the groups with an advantage other than 0."""
     size = config.num_generations
-    groups = [part[start : start + size] for part in micro_batches for start in range(0, len(part), size)]
     teaches = (advantages.view(-1, size) != 0).any(1).tolist()
     if all(teaches):
         return micro_batches, advantages
     if not any(teaches):  # one sample, whose gradients of 0 the other ranks and AdamW's moments count on
         return [micro_batches[0][:1]], advantages[:1]
-    kept = RolloutChunk.cat([group for group, one in zip(groups, teaches, strict=True) if one])
-    return split(kept, config), advantages.view(-1, size)[teaches].flatten()
+    kept, first = list[RolloutChunk](), 0
+    for part in micro_batches:  # it may begin and end within a group
+        edges = [0, *(at for at in range(1, len(part)) if (first + at) % size == 0), len(part)]
+        kept += [part[start:end] for start, end in pairwise(edges) if teaches[(first + start) // size]]
+        first += len(part)
+    joined = RolloutChunk.cat(kept)
+    return micro_batches_of(policy, joined, encoder, config), advantages.view(-1, size)[teaches].flatten()
 
 
 def begin(policy: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config) -> Ahead:
@@ -164,7 +248,7 @@ def update(
     """`num_iterations` optimizer updates on one rollout.
 
     Args:
-        micro_batches: the rollout of this rank, split.
+        micro_batches: `micro_batches_of` the rollout of this rank.
         advantages: [S] of this rank's samples; on the CPU, where `skips_groups` reads them.
         reference: `reference_logprobs` of the micro-batches, None where beta is 0 for both streams.
         ahead: what `begin` returned, if it was called; it is taken out, so that no memory is held longer than needed.
@@ -178,18 +262,17 @@ def update(
     num_samples, dropped = len(advantages) * ranks.size, {}
     if skips_groups(config):
         before = len(advantages)
-        micro_batches, advantages = _teaching(micro_batches, advantages, config)
+        micro_batches, advantages = _teaching(policy, micro_batches, advantages, encoder, config)
         share = torch.full((), (before - len(advantages)) / num_samples, device=policy.device)
         dropped = {"samples_dropped": ranks.sum(share)}
     counts = [_counts(part, config) for part in micro_batches]
-    advantages = upload(advantages, policy.device)
+    each = upload(advantages, policy.device).split([len(part) for part in micro_batches])
     old: list[tuple[Tensor, ...] | None] = [None] * len(micro_batches)
     weigh = TokenWeights(config.token_weights) if config.token_weights else None
     _train_mode(policy, config)
 
     def loss_of(i: int) -> tuple[Tensor, GRPOLoss]:
-        part = micro_batches[i]
-        mine = advantages[i * config.micro_batch :][: len(part)]
+        part, mine = micro_batches[i], each[i]
         streams = ahead.pop() if ahead else token_streams(policy, part, encoder, config)
         for s, stream in enumerate(streams):
             before, ref = old[i], None if reference is None else reference[i].get(stream.name)

@@ -56,7 +56,7 @@ from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
 from .rollout_files import Replay, SavedRollout, path_of, save_rollout
-from .step import begin, begins_early, reference_logprobs, split, update
+from .step import begin, begins_early, micro_batches_of, reference_logprobs, reference_passes, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
 from .zero import ZeroAdamW, engine_config
@@ -174,6 +174,7 @@ class Trainer:
         """What a checkpoint remembers: the settings, but where and when the run writes; and the prompts of a step."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in _OF_OUTPUT}
         # however they are divided among micro-batches and ranks
+        del settings["micro_batch_tokens"]
         parts = [settings.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
         return settings | {"prompts_per_step": math.prod(parts) * self.ranks.size}
 
@@ -275,9 +276,9 @@ class Trainer:
         start = time.perf_counter()
         rollout, repeated, handle = self._roll_out(self._step_examples())
         clock = Phases(rollout.spans, ranks.device)
-        micro_batches = split(rollout, config)
+        micro_batches = micro_batches_of(self.policy, rollout, self.encoder, config)
         with clock("reference"):
-            reference = self._reference_logprobs(micro_batches) if self.reference else None
+            reference = self._reference_logprobs(rollout, micro_batches) if self.reference else None
         with clock("train"):
             early = begins_early(config) and not config.rollout_only
             ahead = begin(self.policy, micro_batches, self.encoder, config) if early else None
@@ -372,12 +373,13 @@ class Trainer:
             drawn, self.redrawn = redraw(drawn, draw, *given)
         return drawn
 
-    def _reference_logprobs(self, micro_batches: list[RolloutChunk]) -> list[dict[str, Tensor]]:
+    def _reference_logprobs(self, rollout: RolloutChunk, micro_batches: list[RolloutChunk]) -> list[dict[str, Tensor]]:
         assert self.reference
+        passes = reference_passes(self.reference, rollout, self.encoder, self.config)
         with self.with_reference():
             if self.config.reference_device:
                 self.reference.freeze()  # joins what came over one by one
-            return reference_logprobs(self.reference, micro_batches, self.encoder, self.config)
+            return reference_logprobs(self.reference, micro_batches, self.encoder, self.config, passes)
 
     def _evaluate(self) -> list[Sample]:
         """Score the held-out prompts, with averaged weights if there are any; no prompts = no samples."""

@@ -22,7 +22,7 @@ from .convert import ORIGINAL, load_original, original_config, original_tokenize
 from .generation import Generation, generate
 from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
-from .rows import Layout, fastest, lay_out, take
+from .rows import Layout, Stream, fastest, lay_out, rows_of, take
 from .settings import RolloutSettings, save_for_transformers
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ class Policy:
         head = self.model.model.generation_head
         return head.activation_fn(head.proj_out(hidden))
 
-    def hidden(self, *streams: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]) -> list[Tensor]:
+    def hidden(self, *streams: Stream) -> list[Tensor]:
         """One pass over the rows of all streams, each of prompts and completions; neighbours' common part is shared.
 
         An id beyond the text vocabulary is an image token: `image_ids` of a code.
@@ -200,8 +200,7 @@ class Policy:
         Returns:
             For each stream the hidden states that predict its completion tokens, packed: sum of their lengths × D.
         """
-        blocks = [[[*p, *c[:-1]] for p, c in zip(*stream, strict=True)] for stream in streams]
-        ids, tables, layout = self.lay_out(blocks)
+        ids, tables, layout = self.lay_out(rows_of(streams))
         hidden = body.forward(self.decoder, self._embed(ids), layout, self.selective)
         predicting = []
         for stream, table in zip(streams, tables, strict=True):

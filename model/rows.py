@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from ..kernels.rope_rows import rope_gather, rope_spread
 from .attention import attend, available
 from .packed import upload
 from .recompute import Keep, keep_all
+
+Stream = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]  # prompts and completions
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,25 @@ class Layout:
     attention: str
 
 
+def rows_of(streams: Sequence[Stream]) -> list[list[list[int]]]:
+    """The rows of each stream: a completion's last token predicts nothing, and is left out."""
+    return [[[*p, *c[:-1]] for p, c in zip(*stream, strict=True)] for stream in streams]
+
+
+def token_counts(streams: Sequence[Stream]) -> tuple[list[int], list[int]]:
+    """How many tokens each sample adds to a pass over all streams: as its first sample, and after the sample above."""
+    samples = list(zip(*rows_of(streams), strict=True))
+    alone = [sum(map(len, rows)) for rows in samples]
+    shared = [0, *(sum(map(_shared, *pair)) for pair in pairwise(samples))]
+    return alone, [tokens - part for tokens, part in zip(alone, shared, strict=True)]
+
+
+def _shared(row: Sequence[int], above: Sequence[int]) -> int:
+    """Tokens that both rows begin with."""
+    pairs = zip(row, above, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(row), len(above)))
+
+
 def lay_out(
     blocks: Sequence[Sequence[Sequence[int]]], device: torch.device, attention: str = "sdpa"
 ) -> tuple[list[int], list[list[list[int]]], Layout]:
@@ -77,8 +98,7 @@ def lay_out(
         above: Sequence[int] = ()
         tokens: list[int] = []
         for row in rows:
-            pairs = zip(row, above, strict=False)
-            shared = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(row), len(above)))
+            shared = _shared(row, above)
             tokens = [*tokens[:shared], *range(len(ids), len(ids) + len(row) - shared)]
             ids += row[shared:]
             positions += range(shared, len(row))

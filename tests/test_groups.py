@@ -138,7 +138,9 @@ def test_a_rank_with_nothing_to_learn_takes_part(job: Path, tmp_path: Path, monk
     more = [*SMALL, "--train_file", str(tmp_path / "prompts.jsonl"), "--rewards.names", "some_reward:Some"]
     more += ["--beta", "0", "--max_steps", "4", "--per_device_train_batch_size", "1", "--adam_epsilon", "1e-3"]
     run(job, tmp_path / "one", *more, "--gradient_accumulation_steps", "2")
-    given = words(job, tmp_path / "two", *more, "--gradient_accumulation_steps", "1")
+    # a micro-batch for each sample, so the ranks have 4 and 1
+    one_each = ("--gradient_accumulation_steps", "1", "--micro_batch_tokens", "1")
+    given = words(job, tmp_path / "two", *more, *one_each)
     environment = _environment(job) | {"PYTHONPATH": f"{_environment(job)['PYTHONPATH']}:{tmp_path}"}
     subprocess.run([*TWO_RANKS, str(ROOT / "train.py"), *given], check=True, env=environment, timeout=300)
     for name, weight in weights(tmp_path / "one", 4).items():

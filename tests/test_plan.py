@@ -12,7 +12,18 @@ from tiny import ROOT
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config
-from bicot.grpo.plan import GIB, advice, changes, dry_run, load_model, pinned, plan_of, settled
+from bicot.grpo.plan import (
+    GIB,
+    IMAGE_PROMPT,
+    PLAN_PROMPT,
+    advice,
+    changes,
+    dry_run,
+    load_model,
+    pinned,
+    plan_of,
+    settled,
+)
 
 SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -141,8 +152,38 @@ def test_the_rest_of_the_settings_counts(models: dict[str, Any]) -> None:
     assert two > one, "between micro-batches gradients are kept"
 
 
+def test_micro_batches_of_tokens_count(models: dict[str, Any]) -> None:
+    config, model = config_of("1b", "--gradient_checkpointing", "true"), models["1b"]
+    prompt = PLAN_PROMPT + IMAGE_PROMPT + 8 * (2 * 1024 + 576 - 2)
+
+    def peaks(gib: float = H100, **changed: Any) -> dict[str, int]:
+        return plan_of(replace(config, **changed), model, 1, int(gib * GIB)).peaks
+
+    by_prompts, whole = peaks(), peaks(gradient_accumulation_steps=1, per_device_train_batch_size=2)
+    steps = [peaks(micro_batch_tokens=n) for n in (1, 2000, prompt // 2, prompt, 2 * prompt - 1, 2 * prompt, 10**6)]
+    updates = [step["update"] for step in steps]
+    assert updates[:5] == sorted(updates[:5]) and updates[0] < updates[3], "up to where one micro-batch is all"
+    assert by_prompts["update"] <= updates[3] < 1.05 * by_prompts["update"], "short plans are padded more"
+    assert steps[5] == steps[6] == whole
+    assert steps[3]["reference"] == whole["reference"], "both prompts pass at once"
+    assert steps[0]["reference"] < by_prompts["reference"]
+    assert all(step["reference"] <= step["update"] for step in steps)
+
+    auto = replace(config, micro_batch_tokens="auto")
+    for gib, least, most in ((H200, 2 * prompt, 2 * prompt), (57.5, 4000, prompt), (10.0, 100, 100)):
+        tokens = settled(auto, model, 1, int(gib * GIB)).micro_batch_tokens
+        assert isinstance(tokens, int) and least <= tokens <= most
+        room = 0.9 * gib * GIB
+        assert (max(peaks(gib, micro_batch_tokens=tokens).values()) <= room) == (gib > 10)
+        assert gib == H200 or max(peaks(gib, micro_batch_tokens=tokens + 100).values()) > room
+    both = settled(replace(auto, gradient_checkpointing="auto"), model, 1, int(H100 * GIB))
+    assert both.gradient_checkpointing == "selective" and isinstance(both.micro_batch_tokens, int)
+
+
 def test_dry_run_says_what_auto_is(models: dict[str, Any], tmp_path: Path) -> None:
     config = config_of("1b", "--model_name_or_path", str(write_original(tmp_path, "1b")))
     said = dry_run(config, 1, H100)
     assert "gradient_checkpointing auto: selective; memory: peak" in said and "it fits 79 GiB" in said
     assert "gradient_checkpointing auto: true" in dry_run(config, 1, 60.0)
+    said = dry_run(replace(config, micro_batch_tokens="auto"), 1, H100)
+    assert "gradient_checkpointing auto: selective, micro_batch_tokens auto: " in said
