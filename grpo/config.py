@@ -56,10 +56,10 @@ class Config:
         num_generations: G, samples of one prompt.
         per_device_train_batch_size: prompts of one micro-batch on one device.
         gradient_accumulation_steps: micro-batches of one step; all of them are rolled out together.
-        micro_batch_tokens: cut the prompts of a step, as many as the two settings above multiply to, into micro-batches
-            of at most so many tokens instead (a group's prompt counts once): whole groups where they fit, and at least
-            one sample. The loss stays the same. auto takes the most that fits this GPU, after gradient_checkpointing;
-            without a GPU it is null. verl calls it ppo_max_token_len_per_gpu.
+        micro_batch_tokens: most tokens of one micro-batch, a prompt counted once for its group; the two settings above
+            then only multiply to the prompts of a step. A group that fits is not cut, and a sample never is. The loss
+            stays the same. auto takes the most that fits this GPU, after gradient_checkpointing, and is null without a
+            GPU; null = per_device_train_batch_size prompts. verl's ppo_max_token_len_per_gpu.
         max_completion_length: most tokens of a plan.
         temperature: of the plan.
         top_k: of the plan, 0 = all tokens.
