@@ -15,6 +15,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 TEST = ["pytest", "pytest-xdist>=3.2,<4", "hypothesis", "pytest-benchmark", "tensorboard"]
+VIEW = ["werkzeug>=3.1,<4"]  # the live view's server; TensorBoard has it too
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
 # The README's trainer overrides a private method of TRL and divides as 1.16 does; 2.0 is announced to remove options.
 TRL = ["trl>=1.16,<2; python_version >= '3.11'"]
@@ -79,6 +80,7 @@ setup(
         "console_scripts": [f"bicot-{name} = bicot.{name}:run" for name in ("train", "generate", "evaluate")],
     },
     extras_require={
+        "view": VIEW,
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],
@@ -90,6 +92,6 @@ setup(
         "xformers": ["xformers>=0.0.35,<0.1; platform_system == 'Linux'"],
         # AdamW of 8 bits; not in dev: transformers imports it, and on a CPU that prints warnings in every run
         "torchao": ["torchao>=0.18,<0.19"],
-        "dev": TEST + TRL + PEFT + DEEPSPEED + LINT,
+        "dev": TEST + VIEW + TRL + PEFT + DEEPSPEED + LINT,
     },
 )

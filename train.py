@@ -3,6 +3,7 @@
     python train.py                                                   # the toy, on CPU, in minutes
     python train.py --max_steps 3 --output_dir OUT                    # a short run
     python train.py --output_dir OUT --resume auto                    # go on from OUT's newest checkpoint
+    python train.py --view                                            # curves and samples in a browser, live
     python train.py --profile outputs/profile.json                    # where a step's time goes, instead of training
     python train.py --config FILE --dry_run --gpus 8 --gpu_gib 80     # does it fit? needs no GPU and no weights
     torchrun --nproc-per-node 8 train.py --config configs/janus-pro-7b.yaml --train_file prompts.jsonl \
@@ -21,6 +22,7 @@ from bicot.grpo.distributed import Ranks, resume_command
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.plan import dry_run, require_memory
 from bicot.grpo.trainer import train
+from bicot.grpo.view import viewing
 
 
 def main(words: list[str]) -> None:
@@ -43,7 +45,8 @@ def main(words: list[str]) -> None:
         finally:
             ranks.close()
     else:
-        train(config)
+        with viewing(config.output_dir, options.view):
+            train(config)
 
 
 def run() -> None:

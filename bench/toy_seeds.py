@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..grpo.evaluate import Sample, load_samples, mean_by_task
+from ..grpo.samples import Sample, load_samples, mean_by_task
 from ..toy.world import plan_cell_entropy
 from .harness import finish, hardware
 

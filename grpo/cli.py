@@ -60,6 +60,14 @@ def build_parser(description: str, defaults: Sequence[str] = ()) -> ArgumentPars
     parser.add_argument("--gpus", type=int, default=1, help="of --dry_run: how many GPUs the run will have")
     parser.add_argument("--gpu_gib", type=float, default=80.0, help="of --dry_run: memory of one GPU in GiB")
     parser.add_argument("--force_memory", action="store_true", help="run although the memory plan does not fit")
+    parser.add_argument(
+        "--view",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PORT",
+        help="serve curves and samples to a browser, live; 0: any",
+    )
     parser.add_class_arguments(Config)
     return parser
 

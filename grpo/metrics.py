@@ -16,7 +16,8 @@ from torch import Tensor
 from ..model.engine import Clock, Span, seconds_of
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
 from .distributed import Ranks
-from .evaluate import entropy_bits, mean_by_name
+from .evaluate import entropy_bits
+from .samples import mean_by_name
 
 _SIDE = 64  # pixels
 

@@ -15,9 +15,9 @@ from .checkpoint import list_checkpoints, step_of
 from .config import Config
 from .files import whole
 
-METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+METRICS, SUMMARY, RUN = "metrics.jsonl", "summary.json", "run.json"
 # what a run leaves besides its checkpoints
-_FILES = (METRICS, SUMMARY, "report.html", "before_after.png")
+_FILES = (METRICS, SUMMARY, RUN, "report.html", "before_after.png")
 _FOLDERS = ("samples",)
 
 

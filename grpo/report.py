@@ -21,13 +21,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
-from .config import Config
-from .evaluate import Sample, heldout_metrics, load_samples, reward_rows
+from .curves import STYLE as CHART_STYLE
+from .curves import bars, curves
 from .files import whole
+from .samples import Sample, heldout_metrics, load_samples, reward_rows
 
 if TYPE_CHECKING:  # who trains without pictures need not have it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .config import Config
 
 GRID_COLUMNS = 8
 _PITCH, _PICTURE = 2.3, 2.1  # inches from picture to picture, and of one
@@ -36,18 +39,23 @@ _MOST_PIXELS = 30_000  # matplotlib draws at most 65,536
 _SMALL = 128  # pixels, of a picture whose pixels are to be seen
 _FONT = "DejaVu Sans"  # ships with matplotlib
 _NO_TEXT = ("Last Resort", "cm")  # fonts of boxes, and of symbols at other characters' codes
-_PHASES = ("plan", "draw", "decode", "reward", "wait", "reference", "train")
+_PHASES = tuple(f"seconds/{name}" for name in ("plan", "draw", "decode", "reward", "wait", "reference", "train"))
+_RECENT = 40  # steps
 _STYLE = """
+:root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:1200px;margin:auto;padding:1em;overflow-wrap:anywhere}
 img{max-width:100%;height:auto} table{border-collapse:collapse;margin:1em 0} caption,th{text-align:left}
 h2{font-size:1.25em}
 td,th{padding:.1em 1.5em .1em 0} td+td,th+th{text-align:right;white-space:nowrap}
-.plots,.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26em),1fr));gap:1.5em}
+.plots,.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22em),1fr));gap:1.5em}
 .pictures{grid-template-columns:repeat(auto-fill,minmax(min(100%,17em),1fr))}
 figure{margin:0} p{margin:.3em 0} pre{white-space:pre-wrap}
 .tags{display:grid;grid-template-columns:repeat(auto-fit,minmax(0,1fr));gap:.7em}
 .tags p:last-child{max-height:12em;overflow:auto} .tags img{width:100%} .pixels{image-rendering:pixelated}
+.alarm{border-left:.3em solid #e05252;padding-left:.7em} nav{margin:1.5em 0} nav a,nav b{padding:.2em .4em}
+#note:not(:empty){position:fixed;bottom:0;padding:.5em;background:Canvas;border:1px solid}
 """
+STYLE = CHART_STYLE + _STYLE
 
 
 @contextmanager
@@ -204,50 +212,76 @@ def write_report(
     `names` are single rewards that the table shows. A part that cannot be drawn is left out, and said in one line.
     """
     lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
-    metrics = [json.loads(line) for line in lines]
+    if heldout:
+        with no_failure("no before_after.png"):
+            draw_grid({tag: pick(samples) for tag, samples in heldout.items()}, output / "before_after.png")
+    saved = saved_samples(output, summary["steps"])[-3:]
+    rows = [json.loads(line) for line in lines]
+    content = "\n".join(parts_of(rows, asdict(config), summary, heldout, saved, alarms, names))
+    with whole(output / "report.html") as part:
+        part.write_text(document(output.name, content), encoding="utf-8")
+
+
+def saved_samples(output: Path, last: int) -> list[Path]:
+    """The samples of training steps up to `last`, in order."""
+    paths = sorted((output / "samples").glob("step-*.jsonl"))
+    return [path for path in paths if (step := path.stem.removeprefix("step-")).isdecimal() and int(step) <= last]
+
+
+def document(title: str, content: str, head: str = "", script: str = "") -> str:
+    """A page that needs no other file."""
+    title = html.escape(title)
+    return f"""<!doctype html>
+<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>{head}
+<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1>
+<main>{content}</main>{script}</body></html>
+"""
+
+
+def parts_of(
+    metrics: Sequence[Mapping[str, float]],
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    heldout: Mapping[str, Sequence[Sample]],
+    saved: Sequence[Path],
+    alarms: Sequence[str],
+    names: Sequence[str],
+    links: str = "",
+) -> Iterator[str]:
+    """What a page shows of a run, as elements of HTML: tables, alarms, curves, links, pictures, settings."""
     evaluated = (
         [{"step": 0, **heldout_metrics(heldout.get("before", ()))}, *metrics] if _keys(metrics, "heldout/") else []
     )
-    picked = {tag: pick(samples) for tag, samples in heldout.items()}
     plots: dict[str, Callable[[], str]] = {
-        "Reward": lambda: _curves(metrics, ("reward", *_keys(metrics, "reward_by_task/"))),
-        "Held-out reward": lambda: _curves(evaluated, ("heldout/reward", *_keys(evaluated, "heldout/reward_by_task/"))),
-        "Held-out rewards, each": lambda: _curves(evaluated, _keys(evaluated, "heldout/rewards/")),
-        "Rewards and monitors": lambda: _curves(metrics, _keys(metrics, "rewards/", "/mean")),
+        "Reward": lambda: curves(metrics, ("reward", *_keys(metrics, "reward_by_task/"))),
+        "Held-out reward": lambda: curves(evaluated, ("heldout/reward", *_keys(evaluated, "heldout/reward_by_task/"))),
+        "Held-out rewards, each": lambda: curves(evaluated, _keys(evaluated, "heldout/rewards/")),
+        "Rewards and monitors": lambda: curves(metrics, _keys(metrics, "rewards/", "/mean")),
         "Milliseconds of a step that a reward took": lambda: _reward_times(metrics),
-        "KL to the initial model": lambda: _curves(metrics, ("kl", "text/kl", "image/kl")),
-        "Entropy (nats a token)": lambda: _curves(metrics, ("entropy", "text/entropy", "image/entropy")),
-        "Diversity in a group": lambda: _curves(metrics, ("image_diversity", "plan_diversity")),
-        "Seconds of a step, by phase": lambda: _phase_bars(metrics),
+        "KL to the initial model": lambda: curves(metrics, ("kl", "text/kl", "image/kl")),
+        "Entropy (nats a token)": lambda: curves(metrics, ("entropy", "text/entropy", "image/entropy")),
+        "Diversity in a group": lambda: curves(metrics, ("image_diversity", "plan_diversity")),
+        "Seconds of a step, by phase": lambda: bars(metrics, _PHASES),
     }
-    pictures = {f"Held-out prompts, {' and '.join(heldout)} training": lambda: _pictures(picked)} if heldout else {}
-    steps = sorted((output / "samples").glob("step-*.jsonl"))
-    for path in [path for path in steps if int(path.stem.removeprefix("step-")) <= summary["steps"]][-3:]:
-        pictures[f"Training samples, {path.stem}"] = functools.partial(_saved_pictures, path)
+    if len(metrics) > _RECENT:
+        plots[f"Seconds of the last {_RECENT} steps, by phase"] = lambda: bars(metrics[-_RECENT:], _PHASES)
+    picked = {tag: pick(samples) for tag, samples in heldout.items()}
+    held = {f"Held-out prompts, {' and '.join(heldout)} training": lambda: _pictures(picked)} if heldout else {}
+    trained = {f"Training samples, {path.stem}": functools.partial(_saved_pictures, path) for path in saved}
 
-    def sections(parts: Mapping[str, Callable[[], str]]) -> str:
-        written = []
+    def sections(parts: Mapping[str, Callable[[], str]]) -> Iterator[str]:
         for title, draw in parts.items():
             with no_failure(f"report.html: no {title!r}"):
-                written.append(_section(title, draw()))
-        return "\n".join(written)
+                yield _section(title, draw())
 
-    if heldout:
-        with no_failure("no before_after.png"):
-            draw_grid(picked, output / "before_after.png")
-    settings = html.escape(yaml.safe_dump(asdict(config), sort_keys=False))
-    name = html.escape(output.name)
-    page = f"""<!doctype html>
-<html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>
-<title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>
-{_reward_table(heldout, names)}{_table(summary)}
-{"".join(f"<p><strong>{html.escape(alarm)}</strong></p>" for alarm in alarms)}
-<div class='plots'>{sections(plots) if metrics else ""}</div>
-{sections(pictures)}
-<details><summary>Settings</summary><pre>{settings}</pre></details></body></html>
-"""
-    with whole(output / "report.html") as part:
-        part.write_text(page, encoding="utf-8")
+    yield _reward_table(heldout, names) + _table(summary)
+    yield from (f"<p class='alarm'><strong>{html.escape(alarm)}</strong></p>" for alarm in alarms)
+    yield f"<div class='plots'>{''.join(sections(plots)) if metrics else ''}</div>"
+    done = "after" in heldout
+    yield from (*sections(held if done else {}), links, *sections(trained), *sections({} if done else held))
+    if settings:
+        shown = html.escape(yaml.safe_dump(dict(settings), sort_keys=False))
+        yield f"<details><summary>Settings</summary><pre>{shown}</pre></details>"
 
 
 def _reward_table(heldout: Mapping[str, Sequence[Sample]], names: Sequence[str]) -> str:
@@ -265,9 +299,9 @@ def _pictures(picked: Mapping[str, Sequence[Sample]]) -> str:
     for tag, samples in picked.items():
         for i, sample in enumerate(samples):
             reward = "" if math.isnan(sample.reward) else f"reward {sample.reward:.2f}"
-            said = "".join(
-                f"<p>{html.escape(text)}</p>" for text in (": ".join(filter(None, (tag, reward))), sample.plan)
-            )
+            scores = [f"{name} {'–' if math.isnan(score) else f'{score:.2f}'}" for name, score in sample.scores.items()]
+            texts = (": ".join(filter(None, (tag, reward))), ", ".join(scores) * (len(scores) > 1), sample.plan)
+            said = "".join(f"<p>{html.escape(text)}</p>" for text in texts)
             cards.setdefault((i, sample.prompt), []).append(f"<div>{_picture(sample)}{said}</div>")
     figures = [
         f"<figure><figcaption><strong>{html.escape(prompt)}</strong></figcaption>"
@@ -287,7 +321,8 @@ def _picture(sample: Sample) -> str:
     buffer, small = io.BytesIO(), sample.image.shape[0] < _SMALL
     kind = "png" if small else "jpeg"
     imsave(buffer, sample.image, format=kind)
-    return _tag(buffer.getvalue(), f"image/{kind}", "class='pixels' " if small else "")
+    data, look = base64.b64encode(buffer.getvalue()).decode(), "class='pixels' " if small else ""
+    return f"<img {look}alt='{html.escape(sample.prompt)}' src='data:image/{kind};base64,{data}'>"
 
 
 def _keys(metrics: Sequence[Mapping[str, float]], prefix: str, suffix: str = "") -> tuple[str, ...]:
@@ -304,54 +339,7 @@ def _show(value: Any) -> str:
 
 def _table(summary: Mapping[str, Any]) -> str:
     rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{_show(value)}</td></tr>" for key, value in summary.items())
-    return f"<table>{rows}</table>"
-
-
-def _tag(data: bytes, mime: str, attributes: str = "") -> str:
-    return f"<img {attributes}alt='' src='data:{mime};base64,{base64.b64encode(data).decode()}'>"
-
-
-def _image(figure: Figure, kind: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=100)
-    return _tag(buffer.getvalue(), "image/svg+xml" if kind == "svg" else f"image/{kind}")
-
-
-def _plot() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.4), layout="constrained")  # no wider: a phone shrinks its text as well
-    axis = figure.subplots()
-    axis.grid(alpha=0.3)
-    axis.set_xlabel("step")
-    return figure, axis
-
-
-def _curves(metrics: Sequence[Mapping[str, float]], keys: Sequence[str]) -> str:
-    """Lines over the steps, each thin as measured and thick as a running mean."""
-    figure, axis = _plot()
-    for key in keys:
-        points = [(row["step"], row[key]) for row in metrics if key in row]
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        window = max(1, len(values) // 15)
-        smooth = [sum(v := values[max(0, i - window + 1) : i + 1]) / len(v) for i in range(len(values))]
-        label = textwrap.shorten(re.sub("^(heldout/)?(reward(s|_by_task)/)?|/mean$", "", key), 30, placeholder=" …")
-        (line,) = axis.plot(steps, smooth, lw=2.5 if key == keys[0] else 1.5, label=label)
-        axis.plot(steps, values, lw=0.7, alpha=0.25, color=line.get_color())
-    if not axis.lines:
-        return ""
-    _legend(figure)
-    return _image(figure, "svg")
-
-
-def _legend(figure: Figure) -> None:
-    longest = max(len(label) for axis in figure.axes for label in axis.get_legend_handles_labels()[1])
-    columns = max(1, min(3, 60 // (longest + 6)))  # 60 characters are as wide as the figure
-    for text in figure.legend(loc="outside lower center", ncols=columns, fontsize=9, frameon=False).get_texts():
-        words, families = _legible(text.get_text(), "normal")
-        text.set(text=words, family=families, parse_math=False)
+    return f"<table>{rows}</table>" if rows else ""
 
 
 def _reward_times(metrics: Sequence[Mapping[str, float]]) -> str:
@@ -362,17 +350,3 @@ def _reward_times(metrics: Sequence[Mapping[str, float]]) -> str:
         name = key.removeprefix("rewards/").removesuffix("/milliseconds")
         times[name] = f"{ms:.1f} ms, {hidden / ms if ms else 0:.0%} hidden"
     return _table(times) if times else ""
-
-
-def _phase_bars(metrics: Sequence[Mapping[str, float]]) -> str:
-    figure, axis = _plot()
-    groups = [metrics[i : i + max(1, len(metrics) // 50)] for i in range(0, len(metrics), max(1, len(metrics) // 50))]
-    steps = [group[0]["step"] for group in groups]
-    base = [0.0] * len(groups)
-    for phase in _PHASES:
-        height = [sum(row.get(f"seconds/{phase}", 0.0) for row in group) / len(group) for group in groups]
-        axis.bar(steps, height, bottom=base, label=phase, width=0.9 * max(1, len(metrics) // 50))
-        base = [b + h for b, h in zip(base, height, strict=True)]
-    axis.set_ylabel("s")
-    _legend(figure)
-    return _image(figure, "svg")

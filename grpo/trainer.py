@@ -37,25 +37,17 @@ from .distributed import Ranks, resume_command
 from .dynamic_sampling import Drawn, redraw, redraw_metrics
 from .entropy import EntropyTarget
 from .errors import stop_signals
-from .evaluate import (
-    Heldout,
-    Sample,
-    gather_samples,
-    heldout_metrics,
-    heldout_table,
-    mean_reward,
-    save_best,
-    save_samples,
-)
+from .evaluate import Heldout, gather_samples, save_best
 from .files import whole
 from .hub import push, require_hub, write_card
 from .metrics import Phases, image_diversity, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW
-from .output import METRICS, SUMMARY, go_back, locked, make_room, read_metrics
+from .output import METRICS, RUN, SUMMARY, go_back, locked, make_room, read_metrics
 from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
 from .rollout_files import Replay, SavedRollout, path_of, save_rollout
+from .samples import Sample, heldout_metrics, heldout_table, mean_reward, save_samples
 from .step import begin, begins_early, micro_batches_of, reference_logprobs, reference_passes, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
@@ -256,8 +248,20 @@ class Trainer:
         assert log
         log.write(self.step, metrics, grid)
         said = self.alarms.look({"step": self.step, **metrics})
+        if said:
+            self._describe()
         print("".join(f"{line}\n" for line in said), end="")
         return bool(said)
+
+    def _describe(self) -> None:
+        """Write what the metrics do not say: settings, alarms, and which rewards the table of evaluations has."""
+        about = {"settings": asdict(self.config), "alarms": self.alarms.said, "heldout": self._heldout_names()}
+        with whole(self.output / RUN) as part:
+            part.write_text(json.dumps(about, indent=2) + "\n")
+
+    def _heldout_names(self) -> list[str]:
+        """The rewards of evaluations alone."""
+        return self.heldout.judges.names[len(self.ensemble.names) :]
 
     def _look_back(self) -> None:
         """On the steps before: their alarms have been raised."""
@@ -266,6 +270,7 @@ class Trainer:
         names = self.ensemble.names
         self.alarms = Alarms(names[:count], names[count:], self.config.num_iterations, rows)
         self.heldout.look_back(rows)
+        self.ranks.on_main(self._describe)
 
     def _agree(self, received: list[int]) -> int:
         """The signal that told a rank to stop, 0 for none: all stop after the same step."""
@@ -422,7 +427,7 @@ class Trainer:
         }
         with whole(self.output / SUMMARY) as part:
             part.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
-        grids, names = {"before": before, "after": after}, self.heldout.judges.names[len(self.ensemble.names) :]
+        grids, names = {"before": before, "after": after}, self._heldout_names()
         files = ["metrics"] if self.config.rollout_only else ["checkpoint", "metrics"]
         with no_failure("no report.html"):
             shown = {k: v for k, v in grids.items() if v}

@@ -12,6 +12,7 @@ from tiny import tiny_policy
 from bicot.grpo.alarms import WINDOW, Alarms
 from bicot.grpo.cli import parse_config
 from bicot.grpo.trainer import train
+from bicot.grpo.view import Run
 
 
 def healthy(step: int, draw: random.Random) -> dict[str, float]:
@@ -92,5 +93,5 @@ def test_a_run_says_its_alarms_and_stops_if_asked(tmp_path: Path, capsys: pytest
     said = capsys.readouterr().out
     alarm = f"alarm after step {WINDOW}: over half of the plans are cut off"
     assert said.count(alarm) == 1 and f"stopped by an alarm after step {WINDOW} of {WINDOW + 5}; go on with" in said
-    assert alarm in (tmp_path / "run" / "report.html").read_text()
+    assert alarm in (tmp_path / "run" / "report.html").read_text() and alarm in Run(tmp_path / "run").page("")
     assert (tmp_path / "run" / f"checkpoint-{WINDOW:06d}").is_dir()

@@ -17,8 +17,8 @@ from test_trainer import HAS_TORCHAO, assert_same_weights, job, metrics, weights
 
 from bicot.grpo.checkpoint import STATE, find_checkpoint, list_checkpoints, load_state
 from bicot.grpo.config import Config
-from bicot.grpo.evaluate import load_samples
 from bicot.grpo.optim import MasterAdamW
+from bicot.grpo.samples import load_samples
 from bicot.rewards.config import RewardConfig
 
 STEPS = 6

@@ -63,7 +63,7 @@ def test_options_and_links_exist(name: str) -> None:
     options |= {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
     options |= {"config", "help", "print_config", "dry_run", "gpu_gib", "gpus", "force_memory", "debug"}  # of train.py
     options |= {"output", "gpu", "shape", "quick", "tests", "model"}  # of the benches
-    options |= {"nproc-per-node", "log-dir", "tee"}  # of torchrun
+    options |= {"nproc-per-node", "log-dir", "tee"} | {"view"}  # of torchrun, and of train.py too
     scripts = "".join((ROOT / script).read_text() for script in ("generate.py", "evaluate.py"))
     options |= set(re.findall(r'"--(\w+)"', scripts))
     ours = re.sub(r"^\| [^|]* \|", "|", text, flags=re.MULTILINE) if name == "from-t2i-r1.md" else text

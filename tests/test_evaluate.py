@@ -15,7 +15,8 @@ from test_trainer import assert_same_weights, metrics, run, weights, words
 from test_trainer import job as job  # a fixture
 
 from bicot.grpo.config import Config
-from bicot.grpo.evaluate import Best, heldout_metrics, load_samples
+from bicot.grpo.evaluate import Best
+from bicot.grpo.samples import heldout_metrics, load_samples
 from bicot.rewards.config import RewardConfig
 
 reward_module = test_trainer.reward_module  # a fixture

@@ -17,7 +17,7 @@ from test_trainer import TWO_RANKS, _environment, job, metrics, run, words  # no
 from tiny import ROOT
 
 from bicot.grpo.data import step_indices
-from bicot.grpo.evaluate import load_samples
+from bicot.grpo.samples import load_samples
 
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of torchrun
 SCRIPT = ["bash", str(ROOT / "examples" / "torchrun_multinode.sh")]

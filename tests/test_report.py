@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from bicot.grpo.config import Config, RewardConfig
-from bicot.grpo.evaluate import Sample, load_samples, mean_by_task, mean_reward, save_samples
 from bicot.grpo.report import _say_no_font, _wrap, draw_grid, grid_figure, pick, write_report
+from bicot.grpo.samples import Sample, load_samples, mean_by_task, mean_reward, save_samples
 from bicot.grpo.tracking import Log
 
 
@@ -191,10 +191,12 @@ def test_what_cannot_be_drawn_is_said_and_left_out(
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"step": 1, "reward": 0.5, "rewards/a/milliseconds": 3.0}) + "\n"
     )
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    for name in ("figure", "image"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, f"matplotlib.{name}", None)
     write_report(tmp_path, Config(rewards=RewardConfig("scene")), {"steps": 1}, {"before": [sample(1)]})
     said = capsys.readouterr().out.splitlines()
-    assert "report.html: no 'Reward': ModuleNotFoundError:" in said[1] and "no before_after.png: " in said[0]
+    assert "report.html: no 'Held-out prompts, before training': ModuleNotFoundError:" in said[1]
+    assert "no before_after.png: " in said[0] and len(said) == 2
     page = (tmp_path / "report.html").read_text()
     assert "<td>color</td><td>0.500</td><td>–</td>" in page and "3.0 ms" in page
 
@@ -207,7 +209,7 @@ def test_page_is_self_contained_and_escapes_text(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page and "&lt;script&gt;" in page
     assert "http" not in page.split("<style>")[1].replace("http://www.w3.org", "").replace("https://matplotlib.org", "")
-    assert page.count("<h2>") == 3 and page.count("data:image/") == 3
+    assert page.count("<h2>") == 3 and page.count("<svg ") == 2 and page.count("data:image/") == 1
     assert (tmp_path / "before_after.png").is_file()
 
 

@@ -13,7 +13,7 @@ from tiny import ROOT, tiny_policy
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.data import load_examples
-from bicot.grpo.evaluate import load_samples
+from bicot.grpo.samples import load_samples
 from bicot.grpo.trainer import train
 from bicot.rewards.base import Unavailable
 from bicot.rewards.config import load_reward

@@ -29,6 +29,7 @@ from bicot.grpo.data import step_indices
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.output import locked
 from bicot.grpo.trainer import Trainer, train
+from bicot.grpo.view import Run
 from bicot.model.merge_lora import main as merge_lora
 from bicot.model.policy import load_policy
 from bicot.rewards.worker import RewardError
@@ -116,6 +117,7 @@ def test_a_run_leaves_everything(job: Path, tmp_path: Path, capsys: pytest.Captu
     page = (tmp_path / "report.html").read_text()
     assert "src='http" not in page and "href=" not in page, "the page is self-contained"
     assert page.count("<img") >= 6
+    assert "<p>Finished after step 6 of 6." in Run(tmp_path).page("")
     loaded = load_policy(tmp_path / "checkpoint-000006", dtype=torch.float32)
     assert_same_weights({"w": loaded.model.lm_head.weight.detach()}, {"w": weights(tmp_path, 6)["lm_head.weight"]})
 

@@ -1,0 +1,100 @@
+"""A picture with what it was made from and what it scored: on the disk, and in means over many. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .files import whole
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with what it was made from. `image` is [H, W, 3] uint8; `reward` NaN = none applies."""
+
+    prompt: str
+    task_type: str
+    plan: str
+    reward: float
+    scores: dict[str, float]
+    image: np.ndarray
+
+
+def save_samples(samples: Sequence[Sample], path: Path) -> None:
+    """Write `path`.npz (the pictures), then `path`.jsonl (the rest, in the same order), without which there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{k: v for k, v in asdict(sample).items() if k != "image"} for sample in samples]
+    path.with_suffix(".jsonl").unlink(missing_ok=True)
+    with whole(path.with_suffix(".npz")) as part:
+        np.savez_compressed(part, images=np.stack([sample.image for sample in samples]))
+    with whole(path.with_suffix(".jsonl")) as part:
+        part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load_samples(path: Path) -> list[Sample]:
+    """What `save_samples` wrote; nothing where it did not write."""
+    if not path.with_suffix(".jsonl").is_file():
+        return []
+    images = np.load(path.with_suffix(".npz"))["images"]
+    rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    return [Sample(**row, image=image) for row, image in zip(rows, images, strict=True)]
+
+
+def mean_by_name(rewards: Iterable[tuple[str, float]]) -> dict[str, float | None]:
+    """Mean of the rewards that share a name, NaN left out; None where nothing else is there."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for name, reward in rewards:
+        groups[name] += [] if math.isnan(reward) else [reward]
+    return {name: math.fsum(values) / len(values) if values else None for name, values in sorted(groups.items())}
+
+
+def mean_by_task(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """Mean reward of each task type, samples without a reward left out."""
+    return mean_by_name((sample.task_type, sample.reward) for sample in samples)
+
+
+def mean_reward(samples: Sequence[Sample]) -> float | None:
+    """Mean reward of all samples that have one; None where none has."""
+    return mean_by_name(("", sample.reward) for sample in samples).get("")
+
+
+def heldout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of an evaluation, what its step reports: mean reward, by task type, and mean of each reward where it applies."""
+    scores = mean_by_name(pair for sample in samples for pair in sample.scores.items())
+    means = {
+        "heldout/reward": mean_reward(samples),
+        **{f"heldout/reward_by_task/{task}": mean for task, mean in mean_by_task(samples).items()},
+        **{f"heldout/rewards/{name}/mean": mean for name, mean in scores.items()},
+    }
+    return {name: mean for name, mean in means.items() if mean is not None}
+
+
+def reward_rows(
+    before: Sequence[Sample], after: Sequence[Sample], names: Sequence[str] = ()
+) -> list[tuple[str, float | None, float | None]]:
+    """(task type, mean reward before, after), the mean of all, and single rewards; none without samples from before."""
+    if not before:
+        return []
+    first, last = mean_by_task(before), mean_by_task(after)
+    rows = [*((task, first[task], last.get(task)) for task in first), ("all", mean_reward(before), mean_reward(after))]
+    means = [heldout_metrics(samples) for samples in (before, after)]
+    keys = {name: f"heldout/rewards/{name}/mean" for name in names}
+    return rows + [(name, means[0].get(key), means[1].get(key)) for name, key in keys.items()]
+
+
+def heldout_table(before: Sequence[Sample], after: Sequence[Sample], names: Sequence[str] = ()) -> str:
+    """Held-out mean reward before → after, by task type and overall, and of single rewards."""
+    rows = reward_rows(before, after, names)
+    if not rows:
+        return "no held-out prompts (eval_file): no reward before and after"
+    lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]
+    return "\n".join(
+        lines
+        + [f"{task:<18}" + "".join(f"{'–' if x is None else f'{x:.3f}':>8}" for x in pair) for task, *pair in rows]
+    )
