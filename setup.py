@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 TEST = ["pytest", "pytest-xdist>=3.2,<4", "hypothesis", "pytest-benchmark", "tensorboard"]
 VIEW = ["werkzeug>=3.1,<4"]  # the live view's server; TensorBoard has it too
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
-# The README's trainer overrides a private method of TRL and divides as 1.16 does; 2.0 is announced to remove options.
+# examples/trl_grpo.py overrides a private method of TRL and divides as 1.16 does; 2.0 is announced to remove options.
 TRL = ["trl>=1.16,<2; python_version >= '3.11'"]
 PEFT = ["peft>=0.18,<1"]
 # ZeRO's marks on parameters (ds_id, _hp_mapping) are its internals: another minor version is tried first

@@ -31,7 +31,7 @@ def blocks(text: str) -> list[str]:
 
 def test_kernel_example_runs() -> None:
     scope: dict[str, object] = {}
-    block, _ = blocks(README)  # the other is run by test_trl.py
+    (block,) = blocks(README)
     exec(block, scope)
     hidden, loss = scope["hidden"], scope["loss"]
     assert isinstance(hidden, torch.Tensor) and hidden.grad is not None and hidden.grad.abs().sum() > 0

@@ -1,20 +1,23 @@
-"""The rewards of examples/ in a run of a tiny model."""
+"""The rewards of examples/ in a run of a tiny model, and its loop."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from serving import SERVED, example_server
-from tiny import ROOT, tiny_policy
+from tiny import ROOT, TOY, tiny_policy
 
+from bicot.examples import custom_loop
 from bicot.grpo.cli import parse_config
 from bicot.grpo.data import load_examples
 from bicot.grpo.samples import load_samples
 from bicot.grpo.trainer import train
+from bicot.model.policy import load_policy
 from bicot.rewards.base import Unavailable
 from bicot.rewards.config import load_reward
 
@@ -79,3 +82,13 @@ def test_a_reward_of_the_example_server(settings: list[str], tmp_path: Path, mon
     with pytest.raises(Unavailable, match=f"^reward 'judge': {url} cannot be reached: .*refused"):
         train(parse_config([*settings, *names, "--overwrite_output_dir", "true"]))
     assert before == sorted(path.name for path in (tmp_path / "out").rglob("*"))
+
+
+def test_the_loop_of_ones_own_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom_loop, "GROUP", 4)
+    policy = load_policy(TOY, dtype=torch.float32)
+    before = {name: parameter.clone() for name, parameter in policy.model.named_parameters()}
+    steps = list(custom_loop.train(policy, 2))
+    assert len(steps) == 2 and all(math.isfinite(loss) and 0 < abs(reward) < 1 for reward, loss in steps)
+    moved = {name for name, parameter in policy.model.named_parameters() if not parameter.equal(before[name])}
+    assert moved == {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""The README's subclass of TRL's GRPOTrainer trains as GRPOTrainer does: the same losses, metrics and weights.
+"""The subclass of TRL's GRPOTrainer in examples/ trains as GRPOTrainer does: the same losses, metrics and weights.
 
 Both trainers run `train()` from the same checkpoint and seed, so TRL samples the same completions for both. SGD without
 gradient clipping hands on the gradient as it is: Adam would divide rounding errors by themselves, and clipping would
@@ -7,13 +7,12 @@ hide a wrong normaliser.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tiny import ROOT, tiny_tokenizer
+from tiny import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -71,12 +70,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tmp_path_factory.getbasetemp() / name for name in models}
 
 
-def readme_trainer() -> type:
-    """BicotGRPOTrainer, from the README."""
-    (block,) = re.findall(r"```python\n([^`]*GRPOTrainer.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    scope: dict[str, Any] = {}
-    exec(block, scope)
-    return scope["BicotGRPOTrainer"]
+def bicot_trainer() -> type:
+    from bicot.examples.trl_grpo import BicotGRPOTrainer
+
+    return BicotGRPOTrainer
 
 
 def plain_trainer() -> type:
@@ -170,7 +167,7 @@ def test_trains_like_trl(case: str, checkpoints: dict[str, Path], tmp_path: Path
     settings = CASES[case]
     exact = settings.get("bf16", False) is False
     tolerance = TOLERANCE["float32" if exact else "bfloat16"]
-    theirs, ours = (train(trainer(), checkpoints, tmp_path, settings) for trainer in (plain_trainer, readme_trainer))
+    theirs, ours = (train(trainer(), checkpoints, tmp_path, settings) for trainer in (plain_trainer, bicot_trainer))
     assert (ours.update - theirs.update).norm() <= tolerance * theirs.update.norm()
     assert len(ours.logs) == len(theirs.logs) == settings.get("max_steps", 1) + 1  # the last one is the evaluation
     for our, their in zip(ours.logs, theirs.logs, strict=True):
