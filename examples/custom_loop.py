@@ -35,8 +35,10 @@ def token_streams(policy: Policy, rollout: RolloutChunk) -> list[TokenStream]:
     ):
         targets = torch.tensor([token for row in rows for token in row], device=policy.device)
         sample = torch.tensor([number for number, row in enumerate(rows) for _ in row], device=policy.device)
-        columns = {"targets": targets, "sample": sample, "hidden": hidden, "weight": head.weight, "bias": head.bias}
-        streams.append(TokenStream(**columns, name=name))
+        stream = TokenStream(
+            targets=targets, sample=sample, hidden=hidden, weight=head.weight, bias=head.bias, name=name
+        )
+        streams.append(stream)
     return streams
 
 
