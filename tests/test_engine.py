@@ -405,6 +405,9 @@ def test_graphs_draw_what_eager_steps_draw(kv_dtype: str) -> None:
         rollout(policy, PROMPTS, 5, sampling, cuda_graphs=graphs, kv_dtype=kv_dtype) for graphs in (False, True)
     )
     assert_same(eager, graphed)
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT), cuda_graphs=True, kv_dtype=kv_dtype)
+    engine.graphs.dependent_launches = True
+    assert_same(eager, RolloutChunk.cat(list(engine.generate(PROMPTS, 5, sampling, seed=11))))
     if kv_dtype == "auto":
         on_cpu = rollout(tiny_policy(), PROMPTS, 5, sampling)
         assert torch.equal(graphed.image_tokens.cpu(), on_cpu.image_tokens)
