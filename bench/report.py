@@ -225,6 +225,7 @@ def of_module(name: str, drawn: bool = True) -> Part:
 PARTS = {
     "toy_seeds": Part(toy_seeds),
     "toy_guidance": of_module("toy_guidance"),
+    "best_of": of_module("best_of", drawn=False),
     "distributed": of_module("bench_distributed", drawn=False),
     "h200": Part(h200),
     "step": of_module("bench_step"),
