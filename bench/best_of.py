@@ -1,9 +1,7 @@
 """What best-of-N finds on the toy, and whether it pays to drop the worse half of the half-drawn pictures.
 
 python -m bicot.bench.best_of CHECKPOINT ... [--output bench/results/best_of.json]
-
-A half-drawn picture is filled (FILLS) and scored. Those that go on are what they would have been anyway, so that every
-way is judged on the same 16 pictures of each prompt.
+Those that go on are what they would have been anyway: every way is judged on the same 16 pictures of each prompt.
 """
 
 import argparse
@@ -23,17 +21,16 @@ from .harness import finish, hardware
 
 HELDOUT = Path(__file__).resolve().parent.parent / "toy" / "assets" / "heldout.jsonl"
 N, NUMBERS, SEEDS = 16, (1, 4, 8, 12, 16), (0, 1, 2)
-# decode steps, in per cent of those of N whole pictures
-FILLS = {"half dropped, after greedy filling": 125, "after repeating the last row": 75, "at random": 75}
+FILLS = {"half dropped, after greedy filling": 125, "after repeating the last row": 75}  # % of N pictures' decode steps
 
 
 def fill_greedily(policy: Policy) -> list[Tensor]:
     """From now on half-drawn pictures are drawn to their end greedily, and then as ever -> where the former are put."""
     engine, run, filled, steps = policy.engine, policy.engine.graphs.run, [], itertools.count(1)
-    half = policy.num_image_tokens // 2
 
     def watched(key: Any, step: Any, block: int) -> None:
         run(key, step, block)
+        half = policy.num_image_tokens // 2
         if key[0] == "image" and (stage := engine.image_stage) and next(steps) % (2 * half) == half:
             numbers, x = stage.numbers.clone(), stage.x.clone()
             for _ in range(half):
@@ -54,22 +51,17 @@ def measure(policy: Policy, seed: int, greedy: list[Tensor], most: int | None = 
     drawn, side = rollout.image_tokens[:, :half], int((2 * half) ** 0.5)
     filled = (torch.cat(greedy), torch.cat([drawn, drawn[:, -side:].repeat(1, half // side)], 1))
     guesses = [scene.submit(policy.engine.weights.image_decoder(tokens), each).result() for tokens in filled]
-    guesses += [torch.rand(len(each), generator=torch.Generator().manual_seed(seed))]
     best = {f"best of {n}": whole[:, :n].amax(1).mean().item() for n in NUMBERS}
-    for fill, guess in zip(FILLS, guesses, strict=True):
-        best[fill] = whole.gather(1, guess.view(-1, N).topk(N // 2).indices).amax(1).mean().item()
-    return best
+    kept = [whole.gather(1, guess.view(-1, N).topk(N // 2).indices) for guess in guesses]
+    return best | {fill: some.amax(1).mean().item() for fill, some in zip(FILLS, kept, strict=True)}
 
 
 def section(result: dict[str, Any]) -> str:
     """Of RESULTS.md."""
     lines = [f"## Best of N\n\nMean best score of the toy's held-out prompts, three seeds, by `{result['command']}`.\n"]
-    lines += [
-        f"| way | decode steps, % | {' | '.join(result['scores'])} |",
-        "|" + " --- |" * (2 + len(result["scores"])),
-    ]
-    costs = [*(100 * n // N for n in NUMBERS), *FILLS.values()]
-    for way, cost in zip((*(f"best of {n}" for n in NUMBERS), *FILLS), costs, strict=True):
+    names = result["scores"]
+    lines += [f"| way | decode steps, % | {' | '.join(names)} |", "|" + " --- |" * (2 + len(names))]
+    for way, cost in [*((f"best of {n}", 100 * n // N) for n in NUMBERS), *FILLS.items()]:
         means = [f"{sum(run[way] for run in runs) / len(runs):.4f}" for runs in result["scores"].values()]
         lines.append(f"| {way} | {cost} | {' | '.join(means)} |")
     return "\n".join([*lines, ""])
@@ -81,8 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path)
     args, scores = parser.parse_args(), {}
     for path in args.checkpoints:
-        policy = Policy.from_pretrained(path, device="cpu")
-        greedy = fill_greedily(policy)
+        greedy = fill_greedily(policy := Policy.from_pretrained(path, device="cpu"))
         scores[path] = [measure(policy, seed, greedy) for seed in SEEDS]
-    command = f"python -m bicot.bench.best_of {' '.join(args.checkpoints)}"
+    command = f"python -m bicot.bench.best_of {' '.join(scores)}"
     finish({"bench": "best_of", **hardware(), "command": command, "scores": scores}, args.output)

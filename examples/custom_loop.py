@@ -1,7 +1,7 @@
 """A GRPO loop of your own: the engine draws, a function scores, grpo_loss trains. No trainer, no settings file.
 
-    python examples/custom_loop.py     # the toy learns to draw red: 0.02 becomes 0.12 in 20 steps, 14 s of one CPU core
-    # one update a rollout, so no ratio to clip; for that or a KL give the streams old_logprob or ref_logprob
+python examples/custom_loop.py     # the toy learns to draw red: 0.02 becomes 0.12 in 20 steps, 14 s of one CPU core
+# one update a rollout, so no ratio to clip; for that or a KL give the streams old_logprob or ref_logprob
 """
 
 from collections.abc import Iterator
