@@ -129,7 +129,9 @@ def grid_figure(rows: Mapping[str, Sequence[Sample]]) -> Figure:
 def _caption(sample: Sample) -> tuple[str, str]:
     """(prompt and reward, plan), wrapped to the width of a picture."""
     reward = "" if math.isnan(sample.reward) else f"reward {sample.reward:.2f}"
-    return "\n".join(filter(None, (_wrap(sample.prompt, 31, 6), reward))), _wrap(sample.plan, 34, 8)
+    return "\n".join(filter(None, (_wrap(sample.prompt, 31, 6), reward))), _wrap(
+        sample.plan, 34, 12
+    )  # 50 words, as asked for, fit
 
 
 def _wrap(text: str, width: int, lines: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import gpu
 from tiny import ROOT, TOY, tiny_policy
 
 import bicot
@@ -66,6 +67,16 @@ def test_a_given_plan_draws_what_it_drew_when_it_was_sampled(toy: Policy) -> Non
     assert all(same(*pair) for pair in zip(given, sampled[1::2], strict=True))
     assert len(given[0].plan_tokens) == len(given[0].plan_logprobs) == 0
     assert not same(toy.generate(PROMPTS[0], seed=4, plan="two blue squares")[0], given[0])
+
+
+@gpu
+def test_a_given_plan_on_a_gpu() -> None:
+    """Before any plan has been sampled, and after."""
+    toy, fresh = (Policy.from_pretrained(TOY, dtype=torch.float32, device="cuda") for _ in range(2))
+    sampled = toy.generate(PROMPTS, seed=3)
+    for policy in (fresh, toy):
+        given = policy.generate(PROMPTS, seed=3, plan=[one.plan for one in sampled])
+        assert all(same(*pair) for pair in zip(given, sampled, strict=True))
 
 
 def test_without_a_plan_the_prompt_stands_alone(toy: Policy) -> None:

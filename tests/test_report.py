@@ -85,6 +85,12 @@ def sizes(figure: Figure) -> set[tuple[float, float]]:
     return {(round(box.width * width, 6), round(box.height * height, 6)) for box in boxes}
 
 
+def test_a_plan_of_50_words_is_whole() -> None:
+    plan = " ".join(f"wor{i:02d}" for i in range(50))
+    axes = grid_figure({"": [replace(sample(1), plan=plan)]}).axes
+    assert plan.split() in [text.get_text().split() for each in axes for text in each.texts]
+
+
 def test_long_texts_are_wrapped_and_cut() -> None:
     one = replace(sample(1), prompt=LONG, plan=LONG)
     figure = grid_figure({LONG: [one, one], "short": [one]})
