@@ -1,9 +1,8 @@
-"""The Triton kernels of `cfg_sample`. The formulas are those of cfg_sample.py.
+"""The Triton kernels of `cfg_sample`, which is explained in cfg_sample.py.
 
 Two launches: a program a BLOCK of columns measures them, then, with the row's maximum at hand, races them; the last
 program of a row to arrive writes the draw. What they count in is reset by the first launch, so that a CUDA graph can
-replay both, and no result depends on who arrives when. Truncation is one launch between: a program a row finds by
-bisection, without a sort, the smallest logit that stays, in some 10 to 20 walks.
+replay both, and no result depends on who arrives when. Truncation is one launch between, a program a row.
 
 Rows may begin anywhere and V may be anything. Loads are 16 bytes wide where V, the row strides (in elements) and the
 pointers are multiples of 16, which the launch finds out by itself, and one element wide otherwise.
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,23 @@ from torch import Tensor
 from . import dispatch
 from .dispatch import tl, triton
 
-Options = tuple[float, float, float, bool, int, float]  # guidance, 1 / temperature, scale, greedy, top_k, top_p
 BLOCK = 2048  # columns a program measures or races: 32 a thread of 2 warps
 TRUNCATE_BLOCK = 4096  # columns the truncating program holds at a time: 16 a thread of 8 warps
 
 
+class Options(NamedTuple):
+    """The kernels' numbers, in the order of `Options` in csrc/cfg_sample.cpp."""
+
+    guidance: float
+    inverse_temperature: float
+    scale: float  # log2 e / temperature
+    greedy: bool
+    top_k: int  # below V; 0 = all
+    top_p: float
+
+
 @triton.jit
-def _load(p_c, p_u, o_v, V, guidance, GUIDED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mix(p_c, p_u, o_v, V, guidance, GUIDED: tl.constexpr):  # type: ignore[no-untyped-def]
     """-> conditional, unconditional and guided logits at columns o_v, -inf beyond the row."""
     b_c = tl.load(p_c + o_v, mask=o_v < V, other=float("-inf")).to(tl.float32)
     b_u = b_c
@@ -113,7 +123,7 @@ def measure_kernel(  # type: ignore[no-untyped-def]
     all_parts = tl.num_programs(0) * tl.num_programs(1)
     p_part = p_parts + row * tl.num_programs(1) + part
     o_v = part * BLOCK + tl.arange(0, BLOCK)
-    b_c, b_u, b_z = _load(p_cond + row * cond_stride, p_uncond + row * uncond_stride, o_v, V, guidance, GUIDED)
+    b_c, b_u, b_z = _mix(p_cond + row * cond_stride, p_uncond + row * uncond_stride, o_v, V, guidance, GUIDED)
     b_good = b_z < float("inf")  # false for NaN
     if GUIDED:
         b_good = b_good & (b_c < float("inf")) & (b_u < float("inf"))
@@ -146,13 +156,7 @@ def _value(key):  # type: ignore[no-untyped-def]
 def _select(  # type: ignore[no-untyped-def]
     p_c, p_u, V, guidance, top, scale, lowest, limit, GUIDED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """-> the largest logit x for which the logits >= x number (or weigh, if MASS) at least `limit`, and the number (or
-    weight) of those above it. It is not below `lowest`.
-
-    Bisection: measure(>= lo) >= limit > measure(>= hi). Each step moves lo or hi to a logit of the row, so it ends when
-    one value is left. The first steps halve the interval of values, which is quick for the logits of a model; the rest
-    halve that of keys, which is never slow.
-    """
+    """-> cut, not below `lowest`, and the number (or weight, if MASS) of the logits above it."""
     lo, hi = _key(lowest), _key(top) + 1
     above = tl.zeros([], tl.int64)
     step = 0
@@ -164,7 +168,7 @@ def _select(  # type: ignore[no-untyped-def]
         b_next = tl.full([BLOCK], float("inf"), tl.float32)  # the smallest logit >= pivot
         b_previous = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest below it
         for begin in range(0, V, BLOCK):
-            b_z = _load(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
+            b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
             inside = b_z >= pivot
             b_next = tl.minimum(b_next, tl.where(inside, b_z, float("inf")))
             b_previous = tl.maximum(b_previous, tl.where(inside, float("-inf"), b_z))
@@ -203,7 +207,7 @@ def truncate_kernel(  # type: ignore[no-untyped-def]
         if TOP_P:
             b_mass = tl.zeros([BLOCK], tl.int64)
             for begin in range(0, V, BLOCK):
-                b_z = _load(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
+                b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
                 b_mass += tl.where(b_z > cut, _weigh(b_z, top, scale), 0)
             mass = tl.sum(b_mass, 0) + ties * _weigh(cut, top, scale)
             top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
@@ -214,7 +218,7 @@ def truncate_kernel(  # type: ignore[no-untyped-def]
         last = 0  # columns up to which there are fewer than `ties`
         seen = tl.full([], 0, tl.int64)
         for begin in range(0, V, BLOCK):
-            b_z = _load(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
+            b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
             b_ties = seen + tl.cumsum((b_z == cut).to(tl.int32), 0)
             last += tl.sum((b_ties < ties).to(tl.int32), 0)
             seen = tl.max(b_ties, 0)
@@ -252,7 +256,7 @@ def race_kernel(  # type: ignore[no-untyped-def]
     b_time = tl.full([BLOCK // 256, 64], float("inf"), tl.float32)
     b_first = o_v
     for i in tl.static_range(4):
-        b_z = _load(p_c, p_u, o_v + 64 * i, V, guidance, GUIDED)[2]
+        b_z = _mix(p_c, p_u, o_v + 64 * i, V, guidance, GUIDED)[2]
         b_t = tl.abs(top - b_z)  # -0 - 0 is -0, whose bits come before all others
         if not GREEDY:
             b_t = _exponential(b_words[i]) * _exp2(tl.minimum(b_t * scale, 64.0))
@@ -267,7 +271,7 @@ def race_kernel(  # type: ignore[no-untyped-def]
     if tl.atomic_add(p_arrived + row, 1) == parts - 1:
         good = top > float("-inf")  # false for NaN
         token = tl.where(good, (tl.atomic_min(p_first + row, 0x7FFFFFFFFFFFFFFF) & 0x7FFFFFFF).to(tl.int32), 0)
-        picked = _load(p_c, p_u, token, V, guidance, GUIDED)
+        picked = _mix(p_c, p_u, token, V, guidance, GUIDED)
         logp = (picked[2] - top).to(tl.float64) * inverse_temperature - tl.log(total.to(tl.float64))
         logp_c = logp
         if GUIDED:

@@ -135,10 +135,6 @@ class TestPhilox:
         pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
         assert philox4x32(pi, [0xA4093822, 0x299F31D0], 10) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
-    def test_the_published_vector_of_zeros(self) -> None:
-        words = philox(0, torch.tensor([0]), torch.tensor([0]))
-        assert [x.item() for x in words] == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
-
     @settings(deadline=None, max_examples=200)
     @given(
         st.integers(-(2**63), 2**63 - 1),
@@ -149,12 +145,12 @@ class TestPhilox:
         words = torch.stack(philox(seed, torch.tensor(offsets), torch.tensor(call)), dim=1)
         assert words.tolist() == [words_of(seed, o, call) for o in offsets]
 
-    @pytest.mark.parametrize("edge", [0, 2**32 - 1, 2**31, 2**63 - 1, -1, -(2**63)])
-    def test_edges_of_words(self, edge: int) -> None:
-        for seed, offset in ((edge, 0), (0, edge), (edge, edge)):
-            for key in (seed, torch.tensor(seed)):
-                words = philox(key, torch.tensor(offset), torch.tensor(7))
-                assert [x.item() for x in words] == words_of(seed, offset, 7)
+    def test_edges_of_words(self) -> None:
+        for edge in (0, 2**32 - 1, 2**31, 2**63 - 1, -1, -(2**63)):
+            for seed, offset in ((edge, 0), (0, edge), (edge, edge)):
+                for key in (seed, torch.tensor(seed)):
+                    words = philox(key, torch.tensor(offset), torch.tensor(7))
+                    assert [x.item() for x in words] == words_of(seed, offset, 7)
 
     def test_uniform(self) -> None:
         # 2^16 words, as the engine counts them: sample << 32 | token, of rows of 256. 256 cells of 256
@@ -385,23 +381,25 @@ def mixed(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    ("z", "top_k", "top_p", "kept"),
+    ("z", "options", "kept"),
     [
-        ([0.0] * 10, 4, 1.0, [0, 1, 2, 3]),
-        ([0.0] * 10, 0, 0.35, [0, 1, 2, 3]),
-        ([0.0] * 10, 4, 0.6, [0, 1, 2]),  # of what top-k left, not of the whole
-        ([0.0] * 10, 4, 0.5, [0, 1]),  # exactly half: nothing stays beyond it
-        ([-0.0, 0.0, 0.5, -0.0, 0.0], 3, 1.0, [0, 1, 2]),  # both zeros are one
-        ([0.0, -0.0, 0.5, 0.0, -0.0], 4, 0.75, [0, 1, 2]),
-        ([-1.0, 0.0, -1.0, 0.0, -1.0], 4, 0.99, [0, 1, 2, 3]),
-        ([-1.0, 0.0, -1.0, 0.0, -1.0], 4, 0.7, [1, 3]),
-        ([-INF, 0.0, -INF, -INF], 3, 0.9, [1]),
+        ([0.0] * 10, {"top_k": 4}, [0, 1, 2, 3]),
+        ([0.0] * 10, {"top_p": 0.35}, [0, 1, 2, 3]),
+        ([0.0] * 10, {"top_k": 4, "top_p": 0.6}, [0, 1, 2]),  # of what top-k left, not of the whole
+        ([0.0] * 10, {"top_k": 4, "top_p": 0.5}, [0, 1]),  # exactly half: nothing stays beyond it
+        ([-0.0, 0.0, 0.5, -0.0, 0.0], {"top_k": 3}, [0, 1, 2]),  # both zeros are one
+        ([0.0, -0.0, 0.5, 0.0, -0.0], {"top_k": 4, "top_p": 0.75}, [0, 1, 2]),
+        ([-0.0, 0.0], {"temperature": 0.0}, [0]),
+        ([0.0, -0.0], {"temperature": 0.0}, [0]),
+        ([-1.0, -0.0, 0.0, -0.0], {"temperature": 0.0}, [1]),
+        ([-1.0, 0.0, -1.0, 0.0, -1.0], {"top_k": 4, "top_p": 0.99}, [0, 1, 2, 3]),
+        ([-1.0, 0.0, -1.0, 0.0, -1.0], {"top_k": 4, "top_p": 0.7}, [1, 3]),
+        ([-INF, 0.0, -INF, -INF], {"top_k": 3, "top_p": 0.9}, [1]),
     ],
 )
-def test_truncation_of_ties(z: list[float], top_k: int, top_p: float, kept: list[int], impl: str) -> None:
+def test_ties_go_to_the_smaller_ids(z: list[float], options: dict, kept: list[int], impl: str) -> None:
     B = 20 if INTERPRETED else 200
-    options = {"top_k": top_k, "top_p": top_p, "seed": 0, "offset": torch.arange(B)}
-    draw = sample(impl, torch.tensor(z).expand(B, -1), None, **options)
+    draw = sample(impl, torch.tensor(z).expand(B, -1), None, **options, seed=0, offset=torch.arange(B))
     assert draw.token.unique().tolist() == kept
 
 
@@ -489,12 +487,6 @@ class TestRounding:
         z = torch.full((len(offset), 6000), -INF).scatter_(1, pairs, 0.0)
         draw = sample(impl, z, None, seed=0, offset=offset)
         assert torch.equal(draw.token, first)
-
-    @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-    @pytest.mark.parametrize("z", [[-0.0, 0.0], [0.0, -0.0], [-1.0, -0.0, 0.0, -0.0]])
-    def test_zeros_of_both_signs_tie(self, z: list[float], impl: str) -> None:
-        draw = sample(impl, torch.tensor([z]), None, temperature=0.0, seed=0, offset=torch.arange(1))
-        assert draw.token.item() == z.index(0.0)
 
     @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
     @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-9}])
@@ -730,25 +722,16 @@ def test_a_mask_is_that_of_the_draw_alone(dtype: torch.dtype, impl: str) -> None
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_no_rows(impl: str) -> None:
-    none = torch.empty(0, dtype=torch.int64)
-    for uncond in (None, torch.empty(0, 7)):
-        draw = sample(impl, torch.empty(0, 7), uncond, guidance=5.0, top_k=3, seed=0, offset=none)
-        assert draw.token.shape == draw.logp_cond.shape == draw.logp_guided.shape == (0,)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_input_is_left_alone(impl: str) -> None:
-    cond, uncond = grid(4, 9).to(device(impl)), grid(4, 9, seed=1).to(device(impl))
-    before = cond.clone(), uncond.clone()
-    sample(impl, cond, uncond, guidance=5.0, top_k=3, top_p=0.9, seed=0, offset=torch.arange(4))
+def test_input_is_left_alone_gets_no_gradient_and_may_be_empty(impl: str) -> None:
+    cond, uncond = (grid(4, 9, seed=s).to(device(impl)).requires_grad_() for s in (0, 1))
+    before = cond.detach().clone(), uncond.detach().clone()
+    options = {"guidance": 5.0, "top_k": 3, "top_p": 0.9, "seed": 0}
+    draw = sample(impl, cond, uncond, **options, offset=torch.arange(4))
     assert torch.equal(cond, before[0]) and torch.equal(uncond, before[1])
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_logits_that_require_grad_get_none(impl: str) -> None:
-    draw = sample(impl, grid(4, 9).requires_grad_(), None, seed=0, offset=torch.arange(4))
     assert not draw.logp_cond.requires_grad and not draw.logp_guided.requires_grad
+    for other in (None, torch.empty(0, 7)):
+        draw = sample(impl, torch.empty(0, 7), other, **options, offset=torch.empty(0, dtype=torch.int64))
+        assert draw.token.shape == draw.logp_cond.shape == draw.logp_guided.shape == (0,)
 
 
 @pytest.mark.parametrize("impl", [NATIVE])
@@ -781,59 +764,49 @@ class TestCompiler:
         torch._dynamo.reset()  # the implementations before this one count against its recompilations
         compiled = torch.compile(cfg_sample, fullgraph=True, backend="aot_eager")
         seed = torch.tensor(3, device=device(impl))
-        for B in (4, 6):  # the second with B unknown to the compiler
+        truncated = {"top_k": 5, "top_p": 0.9}
+        for B, options in ((4, {}), (4, {"temperature": 0.0}), (4, truncated), (6, truncated)):  # 6 stands for any B
             cond, uncond = (torch.randn(B, 50, device=device(impl)) for _ in range(2))
-            for options in ({}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0}):
-                options |= {"guidance": 5.0, "seed": seed, "offset": torch.arange(B, device=device(impl)), "impl": impl}
-                ours, expected = compiled(cond, uncond, **options), cfg_sample(cond, uncond, **options)
-                assert torch.equal(ours.token, expected.token)
-                torch.testing.assert_close(ours[1:], expected[1:])
+            options |= {"guidance": 5.0, "seed": seed, "offset": torch.arange(B, device=device(impl)), "impl": impl}
+            ours, expected = compiled(cond, uncond, **options), cfg_sample(cond, uncond, **options)
+            assert torch.equal(ours.token, expected.token)
+            torch.testing.assert_close(ours[1:], expected[1:])
         if device(impl) == "cpu":
             cond[2, 7] = math.nan
             with pytest.raises((RuntimeError, ValueError), match="not finite"):
                 compiled(cond, uncond, **options)
 
 
+def row_2(columns: slice, value: float) -> Tensor:
+    """[4, 9] zeros but for some columns of row 2."""
+    z = torch.zeros(4, 9)
+    z[2, columns] = value
+    return z
+
+
+GOOD, LAST, ALL = torch.zeros(4, 9), slice(8, 9), slice(None)
+HIDING = row_2(LAST, -INF)  # hides a bad logit from the guided ones
+BAD_ROWS = [
+    ("cond logits of row 2 .*every token masked", row_2(ALL, -INF), None),
+    ("uncond logits of row 2 .*every token masked", row_2(slice(2), -INF), row_2(ALL, -INF)),
+    ("guided logits of row 2 .*every token masked", row_2(slice(2), -INF), row_2(slice(2, 9), -INF)),
+    ("guided logits of row 0 .*not finite", torch.full((4, 9), 3e38), torch.full((4, 9), -3e38)),  # the mix overflows
+]
+for _bad in (row_2(LAST, math.nan), row_2(LAST, INF)):
+    BAD_ROWS += [("cond logits of row 2 are not finite", _bad, uncond) for uncond in (None, GOOD, HIDING)]
+    BAD_ROWS += [("uncond logits of row 2 are not finite", cond, _bad) for cond in (GOOD, HIDING)]
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9}, {"temperature": 0.0}]
 )
-@pytest.mark.parametrize("bad", [math.nan, INF])
-def test_a_row_that_is_not_finite_is_named(bad: float, options: dict, impl: str) -> None:
+def test_a_row_without_an_answer_is_named(options: dict, impl: str) -> None:
     if device(impl) == "cuda":
         pytest.skip("an assertion on the device")
-    options = {**options, "seed": 0, "offset": torch.arange(4)}
-    good, broken = torch.zeros(4, 9), torch.zeros(4, 9)
-    broken[2, 8] = bad
-    with pytest.raises(ValueError, match="^cond logits of row 2 are not finite"):
-        sample(impl, broken, None, **options)
-    with pytest.raises(ValueError, match="^cond logits of row 2 are not finite"):
-        sample(impl, broken, good, guidance=5.0, **options)
-    with pytest.raises(ValueError, match="^uncond logits of row 2 are not finite"):
-        sample(impl, good, broken, guidance=5.0, **options)
-    good[2, 8] = -INF  # which hides it from the guided logits
-    with pytest.raises(ValueError, match="^uncond logits of row 2 are not finite"):
-        sample(impl, good, broken, guidance=5.0, **options)
-    with pytest.raises(ValueError, match="^cond logits of row 2 are not finite"):
-        sample(impl, broken, good, guidance=5.0, **options)
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("options", [{}, {"top_k": 2, "top_p": 0.9}, {"temperature": 0.0}])
-def test_a_row_without_a_token_is_named(options: dict, impl: str) -> None:
-    if device(impl) == "cuda":
-        pytest.skip("an assertion on the device")
-    options = {**options, "seed": 0, "offset": torch.arange(2)}
-    masked, left, right = torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 4)
-    masked[1], left[1, :2], right[1, 2:] = -INF, -INF, -INF
-    with pytest.raises(ValueError, match="cond logits of row 1 .*every token masked"):
-        sample(impl, masked, None, **options)
-    with pytest.raises(ValueError, match="uncond logits of row 1 .*every token masked"):
-        sample(impl, left, masked, guidance=5.0, **options)
-    with pytest.raises(ValueError, match="guided logits of row 1 .*every token masked"):
-        sample(impl, left, right, guidance=5.0, **options)
-    with pytest.raises(ValueError, match="guided logits of row 0 .*not finite"):  # the mix overflows
-        sample(impl, torch.full((2, 4), 3e38), torch.full((2, 4), -3e38), guidance=5.0, **options)
+    for message, cond, uncond in BAD_ROWS:
+        with pytest.raises(ValueError, match="^" + message):
+            sample(impl, cond, uncond, guidance=5.0, **options, seed=0, offset=torch.arange(4))
 
 
 @gpu

@@ -1,4 +1,4 @@
-// Guidance, temperature, top-k, top-p, one draw and both log-probs of each row; the formulas are those of cfg_sample.py.
+// The C++ kernel of `cfg_sample`, which is explained in cfg_sample.py.
 // Logits are read from memory once; what follows works on the guided logits of one row, which stay in L2. This file must
 // be compiled with -ffp-contract=off (CMakeLists.txt): a fused multiply-add would round the race differently from the
 // other implementations.
@@ -17,7 +17,7 @@ constexpr int64_t kLanes = 64, kChunk = 4 * kLanes;  // tokens that one word, or
 constexpr int64_t kSerial = 32768;  // fewer logits than this cost less than waking a second thread
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// 2^40 * 2^d, truncated. e is 0 or a normal float32 in [2^-126, 1], so its bits hold the mantissa and the shift.
+// 2^40 * 2^d, truncated. 2^d is 0 or a normal float32 in [2^-126, 1], so its bits hold the mantissa and the shift.
 BICOT_INLINE int64_t weigh(float z, float top, float scale) {
   const uint32_t bits = bits_from_float(exp2_nonpositive((z - top) * scale));
   const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
@@ -30,21 +30,21 @@ struct Mix {
   bool good;
 };
 
-// The guided logits z of a row and, where there is guidance, the conditional ones x as floats.
+// The guided logits z of a row and, where there is guidance, the conditional ones c as floats.
 template <class T>
-BICOT_INLINE Mix mix_row(const T* c, const T* u, int64_t V, float guidance, float* x, float* z) {
+BICOT_INLINE Mix mix_row(const T* cond, const T* uncond, int64_t V, float guidance, float* c, float* z) {
   float top = -kInf, top_c = -kInf;
   int32_t bad = 0;
   for (int64_t begin = 0; begin < V; begin += kBlock) {
     const int64_t end = std::min(V, begin + kBlock);
-    for (int64_t j = begin; !u && j < end; ++j) z[j] = load(c + j);
+    for (int64_t j = begin; !uncond && j < end; ++j) z[j] = load(cond + j);
 #pragma omp simd reduction(max : top_c) reduction(| : bad)
-    for (int64_t j = begin; j < (u ? end : begin); ++j) {
-      const float given = load(c + j), other = load(u + j), mixed = other + guidance * (given - other);
-      x[j] = given;
-      z[j] = (given < other ? given : other) == -kInf ? -kInf : mixed;
-      bad |= !(given < kInf) | !(other < kInf);  // true for NaN
-      top_c = given > top_c ? given : top_c;
+    for (int64_t j = begin; j < (uncond ? end : begin); ++j) {
+      const float z_c = load(cond + j), z_u = load(uncond + j), mixed = z_u + guidance * (z_c - z_u);
+      c[j] = z_c;
+      z[j] = (z_c < z_u ? z_c : z_u) == -kInf ? -kInf : mixed;
+      bad |= !(z_c < kInf) | !(z_u < kInf);  // true for NaN
+      top_c = z_c > top_c ? z_c : top_c;
     }
 #pragma omp simd reduction(max : top) reduction(| : bad)
     for (int64_t j = begin; j < end; ++j) {
@@ -56,11 +56,11 @@ BICOT_INLINE Mix mix_row(const T* c, const T* u, int64_t V, float guidance, floa
 }
 
 // target_clones does not apply to templates: one plain function for each dtype.
-BICOT_CLONES Mix mix(const float* c, const float* u, int64_t V, float guidance, float* x, float* z) {
-  return mix_row(c, u, V, guidance, x, z);
+BICOT_CLONES Mix mix(const float* cond, const float* uncond, int64_t V, float guidance, float* c, float* z) {
+  return mix_row(cond, uncond, V, guidance, c, z);
 }
-BICOT_CLONES Mix mix(const bfloat16* c, const bfloat16* u, int64_t V, float guidance, float* x, float* z) {
-  return mix_row(c, u, V, guidance, x, z);
+BICOT_CLONES Mix mix(const bfloat16* cond, const bfloat16* uncond, int64_t V, float guidance, float* c, float* z) {
+  return mix_row(cond, uncond, V, guidance, c, z);
 }
 
 struct Key {
@@ -201,10 +201,7 @@ struct Selected {
   int64_t above;
 };
 
-// The largest logit x for which the logits >= x number (or weigh) at least `limit`, and the number (or weight) of those
-// above it. Bisection: measure(>= lo) >= limit > measure(>= hi). Each step moves lo or hi to a logit of the row, so it
-// ends when one value is left. The first steps halve the interval of values, which is quick for the logits of a model;
-// the rest halve that of keys, which is never slow.
+// The cut, and the number (or weight) of the logits above it.
 template <class Measure>
 Selected select(float top, int64_t limit, Measure measure) {
   int64_t lo = key(-kInf), hi = key(top) + 1, above = 0;
@@ -221,7 +218,7 @@ Selected select(float top, int64_t limit, Measure measure) {
   return {value(lo), above};
 }
 
-struct Options {
+struct Options {  // in the order of `Options` in cfg_sample_triton.py
   float guidance;
   double inverse_temperature;
   float scale;
@@ -237,11 +234,11 @@ void truncate(float* z, int64_t V, float top, const Options& o) {
     keep(z, V, s.cut, o.top_k - s.above);
   }
   if (o.top_p < 1) {
-    const auto mass = [=](float pivot) { return weigh_above(z, V, pivot, top, o.scale); };
-    const int64_t total = mass(-kInf).measure;
-    // below the total: top_p <= 1 - 2^-53 takes off at least what rounding the total to a double may have added
-    const int64_t limit = std::max(static_cast<int64_t>(static_cast<double>(total) * o.top_p), int64_t{1});
-    const Selected s = select(top, limit, mass);
+    const auto measure = [=](float pivot) { return weigh_above(z, V, pivot, top, o.scale); };
+    const int64_t mass = measure(-kInf).measure;
+    // below the mass: top_p <= 1 - 2^-53 takes off at least what rounding the mass to a double may have added
+    const int64_t limit = std::max(static_cast<int64_t>(static_cast<double>(mass) * o.top_p), int64_t{1});
+    const Selected s = select(top, limit, measure);
     const int64_t weight = weigh(s.cut, top, o.scale);
     keep(z, V, s.cut, (limit - s.above + weight - 1) / weight);
   }
@@ -253,11 +250,11 @@ void sample(const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_
             int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (B * V > kSerial)
   {
-    const std::unique_ptr<float[]> z(new float[V]), x(new float[uncond ? V : 0]);
+    const std::unique_ptr<float[]> z(new float[V]), c(new float[uncond ? V : 0]);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < B; ++i) {
       const T* u = uncond ? uncond + i * uncond_stride : nullptr;
-      const Mix row = mix(cond + i * cond_stride, u, V, o.guidance, x.get(), z.get());
+      const Mix row = mix(cond + i * cond_stride, u, V, o.guidance, c.get(), z.get());
       token[i] = 0;
       logp_cond[i] = logp_guided[i] = std::numeric_limits<float>::quiet_NaN();
       if (!row.good) continue;
@@ -275,7 +272,7 @@ void sample(const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_
       const int64_t v = o.greedy ? std::find(z.get(), z.get() + V, row.top) - z.get() : drawn.first;
       token[i] = v;
       logp_guided[i] = logp(z[v], row.top, sum);
-      logp_cond[i] = uncond ? logp(x[v], row.top_c, race(x.get(), V, row.top_c, o.scale, false, key).sum) : logp_guided[i];
+      logp_cond[i] = uncond ? logp(c[v], row.top_c, race(c.get(), V, row.top_c, o.scale, false, key).sum) : logp_guided[i];
     }
   }
 }
