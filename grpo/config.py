@@ -1,13 +1,13 @@
 """Every setting of a run, its default and its meaning.
 
-Defaults are the published ones of T2I-R1 (Janus-Pro-7B) where it has the setting, and settings bear the names of TRL's
-GRPOConfig where that has them.
+If T2I-R1 (Janus-Pro-7B) has a setting, its published value is the default here. If TRL's GRPOConfig has a setting, it
+has the same name here. grpo/limits.py says which values are allowed.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..kernels.group_advantages import Combine, Scale
@@ -17,144 +17,164 @@ from ..model.engine import KVDtype
 from ..model.policy import PUBLISHED_FREEZE
 from ..model.prompts import ChatTemplate
 from ..rewards.config import RewardConfig, words_of
+from .limits import PER_STREAM, STREAMS, require_combinations, require_values
 
-TRACKERS = {"tensorboard", "wandb", "trackio"}
-STREAMS = ("text", "image")
 PerStream = float | dict[str, float]  # one number, or one for each of STREAMS
-PER_STREAM = ("beta", "epsilon", "epsilon_high", "entropy_coef")
 
 
 @dataclass
 class Config:
-    """A run.
+    """All settings of a run.
 
     Args:
-        model_name_or_path: Janus checkpoint, in Hugging Face layout or DeepSeek's: a folder or a hub id.
-        dtype: of the policy's weights; bfloat16 trains through float32 master weights.
-        freeze: prefixes of parameter names that do not train.
-        lora_r: rank of LoRA adapters (PEFT), which then train instead of the weights; 0 = none.
-        lora_alpha: adapters are scaled by lora_alpha / lora_r.
-        lora_dropout: of the adapters' input, but not of adapted heads.
-        lora_target_modules: linear layers that get adapters, by the last part of their name, outside `freeze`.
-        gradient_checkpointing: recompute activations in the backward pass. true recomputes all: the least memory, about
-            a third more time. selective recomputes no matrix product: a third less memory, little more time. auto takes
-            the first of false, selective and true that fits this GPU.
-        attn_implementation: of training: sdpa is PyTorch's, padded; varlen (PyTorch), flash_attn and xformers pad
-            nothing, and need a GPU and bfloat16. auto is the fastest of them on the first rows, timed on each rank.
-        distributed: what several ranks share: ddp nothing, deepspeed (ZeRO) masters, gradients and weights as its JSON
-            says; auto is deepspeed where `deepspeed` is given.
-        deepspeed: DeepSpeed's JSON, such as configs/zero2.json; what is "auto" there is taken from these settings.
-        ddp_timeout: seconds that ranks wait for each other before the run ends; not while rank 0 writes.
-        train_file: prompts in T2I-R1's JSONL schema.
-        eval_file: held-out prompts in the same schema, scored before and after training; null = none.
-        eval_steps: score them every so many steps too, and after the last, with the same draws; null = do not.
-        skip_bad_prompts: leave out prompts that cannot be read or scored, and list them; otherwise they are an error.
-        num_eval_generations: samples of each held-out prompt.
-        chat_template: role names of the prompts; t2i_r1 as published, janus as the model was tuned.
+        model_name_or_path: Janus checkpoint, a folder or a hub id, in Hugging Face layout or in DeepSeek's own.
+        dtype: data type of the policy's weights. bfloat16 weights are trained through float32 master weights.
+        freeze: parameters whose names begin with one of these prefixes are not trained.
+        lora_r: rank of LoRA adapters (PEFT), which are trained instead of the weights; 0 = no adapters.
+        lora_alpha: the output of the adapters is scaled by lora_alpha / lora_r.
+        lora_dropout: dropout on the input of the adapters. Adapters of the heads have none.
+        lora_target_modules: linear layers that get adapters, by the last part of their name. Layers that `freeze`
+            covers get none.
+        gradient_checkpointing: recompute activations in the backward pass to save memory. true recomputes all of them,
+            which needs the least memory and about a third more time. selective recomputes everything but the matrix
+            products, which saves a third of the memory and costs little time. auto takes the first of false, selective
+            and true that fits this GPU.
+        attn_implementation: attention kernel of training. sdpa is PyTorch's and pads the sequences. varlen (PyTorch),
+            flash_attn and xformers do not pad, and need a GPU and bfloat16. auto times them on the first sequences on
+            each rank and takes the fastest.
+        distributed: how several ranks share the model. With ddp each rank holds all of it. With deepspeed (ZeRO) they
+            divide master weights, gradients and weights as its JSON says. auto is deepspeed if `deepspeed` is set,
+            otherwise ddp.
+        deepspeed: DeepSpeed's JSON file, such as configs/zero2.json. Values that are "auto" there are taken from these
+            settings.
+        ddp_timeout: seconds that ranks wait for each other before the run ends. The time in which rank 0 writes files
+            does not count.
+        train_file: training prompts in T2I-R1's JSONL schema.
+        eval_file: held-out prompts in the same schema, which are scored before and after training; null = none.
+        eval_steps: also score the held-out prompts every eval_steps steps and after the last step, each time with the
+            same random draws; null = only before and after training.
+        skip_bad_prompts: leave out and list the prompts that cannot be read or scored. With false, such a prompt is an
+            error.
+        num_eval_generations: number of samples for each held-out prompt.
+        chat_template: role names in the prompts; t2i_r1 = those of T2I-R1, janus = those that the model was tuned with.
         system_prompt: first line of the planning prompt; null = bicot's own.
-        reasoning_prompt_path: file with the planning instruction, `{}` where the prompt goes; null = bicot's own.
-        num_generations: G, samples of one prompt.
-        per_device_train_batch_size: prompts of one micro-batch on one device.
-        gradient_accumulation_steps: micro-batches of one step; all of them are rolled out together.
-        micro_batch_tokens: most tokens of one micro-batch, a prompt counted once for its group; the two settings above
-            then only multiply to the prompts of a step. A group that fits is not cut, and a sample never is. The loss
-            stays the same. auto takes the most that fits this GPU, after gradient_checkpointing, and is null without a
-            GPU; null = per_device_train_batch_size prompts. verl's ppo_max_token_len_per_gpu.
-        max_completion_length: most tokens of a plan.
-        temperature: of the plan.
-        top_k: of the plan, 0 = all tokens.
-        top_p: of the plan.
-        image_temperature: of the picture.
-        image_top_k: of the picture, 0 = all tokens.
-        image_top_p: of the picture.
-        cfg_weight: classifier-free guidance of the picture, 1 = none.
-        eval_cfg_weight: that of held-out evaluation; null = cfg_weight.
-        rollout_max_rows: most rows of one decode step (a guided picture takes two).
-        rollout_kv_gib: limit of the KV cache in GiB, kept for the whole run; null = half of the GPU memory
-            that is free when it grows. Less makes smaller chunks.
-        rollout_kv_dtype: auto = that of the weights; fp8 = half the memory of bfloat16, at a small error, and slower.
-        rollout_kv_release: give the KV cache back after each rollout; CUDA graphs are then captured anew each step.
-        dynamic_sampling: rounds in which others replace prompts whose samples all have one reward (DAPO); 0 = none.
-        rewards: what scores the pictures.
-        reward_weights: one for each of rewards.names, null = all 1.
-        scale_rewards: what centred rewards are divided by.
-        multi_objective_aggregation: how several rewards become one advantage.
-        beta: weight of the KL to the initial model; 0 loads no reference model. This, epsilon, epsilon_high and
-            entropy_coef take one number, or one for each stream: {text: 0.01, image: 0.0}.
-        reference_device: cpu = the initial model waits in host memory, and is on the GPU for its own pass alone.
-        sync_ref_model: the reference follows the policy: every ref_model_sync_steps steps it becomes
+        reasoning_prompt_path: file with the planning instruction, in which `{}` stands for the prompt; null = bicot's
+            own.
+        num_generations: group size G, the number of samples for each prompt.
+        per_device_train_batch_size: number of prompts in a micro-batch on each device.
+        gradient_accumulation_steps: number of micro-batches in a step. Their samples are drawn together, before the
+            first of them is trained on.
+        micro_batch_tokens: maximum number of tokens in a micro-batch, where a group's prompt counts once. The two
+            settings above then only say how many prompts a step has, which is their product. A group that fits is not
+            split, and a sample never is. The loss stays the same. auto takes the largest number that fits this GPU
+            (after gradient_checkpointing is chosen), and is null without a GPU; null = per_device_train_batch_size
+            prompts. verl calls this ppo_max_token_len_per_gpu.
+        max_completion_length: maximum number of tokens in a plan.
+        temperature: sampling temperature of the plan.
+        top_k: sample each token of the plan from the top_k most probable ones; 0 = from all.
+        top_p: sample each token of the plan from the most probable ones that together have probability top_p; 1 = from
+            all.
+        image_temperature: sampling temperature of the picture.
+        image_top_k: the same as top_k, for the picture.
+        image_top_p: the same as top_p, for the picture.
+        cfg_weight: weight of classifier-free guidance for the picture; 1 = no guidance.
+        eval_cfg_weight: cfg_weight in held-out evaluation; null = the same as in training.
+        rollout_max_rows: maximum number of sequences in a decode step. A picture with guidance counts as two.
+        rollout_kv_gib: maximum size of the KV cache in GiB; null = half of the GPU memory that is free when the cache
+            grows. The cache is kept for the whole run. With less memory, the rollout is drawn in smaller chunks.
+        rollout_kv_dtype: data type of the KV cache; auto = that of the weights, fp8 = half the memory of bfloat16, with
+            a small error, and slower.
+        rollout_kv_release: free the KV cache after each rollout. CUDA graphs are then captured again in each step.
+        dynamic_sampling: maximum number of rounds in which other prompts replace those whose samples all have the same
+            reward (DAPO); 0 = none.
+        rewards: the rewards that score the pictures.
+        reward_weights: one weight for each of rewards.names; null = all 1.
+        scale_rewards: standard deviation by which centred rewards are divided, that of the group or of the batch; none
+            = do not divide.
+        multi_objective_aggregation: how several rewards become one advantage; add the rewards and then normalise the
+            sum, or normalise each reward and then add.
+        beta: weight of the KL to the initial model; with 0 no reference model is loaded. beta, epsilon, epsilon_high
+            and entropy_coef take one number, or one for each stream, such as {text: 0.01, image: 0.0}.
+        reference_device: cpu = keep the reference model in host memory, and copy it to the GPU for its forward pass.
+        sync_ref_model: let the reference model follow the policy. Every ref_model_sync_steps steps it becomes
             ref_model_mixup_alpha · policy + (1 - ref_model_mixup_alpha) · reference.
         ref_model_sync_steps: see sync_ref_model.
         ref_model_mixup_alpha: see sync_ref_model.
-        kl_estimator: Schulman's k1, k2 or k3.
-        use_bias_correction_kl: multiply the KL by the ratio, so that its gradient is that of the reverse KL; TRL's
-            default is true.
-        loss_type: normalisation and clipping of the loss; dapo divides by all tokens of the step, bnpo by those of the
-            micro-batch, as the published code does.
-        policy_logits: which log-probs train; conditional as published, guided those the picture was drawn from.
-        detach_uncond: of guided log-probs, no gradient goes through the unconditional rows, as in ReasonGen-R1.
+        kl_estimator: Schulman's estimator of the KL, k1, k2 or k3.
+        use_bias_correction_kl: multiply the KL by the ratio, so that its gradient is the gradient of the reverse KL.
+            TRL's default is true.
+        loss_type: how the loss is normalised and clipped. dapo divides by the number of tokens in the step, bnpo by the
+            number in the micro-batch, as the published code does.
+        policy_logits: which log-probs are trained; conditional = those without guidance, as published, guided = those
+            of the distribution that the picture was sampled from.
+        detach_uncond: with guided log-probs, let no gradient flow through the unconditional sequences, as in
+            ReasonGen-R1.
         epsilon: lower clip range of the ratio.
-        epsilon_high: upper clip range, null = epsilon.
-        delta: second upper bound of the ratio, null = none.
+        epsilon_high: upper clip range of the ratio; null = the same as epsilon.
+        delta: upper bound of the ratio that holds for negative advantages too (two-sided clipping); null = none.
         entropy_coef: weight of the entropy bonus.
-        entropy_target: adapt entropy_coef so that the mean entropy of tokens, in nats, does not fall below this: one
-            number, or one for each stream; null = entropy_coef stays.
-        entropy_coef_delta: how much it changes in a step.
-        entropy_coef_min: least that it becomes.
-        entropy_coef_max: most that it becomes.
-        token_weights: function `package.module:name` that weighs each token's term of the loss, such as
-            examples.entropy_selective:weights; null = all tokens weigh 1, at no cost.
-        num_iterations: optimizer updates on one rollout.
-        importance_sampling_level: ratios of single tokens, or of sequences: one for a sample's plan and picture (GSPO).
-            loss_type gspo is grpo with it.
-        importance_sampling_correction: weigh tokens by ratios of training to sampling log-probs, as
-            importance_sampling_mode says.
-        importance_sampling_mode: ratios of tokens or of sequences (plan and picture); one above
-            importance_sampling_clip_max becomes that bound (truncate) or 0 (mask).
-        importance_sampling_clip_max: bound of those weights.
-        off_policy_mask_threshold: samples of negative advantage have no policy loss where the mean of sampling minus
-            training log-probs of their tokens is above it (DeepSeek-V3.2); null = none.
-        mask_truncated_completions: plans cut off at max_completion_length do not train, and the loss does not count
-            their tokens; their pictures do.
-        optim: adamw_torch_fused keeps float32 masters; adamw_8bit (torchao) keeps none, and moments of 8 bits: a third
-            of the memory. Its bfloat16 weights are rounded at random.
-        learning_rate: of AdamW.
-        adam_beta1: of AdamW.
-        adam_beta2: of AdamW.
-        adam_epsilon: of AdamW.
-        weight_decay: of AdamW.
-        max_grad_norm: gradient clipping.
-        ema_decay: of a float32 average of the trained weights, updated after each optimizer update; it is evaluated in
-            their place, and saved as a model in a checkpoint's folder ema; null = none.
-        lr_scheduler_type: transformers' name of the schedule.
-        warmup_steps: of the schedule.
-        max_steps: steps (rollout and update) of the whole run; the schedule ends there.
-        stop_after: end this run after that step with a checkpoint, the schedule as it is; null = run to the end.
-        seed: of everything.
-        output_dir: where everything is written.
+        entropy_target: adapt entropy_coef so that the mean entropy of the tokens, in nats, does not fall below this
+            target. One number, or one for each stream; null = keep entropy_coef.
+        entropy_coef_delta: how much entropy_coef changes in a step, with entropy_target.
+        entropy_coef_min: lower limit of entropy_coef, with entropy_target.
+        entropy_coef_max: upper limit of entropy_coef, with entropy_target.
+        token_weights: function `package.module:name` that gives each token's term of the loss a weight, such as
+            examples.entropy_selective:weights; null = all tokens have weight 1, at no cost.
+        num_iterations: number of optimizer updates on each rollout.
+        importance_sampling_level: token = one ratio for each token, sequence = one ratio for a sample's plan and
+            picture together (GSPO). loss_type gspo is grpo with sequence.
+        importance_sampling_correction: weight tokens by the ratio of their probabilities in training and in sampling,
+            as importance_sampling_mode says.
+        importance_sampling_mode: whether these weights are ratios of tokens or of sequences (plan and picture), and
+            whether a weight above importance_sampling_clip_max becomes that bound (truncate) or 0 (mask).
+        importance_sampling_clip_max: upper bound of these weights.
+        off_policy_mask_threshold: leave a sample with negative advantage out of the policy loss if the mean difference
+            between sampling and training log-probs of its tokens is above this threshold (DeepSeek-V3.2); null = none.
+        mask_truncated_completions: do not train plans that are cut off at max_completion_length, and do not count their
+            tokens in the loss. Their pictures are trained.
+        optim: adamw_torch_fused keeps float32 master weights. adamw_8bit (torchao) keeps none, stores its moments in
+            8 bits, and rounds bfloat16 weights stochastically; it needs a third of the memory.
+        learning_rate: learning rate of AdamW.
+        adam_beta1: beta1 of AdamW.
+        adam_beta2: beta2 of AdamW.
+        adam_epsilon: epsilon of AdamW.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: clip gradients to this norm.
+        ema_decay: decay of an exponential moving average of the trained weights, in float32. The average is evaluated
+            instead of the weights, and saved as a model in a checkpoint's folder ema; null = no average.
+        lr_scheduler_type: name of the learning rate schedule in transformers.
+        warmup_steps: number of warm-up steps of the learning rate schedule.
+        max_steps: number of steps (rollout and update) of the whole run; the schedule ends there.
+        stop_after: end this run after that step with a checkpoint. The schedule does not change; null = run to
+            max_steps.
+        seed: seed of all random numbers.
+        output_dir: folder where everything is written.
         overwrite_output_dir: delete an earlier run in output_dir.
-        move_output_dir: move an earlier run in output_dir to output_dir-1, or the first number that is free, unless
-            overwrite_output_dir deletes it. Without either setting, an earlier run is an error.
-        resume: auto (newest checkpoint in output_dir, or a new run if there is none), a checkpoint folder, or null.
-        stop_on_alarm: save a checkpoint and end where an alarm is raised, such as a reward that stays constant.
-        save_steps: write a checkpoint every so many steps; there is always one at the end.
-        save_total_limit: keep that many newest checkpoints, null = all.
-        load_best_model_at_end: write a checkpoint where an evaluation is the best so far, keep the last of these beyond
-            save_total_limit, and show it as the result at the end.
-        metric_for_best_model: the metric by which evaluations are compared; its name begins with heldout/.
-        greater_is_better: whether more of it is better.
-        sample_steps: write a grid of samples every so many steps, 0 = never.
-        save_rollouts: folder where each step's rollout is written, a file for each rank: prompts, plans, tokens,
-            log-probs and scores; null = none.
-        save_rollout_images: the pictures too.
-        replay: train from the rollouts of this folder, with neither engine nor rewards; null = draw them.
-        rollout_only: only draw, score and save rollouts, all with the initial model: no reference, optimizer or update.
-        profile: instead of training, write to this .json where a step's time goes, its picture and trace beside it.
-        push_to_hub: upload the trained model to the Hugging Face Hub at the end; the login is checked at the start.
-        hub_model_id: repository there, such as user/name; null = output_dir's name, under your own.
-        hub_private_repo: whether a repository that is made then is private; null = as the hub's organisation has it.
-        report_to: trackers besides metrics.jsonl: tensorboard, wandb, trackio. This, freeze and reward_weights take a
-            list, or one string with commas.
+        move_output_dir: move an earlier run in output_dir to output_dir-1, or the first number that is free.
+            overwrite_output_dir has precedence. Without either setting, an earlier run is an error.
+        resume: a checkpoint folder to continue from; auto = the newest checkpoint in output_dir, or a new run if there
+            is none; null = a new run.
+        stop_on_alarm: save a checkpoint and end the run if an alarm is raised, such as a reward that stays constant.
+        save_steps: write a checkpoint every save_steps steps. There is always one at the end.
+        save_total_limit: number of newest checkpoints to keep; null = all.
+        load_best_model_at_end: write a checkpoint whenever an evaluation is the best so far, keep the last of these in
+            addition to save_total_limit, and report it as the result at the end.
+        metric_for_best_model: metric by which evaluations are compared. Its name begins with heldout/.
+        greater_is_better: whether a higher value of that metric is better.
+        sample_steps: write a grid of samples every sample_steps steps; 0 = never.
+        save_rollouts: folder in which each rank writes a file with the rollout of each step, which has prompts, plans,
+            tokens, log-probs and scores; null = none.
+        save_rollout_images: write the pictures of the rollouts too.
+        replay: train on the rollouts in this folder, without engine and rewards; null = draw new ones.
+        rollout_only: draw, score and save rollouts of the initial model, and train nothing. No reference model and no
+            optimizer are loaded.
+        profile: instead of training, measure where a step's time goes and write it to this .json, with a picture and a
+            trace beside it.
+        push_to_hub: upload the trained model to the Hugging Face Hub at the end. The login is checked at the start.
+        hub_model_id: repository on the hub, such as user/name; null = the name of output_dir, under your own user.
+        hub_private_repo: whether a repository that the run creates is private; null = the default of its owner.
+        report_to: trackers in addition to metrics.jsonl, any of tensorboard, wandb and trackio. report_to, freeze and
+            reward_weights take a list, or one string with commas.
     """
 
     model_name_or_path: str = "deepseek-community/Janus-Pro-7B"
@@ -268,81 +288,17 @@ class Config:
     report_to: list[str] | str = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.freeze, self.report_to = words_of(self.freeze), words_of(self.report_to)
-        self.lora_target_modules = words_of(self.lora_target_modules)
-        _require(self.lora_r >= 0, "lora_r", self.lora_r, "0 or more")
-        _require(self.lora_alpha > 0, "lora_alpha", self.lora_alpha, "above 0")
-        _require(0 <= self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "in [0, 1)")
-        _require(bool(self.lora_target_modules), "lora_target_modules", self.lora_target_modules, "at least one name")
-        _require(set(self.report_to) <= TRACKERS, "report_to", self.report_to, f"any of {', '.join(sorted(TRACKERS))}")
-        for name in ("num_generations", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in (
-            "num_iterations",
-            "max_completion_length",
-            "save_steps",
-            "num_eval_generations",
-            "ref_model_sync_steps",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("stop_after", "save_total_limit", "eval_steps"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1, or null")
-        _require(
-            self.num_generations >= 2, "num_generations", self.num_generations, "at least 2: one alone has no advantage"
-        )
-        tokens = self.micro_batch_tokens
-        _require(
-            tokens in (None, "auto") or int(tokens) >= 1, "micro_batch_tokens", tokens, "at least 1, auto, or null"
-        )
-        _require(self.rollout_max_rows >= 1, "rollout_max_rows", self.rollout_max_rows, "at least 1")
-        kv_gib = self.rollout_kv_gib
-        _require(kv_gib is None or kv_gib > 0, "rollout_kv_gib", kv_gib, "above 0, or null")
-        for name in ("temperature", "image_temperature"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0: greedy samples are all alike")
-        positive = (
-            "ddp_timeout",
-            "max_grad_norm",
-            "adam_epsilon",
-            "importance_sampling_clip_max",
-            "entropy_coef_delta",
-        )
-        for name in positive:
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        threshold = self.off_policy_mask_threshold
-        _require(threshold is None or threshold > 0, "off_policy_mask_threshold", threshold, "above 0, or null")
-        _require(self.delta is None or self.delta > 0, "delta", self.delta, "above 0, or null")
-        least, most = self.entropy_coef_min, self.entropy_coef_max
-        _require(0 <= least <= most, "entropy_coef_min", least, f"0 or more, and not above entropy_coef_max={most}")
-        for name in (*PER_STREAM, "entropy_target"):
-            value = getattr(self, name)
-            one_each = not isinstance(value, dict) or set(value) == set(STREAMS)
-            _require(one_each, name, value, f"one number, or one for each of {' and '.join(STREAMS)}")
-            for label, number in _labelled(name, value):
-                _require(number is None or math.isfinite(number), label, number, "finite")
-                if name in ("beta", "entropy_coef"):
-                    _require(number >= 0, label, number, "0 or more")
-                else:
-                    optional = ", or null" if name in ("epsilon_high", "entropy_target") else ""
-                    _require(number is None or number > 0, label, number, f"above 0{optional}")
-        for name in ("adam_beta1", "adam_beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        alpha, decay = self.ref_model_mixup_alpha, self.ema_decay
-        _require(0 < alpha <= 1, "ref_model_mixup_alpha", alpha, "in (0, 1]")
-        _require(decay is None or 0 < decay < 1, "ema_decay", decay, "in (0, 1), or null")
-        for name in ("learning_rate", "weight_decay", "top_k", "image_top_k", "sample_steps"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(0 <= self.dynamic_sampling <= 1000, "dynamic_sampling", self.dynamic_sampling, "0 to 1000")
-        _require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
-        for name in ("top_p", "image_top_p"):
-            _require(0 < getattr(self, name) <= 1, name, getattr(self, name), "in (0, 1]")
-        for item in fields(self):
-            value = getattr(self, item.name)
-            _require(not isinstance(value, float) or math.isfinite(value), item.name, value, "finite")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
-        names = self.rewards.names
-        _require(bool(names), "rewards.names", names, "at least one reward, such as scene or my_module:MyReward")
-        weights = self.reward_weights
+        for name in ("freeze", "lora_target_modules", "report_to"):
+            setattr(self, name, words_of(getattr(self, name)))
+        require_values(self)
+        self._check_rewards()
+        require_combinations(self)
+
+    def _check_rewards(self) -> None:
+        """Make `reward_weights` a list of numbers, one for each reward. Raises ValueError if it cannot be that."""
+        names, weights = self.rewards.names, self.reward_weights
+        if not names:
+            raise ValueError(f"rewards.names={names} must be at least one reward, such as scene or my_module:MyReward")
         if isinstance(weights, (str, int, float)):
             try:
                 weights = self.reward_weights = [float(word) for word in words_of(str(weights))]
@@ -350,84 +306,34 @@ class Config:
                 raise ValueError(f"reward_weights={weights!r} must be numbers") from None
         if weights is not None and len(weights) != len(names):
             raise ValueError(f"reward_weights has {len(weights)} entries for {len(names)} rewards {names}")
-        _require(all(map(math.isfinite, weights or [])), "reward_weights", weights, "finite")
-        if self.distributed not in ("auto", "deepspeed" if self.deepspeed else "ddp"):
-            needs = "a file, such as configs/zero2.json" if self.deepspeed is None else "null"
-            raise ValueError(f"distributed={self.distributed} needs deepspeed={needs}")
-        if self.attn_implementation not in ("sdpa", "auto") and self.dtype != "bfloat16":
-            name = self.attn_implementation
-            raise ValueError(f"attn_implementation={name} needs dtype=bfloat16, not {self.dtype}")
-        if self.deepspeed and self.optim != "adamw_torch_fused":
-            raise ValueError(f"optim={self.optim} does not go with deepspeed: it trains with adamw_torch_fused")
-        if self.micro_batch_tokens is not None and (why := self.needs_equal_micro_batches):
-            raise ValueError(f"micro_batch_tokens does not go with {why}: leave one out")
-        if self.ema_decay is not None and self.deepspeed:
-            raise ValueError("ema_decay does not go with deepspeed, which holds the weights in shares: leave one out")
-        if self.sync_ref_model and (self.lora_r or not self.kl_streams):
-            why = "beta is 0: there is none" if not self.lora_r else "lora_r: it is the policy without adapters"
-            raise ValueError(f"sync_ref_model moves the reference model, which does not go with {why}")
-        if self.reference_device and self.lora_r:
-            raise ValueError(
-                "reference_device=cpu does not go with lora_r: the reference is the policy without adapters"
-            )
-        if self.rollout_only and (self.save_rollouts is None or self.replay or self.resume):
-            raise ValueError("rollout_only needs save_rollouts, and neither replay nor resume")
-        if self.replay and self.save_rollouts:
-            raise ValueError("replay reads rollouts, and save_rollouts would write the same again: leave one out")
-        if self.detach_uncond and self.policy_logits != "guided":
-            raise ValueError("detach_uncond needs policy_logits=guided: otherwise no unconditional row trains")
-        if self.importance_sampling_mode != "token_truncate" and not self.importance_sampling_correction:
-            raise ValueError(
-                f"importance_sampling_mode={self.importance_sampling_mode} needs importance_sampling_correction=true"
-            )
-        if self.eval_steps and not self.eval_file:
-            raise ValueError(f"eval_steps={self.eval_steps} needs eval_file, the prompts to score")
-        if self.rewards.heldout and not self.eval_file:
-            raise ValueError(f"rewards.heldout={self.rewards.heldout} needs eval_file, the prompts to score")
-        if self.load_best_model_at_end and (not self.eval_steps or self.replay or self.rollout_only):
-            raise ValueError("load_best_model_at_end needs eval_steps, and neither replay nor rollout_only")
-        if self.hub_model_id and not self.push_to_hub:
-            raise ValueError(f"hub_model_id={self.hub_model_id!r} needs push_to_hub=true")
-        if self.push_to_hub and self.rollout_only:
-            raise ValueError("push_to_hub needs a model that trains, not rollout_only")
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError("loss_type=cispo clips its weights at epsilon_high: set it (5.0 is recommended)")
+        if not all(map(math.isfinite, weights or [])):
+            raise ValueError(f"reward_weights={weights!r} must be finite")
 
     def of_stream(self, stream: str) -> dict[str, Any]:
-        """beta, epsilon, epsilon_high and entropy_coef of the text or the image."""
+        """The values of beta, epsilon, epsilon_high and entropy_coef for the text stream or the image stream."""
         values = {name: getattr(self, name) for name in PER_STREAM}
         return {name: value[stream] if isinstance(value, dict) else value for name, value in values.items()}
 
     @property
     def kl_streams(self) -> tuple[str, ...]:
-        """The streams with a KL to the reference; none need no reference."""
+        """The streams whose beta is not 0. Without any, no reference model is needed."""
         return tuple(stream for stream in STREAMS if self.of_stream(stream)["beta"])
 
     @property
     def needs_equal_micro_batches(self) -> str:
-        """The setting for which it matters where micro-batches are cut, and why; empty if there is none."""
+        """The setting that forbids cutting micro-batches by tokens, and why; empty if there is none."""
         if self.deepspeed:
-            return "deepspeed, which wants as many micro-batches on each rank"
+            return "deepspeed, which wants the same number of micro-batches on each rank"
         if self.loss_type == "bnpo":
             return "loss_type=bnpo, which averages over each micro-batch"
         return "token_weights, whose function sees whole micro-batches" if self.token_weights else ""
 
     @property
     def micro_batch(self) -> int:
-        """Samples of one micro-batch on one device, where micro_batch_tokens is null."""
+        """Number of samples in a micro-batch on one device, if micro_batch_tokens is null."""
         return self.per_device_train_batch_size * self.num_generations
 
     @property
     def prompts_per_device(self) -> int:
-        """Prompts of one step on one device."""
+        """Number of prompts in a step on one device."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-
-def _labelled(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The numbers of a setting, with their names on the command line."""
-    return [(f"{name}.{key}", one) for key, one in value.items()] if isinstance(value, dict) else [(name, value)]
-
-
-def _require(ok: bool, name: str, value: object, what: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}={value!r} must be {what}")
