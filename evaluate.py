@@ -1,12 +1,12 @@
-"""A prompt set in, pictures out in the folders that a benchmark's scorer reads; our own rewards with intervals.
+"""Draw the pictures of a benchmark into the folders that its scorer reads, or score them with bicot's rewards.
 
     python evaluate.py --prompts evaluation_metadata.jsonl --format geneval --model MODEL --output DIR
     python evaluate.py --prompts color_val.txt --format t2i_compbench --model MODEL --output DIR
     torchrun --nproc-per-node 8 evaluate.py --prompts dpg_bench/prompts --format dpg --model MODEL --output DIR
     python evaluate.py --prompts heldout.jsonl --format bicot --rewards.names scene --model MODEL --output DIR
-    python evaluate.py … --model OTHER --output DIR2 --compare DIR          # differences, paired by prompt
+    python evaluate.py … --model OTHER --output DIR2 --compare DIR          # compare two models, prompt by prompt
 
-The same command goes on where it stopped; the pictures do not depend on that, nor on the number of ranks.
+If it is stopped, the same command goes on. The pictures depend neither on that nor on the number of ranks.
 `grpo/benchmarks.py` lists the formats.
 """
 
@@ -39,14 +39,15 @@ from bicot.rewards.ensemble import RewardEnsemble
 
 
 def parse_args(words: list[str]) -> tuple[Any, RewardConfig]:
-    parser = ArgumentParser(description="Draw the pictures of a benchmark; score them.", allow_abbrev=False)
-    parser.add_argument("--prompts", nargs="+", required=True, help="files; for wise and dpg also a folder of them")
-    parser.add_argument("--format", choices=list(BENCHMARKS), required=True, help="of the prompts and the pictures")
-    parser.add_argument("--num_generations", type=int, help="pictures of each prompt (default: the benchmark's)")
+    parser = ArgumentParser(description="Draw and score the pictures of a benchmark.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--prompts", nargs="+", required=True, help="prompt files; for wise and dpg also a folder of them")
+    add("--format", choices=list(BENCHMARKS), required=True, help="format of the prompts and pictures")
+    add("--num_generations", type=int, help="number of pictures for each prompt (default: that of the benchmark)")
     add_options(parser)
-    parser.add_argument("--plan", choices=["auto", "off"], default="auto", help="auto = the model plans; off = no plan")
-    parser.add_argument("--output", default="outputs/evaluate", help="folder of the pictures")
-    parser.add_argument("--compare", help="output folder of another evaluation of the same prompts, for bicot")
+    add("--plan", choices=["auto", "off"], default="auto", help="auto = the model plans; off = no plan")
+    add("--output", default="outputs/evaluate", help="folder to write the pictures to")
+    add("--compare", help="with --format bicot: the output folder of another evaluation, to compare with")
     parser.add_class_arguments(RewardConfig, "rewards")
     args = parser.parse_args(words)
     check_options(parser, args)
@@ -59,7 +60,7 @@ def parse_args(words: list[str]) -> tuple[Any, RewardConfig]:
 def settings_to_keep(
     args: Any, settings: RolloutSettings, prompts: list[Prompt], num_generations: int
 ) -> dict[str, Any]:
-    """What the pictures depend on."""
+    """Everything that the pictures depend on. The output folder keeps it, so that other pictures are not mixed in."""
     texts = "\0".join(f"{prompt.name}\0{prompt.text}\0{prompt.metadata}" for prompt in prompts)
     return {
         "format": args.format,
@@ -76,6 +77,7 @@ def settings_to_keep(
 
 
 def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
+    """Draw the pictures that are missing, and with --format bicot score all of them."""
     output, benchmark = Path(args.output), BENCHMARKS[args.format]
     number = args.num_generations or benchmark.num_generations
     prompts = benchmark.load([Path(path) for path in args.prompts])
@@ -107,7 +109,7 @@ def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
 
 
 def share(pictures: list[Picture], ranks: Ranks) -> list[Picture]:
-    """This rank's pictures: the prompts that have any are dealt out one by one."""
+    """This rank's part of the pictures. Prompts are dealt out to the ranks in turn, each with all of its pictures."""
     prompts = dict.fromkeys(picture.prompt for picture in pictures)
     mine = set(list(prompts)[ranks.rank :: ranks.size])
     return [picture for picture in pictures if picture.prompt in mine]
@@ -123,7 +125,7 @@ def report(
     device: torch.device,
     ranks: Ranks,
 ) -> None:
-    """Score the pictures; print and write what is found."""
+    """Score the pictures, print the means, and write scores.json, samples.jsonl and scores.png."""
     output = Path(args.output)
     samples = score(ensemble, prompts, pictures, output, device, ranks)
     if not ranks.main:
@@ -163,6 +165,7 @@ def main(words: list[str]) -> None:
 
 
 def run() -> None:
+    """The command line, as `python evaluate.py`."""
     with one_line_errors(sys.argv, "; the same command goes on"):
         main(sys.argv[1:])
 

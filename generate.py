@@ -7,9 +7,10 @@
     python generate.py "a red circle" --plan "red circle at top ."                       # your plan; off = none
     python generate.py --prompt_file rows.jsonl --best_of 16 --rewards.names scene       # the best of 16 by the rewards
 
-Writes each picture as it comes, with prompt, plan, seed and settings in its PNG text chunks, and at the end a grid of
-the first ones. Prompt texts and sampling are those of the checkpoint's bicot.json, or the published ones; options
-override them. A picture depends on its own seed alone: `--seed 7 --num_generations 1` draws the one of seed 7 again.
+Each picture is written as soon as it is drawn. Its PNG text chunks hold the prompt, plan, seed and settings. At the end
+a grid of the first pictures is written. Chat prompts and sampling settings come from the checkpoint's bicot.json, or
+else are the published ones; options override them. A picture depends on its own seed alone, so that
+`--seed 7 --num_generations 1` draws the picture of seed 7 again.
 """
 
 import argparse
@@ -40,69 +41,68 @@ from bicot.grpo.report import draw_grid
 from bicot.model.adapters import adapter_base
 from bicot.model.generation import Generation, generate
 from bicot.model.policy import load_policy
-from bicot.model.settings import RolloutSettings
+from bicot.model.settings import RolloutSettings, Sampling
 from bicot.rewards.base import Example
 from bicot.rewards.ensemble import RewardEnsemble
 
 TOY = Path(__file__).resolve().parent / "toy" / "assets"
-GRID = 64  # most pictures of the grid
-REWARDS = ("config", "rewards.names", "rewards.options", "reward_weights")  # options that train.py has too
+GRID = 64  # maximum number of pictures in the grid
+REWARDS = ("config", "rewards.names", "rewards.options", "reward_weights")  # the same options as in train.py
 SAMPLING_OPTIONS = {
-    "cfg_weight": (float, "classifier-free guidance of the picture, 1 = none"),
-    "temperature": (float, "of the plan, 0 = greedy"),
-    "top_k": (int, "of the plan, 0 = all tokens"),
-    "image_temperature": (float, "of the picture, 0 = greedy"),
-    "max_completion_length": (int, "most tokens of the plan"),
+    "cfg_weight": (float, "weight of classifier-free guidance for the picture; 1 = no guidance"),
+    "temperature": (float, "sampling temperature of the plan; 0 = greedy"),
+    "top_k": (int, "sample each token of the plan from this many most probable ones; 0 = from all"),
+    "image_temperature": (float, "sampling temperature of the picture; 0 = greedy"),
+    "max_completion_length": (int, "maximum number of tokens in a plan"),
 }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Which checkpoint draws, and how; evaluate.py has them too."""
-    parser.add_argument("--model", default=str(TOY), help="checkpoint or adapter folder, or hub id (default: the toy)")
+    """Add the options that generate.py and evaluate.py share: which checkpoint draws, and how."""
+    add, saved = parser.add_argument, "(default: the checkpoint's)"
+    add("--model", default=str(TOY), help="checkpoint or adapter folder, or hub id (default: the toy)")
     for name, (kind, text) in SAMPLING_OPTIONS.items():
-        parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: the checkpoint's)")
-    parser.add_argument("--chat_template", choices=["t2i_r1", "janus"], help="(default: the checkpoint's)")
-    parser.add_argument("--system_prompt", help="of the planning prompt (default: the checkpoint's)")
-    parser.add_argument(
-        "--reasoning_prompt_path", help="file with the planning instruction (default: the checkpoint's)"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+        add(f"--{name}", type=kind, help=f"{text} {saved}")
+    add("--chat_template", choices=["t2i_r1", "janus"], help=f"role names in the prompts {saved}")
+    add("--system_prompt", help=f"first line of the planning prompt {saved}")
+    add("--reasoning_prompt_path", help=f"file with the planning instruction {saved}")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="data type of the weights")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--seed", type=int, default=0, help="seed of the first picture; the others count up from it")
+    add("--debug", action="store_true", help="show where an error came from")
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends the program where one of `add_options`, or --num_generations, has no such value."""
+    """End the program if --num_generations or an option of `add_options` has a value that it may not have."""
     if args.num_generations is not None and args.num_generations < 1:
         parser.error(f"--num_generations {args.num_generations} must be at least 1")
-    for name, least in (("max_completion_length", 1), ("temperature", 0), ("image_temperature", 0), ("top_k", 0)):
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"--{name} {value} must be a number that is at least {least}")
-    if args.cfg_weight is not None and not math.isfinite(args.cfg_weight):
-        parser.error(f"--cfg_weight {args.cfg_weight} must be finite")
+    try:
+        Sampling(**sampling_of(args))
+    except ValueError as error:
+        parser.error(f"--{error}")
 
 
-def parse_args() -> argparse.Namespace:
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings that the command line gives."""
+    return {name: value for name in SAMPLING_OPTIONS if (value := getattr(args, name)) is not None}
+
+
+def parse_args(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
-    parser.add_argument("prompts", nargs="*", help="prompts; - = the lines of standard input")
-    parser.add_argument("--prompt_file", help="a prompt a line, or JSONL rows with a prompt; - = standard input")
-    parser.add_argument("--num_generations", type=int, help="pictures of each prompt (default: 4; with --best_of 1)")
-    parser.add_argument(
-        "--plan", default="auto", help="auto = the model plans; off = no plan; any other text = the plan"
-    )
+    add = parser.add_argument
+    add("prompts", nargs="*", help="prompts; - = read them from standard input, one on each line")
+    add("--prompt_file", help="file with a prompt on each line, as text or as JSON; - = standard input")
+    add("--num_generations", type=int, help="pictures to keep of each prompt (default: 4; with --best_of 1)")
+    add("--plan", default="auto", help="auto = the model plans; off = no plan; any other text = the plan")
     add_options(parser)
-    parser.add_argument("--output", default="outputs/generate/grid.png", help="the grid; pictures go beside it")
-    parser.add_argument(
-        "--json", action="store_true", help="a line of JSON for each picture on stdout, nothing else there"
-    )
-    parser.add_argument("--best_of", type=int, metavar="N", help="draw N pictures of each prompt, keep the best")
-    parser.add_argument("--config", help="of --best_of: a YAML file of train.py, for its rewards")
-    parser.add_argument("--rewards.names", help="of --best_of: which rewards, as for train.py")
-    parser.add_argument("--rewards.options", help="of --best_of: their options, as for train.py")
-    parser.add_argument("--reward_weights", help="of --best_of: a number for each of them (default: 1)")
-    args = parser.parse_args()
+    add("--output", default="outputs/generate/grid.png", help="PNG file of the grid; pictures go beside it")
+    add("--json", action="store_true", help="print a line of JSON for each picture to stdout, and nothing else")
+    add("--best_of", type=int, metavar="N", help="draw N pictures of each prompt and keep the best")
+    add("--config", help="with --best_of: take the rewards of this YAML file of train.py")
+    add("--rewards.names", help="with --best_of: names of the rewards, as for train.py")
+    add("--rewards.options", help="with --best_of: options of the rewards, as for train.py")
+    add("--reward_weights", help="with --best_of: one weight for each reward (default: 1)")
+    args = parser.parse_args(words)
     check_options(parser, args)
     given = [f"--{name}" for name in REWARDS if getattr(args, name) is not None]
     if args.best_of is None and given:
@@ -119,19 +119,18 @@ def parse_args() -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> RolloutSettings:
-    """The checkpoint's settings with the command line's over them."""
+    """The checkpoint's settings, overridden by the options of the command line."""
     saved = RolloutSettings.load(args.model, adapter_base(args.model) or args.model)
-    given = {name: getattr(args, name) for name in SAMPLING_OPTIONS if getattr(args, name) is not None}
     texts = {
         name: getattr(args, name) for name in ("chat_template", "system_prompt") if getattr(args, name) is not None
     }
     if args.reasoning_prompt_path:
         texts["reasoning_prompt"] = Path(args.reasoning_prompt_path).read_text(encoding="utf-8").strip()
-    return RolloutSettings(replace(saved.prompts, **texts), replace(saved.sampling, **given))
+    return RolloutSettings(replace(saved.prompts, **texts), replace(saved.sampling, **sampling_of(args)))
 
 
 def rewards_of(args: argparse.Namespace) -> RewardEnsemble:
-    """The rewards of --best_of, as train.py has them; those that it only monitors are left out."""
+    """The rewards of --best_of, built as train.py builds them, without those that a run only monitors."""
     words = [f"--{name}={value}" for name in REWARDS if (value := getattr(args, name)) is not None]
     config = parse_config(words)
     rewards = replace(config.rewards, monitor=[], heldout=[])
@@ -139,7 +138,7 @@ def rewards_of(args: argparse.Namespace) -> RewardEnsemble:
 
 
 def draw(args: argparse.Namespace, examples: list[Example], settings: RolloutSettings) -> Iterator[list[Ranked]]:
-    """The pictures as they come: each alone, or with --best_of all of a prompt, best first."""
+    """Draw and yield groups: one picture at a time, or with --best_of all pictures of a prompt, best first."""
     ensemble = rewards_of(args) if args.best_of else None
     if ensemble:
         require_scores(ensemble, examples)
@@ -154,7 +153,7 @@ def draw(args: argparse.Namespace, examples: list[Example], settings: RolloutSet
 
 
 def save(picture: Generation, path: Path, checkpoint: str, settings: RolloutSettings) -> None:
-    """A PNG that says in its text chunks how to draw it again."""
+    """Write a picture as a PNG whose text chunks say how to draw it again."""
     info = PngInfo()
     cfg_weight = settings.sampling.cfg_weight
     texts = {"prompt": picture.prompt, "plan": picture.plan, "seed": picture.seed, "checkpoint": checkpoint}
@@ -166,7 +165,7 @@ def save(picture: Generation, path: Path, checkpoint: str, settings: RolloutSett
 
 
 def row_of(one: Ranked, group: list[Ranked], path: Path) -> dict[str, Any]:
-    """What --json says of a picture that is kept; null = the reward does not apply."""
+    """The object that --json prints for a picture. A score is null where the reward does not apply."""
     row = {"prompt": one.picture.prompt, "plan": one.picture.plan, "seed": one.picture.seed, "file": str(path)}
     if one.scores:
         by_seed = sorted(group, key=lambda other: other.picture.seed)
@@ -176,11 +175,11 @@ def row_of(one: Ranked, group: list[Ranked], path: Path) -> dict[str, Any]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """The same for people."""
+    """The same as a line for people to read."""
     numbers = [f"{row['seed']:>8}"]
     if "score" in row:
-        there = [score for score in row["scores_of_all"] if score is not None]
-        scores = (row["score"], statistics.fmean(there), *row["scores"].values())
+        scored = [score for score in row["scores_of_all"] if score is not None]
+        scores = (row["score"], statistics.fmean(scored), *row["scores"].values())
         numbers += [f"{'–':>8}" if score is None else f"{score:8.3f}" for score in scores]
     text = " ".join(f"{row['prompt']} -> {row['plan']}".split())
     return "  ".join([*numbers, Path(row["file"]).name, text])
@@ -191,26 +190,26 @@ def _number(score: float) -> float | None:
 
 
 def write_grid(samples: list[Sample], path: Path) -> None:
-    """A row of pictures below each prompt, or where none has two pictures, the prompt under each."""
+    """Write the grid: each prompt above its pictures, or below its picture if no prompt has two pictures."""
     rows: dict[str, list[Sample]] = {}
     for sample in samples:
         rows.setdefault(sample.prompt, []).append(replace(sample, prompt=""))
     draw_grid({"": samples} if len(rows) == len(samples) else rows, path)
 
 
-def main() -> None:
-    args = parse_args()
+def main(words: list[str]) -> None:
+    args = parse_args(words)
     logging.disable_progress_bar()
     files = [*["-"] * ("-" in args.prompts), *([] if args.prompt_file is None else [args.prompt_file])]
     examples = [bare(prompt) for prompt in args.prompts if prompt != "-"]
     examples += [example for file in files for example in read_prompts(file)]
     out = sys.stdout
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():  # whatever else may print
+    with redirect_stdout(sys.stderr) if args.json else nullcontext():  # libraries may print too
         write_pictures(args, examples, out)
 
 
 def write_pictures(args: argparse.Namespace, examples: list[Example], out: TextIO) -> None:
-    """Draw and write; a line for each picture goes to `out`."""
+    """Draw and save the pictures and the grid. Print a line for each picture to `out`."""
     settings, grid = settings_of(args), Path(args.output)
     shown: list[Sample] = []
     count = 0
@@ -238,7 +237,7 @@ def write_pictures(args: argparse.Namespace, examples: list[Example], out: TextI
 def run() -> None:
     """The command line, as `python generate.py` and as `bicot-generate`."""
     with one_line_errors(sys.argv):
-        main()
+        main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from bicot.grpo.view import viewing
 
 
 def main(words: list[str]) -> None:
-    logging.disable_progress_bar()  # one bar is enough
+    logging.disable_progress_bar()  # the run has a progress bar of its own
     config, options = parse(words)
     if options.dry_run:
         print(dry_run(config, options.gpus, options.gpu_gib))

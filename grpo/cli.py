@@ -1,4 +1,4 @@
-"""Settings from a YAML file, and from the command line over it."""
+"""Settings from a YAML file, overridden by options of the command line."""
 
 from __future__ import annotations
 
@@ -47,44 +47,49 @@ def _keys(cls: Any) -> list[str]:
 
 
 def build_parser(description: str, defaults: Sequence[str] = ()) -> ArgumentParser:
-    """`--config FILE`, every field of Config as an option, `--print_config`, `--help`; `defaults` are files."""
+    """The parser of train.py, with every field of Config as an option.
+
+    Args:
+        description: what `--help` says of the program.
+        defaults: configuration files whose values `--help` shows as the defaults.
+    """
     parser = _Parser(
         allow_abbrev=False,
         description=description,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]",
         default_config_files=list(defaults),
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; options after it override it")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings; later options override it")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
-    parser.add_argument("--dry_run", action="store_true", help="print the memory plan, without a GPU, and end")
-    parser.add_argument("--gpus", type=int, default=1, help="of --dry_run: how many GPUs the run will have")
-    parser.add_argument("--gpu_gib", type=float, default=80.0, help="of --dry_run: memory of one GPU in GiB")
-    parser.add_argument("--force_memory", action="store_true", help="run although the memory plan does not fit")
+    parser.add_argument("--dry_run", action="store_true", help="print the memory plan and end; needs no GPU")
+    parser.add_argument("--gpus", type=int, default=1, help="with --dry_run: number of GPUs of the run")
+    parser.add_argument("--gpu_gib", type=float, default=80.0, help="with --dry_run: memory of one GPU in GiB")
+    parser.add_argument("--force_memory", action="store_true", help="run even if the memory plan does not fit the GPU")
     parser.add_argument(
         "--view",
         type=int,
         nargs="?",
         const=0,
         metavar="PORT",
-        help="serve curves and samples to a browser, live; 0: any",
+        help="show curves and samples live in a browser, at this port or any free one",
     )
     parser.add_class_arguments(Config)
     return parser
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The Config of `parse`."""
+    """The Config that `parse` returns."""
     return parse(argv)[0]
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, Any]:
-    """Config, and the options that are no settings; without `--config` the toy's file is the base.
+    """Parse a command line -> the Config, and a namespace with the options that are no settings.
 
-    Paths are relative to the working directory; one that is not there is looked up in bicot's own folder, so that the
-    toy's settings, or a printed copy of them, work from anywhere.
+    Without `--config`, the toy's settings are read first. Paths are relative to the working directory. A path that does
+    not exist there is looked up in bicot's own folder, so that the toy's settings work from any directory.
 
     Raises:
-        SystemExit: an unknown setting (the nearest valid one is named), or a value of the wrong type or out of range.
+        SystemExit: a setting is unknown (the message names the nearest one), or a value has the wrong type or range.
     """
     words = list(argv)
     if not any(word == "--config" or word.startswith("--config=") for word in words):
@@ -95,10 +100,10 @@ def parse(argv: Sequence[str]) -> tuple[Config, Any]:
     for file in files:
         if problem := _problem_of(file):
             parser.error(f"--config {file}: {problem}" if file else "--config needs a file")
-    if {"-h", "--help"} & set(words):  # it shows the defaults of the files, which otherwise are settings like others
+    if {"-h", "--help"} & set(words):  # show the values of the files as the defaults
         parser = build_parser("Train a Janus model with BiCoT-GRPO.", files)
     for word in words:
-        if single := re.match(r"--rewards\.options\.([^.=]+)\.", word):  # jsonargparse would forget the others
+        if single := re.match(r"--rewards\.options\.([^.=]+)\.", word):  # jsonargparse would drop the other options
             parser.error(
                 f"{word}: give all options of one reward, as --rewards.options.{single[1]} '{{path: …, dtype: …}}'"
             )
@@ -115,7 +120,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Any]:
 
 
 def _problem_of(file: str) -> str | None:
-    """What makes a config file unreadable, in one line. One that is not there is the parser's to name."""
+    """Why a configuration file cannot be read, in one line, or None. If it does not exist, the parser says so."""
     if file and not Path(file).is_file():
         return None
     try:

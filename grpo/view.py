@@ -1,7 +1,8 @@
-"""The live view: a run's page, as report.html has it, served to this machine's browsers while the run lasts or after.
+"""The live view serves a run's page, with the contents of report.html, to browsers of this machine.
 
-It reads the run's folder alone: the run may last still, have ended, or be another machine's copy. It imports no torch.
-Who asks must know a token, and the browser runs no script but the one below, whatever a prompt or plan says.
+It reads nothing but the run's folder, so the run may be in progress, have ended, or be a copy from another machine. It
+does not import torch, so that it starts fast. A request must carry a secret token. The browser runs no script but the
+one below, even if a prompt or a plan contains one.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from werkzeug import Response
 
 _NAMES = ("127.0.0.1", "localhost")
-_NOW = ("metrics.jsonl", "run.json", "summary.json")  # what changes as a run goes on
+_NOW = ("metrics.jsonl", "run.json", "summary.json")  # files that change during a run
 _SCRIPT = """
 const main = document.querySelector("main"), note = document.querySelector("#note")
 let seen = null
@@ -95,28 +96,28 @@ _HEADERS = {
 
 
 class Run:
-    """What the folder says of a run, now."""
+    """Reads the folder of a run and renders its page."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
-        self._read: tuple[int, int] = (0, 0)  # which metrics.jsonl, and how much of it
-        self._turn = threading.Lock()
+        self._read: tuple[int, int] = (0, 0)  # inode of metrics.jsonl, and how many bytes of it are in `rows`
+        self._lock = threading.Lock()
 
     def stamp(self) -> str:
-        """Another one after each change."""
+        """A hash that changes whenever the page changes."""
         found = [os.stat(path) for name in _NOW if (path := self.folder / name).exists()]
         state = [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
         return hashlib.sha256(repr((state, self._alive())).encode()).hexdigest()[:16]
 
     def page(self, token: str, step: str | None = None) -> str:
-        """The page, with the samples of `step`, or the latest."""
-        with self._turn:
+        """The page with the samples of `step`, or else the latest samples."""
+        with self._lock:
             self._read_on()
             return document(self.folder.resolve().name, *self._parts(token, step))
 
     def _read_on(self) -> None:
-        """Metrics that are new; all of them where a run that goes on, or another run, has written the file anew."""
+        """Read the metrics that are new, or all of them if the file has been replaced, as a resumed run does."""
         try:
             file = open(self.folder / "metrics.jsonl", "rb")  # noqa: SIM115
         except FileNotFoundError:
@@ -129,7 +130,7 @@ class Run:
                 self.rows, place = [], 0
             file.seek(place)
             lines = file.read().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):  # it is being written
+            if lines and not lines[-1].endswith(b"\n"):  # the run is writing it
                 lines.pop()
             self._read = (stat.st_ino, place + sum(map(len, lines)))
         for line in lines:
@@ -138,7 +139,7 @@ class Run:
                 self.rows.append(row)
 
     def _parts(self, token: str, step: str | None) -> tuple[str, str, str]:
-        """Content, head and script of the page."""
+        """The content, the additional head and the script of the page."""
         about, summary = _object(self.folder / "run.json"), _object(self.folder / "summary.json")
         settings, last = about.get("settings", {}), self.rows[-1]["step"] if self.rows else 0
         ended = self._ended(summary, last)
@@ -175,14 +176,14 @@ class Run:
         return f"<p>{said}. Last written: <time datetime='{written}'>{written}</time></p>"
 
     def _ended(self, summary: dict[str, Any], last: int) -> bool:
-        """Whether the summary is of these steps, and not of those that a run which goes on has begun with."""
+        """Whether the run has ended. A resumed run begins with the summary of the run before, which does not count."""
         if not self.rows or summary.get("steps") != last:
             return False
         written = [os.stat(self.folder / name).st_mtime_ns for name in ("metrics.jsonl", "summary.json")]
         return not self._alive() or written[0] <= written[1]
 
     def _alive(self) -> bool:
-        """Whether the process that holds or held the folder is there, on this machine."""
+        """Whether the process that locked the folder is running on this machine."""
         try:
             found = re.match(r"process (\d+) on (.*)", (self.folder / ".lock").read_text())
             if not found or found[2] != socket.gethostname():
@@ -190,13 +191,13 @@ class Run:
             os.kill(int(found[1]), 0)
         except (FileNotFoundError, ProcessLookupError):
             return False
-        except PermissionError:  # another user's
+        except PermissionError:  # it is another user's process
             return True
         return True
 
 
 def _object(source: Path | bytes) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none, or something else."""
+    """The JSON object in a file or a line; an empty one if it holds no JSON object."""
     try:
         found = json.loads(source.read_bytes() if isinstance(source, Path) else source)
     except (OSError, ValueError):
@@ -205,7 +206,7 @@ def _object(source: Path | bytes) -> dict[str, Any]:
 
 
 def _links(saved: Sequence[Path], shown: Sequence[Path], token: str) -> str:
-    """To the samples of other steps, at most forty, and back to the latest."""
+    """Links to the samples of at most forty steps and to the latest samples."""
     steps = {path.stem: f"{int(path.stem.removeprefix('step-'))}" for path in saved[:: -(-len(saved) // 40) or 1]}
     links = [
         f"<b>{name}</b>"
@@ -217,7 +218,7 @@ def _links(saved: Sequence[Path], shown: Sequence[Path], token: str) -> str:
 
 
 def application(run: Run, token: str) -> Any:
-    """The view as a WSGI application: one page, read by who knows the token."""
+    """The view as a WSGI application with one page, which is shown only to requests with the token."""
     from werkzeug import Request, Response
     from werkzeug.wsgi import host_is_trusted
 
@@ -226,7 +227,7 @@ def application(run: Run, token: str) -> Any:
 
     @Request.application
     def answer(request: Request) -> Response:
-        if not host_is_trusted(request.headers.get("Host"), _NAMES):  # another site's name that leads here
+        if not host_is_trusted(request.headers.get("Host"), _NAMES):  # another site's name (DNS rebinding)
             return said(403, f"The view answers to {' and '.join(_NAMES)} only.")
         if not hmac.compare_digest(request.args.get("token", "").encode(), token.encode()):
             return said(403, "Open the whole address that the view has printed: it ends with a token.")
@@ -246,11 +247,12 @@ def application(run: Run, token: str) -> Any:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket of this machine alone; port 0 is any that is free.
+    """Open a socket that only this machine can reach; port 0 takes any free port.
 
     Raises:
-        ImportError: what serves it is not installed.
-        ValueError, OSError: there is no such port; it cannot be had.
+        ImportError: werkzeug is not installed.
+        ValueError: the port number is out of range.
+        OSError: the port cannot be opened.
     """
     if importlib.util.find_spec("werkzeug") is None:
         raise ImportError('the live view needs werkzeug; pip install -e ".[view]"')
@@ -259,7 +261,7 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server((_NAMES[0], port))
     except OSError as error:
-        reason = os.strerror(error.errno or 0)  # Python's own adds where
+        reason = os.strerror(error.errno or 0)  # the text of Python's exception would repeat the address
         raise OSError(f"the live view cannot have port {port} ({reason}); 0 takes any that is free") from None
 
 
@@ -268,12 +270,12 @@ def address(listening: socket.socket, token: str) -> str:
 
 
 def serve(folder: Path, listening: int, token: str) -> None:
-    """Answer at a socket, by its file descriptor, until the process ends."""
+    """Answer requests at a socket, given as a file descriptor, until the process ends."""
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     class Quiet(WSGIRequestHandler):
         def log(self, type: str, message: str, *args: object) -> None:
-            """Nothing: the addresses hold the token."""
+            """Log nothing, because the addresses contain the token."""
 
     app = application(Run(folder), token)
     make_server(_NAMES[0], 0, app, threaded=True, request_handler=Quiet, fd=listening).serve_forever()
@@ -281,8 +283,11 @@ def serve(folder: Path, listening: int, token: str) -> None:
 
 @contextmanager
 def viewing(folder: str, port: int | None) -> Iterator[None]:
-    """Serve the folder from a process of its own, which takes no time of this one's Python, until the block or this
-    process ends, however that is. Nothing without a port, and on other ranks than 0."""
+    """Serve the folder until the block or this process ends. Do nothing without a port and on ranks other than 0.
+
+    The server is a process of its own, so that it does not compete with training for Python's lock. It ends when its
+    standard input is closed, which happens even if this process is killed.
+    """
     if port is None or os.environ.get("RANK", "0") != "0":
         yield
         return
@@ -293,10 +298,10 @@ def viewing(folder: str, port: int | None) -> Iterator[None]:
             [sys.executable, "-c", code, folder, str(listening.fileno())],
             stdin=subprocess.PIPE,
             pass_fds=[listening.fileno()],
-            start_new_session=True,  # Ctrl-C is for the run, which goes on to the end of its step
+            start_new_session=True,  # Ctrl-C must not reach it: the run still finishes its step
         )
         assert child.stdin
-        with child:  # its input ends with this process
+        with child:  # closes its input at the end
             child.stdin.write(f"{token}\n".encode())
             child.stdin.flush()
             print(f"live view: {address(listening, token)}", flush=True)
@@ -304,20 +309,20 @@ def viewing(folder: str, port: int | None) -> Iterator[None]:
 
 
 def serve_for_parent() -> None:
-    """The other end of `viewing`."""
-    os.nice(10)  # the run goes first
+    """What the process that `viewing` starts runs."""
+    os.nice(10)  # training has priority
     token = sys.stdin.readline().strip()
     threading.Thread(target=serve, args=(Path(sys.argv[1]), int(sys.argv[2]), token), daemon=True).start()
     sys.stdin.read()
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bicot.view", description="Serve a run's page, live, to this machine's browsers."
+        prog="python -m bicot.view", description="Show a run live in a browser of this machine."
     )
     parser.add_argument("run", type=Path, help="the run's folder, its output_dir")
-    parser.add_argument("--port", type=int, default=0, help="0, the default, is any that is free")
-    options = parser.parse_args()
+    parser.add_argument("--port", type=int, default=0, help="port to listen at; 0, the default, takes any free one")
+    options = parser.parse_args(words)
     if not any((options.run / name).exists() for name in (".lock", *_NOW)):
         sys.exit(f"error: {options.run} is no run's folder: it has no metrics.jsonl")
     try:

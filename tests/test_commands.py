@@ -66,8 +66,7 @@ def test_a_command_can_be_typed_in(
         elif words[program] == "evaluate.py":
             evaluate.parse_args(given)
         else:
-            monkeypatch.setattr("sys.argv", words[program:])
-            generate.parse_args()
+            generate.parse_args(given)
     elif "-m" in words:
         assert importlib.util.find_spec(words[words.index("-m") + 1])
     elif "bash" in words:

@@ -32,8 +32,7 @@ def generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["generate.py", *words])
-        program.main()
+        program.main(list(words))
         return capsys.readouterr()
 
     return run
@@ -72,9 +71,9 @@ def test_generate_from_any_checkpoint(generate: Any, tmp_path: Path) -> None:
 def test_generate_refuses(
     words: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["generate.py", "a", *words])
+    monkeypatch.setattr(sys, "argv", ["generate.py"])  # the program's name
     with pytest.raises(SystemExit, match="2"):
-        program.main()
+        program.main(["a", *words])
     assert capsys.readouterr().err.splitlines()[-1] == f"generate.py: error: {line}"
 
 

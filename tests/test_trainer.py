@@ -619,8 +619,7 @@ def test_a_lora_run_goes_on_and_is_merged(
     assert (tmp_path / "merged" / "bicot.json").read_text() == (last / "bicot.json").read_text()
     drawing = ["a red circle", "--model", str(last), "--num_generations", "1", "--output", str(tmp_path / "grid.png")]
     monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["generate.py", *drawing])
-    generate.main()
+    generate.main(drawing)
     assert (tmp_path / "grid.png").is_file()
 
 
