@@ -32,7 +32,7 @@ Where PyTorch sorts to truncate, the kernels look for the smallest logit that st
 logits >= x number (top-k) or weigh (top-p) at least a limit. `select` bisects between lo, which reaches the limit, and
 hi, which does not. Each step moves one of them to a logit of the row, so it ends when one value is left, in some 10 to
 20 walks. The first 16 steps halve the interval of values, which is quick for the logits of a model; the rest halve that
-of their `key`, integers that order like floats, which is never slow. Of the logits equal to `cut` the first `ties` stay.
+of `key`, an integer that orders like the float, which is never slow. Of logits equal to `cut` the first `ties` stay.
 
 The three implementations have the same parts by the same names: mix, weigh, select, truncate, exponential, race.
 

