@@ -18,9 +18,10 @@ from pathlib import Path
 from transformers.utils import logging
 
 from bicot.grpo.cli import parse
-from bicot.grpo.distributed import Ranks, resume_command
+from bicot.grpo.distributed import resume_command
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.plan import dry_run, require_memory
+from bicot.grpo.profile import profile
 from bicot.grpo.trainer import train
 from bicot.grpo.view import viewing
 
@@ -33,17 +34,7 @@ def main(words: list[str]) -> None:
         return
     require_memory(config, options.force_memory)
     if config.profile:
-        from bicot.bench.step_profile import profile
-
-        ranks = Ranks.start(config.ddp_timeout)
-        try:
-            file = Path(config.profile)
-            with ranks.naming_the_lost():
-                profile(config, ranks, file, command=f"python train.py {' '.join(words)}", brief=True)
-            if ranks.main:
-                print(f"more in {file}; picture and trace (for https://ui.perfetto.dev) are beside it")
-        finally:
-            ranks.close()
+        profile(config, Path(config.profile))
     else:
         with viewing(config.output_dir, options.view):
             train(config)

@@ -106,4 +106,4 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("cfg_sample", __doc__, cases))
+    raise SystemExit(main(__doc__, cases))

@@ -8,7 +8,6 @@ as the longest row and is there already, as a static cache of transformers is: n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..kernels.decode_attention import decode_attention
 from ..kernels.dispatch import Impl
 from ..kernels.kv_pool import quantize_fp8
-from .harness import Case, Outputs, Provider, Unavailable, compiled, expect, kernel, main, short
+from .harness import Case, Outputs, Provider, Unavailable, against_eager, kernel, main, short
 
 PREFIX, LONGEST = 160, 736
 DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
@@ -97,27 +96,20 @@ def ours(x: Inputs, *, impl: Impl) -> Outputs:
     ]
 
 
-def truth(x: Inputs) -> Callable[[Outputs], float]:
-    keys, values = padded(x, torch.float64)
-    return expect(attend(x.q.double(), keys, values, x.inside))
-
-
 def case(H: int, E: int, total: Tensor, prefix: int, fp8: bool, dtype: torch.dtype, device: str) -> Case:
     R, impl = len(total), kernel(device)
     size = 1 if fp8 else dtype.itemsize
     shared = int(prefix_lengths(R, prefix).sum()) - (prefix if R > 1 else 0)  # read once for all of its rows
-    return Case(
+    return against_eager(
         {"R": R, "H": H, "E": E, "keys": int(total.max()), "dtype": short(dtype)} | ({"pool": "float8"} if fp8 else {}),
         dtype,
         partial(inputs, H, E, total, prefix, fp8, dtype, device),
-        truth,
-        {
-            "ours": Provider(partial(ours, impl=impl), f'impl="{impl}"'),
-            "eager": Provider(eager, "a gather into padded rows, and SDPA with a mask"),
-            "torch.compile": Provider(compiled(eager), "of eager"),
-            "padded cache": Provider(lambda given: attend(*given), "SDPA with a mask, no gather", static_cache),
-        },
-        bytes=(int(total.sum()) - shared) * 2 * H * (E * size + (4 if fp8 else 0)),
+        partial(ours, impl=impl),
+        eager,
+        impl,
+        notes=("", "a gather into padded rows, and SDPA with a mask"),
+        more={"padded cache": Provider(lambda given: attend(*given), "SDPA with a mask, no gather", static_cache)},
+        floor=(int(total.sum()) - shared) * 2 * H * (E * size + (4 if fp8 else 0)),
     )
 
 
@@ -131,4 +123,4 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("decode_attention", __doc__, cases))
+    raise SystemExit(main(__doc__, cases))

@@ -1,7 +1,6 @@
 """distributed: the toy trained by two ranks, in each way to share a model, against one rank with the same global batch.
 
 python -m bicot.bench.bench_distributed [--modes NAME …] [--tiny] [--output bench/results/distributed_cpu.json]
-
 Each run is `torchrun train.py` with configs/toy.yaml, in processes of one thread on a CPU (gloo). Two ranks take four
 prompts each, and are compared with one rank that adds up two micro-batches of four. That one is compared with one rank
 that takes all eight at once, which shows what rounding alone does to a run. A run follows its baseline to rounding
@@ -11,7 +10,6 @@ reward. Tokens/s are of the update phase, medians of short runs one after the ot
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -31,11 +29,8 @@ from torch import Tensor, nn
 
 from ..grpo import trainer
 from ..grpo.output import METRICS, read_metrics
-from .harness import finish, hardware
-from .report import machine, table
+from .harness import ROOT, command_line, finish, start
 
-ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "python -m bicot.bench.bench_distributed"
 CURVES = ("reward", "loss", "kl")
 PROMPTS, PICTURE = 8, 64  # prompts of a step, tokens of a picture
 EARLY = 10  # steps, looked at closely
@@ -107,13 +102,15 @@ def one_of_the_ranks(folder: Path, words: Sequence[str]) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     notes = {"drawn": NotedTrainer.drawn, "held_mib": NotedTrainer.held / 2**20, "rss_mib": peak}
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(notes))
+    (folder / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(notes))
 
 
 def train(mode: Mode, folder: Path, options: Sequence[str]) -> dict[str, Any]:
     """Run the mode -> what it leaves."""
     folder.mkdir()
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(mode.ranks)]
+    words = [sys.executable]
+    if mode.ranks > 1:
+        words += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(mode.ranks)]
     words += ["-m", "bicot.bench.bench_distributed", "--rank", str(folder), "--output_dir", str(folder / "run")]
     words += ["--per_device_train_batch_size", str(PROMPTS // mode.ranks // mode.micro_batches)]
     words += ["--gradient_accumulation_steps", str(mode.micro_batches), *mode.options, *options]
@@ -176,58 +173,14 @@ def faults(row: dict[str, Any]) -> list[str]:
     return found + [f"held-out reward {before} → {after}"] * (after < before + RISE)
 
 
-def section(result: dict[str, Any]) -> str:
-    rows, rates = [], {row["mode"]: row["tokens_per_s"] for row in result["rows"]}
-    for row in result["rows"]:
-        name, base = row["mode"], row["baseline"]
-        cells = ["", "", "", ""]
-        if name != base:
-            end = f"step {row['same_steps'] + 1} ({row['first_tipped']} of {row['samples']} samples)"
-            cells = [end if row["first_tipped"] else "none"]
-            for key in (f"gaps_of_{EARLY}", "gaps_while_same"):
-                cells.append(
-                    ", ".join(f"{row[key][curve][0]:.0e}".replace("0e+00", "0") for curve in ("loss", "kl") if row[key])
-                )
-            largest, mean = row["gaps"]["reward"]
-            cells.append(f"{mean:.3f}, {largest:.3f}")
-        ratio = "" if name == base else f" ({rates[name] / rates[base]:.2f}×)"
-        memory = [" and ".join(f"{mib:.0f}" for mib in row[key]) for key in ("held_mib", "rss_mib")]
-        rows.append([name, " → ".join(f"{x:.3f}" for x in row["heldout"]), *cells, f"{rates[name]}{ratio}", *memory])
-    header = ["run", "held-out reward", "first draw that differs", f"loss, kl apart in {EARLY} steps", "until then"]
-    header += [
-        "reward apart in the whole run: mean, largest",
-        "tokens/s (of one rank's)",
-        "MiB held by a rank",
-        "peak RSS, MiB",
-    ]
-    said = [f"- {row['mode']}: FAILED: {fault}" for row in result["rows"] for fault in row["faults"]]
-    said += [f"- {entry['mode']}: not run: {entry['reason']}" for entry in result["skipped"]]
-    return f"""## {result["bench"]} on the CPU
-
-`{result["command"]}` on {machine(result)}.
-{result["about"]}
-"Held" are the tensors of weights, reference and optimizer, and DeepSpeed's buffers. {result.get("note", "")}
-
-{table(header, rows)}
-
-Bounds: while draws are the same, equal rewards, and loss and kl within {SAME:g}; in the whole run, rewards at most
-{CHAOS} apart in the mean, and a held-out reward that rises by {RISE}.
-{"".join(f"{line}{chr(10)}" for line in said)}"""
-
-
 def main() -> int:
     if sys.argv[1:2] == ["--rank"]:
         one_of_the_ranks(Path(sys.argv[2]), sys.argv[3:])
         return 0
-    what, _, _, _, *how = (__doc__ or "").strip().splitlines()
-    what = what.removeprefix("distributed: ")
-    parser = argparse.ArgumentParser(description=what)
+    parser = command_line(__doc__)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="and the baselines of these")
-    parser.add_argument("--tiny", action="store_true", help="two small steps: walks the code, measures nothing")
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
-    result: dict[str, Any] = {"bench": "distributed", "about": " ".join([what[0].upper() + what[1:], *how])}
-    result |= {"command": COMMAND, **hardware(), "threads": 1, "device": "cpu", "rows": [], "skipped": []}
+    arguments, result = start(parser, __doc__, "bench_distributed")
+    result |= {"threads": 1, "device": "cpu", "rows": [], "skipped": []}
     wanted = {MODES[name].baseline for name in arguments.modes} | {*arguments.modes}
     names = wanted | {MODES[name].baseline for name in wanted}
     runs: dict[str, Any] = {}
@@ -246,7 +199,6 @@ def main() -> int:
             name = row["mode"]
             short = runs[name] if arguments.tiny else train(MODES[name], Path(folder) / f"{name}, timed", TIMED)
             row["tokens_per_s"] = tokens_per_s(short)
-    print(section(result))
     finish(result, arguments.output)
     return 1 if any(row["faults"] for row in result["rows"]) else 0
 

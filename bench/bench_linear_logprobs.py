@@ -129,4 +129,4 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("linear_logprobs", __doc__, cases))
+    raise SystemExit(main(__doc__, cases))

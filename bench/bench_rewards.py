@@ -296,4 +296,4 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("rewards", __doc__, cases))
+    raise SystemExit(main(__doc__, cases))

@@ -7,14 +7,13 @@ residual read, the sum and the norm written; in training also the sum and both g
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels.rms_norm import add_rms_norm, rms_norm
-from .harness import Case, Outputs, Provider, compiled, expect, kernel, main, short, with_gradients
+from .harness import Case, Outputs, against_eager, kernel, main, short
 
 EPS = 1e-6
 Inputs = tuple[Tensor, Tensor, Tensor]  # x, weight, residual
@@ -35,60 +34,36 @@ def eager(inputs: Inputs) -> Outputs:
     return [weight * hidden.to(x.dtype), residual]
 
 
-def truth(inputs: Inputs) -> Callable[[Outputs], float]:
-    x, weight, residual = (t.double() for t in inputs)
-    return expect(eager((x, weight, residual)))
-
-
-def fresh(inputs: Inputs) -> Inputs:
-    x, weight, residual = inputs
-    return x, weight, residual.clone()
-
-
-def case(N: int, D: int, dtype: torch.dtype, device: str) -> Case:
+def case(N: int, D: int, dtype: torch.dtype, device: str, training: bool = False) -> Case:
     impl = kernel(device)
 
-    def ours(given: Inputs) -> Outputs:
-        x, weight, residual = given
-        return [rms_norm(x, weight, EPS, residual, impl=impl), residual]
+    def in_place(x: Inputs) -> Outputs:
+        return [rms_norm(x[0], x[1], EPS, x[2], impl=impl), x[2]]
 
-    providers = {
-        "ours": Provider(torch.no_grad()(ours), f'impl="{impl}"; adds in place', fresh),
-        "eager": Provider(torch.no_grad()(eager), "transformers"),
-        "torch.compile": Provider(torch.no_grad()(compiled(eager)), "of eager"),
-    }
-    make = partial(inputs, N, D, dtype, device)
-    return Case({"N": N, "D": D, "dtype": short(dtype)}, dtype, make, truth, providers, 4 * N * D * dtype.itemsize)
+    def apart(x: Inputs) -> Outputs:
+        return add_rms_norm(x[0], x[2], x[1], EPS, impl=impl)
 
-
-def training(N: int, D: int, dtype: torch.dtype, device: str) -> Case:
-    impl = kernel(device)
-
-    def ours(inputs: Inputs) -> Outputs:
-        x, weight, residual = inputs
-        return add_rms_norm(x, residual, weight, EPS, impl=impl)
-
-    providers = {
-        "ours": Provider(with_gradients(ours), f'impl="{impl}"'),
-        "eager": Provider(with_gradients(eager), "transformers"),
-        "torch.compile": Provider(with_gradients(compiled(eager)), "of eager"),
-    }
-
-    def exact(inputs: Inputs) -> Callable[[Outputs], float]:
-        return expect(with_gradients(eager)([t.double() for t in inputs]))
-
-    make = partial(inputs, N, D, dtype, device)
-    labels = {"what": "forward and backward", "N": N, "D": D, "dtype": short(dtype)}
-    return Case(labels, dtype, make, exact, providers, 8 * N * D * dtype.itemsize)
+    return against_eager(
+        ({"what": "forward and backward"} if training else {}) | {"N": N, "D": D, "dtype": short(dtype)},
+        dtype,
+        partial(inputs, N, D, dtype, device),
+        apart if training else in_place,
+        eager,
+        impl,
+        notes=("" if training else "adds in place", "transformers"),
+        fresh=None if training else lambda x: (*x[:2], x[2].clone()),
+        backward=training,
+        floor=(8 if training else 4) * N * D * dtype.itemsize,
+    )
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
     dtypes = (torch.bfloat16, torch.float32)
     shapes = [(2, 64)] if tiny else [(16, 2048), (128, 2048)]
     trained = [(3, 64)] if tiny else [(11_000 if device == "cuda" else 1024, 2048)]
-    decoded = [case(N, D, dtype, device) for N, D in shapes for dtype in dtypes]
-    return decoded + [training(N, D, dtype, device) for N, D in trained for dtype in dtypes]
+    decoded = [case(*shape, dtype, device) for shape in shapes for dtype in dtypes]
+    return decoded + [case(*shape, dtype, device, training=True) for shape in trained for dtype in dtypes]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("rms_norm", __doc__, cases))
+    raise SystemExit(main(__doc__, cases))

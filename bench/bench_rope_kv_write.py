@@ -6,14 +6,13 @@ Floor: queries, keys and values read and written, at the rate of a large copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..kernels.rope_kv_write import rope_kv_write
-from .harness import Case, Outputs, Provider, compiled, expect, kernel, main, short
+from .harness import Case, Outputs, against_eager, kernel, main, short
 
 HEADS, E, CONTEXT = 16, 128, 800
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # as rope_kv_write takes them
@@ -42,25 +41,19 @@ def eager(inputs: Inputs) -> Outputs:
     return [q * cos + rotate_half(q) * sin, keys, values]
 
 
-def truth(inputs: Inputs) -> Callable[[Outputs], float]:
-    qkv, cos, sin, positions, slots, keys, values = inputs
-    return expect(eager((qkv.double(), cos.double(), sin.double(), positions, slots, keys.double(), values.double())))
-
-
-def fresh(inputs: Inputs) -> Inputs:
-    qkv, *others = inputs
-    return qkv.clone(), *others  # type: ignore[return-value]
-
-
 def case(N: int, dtype: torch.dtype, device: str) -> Case:
     impl = kernel(device)
-    providers = {
-        "ours": Provider(lambda x: [rope_kv_write(*x, impl=impl), *x[5:]], f'impl="{impl}"; rotates in place', fresh),
-        "eager": Provider(eager, "transformers"),
-        "torch.compile": Provider(compiled(eager), "of eager"),
-    }
-    moved = 2 * 3 * N * HEADS * E * dtype.itemsize
-    return Case({"N": N, "dtype": short(dtype)}, dtype, partial(inputs, N, dtype, device), truth, providers, moved)
+    return against_eager(
+        {"N": N, "dtype": short(dtype)},
+        dtype,
+        partial(inputs, N, dtype, device),
+        lambda x: [rope_kv_write(*x, impl=impl), *x[5:]],
+        eager,
+        impl,
+        notes=("rotates in place", "transformers"),
+        fresh=lambda x: (x[0].clone(), *x[1:]),
+        floor=2 * 3 * N * HEADS * E * dtype.itemsize,
+    )
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
@@ -68,4 +61,4 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("rope_kv_write", __doc__, cases))
+    raise SystemExit(main(__doc__, cases))

@@ -13,6 +13,7 @@ masters and moments. Checked: log-probs and gradient norm against those of the b
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 from ..grpo.config import Config
+from ..grpo.distributed import Ranks
 from ..grpo.optim import MasterAdamW
 from ..grpo.step import reference_logprobs, split, update
 from ..kernels.group_advantages import group_advantages
@@ -62,10 +64,13 @@ def settings_of(device: str, tiny: bool) -> list[Setting]:
 def prepared(device: str, model: str, tiny: bool) -> tuple[Contest, RolloutChunk]:
     """The models, and random samples of one step with plans of full length."""
     setting = next(each for each in settings_of(device, tiny) if each.model == model)
-    contest = Contest(setting, device)
+    with tempfile.TemporaryDirectory() as folder:  # beta: only what has a KL has a reference
+        config = replace(setting.config, beta=1.0)
+        contest = Contest(replace(setting, config=config), Ranks(0, 1, torch.device(device)), folder)
+    contest.config = setting.config
     contest.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # takes effect in train mode alone
     policy, encoder, config = contest.policy, contest.encoder, contest.config
-    each = [e.prompt for e in contest.batch(0) for _ in range(config.num_generations)]
+    each = [e.prompt for e in contest._step_examples() for _ in range(config.num_generations)]
     draw = torch.Generator().manual_seed(1)
     vocab, codes = policy.text_head.weight.shape[0], policy.image_head.weight.shape[0]
     plans = torch.randint(4, vocab, (len(each), config.max_completion_length), generator=draw).tolist()
@@ -97,6 +102,7 @@ def inputs(device: str, model: str, tiny: bool, config: Config) -> Training:
 def refer(x: Training) -> Outputs:
     """Log-probs of all texts and of all pictures."""
     config = replace(x.config, beta=1.0)  # only what has a KL needs a reference
+    assert x.contest.reference
     each = reference_logprobs(x.contest.reference, x.parts, x.contest.encoder, config)
     return (*(torch.cat([one[name] for one in each]) for name in config.kl_streams), None)
 
@@ -111,7 +117,7 @@ def train(x: Training) -> Outputs:
 
 def with_attention(name: str, ours: Callable[[Training], Outputs], x: Training) -> Outputs:
     """Ours with another implementation of attention."""
-    both = (x.contest.policy, x.contest.reference)
+    both = [policy for policy in (x.contest.policy, x.contest.reference) if policy]
     for policy in both:
         policy.attention = Attention(name)
     try:
@@ -240,4 +246,4 @@ def cases(device: str, tiny: bool) -> list[Case]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main("train", __doc__, cases))
+    raise SystemExit(main(__doc__, cases))

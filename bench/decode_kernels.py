@@ -8,23 +8,18 @@ bench_rollout.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity
+from torch.profiler import ProfilerActivity, record_function
 
+from ..grpo.profile import STEP, Launch, attributed, longest, read_trace
 from ..kernels.dispatch import has_dependent_launch
 from .bench_rollout import IMAGE, TEXT, TINY_IMAGE, TINY_TEXT, TOY_IMAGE, TOY_TEXT, Stage, floor_bytes, inputs, ours
-from .harness import Provider, copy_gbps, finish, hardware, label, quantiles, save, short, times_ms
-from .ranges import Launch, Recorder, longest, read_trace
-
-COMMAND = "python -m bicot.bench.decode_kernels"
-SHOWN = 12  # kernels of a step in RESULTS.md
+from .harness import Provider, command_line, copy_gbps, finish, quantiles, save, short, start, times_ms
 
 
 def cases(device: str, tiny: bool) -> list[tuple[str, torch.dtype, Stage, int, int]]:
@@ -38,18 +33,19 @@ def cases(device: str, tiny: bool) -> list[tuple[str, torch.dtype, Stage, int, i
 
 
 def traced(run: Callable[[], object], on_gpu: bool) -> list[Launch]:
-    """The kernels (without a GPU, the operators) of a run, in the order of time."""
-    recorder = Recorder(on_gpu)
+    """The kernels (without a GPU, the operators) of the second of two runs, in the order of time."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=activities) as profiler, recorder.range("decode"):
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(2):
+            with record_function(STEP):
+                run()
+                if on_gpu:
+                    torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        launches = read_trace(file, recorder.ranges, threading.get_native_id())
-    return sorted(launches, key=lambda launch: launch.start)
+        ranges, launches = read_trace(file)
+    return sorted((launch for _, launch in attributed(ranges, launches, ranges[0].thread)), key=lambda x: x.start)
 
 
 def gap_us(launches: list[Launch]) -> float:
@@ -91,58 +87,17 @@ def measure(
     return row
 
 
-def section(result: dict[str, Any]) -> str:
-    """The section of RESULTS.md."""
-    from .report import machine, number, table
-
-    parts = []
-    for row in result["rows"]:
-        parts.append(
-            f"{label(row['case'])}: {number(row['ms'][1])} ms a step, {row['floor_pct']:.0f} % of the floor's rate "
-            f"({number(row['floor_gb'])} GB); {row['launches']:.0f} launches, kernels {number(row['busy_us'])} µs, "
-            f"gaps {number(row['gap_us'])} µs"
-            + (f"; {number(ms[1])} ms with dependent launches" if (ms := row.get("dependent_launches_ms")) else "")
-            + ".\n"
-        )
-        lines = [[f"`{name}`", number(count), number(us)] for name, count, us in row["kernels"][:SHOWN]]
-        parts.append(table(["of a step", "count", "µs"], lines) + "\n")
-    shown = "\n".join(parts)
-    return f"""## decode_kernels on {result.get("gpu", "the CPU")}
-
-`{result["command"]}` on {machine(result)}.
-{result["about"]} Ceiling: copy {number(result["ceilings"]["copy_gbps"])} GB/s.
-
-{shown}
-"""
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="few small rows: walks the code, measures nothing")
+    parser = command_line(__doc__)
     parser.add_argument("--dependent_launches", action="store_true", help="compare steps with and without them")
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
+    arguments, result = start(parser, __doc__, "decode_kernels")
     device, tiny = arguments.device, arguments.tiny
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU here")
     if arguments.dependent_launches and not has_dependent_launch(torch.device(device)):
         parser.error("--dependent_launches needs a GPU of compute capability 9.0, and a Triton that has them")
-    what, _, _, *how = (__doc__ or "").strip().splitlines()
-    what = what.removeprefix("decode_kernels: ")
-    result: dict[str, Any] = {
-        "bench": "decode_kernels",
-        "about": " ".join([what[0].upper() + what[1:], *how]),
-        "command": f"{COMMAND} --device {device}",
-        **hardware(device),
-        "device": device,
-        "ceilings": {"copy_gbps": round(copy_gbps(device, tiny), 1)},
-        "rows": [],
-    }
-    for model, dtype, stage, rows, steps in cases(device, tiny):
-        result["rows"].append(measure(model, dtype, stage, rows, steps, device, tiny, arguments.dependent_launches))
+    result |= {"ceilings": {"copy_gbps": round(copy_gbps(device, tiny), 1)}, "rows": []}
+    for case in cases(device, tiny):
+        result["rows"].append(measure(*case, device, tiny, arguments.dependent_launches))
         save(result, arguments.output)
-    print(section(result))
     finish(result, arguments.output)
 
 

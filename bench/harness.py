@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import gc
-import io
 import itertools
 import json
 import math
@@ -33,19 +31,20 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from ..grpo.files import whole
 from ..kernels.dispatch import Impl
-from ..kernels.rms_norm import rms_norm
 
+ROOT = Path(__file__).resolve().parent.parent
 Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
 
 # Of `relative_error`. bfloat16: eight bits, and logits that a head rounds to them before the softmax.
@@ -147,6 +146,41 @@ def with_gradients(run: Callable[[Any], Outputs]) -> Callable[[Sequence[Tensor]]
     return both
 
 
+def against_eager(
+    labels: dict[str, Any],
+    dtype: torch.dtype,
+    inputs: Callable[[], Any],
+    ours: Callable[[Any], Outputs],
+    eager: Callable[[Any], Outputs],
+    impl: Impl,
+    *,
+    notes: tuple[str, str] = ("", "transformers"),
+    fresh: Callable[[Any], Any] | None = None,
+    backward: bool = False,
+    more: Mapping[str, Provider] | None = None,
+    floor: int = 0,
+) -> Case:
+    """A kernel of ours, the formula in PyTorch (in float64 the truth), and that compiled.
+
+    Args:
+        notes: on ours and on eager.
+        fresh: makes a copy for ours, which overwrites its input.
+        backward: with the backward pass; the inputs are tensors that all have a gradient.
+        more: other providers, complete.
+        floor: bytes.
+    """
+    wrap = with_gradients if backward else torch.no_grad()
+    exact = partial(tree_map, lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x)
+    providers = {
+        "ours": Provider(wrap(ours), "; ".join(filter(None, [f'impl="{impl}"', notes[0]])), fresh),
+        "eager": Provider(wrap(eager), notes[1]),
+        "torch.compile": Provider(wrap(compiled(eager)), "of eager"),
+    }
+    return Case(
+        labels, dtype, inputs, lambda x: expect(wrap(eager)(exact(x))), {**providers, **(more or {})}, bytes=floor
+    )
+
+
 def gpu_only(tensor: Tensor) -> None:
     if not tensor.is_cuda:
         raise Unavailable("its kernel needs a GPU")
@@ -164,7 +198,7 @@ def relative_error(outputs: Outputs, expected: Sequence[Tensor]) -> float:
 
 
 def expect(expected: Outputs) -> Callable[[Outputs], float]:
-    return functools.partial(relative_error, expected=[t.detach() for t in expected if t is not None])
+    return partial(relative_error, expected=[t.detach() for t in expected if t is not None])
 
 
 def turns(case: Case, inputs: Any) -> list[Any]:
@@ -219,17 +253,6 @@ def times_ms(
     return times
 
 
-@contextmanager
-def short_collections() -> Iterator[None]:
-    """Python's full garbage collection would go through all that imports left, for 0.2 s, in whatever is timed then."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def quantiles(times: Sequence[float]) -> list[float]:
     """p20, p50 and p80; of one value three times that."""
     if len(times) == 1:
@@ -269,30 +292,6 @@ def gemm_tflops(device: str, dtype: torch.dtype, tiny: bool) -> float:
     size = 256 if tiny else 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / _best_ms(lambda: a @ a, device) / 1e9
-
-
-@functools.cache
-def launch_us(device: str) -> float:
-    """Microseconds that each of a hundred kernels with next to nothing to do takes; in a CUDA graph on a GPU."""
-    x, weight = torch.ones(1, 64, device=device), torch.ones(64, device=device)
-
-    def run() -> Tensor:
-        for _ in range(100):
-            out = rms_norm(x, weight, 1e-6)
-        return out
-
-    launch: Callable[[], Tensor] = run
-    if device == "cuda":
-        run()  # compiles
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = run()
-
-        def launch() -> Tensor:
-            graph.replay()
-            return out
-
-    return 1e3 * _best_ms(launch, device) / 100
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
@@ -337,43 +336,73 @@ def _output(*command: str) -> str:
         return "unknown"
 
 
-def finish(result: dict[str, Any], output: Path | None) -> None:
-    """Print the result as the last line, and write it to the file `output` if given."""
-    save(result, output)
-    print(json.dumps(result))
+def dumps(result: Mapping[str, Any]) -> str:
+    """JSON with an item of each list on a line of its own."""
+    lines = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  {}\n ]".format(",\n  ".join(map(json.dumps, value)))
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def save(result: dict[str, Any], output: Path | None) -> None:
+def save(result: Mapping[str, Any], output: Path | None) -> None:
     if output:
-        write(output, json.dumps(result, indent=1) + "\n")
+        with whole(output) as part:
+            part.write_text(dumps(result))
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all, whenever the process ends; a device is written to as it is."""
-    part = path.with_name(f"{path.name}.part") if path.is_file() or not path.exists() else path
-    part.write_text(text)
-    if part != path:
-        part.replace(path)
+def finish(result: Mapping[str, Any], output: Path | None) -> int:
+    """Print the result's section, and as the last line its JSON, which is also saved -> the exit status."""
+    from .report import PARTS  # it needs some of what is here
+
+    save(result, output)
+    print(f"\n{PARTS[result['bench']](result)}\n{json.dumps(result)}")
+    return 1 if result.get("failed") else 0
 
 
-def write_svg(figure: Any, path: Path) -> None:
-    """Of matplotlib; the same picture is the same text, as long as matplotlib is the same."""
-    import matplotlib
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """The options that all benches have. `doc`: "name: what", a blank, its command, then how."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--tiny", action="store_true", help="few small shapes: walks the code, measures nothing")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    return parser
 
-    svg = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "bicot", "svg.fonttype": "none"}):
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-    write(path, svg.getvalue())
+
+def start(parser: argparse.ArgumentParser, doc: str | None, module: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line's arguments, and what begins every result."""
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no GPU here")
+    torch.set_num_threads(arguments.threads)
+    first, _, _, *how = (doc or "").strip().splitlines()
+    name, _, what = first.partition(": ")
+    words = ["python -m", f"bicot.bench.{module}", "--device", arguments.device]
+    for option, value in vars(arguments).items():
+        said = option not in ("device", "threads", "tiny", "output", "repeats", "seconds", "steps")
+        if said and value != parser.get_default(option):
+            given = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{option.replace('_', '-')}", *map(str, given)]
+    about = " ".join([what[0].upper() + what[1:], *how])
+    result = {"bench": name, "about": about, "command": " ".join(words), **hardware(arguments.device)}
+    return arguments, result | {"device": arguments.device}
 
 
 def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny: bool) -> None:
     """Check every provider of one case, time those that are right, and add them to the result."""
     torch.compiler.reset()  # past its recompile limit torch.compile would silently time eager
+
+    def without(kind: str, name: str, problem: object) -> None:
+        result[kind].append({"case": case.labels, "provider": name, "reason": str(problem).split("\n")[0]})
+
     try:
         inputs = case.inputs()
     except (Unavailable, torch.OutOfMemoryError) as problem:
-        reason = str(problem).split("\n")[0]
-        result["skipped"] += [{"case": case.labels, "provider": name, "reason": reason} for name in case.providers]
+        for name in case.providers:
+            without("skipped", name, problem)
         return
     error_of = case.truth(inputs)
     right: dict[str, tuple[float, float | None]] = {}
@@ -381,10 +410,9 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         try:
             right[name] = case.check(provider, inputs, error_of), peak_mib(provider, inputs, device)
         except (ImportError, Unavailable, torch.OutOfMemoryError) as problem:
-            result["skipped"].append({"case": case.labels, "provider": name, "reason": str(problem).split("\n")[0]})
+            without("skipped", name, problem)
         except Exception as problem:  # recorded, and the bench ends non-zero; the others' times are still good
-            reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
-            result["failed"].append({"case": case.labels, "provider": name, "reason": reason})
+            without("failed", name, f"{type(problem).__name__}: {problem}")
     del error_of
     copies = turns(case, inputs) if device == "cuda" else []
     times = times_ms({name: (case.providers[name], inputs) for name in right}, repeats, device, case.seconds, copies)
@@ -393,11 +421,11 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
     if case.bytes:
         rate = result["ceilings"]["copy_gbps"] = round(copy_gbps(device, tiny), 1)
         floor_ms = case.bytes / rate / 1e6
-    medians = {name: statistics.median(values) for name, values in times.items()}
     if case.flops:
         rate = round(gemm_tflops(device, case.dtype, tiny), 3)
         result["ceilings"].setdefault("gemm_tflops", {})[short(case.dtype)] = rate
         floor_ms, unit, work = case.flops / rate / 1e9, "tflops", case.flops / 1e9
+    medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         ms, (error, peak) = [t / case.steps for t in quantiles(values)], right[name]
         row: dict[str, Any] = {"case": case.labels, "provider": name, "ms": [round(t, 4) for t in ms]}
@@ -411,63 +439,27 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         result["rows"].append(row | {"error": float(f"{error:.1e}"), "note": case.providers[name].note})
 
 
-def _print_case(case: Case, result: dict[str, Any]) -> None:
-    print(f"\n{label(case.labels)}")
-    rows = [row for row in result["rows"] if row["case"] is case.labels]
-    ours = next((row["ms"][1] for row in rows if row["provider"] == "ours"), None)
-    for row in rows:
-        rates = [f"{row['per_s']:8.3g} {row['makes']}/s"] if "makes" in row else []
-        rates += [f"{row[unit]:8.2f} {unit}" for unit in ("gbps", "tflops") if row.get(unit) is not None]
-        rates += [f"{row['floor_pct']:5.1f} % of floor"] if row["floor_pct"] is not None else []
-        rates += [f"{row['peak_mib']:8.0f} MiB"] if row["peak_mib"] is not None else []
-        rates += [f"{row['hidden_pct']:5.1f} % hidden"] if "hidden_pct" in row else []
-        rates += [f"{row['ms'][1] / ours:.2f} of ours"] if ours else []
-        ms = "".join(f"{t:10.3f}" for t in row["ms"])
-        print(f"  {row['provider']:24}{ms} ms  {'  '.join(rates)}")
-    for kind in ("skipped", "failed"):
-        for entry in result[kind]:
-            if entry["case"] is case.labels:
-                print(f"  {entry['provider']:24}{kind}: {entry['reason']}")
-
-
-def main(name: str, doc: str | None, cases: Callable[[str, bool], list[Case]]) -> int:
-    """Run a bench from its command line; the exit status. `doc`: "name: what", a blank, its command, its floor."""
-    what, _, _, *floor = (doc or "").strip().splitlines()
-    parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+def main(doc: str | None, cases: Callable[[str, bool], list[Case]]) -> int:
+    """Run a bench of cases from its command line -> the exit status."""
+    begin, parser = time.perf_counter(), command_line(doc)
     parser.add_argument("--repeats", type=int, help="timed runs of each provider (15 on a CPU, 50 on a GPU)")
-    parser.add_argument(
-        "--tiny", action="store_true", help="small shapes, two runs, nothing compiled: walks the code, measures nothing"
-    )
     parser.add_argument("--seconds", type=float, default=math.inf, help="no case that would outlast them begins")
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
-    begin, arguments = time.perf_counter(), parser.parse_args()
+    arguments, result = start(parser, doc, f"bench_{(doc or '').partition(':')[0]}")
     device, tiny = arguments.device, arguments.tiny
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU here")
-    torch.set_num_threads(arguments.threads)
     if tiny:
         torch.compiler.set_stance("force_eager")  # compiling would take far longer than all that runs
     repeats = arguments.repeats or (2 if tiny else 50 if device == "cuda" else 15)
-    machine = hardware(device)
-    print(" | ".join(f"{key} {value}" for key, value in machine.items()))
-    what = what.removeprefix(f"{name}: ")
-    about = " ".join([what[0].upper() + what[1:], *floor])
-    command = f"python -m bicot.bench.bench_{name} --device {device}"
-    result: dict[str, Any] = {"bench": name, "about": about, "command": command, **machine, "device": device}
     result |= {"ceilings": {}, "rows": [], "skipped": [], "failed": []}
     longest = 0.0
     for case in cases(device, tiny):
-        start = time.perf_counter()
-        if start + longest < begin + arguments.seconds:
+        before = time.perf_counter()
+        if before + longest < begin + arguments.seconds:
             _measure(case, result, repeats, device, tiny)
-            longest = max(longest, time.perf_counter() - start)
+            longest = max(longest, time.perf_counter() - before)
         else:
             late = {"case": case.labels, "reason": "no time was left"}
             result["skipped"] += [late | {"provider": name} for name in case.providers]
-        _print_case(case, result)
+        for row in (row for row in result["rows"] if row["case"] is case.labels):
+            print(f"{label(case.labels):60} {row['provider']:16} {row['ms'][1]:10.4f} ms", flush=True)
         save(result, arguments.output)  # what is measured stays should a later case outlast its time limit
-    print("\nceilings", result["ceilings"])
-    finish(result, arguments.output)
-    return 1 if result["failed"] else 0
+    return finish(result, arguments.output)

@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import re
+import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    JanusConfig,
-    JanusVisionConfig,
-    JanusVQVAEConfig,
-    LlamaConfig,
-)
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
+from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..grpo.config import Config, RewardConfig
 from ..grpo.distributed import Ranks
 from ..grpo.trainer import Trainer
 from ..model.policy import Policy, load_policy
+from ..rewards.base import Example
 from .harness import Unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy" / "assets"
-TOKENIZER = SimpleNamespace(bos_token_id=0, eos_token_id=1, pad_token_id=2, boi_token_id=3)
+TRAINED = {"Janus-Pro-7B": 2}  # last layers that train, where not all do: so it fits 80 GB
+
+
+class Words:
+    """Stands in for the tokenizer of a random model: every word is a token, and every token a word."""
+
+    bos_token_id, eos_token_id, pad_token_id, boi_token_id, special = 0, 1, 2, 3, 4
+    unk_token_id = None
+    all_special_tokens: Sequence[str] = ()
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id] * add_special_tokens + [*map(self._id, text.split())]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"t{i}": i for i in range(self.vocab)}
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        return " ".join(f"t{i}" for i in ids if i >= self.special)
+
+    def _id(self, word: str) -> int:
+        if re.fullmatch(r"t\d+", word):
+            return int(word[1:])
+        return self.special + zlib.crc32(word.encode()) % (self.vocab - self.special)
 
 
 class Shape(NamedTuple):
@@ -100,13 +123,6 @@ def _random_model(shape: Shape, dtype: torch.dtype, device: str, num_image_token
         return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
-def knowing_all(tokenizer: Any, vocab: int) -> Any:
-    """A copy that claims to have every id: random weights then draw from the whole vocabulary."""
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.get_vocab = lambda: {str(i): i for i in range(vocab)}
-    return tokenizer
-
-
 @lru_cache(maxsize=1)
 def policy_of(name: str, dtype: torch.dtype, device: str, num_image_tokens: int) -> Policy:
     """The policy `name` of `SHAPES`; the toy's pictures have 64 tokens whatever is asked for.
@@ -119,10 +135,15 @@ def policy_of(name: str, dtype: torch.dtype, device: str, num_image_tokens: int)
     shape = SHAPES[name]
     if device == "cuda":
         torch.cuda.empty_cache()  # what the case before has left
-    needed = dtype.itemsize * (shape.layer_weights + 2 * shape.text_head_weights + 2 * shape.image_head_weights)
-    if device == "cuda" and needed > (free := torch.cuda.mem_get_info()[0]):
-        raise Unavailable(f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free")
-    return Policy(_random_model(shape, dtype, device, num_image_tokens), knowing_all(TOKENIZER, shape.vocab))
+        needed = dtype.itemsize * (shape.layer_weights + 2 * shape.text_head_weights + 2 * shape.image_head_weights)
+        if needed > (free := torch.cuda.mem_get_info()[0]):
+            raise Unavailable(f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free")
+    return Policy(_random_model(shape, dtype, device, num_image_tokens), Words(shape.vocab))
+
+
+def brightness(images: Tensor, examples: Sequence[Example]) -> Tensor:
+    """A reward that costs next to nothing: the mean of the pixels."""
+    return images.mean((1, 2, 3))
 
 
 def toy_config(**changes: Any) -> Config:
@@ -135,14 +156,15 @@ def toy_config(**changes: Any) -> Config:
 
 
 def published_config(**changes: Any) -> Config:
-    """A run of random weights: the toy's prompts and reward, the published guidance, plans of at most 80 tokens."""
-    true = {"dtype": "bfloat16", "gradient_checkpointing": True, "cfg_weight": 5.0, "max_completion_length": 80}
-    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
-    return toy_config(**true | batch | {"learning_rate": 1e-6} | changes)
+    """A run of random weights: the toy's prompts, the published settings but plans of at most 80 tokens."""
+    files = {name: getattr(toy_config(), name) for name in ("train_file", "model_name_or_path")}
+    settings = {"gradient_checkpointing": True, "max_completion_length": 80, "eval_file": None, "sample_steps": 0}
+    rewards = RewardConfig(["bicot.bench.models:brightness"])
+    return Config(**files | settings | {"rewards": rewards} | changes)
 
 
 class ShapeTrainer(Trainer):
-    """Trains random weights of a shape, with the toy's tokenizer; of "toy", the toy itself.
+    """Trains random weights of a shape, whose words are their own; of "toy", the toy itself.
 
     Args:
         shape: a name of `SHAPES`.
@@ -154,11 +176,23 @@ class ShapeTrainer(Trainer):
         super().__init__(config, ranks)
 
     def _load(self, path: str | Path, reference: bool = False) -> Policy:
+        """The pictures of a shape other than "tiny" are as large as published."""
         if self.shape == "toy":
             return super()._load(path, reference)
         dtype = getattr(torch, self.config.dtype)
-        random = policy_of.__wrapped__(self.shape, dtype, self.ranks.device.type, self.image_tokens)
-        random.config.vq_config.num_patches = math.isqrt(self.image_tokens)
-        for name, parameter in random.model.named_parameters():
-            parameter.requires_grad_(not reference and not name.startswith(tuple(self.config.freeze)))
-        return Policy(random.model, knowing_all(AutoTokenizer.from_pretrained(TOY), SHAPES[self.shape].vocab))
+        policy = policy_of.__wrapped__(self.shape, dtype, self.ranks.device.type, self.image_tokens)
+        patches = math.isqrt(self.image_tokens)
+        policy.config.vq_config.num_patches = patches
+        if self.shape != "tiny":
+            policy.config.vq_config = JanusVQVAEConfig(num_patches=patches)
+            with torch.device(self.ranks.device):
+                pictures: Any = JanusVQVAE(policy.config.vq_config)
+            policy.model.model.vqmodel = pictures.to(dtype).eval()
+        frozen = [*self.config.freeze]
+        if self.shape in TRAINED:
+            first = SHAPES[self.shape].layers - TRAINED[self.shape]
+            parts = ("embed_tokens", *(f"layers.{i}" for i in range(first)))
+            frozen += [f"model.language_model.{part}." for part in parts]
+        for name, parameter in policy.model.named_parameters():
+            parameter.requires_grad_(not reference and not name.startswith(tuple(frozen)))
+        return policy.freeze() if reference else policy

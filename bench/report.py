@@ -8,25 +8,33 @@ RESULTS is another folder, or the archive of a walk of gpu.sh, whose results the
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from textwrap import fill
+from typing import Any
 
-from .harness import label, write, write_svg
+from ..grpo.files import whole
+from .harness import dumps, label
 
 UNITS = {"gbps": "GB/s", "tflops": "TFLOP/s"}
 HERE = Path(__file__).resolve().parent
-# Of the pictures: ours, and what is measured beside it without doing the same; the peers have the other colours.
-OURS = {"ours": "#1f5fbf", "ours, in place": "#6f9fe0", "ours in PyTorch": "#b3cdf0", "torch.compile": "#909090"}
-PEERS = ("#e08a1e", "#3f9f5f", "#a05fbf", "#c0504d", "#8a6a4a")
-NO_RIVALS = ("the decoder alone", "the decoder beside")
+SHOWN, DECODE_SHOWN = 6, 12  # kernels by name: of a part of a step, and of a decode step
+NO_FLOOR = {
+    "communication": "the links between ranks are not measured",
+    "weights": "a copy, which could be avoided",
+}
+
+Result = Mapping[str, Any]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, without the columns that are empty."""
+    shown = [i for i, name in enumerate(header) if not rows or not name or any(row[i] for row in rows)]
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line[i] for i in shown)} |" for line in lines)
 
 
 def number(x: float) -> str:
@@ -34,208 +42,284 @@ def number(x: float) -> str:
     return f"{x:.0f}" if abs(x) >= 100 else f"{x:#.3g}".rstrip(".")
 
 
-def machine(result: dict[str, Any]) -> str:
+def spread(times: Sequence[float]) -> str:
+    low, middle, high = map(number, times)
+    return f"{middle} [{low} to {high}]"
+
+
+def machine(result: Result) -> str:
+    clocks = {"sm_mhz": "SM {} MHz", "sm_mhz_max": "at most {}", "memory_mhz": "memory {} MHz", "power_limit_w": "{} W"}
+    said = clocks if "gpu" in result else {"cpu_mhz": "{} MHz"}
+    known = "".join(f"{words.format(f'{result[key]:.0f}')}, " for key, words in said.items() if result.get(key))
     if "gpu" in result:
-        versions = ", ".join(f"{name} {result[name]}" for name in ("driver", "torch", "triton", "commit"))
-        return f"{result['gpu']}, {clocks(result)}{versions}"
-    return (
-        f"{result['cpu']} ({result['isa']}), {clocks(result)}{result['threads']} threads, torch {result['torch']}, "
-        f"commit {result['commit']}"
-    )
+        return f"{result['gpu']}, {known}" + ", ".join(
+            f"{k} {result[k]}" for k in ("driver", "torch", "triton", "commit")
+        )
+    threads = f"{result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
+    return f"{result['cpu']} ({result['isa']}), {known}{threads}"
 
 
-def clocks(result: dict[str, Any]) -> str:
-    """What is known of them, and a comma."""
-    said = {"sm_mhz": "SM {} MHz", "sm_mhz_max": "at most {}", "memory_mhz": "memory {} MHz", "power_limit_w": "{} W"}
-    if "gpu" not in result:
-        said = {"cpu_mhz": "{} MHz"}
-    return "".join(f"{words.format(f'{result[key]:.0f}')}, " for key, words in said.items() if result.get(key))
+def head(result: Result, title: str = "", more: str = "") -> str:
+    """Of every section: what ran where, and how."""
+    title = title or f"{result['bench']} on {result.get('gpu', 'the CPU')}"
+    said = " ".join(filter(None, [result.get("about"), more, result.get("note")]))
+    command = f"`{result['command']}` on" if "command" in result else "On"
+    return f"## {title}\n\n{command} {machine(result)}.\n{said}\n"
 
 
-def toy_seeds(result: dict[str, Any]) -> str:
-    runs = result["runs"]
-    tasks = list(runs[0]["before"]["reward_by_task"])
-    rows = [
-        [
-            str(run["seed"]),
-            f"{run['heldout_reward_before']:.3f} → {run['heldout_reward_after']:.3f}",
-            *(
-                f"{run['before']['reward_by_task'][task]:.2f} → {run['after']['reward_by_task'][task]:.2f}"
-                for task in tasks
-            ),
-            f"{run['before']['relation']:.2f} → {run['after']['relation']:.2f}",
-            f"{run['before']['plan_cell_entropy_bits']:.2f} → {run['after']['plan_cell_entropy_bits']:.2f}",
-            f"{run['steps']}",
-            f"{run['seconds']:.0f}",
-            f"{run['images_per_second']:.1f}",
-        ]
-        for run in runs
+def bullets(lines: Sequence[str]) -> str:
+    return "".join(f"- {line}\n" for line in dict.fromkeys(lines))
+
+
+def ceilings(result: Result) -> list[str]:
+    found = result.get("ceilings", {})
+    rates = [f"copy {number(found['copy_gbps'])} GB/s"] if found.get("copy_gbps") else []
+    return rates + [f"{name} {number(rate)} TFLOP/s" for name, rate in found.get("gemm_tflops", {}).items()]
+
+
+def without(result: Result) -> list[str]:
+    """What was not measured, and why."""
+    return [
+        f"{entry['provider']}: {words}: {entry['reason']}"
+        for kind, words in (("skipped", "not run"), ("failed", "FAILED"))
+        for entry in result.get(kind, [])
     ]
-    header = ["seed", "held-out reward", *tasks, "relation holds", "plan places, bits", "steps", "seconds", "images/s"]
-    options = " ".join(["", "--", *result["options"]]) if result["options"] else ""
-    return f"""## The default run, three seeds
-
-`python -m bicot.bench.toy_seeds --output bench/results/toy_seeds.json{options}` on {machine(result)}.
-Mean reward of {runs[0]["before"]["samples"]} samples of held-out prompts, before → after training; seconds are those of
-the training steps. {result.get("note", "")}
-
-{table(header, rows)}
-
-![held-out prompts before and after training](results/toy_seeds.png)
-"""
 
 
-def h200(result: dict[str, Any]) -> str:
-    """Tables that were taken by hand, each with the command that measures the same."""
-    ceilings = result["ceilings"]
-    parts = [
-        f"""## On one H200
-
-On {machine(result)}. {result["about"]} Ceilings: copy {number(ceilings["copy_gbps"])} GB/s, bfloat16
-{number(ceilings["gemm_tflops"]["bfloat16"])} TFLOP/s.
-"""
-    ]
+def tables(result: Result) -> str:
+    """Tables that no bench makes anew; where one names a command, it was taken by hand with parts of it."""
+    measured = f"Ceilings: {', '.join(ceilings(result))}." if "ceilings" in result else ""
+    parts = [head(result, result["title"], measured)]
     for each in result["tables"]:
-        notes = "\n".join(f"- {note}" for note in each["notes"])
-        parts.append(f"{each['title']}, `{each['command']}`:\n\n{table(each['header'], each['rows'])}\n\n{notes}\n")
+        title = f"{each['title']}, `{each['command']}`:\n\n" if "title" in each else ""
+        parts.append(f"{title}{table(each['header'], each['rows'])}\n\n{bullets(each['notes'])}")
     return "\n".join(parts)
 
 
-def cells(row: dict[str, Any], ours: float | None) -> list[str]:
-    """Of one provider: all columns after the case. `ours` is the median that others are compared with."""
-    p20, p50, p80 = row["ms"]
-    achieved = [f"{number(row['per_s'])} {row['makes']}/s"] if "makes" in row else []
-    achieved += [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
-    achieved += [f"{row['hidden_pct']:.0f} % of the rewards hidden"] if "hidden_pct" in row else []
-    return [
-        row["provider"],
-        f"{number(p50)} [{number(p20)} to {number(p80)}]",
-        ", ".join(achieved),
-        "" if row["floor_pct"] is None else f"{row['floor_pct']:.0f}",
-        "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
-        f"{row['error']:.0e}",
-        "" if ours is None or row["provider"] == "ours" else f"{p50 / ours:.2f}×",
-    ]
+def toy_seeds(result: Result) -> str:
+    def change(run: Result, of: Callable[[Result], float], digits: int = 2) -> str:
+        return f"{of(run['before']):.{digits}f} → {of(run['after']):.{digits}f}"
 
-
-def kernel(result: dict[str, Any]) -> str:
-    """The section of any kernel bench: one table without its empty columns, then what was noted of the providers."""
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        cases.setdefault(label(row["case"]), []).append(row)
-    header = ["case", "provider", "ms", "achieved", "% of floor", "peak MiB", "error", "ours is"]
+    tasks = list(result["runs"][0]["before"]["reward_by_task"])
     rows = []
-    for case, providers in cases.items():
-        ours = next((row["ms"][1] for row in providers if row["provider"] == "ours"), None)
-        rows += [[case if row is providers[0] else "", *cells(row, ours)] for row in providers]
-    shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    for run in result["runs"]:
+        cells = [str(run["seed"]), f"{run['heldout_reward_before']:.3f} → {run['heldout_reward_after']:.3f}"]
+        cells += [change(run, lambda x, task=task: x["reward_by_task"][task]) for task in tasks]  # type: ignore[misc]
+        cells += [change(run, lambda x, key=key: x[key]) for key in ("relation", "plan_cell_entropy_bits")]  # type: ignore[misc]
+        rows.append([*cells, str(run["steps"]), f"{run['seconds']:.0f}", f"{run['images_per_second']:.1f}"])
+    header = ["seed", "held-out reward", *tasks, "relation holds", "plan places, bits", "steps", "seconds", "images/s"]
+    options = " ".join(["", "--", *result["options"]]) if result["options"] else ""
+    command = f"python -m bicot.bench.toy_seeds --output bench/results/toy_seeds.json{options}"
+    about = f"Mean reward of {result['runs'][0]['before']['samples']} samples of held-out prompts, before → after "
+    about += "training; seconds are those of the training steps."
+    named = {**result, "command": command, "about": about}
+    return f"{head(named, 'The default run, three seeds')}\n{table(header, rows)}\n"
 
-    ceilings = [f"copy {number(rate)} GB/s" for rate in [result["ceilings"].get("copy_gbps")] if rate]
-    ceilings += [f"{name} {number(rate)} TFLOP/s" for name, rate in result["ceilings"].get("gemm_tflops", {}).items()]
-    remarks = [(row["provider"], row["note"]) for row in result["rows"] if row["note"]]
-    for kind, words in (("skipped", "not run"), ("failed", "FAILED")):
-        remarks += [(entry["provider"], f"{words}: {entry['reason']}") for entry in result[kind]]
-    measured = f" Ceilings: {', '.join(ceilings)}." if ceilings else ""
+
+def distributed(result: Result) -> str:
+    rows, rates = [], {row["mode"]: row["tokens_per_s"] for row in result["rows"]}
+    for row in result["rows"]:
+        name, base = row["mode"], row["baseline"]
+        cells = [""] * 4
+        if name != base:
+            end = f"step {row['same_steps'] + 1} ({row['first_tipped']} of {row['samples']} samples)"
+            gaps = [
+                ", ".join(f"{row[key][curve][0]:.0e}".replace("0e+00", "0") for curve in ("loss", "kl") if row[key])
+                for key in ("gaps_of_10", "gaps_while_same")
+            ]
+            largest, mean = row["gaps"]["reward"]
+            cells = [end if row["first_tipped"] else "none", *gaps, f"{mean:.3f}, {largest:.3f}"]
+        ratio = "" if name == base else f" ({rates[name] / rates[base]:.2f}×)"
+        memory = [" and ".join(f"{mib:.0f}" for mib in row[key]) for key in ("held_mib", "rss_mib")]
+        rows.append([name, " → ".join(f"{x:.3f}" for x in row["heldout"]), *cells, f"{rates[name]}{ratio}", *memory])
+    header = ["run", "held-out reward", "first draw that differs", "loss, kl apart in 10 steps", "until then"]
+    header += ["reward apart in the whole run: mean, largest", "tokens/s (of one rank's)"]
+    header += ["MiB held by a rank", "peak RSS, MiB"]
+    said = [f"{row['mode']}: FAILED: {fault}" for row in result["rows"] for fault in row["faults"]]
+    said += [f"{entry['mode']}: not run: {entry['reason']}" for entry in result["skipped"]]
+    more = (
+        '"Held" are the tensors of weights, reference and optimizer, and DeepSpeed\'s buffers. Bounds: while draws are '
+    )
+    more += (
+        "the same, equal rewards, and loss and kl within 0.0001; in the whole run, rewards at most 0.03 apart in the "
+    )
+    more += "mean, and a held-out reward that rises by 0.1."
+    return f"{head(result, more=more)}\n{table(header, rows)}\n\n{bullets(said)}"
+
+
+def achieved(row: Result) -> str:
+    said = [f"{number(row['per_s'])} {row['makes']}/s"] if "makes" in row else []
+    said += [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
+    said += [f"{row['hidden_pct']:.0f} % of the rewards hidden"] if "hidden_pct" in row else []
+    return ", ".join(said)
+
+
+def kernel(result: Result) -> str:
+    """Any bench of cases and providers: one table, and what was noted of the providers."""
+    ours = {label(row["case"]): row["ms"][1] for row in result["rows"] if row["provider"] == "ours"}
+    rows, above = [], ""
+    for row in result["rows"]:
+        case = label(row["case"])
+        more = "" if case not in ours or row["provider"] == "ours" else f"{row['ms'][1] / ours[case]:.2f}×"
+        floor, peak = ("" if row[key] is None else f"{row[key]:.0f}" for key in ("floor_pct", "peak_mib"))
+        name = "" if case == above else case
+        rows.append([name, row["provider"], spread(row["ms"]), achieved(row), floor, peak, f"{row['error']:.0e}", more])
+        above = case
+    said = "Medians [p20 to p80] of interleaved runs."
+    said += f" Ceilings: {', '.join(ceilings(result))}." if ceilings(result) else ""
     if any((row["floor_pct"] or 0) > 100 for row in result["rows"]):
-        measured += " What mostly reads can pass the rate of a copy, and so 100 %."
-    listed = "\n".join(f"- {provider}: {remark}" for provider, remark in dict.fromkeys(remarks))
-    return f"""## {result["bench"]} on {result.get("gpu", "the CPU")}
-
-`{result["command"]}` on {machine(result)}.
-{result["about"]} Medians [p20 to p80] of interleaved runs.{measured}
-
-{table([header[i] for i in shown], [[row[i] for i in shown] for row in rows])}
-
-{listed}
-"""
+        said += " What mostly reads can pass the rate of a copy, and so 100 %."
+    remarks = [f"{row['provider']}: {row['note']}" for row in result["rows"] if row["note"]] + without(result)
+    header = ["case", "provider", "ms", "achieved", "% of floor", "peak MiB", "error", "ours is"]
+    return f"{head(result, more=said)}\n{table(header, rows)}\n\n{bullets(remarks)}"
 
 
-def faster(result: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """case -> provider -> how many times faster than eager: its p80, p50 and p20 against eager's median."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for eager in (row for row in result["rows"] if row["provider"] == "eager"):
-        rows = [row for row in result["rows"] if row["case"] == eager["case"] and row is not eager]
-        times = {row["provider"]: row["ms"] for row in rows if row["provider"] not in NO_RIVALS}
-        if times:
-            found[label(eager["case"])] = {name: [eager["ms"][1] / t for t in ms[::-1]] for name, ms in times.items()}
-    return found
-
-
-def draw_kernel(result: dict[str, Any], path: Path) -> None:
-    """The SVG of `faster`, if there is any: a group of bars a case, a bar a provider, a line from p20 to p80."""
-    cases = faster(result)
-    if not cases:
-        return
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    providers = dict.fromkeys(name for times in cases.values() for name in times)
-    others = iter(PEERS)
-    colours = {name: OURS.get(name) or next(others) for name in providers}
-    figure = Figure(figsize=(10, 1.3 + 0.18 * sum(len(times) + 1 for times in cases.values())), layout="constrained")
-    axes = figure.subplots()
-    top, names = 0, {}
-    for case, times in cases.items():
-        names[top + (len(times) - 1) / 2] = case
-        for y, (name, (low, middle, high)) in enumerate(times.items(), top):
-            axes.barh(y, middle - 1, 0.9, left=1, color=colours[name])
-            axes.plot([low, high], [y, y], color="black", lw=0.8)
-            axes.annotate(
-                f"{number(middle)}×", (max(high, 1), y), (3, 0), textcoords="offset points", va="center", fontsize=7
+def step(result: Result) -> str:
+    ratios = {label(entry["case"]): entry["times"] for entry in result["ratios"]}
+    of_case: dict[str, list[Any]] = {}
+    for row in result["rows"]:
+        of_case.setdefault(label(row["case"]), []).append(row)
+    rows, phases = [], []
+    for case, pair in of_case.items():
+        times = ratios.get(case, {})
+        for row in pair:
+            peak, joules = row["peak_mib"], row["joules_per_image"]
+            rows.append(
+                [
+                    case if row is pair[0] else "",
+                    row["provider"],
+                    f"{row.get('steps') or result['repeats']} × {row['images']}",
+                    spread(row["seconds"]),
+                    number(row["images_per_s"]),
+                    "" if peak is None else str(peak),
+                    "" if joules is None else number(joules),
+                    f"{row['plan_tokens']:.1f}",
+                    f"{number(times['step'])}×" if "step" in times and row is not pair[0] else "",
+                ]
             )
-        top += len(times) + 1
-    axes.axvline(1, color="black", lw=0.8)
-    axes.set_xscale("log")
-    ends = [end for times in cases.values() for low, _, high in times.values() for end in (low, high)]
-    axes.set_xlim(min(0.9, *ends) / 1.1, max(2, *ends) * 1.2)  # room for the numbers
-    axes.margins(y=0.01)
+        cells = []
+        for name in pair[0]["phases"]:
+            both = " / ".join(number(1e3 * row["phases"].get(name, 0.0) / row["images"]) for row in pair)
+            cells.append(both + (f" ({number(times[name])}×)" if times.get(name) else ""))
+        phases.append([case, *cells])
+    header = ["case", "provider", "steps × images", "seconds a step", "images/s", "peak MiB", "J/image", "plan tokens"]
+    notes = [f"{row['provider']}: {row['note']}" for row in result["rows"] if row.get("note")]
+    notes += [f"seconds ~ {axis}^{exponent}" for axis, exponent in result.get("exponent", {}).items()]
+    notes += [f"{label(e['case'])}, {line}" for e, line in zip(_entries(result), without(result), strict=True)]
+    return f"""{head(result, more="Medians [p20 to p80] of steps taken in turn.")}
+{table([*header, "ours is"], rows)}
+
+Milliseconds an image of each phase, ours / the baseline's, and how many times longer that is:
+
+{table(["case", *(result["rows"][0]["phases"] if result["rows"] else [])], phases)}
+
+{bullets([*notes, *result["missing"]])}"""
+
+
+def _entries(result: Result) -> list[Any]:
+    return [*result["skipped"], *result["failed"]]
+
+
+def step_profile(result: Result) -> str:
+    header = ["phase", "ms", "%", "calls", "gap ms", "busy ms", "floor ms", "× floor", "bound by"]
+    rows = []
+    for row in result["rows"]:
+        floor = row["floor_ms"]
+        why = f" (no floor: {NO_FLOOR[row['phase']]})" if not floor and row["phase"] in NO_FLOOR else ""
+        busy = number(row["busy_ms"]) if result["device"] == "cuda" else ""
+        beyond = ["" if floor is None else number(floor), f"{row['ms'] / floor:.1f}" if floor else ""]
+        numbers = [number(row["ms"]), f"{row['pct']:.1f}", f"{row['calls']:.3g}", number(row["gap_ms"]), busy]
+        rows.append([row["phase"], *numbers, *beyond, row["binds"] + why])
+    said = f"A step of {result['images']} images takes {spread(result['step_ms'])} ms: "
+    said += f"{number(result['images_per_second'])} images a second. "
+    said += "The profile of it did not end."
+    if rows:
+        said = said.replace("The profile of it did not end.", "Under the profiler it takes ")
+        said += f"{number(result['profiled_step_ms'][1])} ms. The phases cover {result['covered_pct']:.1f} % of it."
+    said += f" Ceilings: {', '.join(ceilings(result))}."
+    if any(row["floor_ms"] and row["floor_ms"] > row["ms"] for row in result["rows"]):
+        said += " A phase can pass its floor: the ceilings are of one large copy and one square matrix product."
+    if result["power"]:
+        said += f" Power: {', '.join(f'{name} {value}' for name, value in result['power'].items())}."
+    said += "".join(f" Missing: {missing}." for missing in result["missing"])
+    names = [
+        [part if not i else "", f"`{name}`", number(count), number(us)]
+        for part, kernels in result.get("kernels", {}).items()
+        for i, (name, count, us) in enumerate(kernels[:SHOWN])
+    ]
+    unit = "kernel" if result["device"] == "cuda" else "operator"
+    streams = [
+        f"{stream}: {', '.join(f'{phase} {number(ms)} ms' for phase, ms in phases.items())}"
+        for stream, phases in result["streams"].items()
+    ]
+    by_name = f"{table(['of a step', unit, 'count', 'µs'], names)}\n\n" if names else ""
+    return f"{head(result, more=said)}\n{table(header, rows)}\n\n{by_name}{bullets(streams)}"
+
+
+def decode_kernels(result: Result) -> str:
+    parts = [head(result, more=f"Ceiling: {ceilings(result)[0]}.")]
+    for row in result["rows"]:
+        parts.append(
+            f"{label(row['case'])}: {number(row['ms'][1])} ms a step, {row['floor_pct']:.0f} % of the floor's rate "
+            f"({number(row['floor_gb'])} GB); {row['launches']:.0f} launches, kernels {number(row['busy_us'])} µs, "
+            f"gaps {number(row['gap_us'])} µs"
+            + (f"; {number(ms[1])} ms with dependent launches" if (ms := row.get("dependent_launches_ms")) else "")
+            + ".\n"
+        )
+        lines = [[f"`{name}`", number(count), number(us)] for name, count, us in row["kernels"][:DECODE_SHOWN]]
+        parts.append(table(["of a step", "count", "µs"], lines) + "\n")
+    return "\n".join(parts)
+
+
+def bars(result: Result) -> tuple[str, dict[str, dict[str, float]]]:
+    """What is drawn of a step: a unit, and the phases of each bar."""
+    if result["bench"] == "step":
+        return "seconds an image", {
+            f"{label(row['case'])}: {row['provider']}": {k: s / row["images"] for k, s in row["phases"].items()}
+            for row in result["rows"]
+        }
+    found = {"step": {row["phase"]: row["ms"] for row in result["rows"]}}
+    found["floors"] = {row["phase"]: row["floor_ms"] or 0.0 for row in result["rows"]}
+    return "ms of a step", found | result["streams"]
+
+
+def draw(result: Result, path: Path) -> None:
+    """A PNG of stacked bars, with one colour for each phase of the first; what is no phase is grey."""
+    from matplotlib.figure import Figure
+
+    unit, named = bars(result)
+    wrapped = {fill(name, 40): bar for name, bar in named.items()}
+    figure = Figure(figsize=(10, 1.8 + 0.4 * len(wrapped)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(wrapped)
+    for i, phase in enumerate(next(iter(wrapped.values()))):
+        widths = [bar.get(phase, 0.0) for bar in wrapped.values()]
+        colour = "lightgrey" if phase in ("idle", "rest") else f"C{i % 10}"
+        axes.barh(
+            list(wrapped), widths, left=left, color=colour, hatch="//" * (i // 10), edgecolor="white", label=phase
+        )
+        left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
-    axes.set_yticks(list(names), list(names.values()), fontsize=8)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}×")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(f"times faster than eager on {result.get('gpu', 'the CPU')}: medians, and lines from p20 to p80")
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
-    write_svg(figure, path)
+    axes.set_xlabel(unit)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    with whole(path) as part:
+        figure.savefig(part, dpi=100, metadata={"Software": None})
 
 
 KERNELS = ["rollout", "rewards", "decode_attention", "rms_norm", "silu_mul", "rope_kv_write"]
 KERNELS += ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
-
-
-class Part(NamedTuple):
-    """What a bench has in RESULTS.md; `draw` writes its picture to an SVG file."""
-
-    section: Callable[[dict[str, Any]], str]
-    draw: Callable[[dict[str, Any], Path], None] | None = None
-
-
-def of_module(name: str, drawn: bool = True) -> Part:
-    """The bench's own module writes and draws; it may need much, and is imported for that alone."""
-
-    def module() -> Any:
-        return importlib.import_module(f".{name}", __package__)
-
-    return Part(lambda result: module().section(result), (lambda *given: module().draw(*given)) if drawn else None)
-
-
-PARTS = {
-    "toy_seeds": Part(toy_seeds),
-    "toy_guidance": of_module("toy_guidance"),
-    "best_of": of_module("best_of", drawn=False),
-    "distributed": of_module("bench_distributed", drawn=False),
-    "h200": Part(h200),
-    "step": of_module("bench_step"),
-    "step_profile": of_module("step_profile"),
-    "decode_kernels": of_module("decode_kernels", drawn=False),
-    "scaling": of_module("scaling"),
-    "step_model": of_module("step_model", drawn=False),
-    "train": Part(kernel, draw_kernel),
-    **dict.fromkeys(KERNELS, Part(kernel, draw_kernel)),
+# The sections of RESULTS.md, in their order, by the name of the bench.
+PARTS: dict[str, Callable[[Result], str]] = {
+    "toy_seeds": toy_seeds,
+    "best_of": lambda result: importlib.import_module(".best_of", __package__).section(result),
+    "distributed": distributed,
+    "tables": tables,
+    "step": step,
+    "step_profile": step_profile,
+    "decode_kernels": decode_kernels,
+    **dict.fromkeys(["train", *KERNELS], kernel),
 }
+DRAWN = ("step", "step_profile")
 
 
 def load(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -244,13 +328,10 @@ def load(folder: Path) -> dict[Path, dict[str, Any]]:
     Raises:
         ValueError: a file is no JSON object of a bench that has a section.
     """
-    results = {}
-    for path in sorted(folder.glob("*.json")):
-        result = json.loads(path.read_text())
-        bench = result.get("bench")
-        if bench not in PARTS:
+    results = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    for path, result in results.items():
+        if (bench := result.get("bench")) not in PARTS:
             raise ValueError(f"{path}: no section for bench {bench!r}; there are {', '.join(PARTS)}")
-        results[path] = result
     order = list(PARTS)
     return dict(sorted(results.items(), key=lambda item: (order.index(item[1]["bench"]), item[1].get("device", ""))))
 
@@ -259,35 +340,34 @@ def render(folder: Path, pictures: bool = True) -> str:
     """RESULTS.md from the JSON files in `folder`; the pictures are drawn beside them."""
     sections = ["# Results\n\nGenerated by `python -m bicot.bench.report` from bench/results; do not edit.\n"]
     for path, result in load(folder).items():
-        part, picture = PARTS[result["bench"]], path.with_suffix(".svg")
-        sections.append(part.section(result))
-        if part.draw and pictures:
-            part.draw(result, picture)
-            sections += [f"![{result['bench']}]({folder.name}/{picture.name})\n"] if picture.exists() else []
+        picture = path.with_suffix(".png")
+        sections.append(PARTS[result["bench"]](result))
+        if pictures and result["bench"] in DRAWN and result["rows"]:
+            draw(result, picture)
+        if picture.exists():
+            sections.append(f"![{result['bench']}]({folder.name}/{picture.name})\n")
     return "\n".join(sections)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "results",
-        type=Path,
-        nargs="?",
-        default=HERE / "results",
-        help="a folder with RESULTS.md beside it, or FILE.json",
-    )
+    about = "a folder with RESULTS.md beside it, or FILE.json"
+    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results", help=about)
     folder = parser.parse_args().results.resolve()
     if folder.is_file():
         archive, folder = json.loads(folder.read_text()), HERE / "results"
         for name, result in archive.items():
-            write(folder / name, json.dumps(result, indent=1) + "\n")
+            with whole(folder / name) as part:
+                part.write_text(dumps(result))
     pictures = importlib.util.find_spec("matplotlib") is not None
     if not pictures:
         print("without pictures: matplotlib is not installed")
     try:
-        write(folder.parent / "RESULTS.md", render(folder, pictures))
+        page = render(folder, pictures)
     except ValueError as error:
         parser.error(str(error))
+    with whole(folder.parent / "RESULTS.md") as part:
+        part.write_text(page)
 
 
 if __name__ == "__main__":

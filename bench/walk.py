@@ -4,8 +4,8 @@
     bash bench/gpu.sh OUTDIR            within 9 minutes: test and profile, whole steps against the published algorithm,
                                         Janus-Pro-7B, training variants, rewards, each kernel against its peers
     bash bench/gpu.sh --tests OUTDIR    within 9.5 minutes: all tests for a GPU -> OUTDIR/tests.json
-    bash bench/run.sh OUTDIR            every bench with scaling and the model of a step, however long they take:
-                                        OUTDIR/results/*.json with their pictures, and OUTDIR/RESULTS.md
+    bash bench/run.sh OUTDIR            every bench, and steps of several sizes and of several ranks, however long they
+                                        take: OUTDIR/results/*.json with their pictures, and OUTDIR/RESULTS.md
 
 gpu.sh leaves a page, RESULTS.md, an archive of all results, results.json (`python -m bicot.bench.report results.json`
 makes them the package's own), and the profile's trace.json.gz; as long as it runs, each result lies in OUTDIR/results.
@@ -42,6 +42,21 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 MARGIN = 8  # seconds of its limit that a bench which can end in time leaves
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without it torch refuses deterministic products on a GPU
+# What a step is measured along: the setting, its values, and the model if not the first of bench_step.
+VARIED: dict[str, list[tuple[str, ...]]] = {
+    "cpu": [
+        ("num_generations", "2 4 8 16 32"),
+        ("gradient_accumulation_steps", "1 2 4 8 16"),
+        ("rollout_max_rows", "2 4 8 16"),
+        ("image_tokens", "36 64 144 256", "--model", "tiny"),
+    ],
+    "cuda": [
+        ("num_generations", "4 8 16 32"),
+        ("gradient_accumulation_steps", "1 2 4 8"),
+        ("rollout_max_rows", "8 16 32 64"),
+        ("image_tokens", "64 144 256 576"),
+    ],
+}
 
 
 class Step(NamedTuple):
@@ -80,9 +95,9 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
     if mode == "quick":
         return [smoke, profile(60, 1), bench("decode_kernels", 25, module="decode_kernels", ends=False)]
     if mode == "tests":
-        options = ["--output", str(out / "tests.json"), *(["--seconds", "520"] if gpu else ["--collect-only"])]
-        tests = program("tests", 530, sys.executable, "-m", "bicot.bench.gpu_tests", *options, **DETERMINISTIC)
-        return [Step("build", 40, _build, imports=False), tests]
+        options = ["--output", str(out / "tests.json"), *(["--seconds", "550"] if gpu else ["--collect-only"])]
+        tests = program("tests", 560, sys.executable, "-m", "bicot.bench.gpu_tests", *options, **DETERMINISTIC)
+        return [tests]
     if mode == "full":
         large = ["--model", "Janus-Pro-7B" if gpu else "tiny", "--ours-alone", "--repeats", "2"]
         whole = [bench("step", 105, *["--model", "Janus-Pro-1B"] * gpu, "--repeats", "2")]
@@ -91,12 +106,20 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
         seconds |= {"linear_logprobs": 20, "grpo_loss": 20, "cfg_sample": 10, "rms_norm": 15, "silu_mul": 15}
         seconds |= {"rope_kv_write": 15, "group_advantages": 15}
         return [smoke, profile(60, 1), *whole, *(bench(name, limit) for name, limit in seconds.items())]
-    model = ["--results", str(results), "--output", str(results / "step_model.json")]
+    few = 2 if tiny else None
+    varied = [
+        bench(f"step_{axis}", 0, *model, "--vary", axis, *values.split()[:few], module="bench_step", ends=False)
+        for axis, values, *model in VARIED[device]
+    ]
+    ranks = importlib.import_module("torch").cuda.device_count() if gpu else 2
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    together += ["-m", "bicot.bench.bench_step", "--device", device, *["--tiny"] * tiny, "--threads", "1"]
+    together += ["--output", str(results / f"step_ranks_{device}.json")]
     return [
         profile(0, 2 if gpu else 5),
         *(bench(name, 0) for name in ["step", "train", *importlib.import_module("bicot.bench.report").KERNELS]),
-        bench("scaling", 0, module="scaling", ends=False),
-        Step("step_model", 0, partial(_module, "step_model", model, False)),
+        *varied,
+        *([program("step_ranks", 0, sys.executable, *together)] if ranks > 1 else []),
         Step("report", 0, partial(_module, "report", [str(results)], False)),
     ]
 
@@ -107,24 +130,9 @@ def _module(name: str, arguments: Sequence[str], ends: bool, limit: float | None
     runpy.run_module(f"bicot.bench.{name}", run_name="__main__", alter_sys=True)
 
 
-def _build(limit: float | None) -> None:
-    """The C++ kernels, unless they are there."""
-    cmake = os.environ.get("CMAKE", "cmake")
-    if (ROOT / "kernels" / "_native.so").exists():
-        return
-    if not shutil.which(cmake):
-        print("the C++ kernels, which are for CPUs alone, are not built: there is no cmake")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}"
-        subprocess.run([cmake, "-S", ".", "-B", f"{folder}/build", library], check=True)
-        subprocess.run([cmake, "--build", f"{folder}/build"], check=True)
-        shutil.move(f"{folder}/_native.so", ROOT / "kernels")
-
-
 def _preload() -> None:
     """No module that runs as a bench may be among these."""
-    for module in ("step_work", "reward_models"):
+    for module in ("models", "reward_models"):
         importlib.import_module(f"bicot.bench.{module}")
 
 
@@ -166,15 +174,14 @@ def _leader(step: Step, limit: float | None) -> None:
 
 def pack(out: Path) -> None:
     """A page, an archive of the results and the trace, in the place of their folder."""
-    from bicot.bench.harness import write
     from bicot.bench.report import render
 
     results = out / "results"
     found = {path.name: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    write(out / "results.json", json.dumps(found, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(found) + "\n")
     for trace in results.glob("*.trace.json.gz"):
         trace.replace(out / "trace.json.gz")
-    write(out / "RESULTS.md", render(results, pictures=False))
+    (out / "RESULTS.md").write_text(render(results, pictures=False))
     shutil.rmtree(results)
 
 

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 TIMEOUT = 1800.0
 BUCKET_BYTES = 256 * 2**20
@@ -155,6 +156,7 @@ class Ranks:
             self.store.set(key, done)
         return result
 
+    @record_function("communication")
     def meet(self, step: int) -> dict[str, float]:
         """Wait until all ranks are here, in the middle of a step -> the longest wait, and the rank that waited least.
 
@@ -178,18 +180,21 @@ class Ranks:
         waits = self.cat(torch.tensor([time.perf_counter() - start]))
         return {"seconds/wait": waits.max().item(), "slowest_rank": int(waits.argmin())}
 
+    @record_function("communication")
     def sum(self, value: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
+    @record_function("communication")
     def max(self, value: Tensor) -> Tensor:
         """The maximum over the ranks, in place."""
         if self.size > 1:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
 
+    @record_function("communication")
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Sum `.grad` of all parameters over the ranks: large ones in place, others in flat copies of BUCKET_BYTES."""
         if self.size == 1:
@@ -204,6 +209,7 @@ class Ranks:
             for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
 
+    @record_function("communication")
     def cat(self, value: Tensor) -> Tensor:
         """[n, …] of every rank -> [size·n, …] in rank order, where `value` is; n is the same everywhere."""
         if self.size == 1:
@@ -213,6 +219,7 @@ class Ranks:
         dist.all_gather(parts, own)
         return torch.cat(parts).to(value.device)
 
+    @record_function("communication")
     def gather(self, values: list[Any]) -> list[Any]:
         """Lists of picklable things, joined in rank order, on every rank."""
         if self.size == 1:

@@ -12,6 +12,7 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..model.engine import Clock, Span, seconds_of
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
@@ -22,11 +23,13 @@ from .samples import mean_by_name
 _SIDE = 64  # pixels
 
 
+@record_function("metrics")
 def on_host(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """Scalars of the device as numbers; the one place of a step that waits for its end."""
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
 
 
+@record_function("metrics")
 def reward_metrics(
     ensemble: RewardEnsemble, scores: Tensor, num_generations: int, task_types: Sequence[str]
 ) -> dict[str, float]:
@@ -46,6 +49,7 @@ def reward_metrics(
     }
 
 
+@record_function("metrics")
 def reward_costs(handle: RewardHandle, ranks: Ranks) -> dict[str, float]:
     """Of each reward the longest time that it took a rank, what of it the longest wait leaves hidden, and the samples
     that it skipped on all ranks."""
@@ -62,6 +66,7 @@ def reward_costs(handle: RewardHandle, ranks: Ranks) -> dict[str, float]:
     return costs
 
 
+@record_function("metrics")
 def image_diversity(images: Tensor, num_generations: int, ranks: Ranks) -> dict[str, Tensor]:
     """Mean distance of two pictures of a group, over all groups of all ranks, on the device.
 
@@ -87,6 +92,7 @@ def plan_diversity(plans: Sequence[Sequence[int]], num_generations: int) -> floa
     return sum(distances) / len(distances)
 
 
+@record_function("metrics")
 def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool], num_generations: int) -> dict[str, float]:
     """Of the plans of all ranks: mean length, share that was cut off, entropy of their tokens in bits, diversity."""
     words = torch.tensor([word for plan in plans for word in plan])

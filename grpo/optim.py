@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import get_scheduler
 
 from .average import WeightAverage
@@ -67,10 +68,12 @@ class MasterAdamW:
     def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
         """Compute a micro-batch's loss and more, and collect the loss's gradients -> both, the loss detached."""
         loss, result = compute()
-        loss.backward()
+        with record_function("backward"):
+            loss.backward()
         self.collect()
         return loss.detach(), result
 
+    @record_function("optimizer")
     def collect(self) -> None:
         """Add the gradients of one backward pass to the masters', in float32, and free them."""
         pairs = zip(self.parameters, self.masters, strict=True)
@@ -86,6 +89,7 @@ class MasterAdamW:
                 master.grad = grad if master.grad is None else master.grad
                 parameter.grad = None
 
+    @record_function("optimizer")
     def step(self, reduce: Callable[[Sequence[Tensor]], None]) -> Tensor:
         """Reduce the gradients over the ranks, clip, update, and round the masters into the model -> gradient norm.
 

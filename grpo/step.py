@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..kernels.grpo_loss import GRPOLoss, TokenStream, grpo_loss
 from ..model.engine import RolloutChunk
@@ -95,6 +96,7 @@ def token_streams(
     return streams
 
 
+@record_function("reference")
 @torch.no_grad()
 def reference_logprobs(
     reference: Policy,
@@ -228,6 +230,7 @@ def _teaching(
     return micro_batches_of(policy, joined, encoder, config), advantages.view(-1, size)[teaches].flatten()
 
 
+@record_function("forward")
 def begin(policy: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config) -> Ahead:
     """The first forward pass of `update`, which needs no advantages; rewards work beside it."""
     _train_mode(policy, config)
@@ -271,9 +274,11 @@ def update(
     weigh = TokenWeights(config.token_weights) if config.token_weights else None
     _train_mode(policy, config)
 
+    @record_function("loss")
     def loss_of(i: int) -> tuple[Tensor, GRPOLoss]:
         part, mine = micro_batches[i], each[i]
-        streams = ahead.pop() if ahead else token_streams(policy, part, encoder, config)
+        with record_function("forward"):
+            streams = ahead.pop() if ahead else token_streams(policy, part, encoder, config)
         for s, stream in enumerate(streams):
             before, ref = old[i], None if reference is None else reference[i].get(stream.name)
             stream = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])

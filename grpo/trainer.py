@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers import set_seed
 
 from ..kernels.group_advantages import group_advantages
@@ -356,6 +357,7 @@ class Trainer:
             "seconds/step": elapsed,
         }, grid
 
+    @record_function("data")
     def _step_examples(self) -> list[Example]:
         """This rank's prompts of the step: ranks take consecutive parts of one global batch. None in a replay."""
         if self.replay:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import get_scheduler
 
 from ..model.policy import Policy
@@ -172,11 +173,13 @@ class ZeroAdamW(MasterAdamW):
 
         loss = self.engine(loss_alone)
         # the engine averages over the ranks, and bicot's loss is already a share of one sum
-        self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+        with record_function("backward"):
+            self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # counts the micro-batch
         return loss.detach(), results[0]
 
+    @record_function("optimizer")
     def step(self, reduce: Callable[..., None]) -> Tensor:
         """Clip, update, and round the masters into the model -> gradient norm; the engine reduces by itself."""
         self.engine.step()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..kernels.decode_attention import decode_attention
 from ..kernels.prefill_attention import prefill_attention
@@ -100,6 +101,7 @@ class Decoder:
             normed = rms_norm(layer.down(silu_mul(layer.gate_up(normed))), following.tensor, self.eps, x)
         return normed
 
+    @record_function("prefill")
     def prefill(self, prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
         """Write the keys and values of whole prompts: prompt i to the slots from starts[i] on."""
         filled = [i for i, prompt in enumerate(prompts) if prompt]

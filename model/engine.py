@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..kernels.kv_pool import FP8, converts_fp8
 from .decoder import Decoder
@@ -240,7 +241,8 @@ class RolloutEngine:
                 sampled; a plan that leaves no room for the picture; logits that are not finite.
         """
         limit = sampling.max_completion_length
-        asked = [[] if plans is not None else self.encoder.plan_ids(prompt, limit) for prompt in prompts]
+        with record_function("tokenizer"):
+            asked = [[] if plans is not None else self.encoder.plan_ids(prompt, limit) for prompt in prompts]
         # a request for a plan has all that a picture's has but the plan, whose text may take more tokens than it did
         longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1
         most = [min(len(ids) + longest, room) for ids in asked]
@@ -368,9 +370,10 @@ class RolloutEngine:
         ]
         eos = self.policy.tokenizer.eos_token_id
         plans, logprobs = self.plan_stage.run(rows, [s.prompt_ids[-1] for s in samples], eos, sampling, seed)
-        for sample, plan, logprob in zip(samples, plans, logprobs, strict=True):
-            sample.plan, sample.plan_logprobs = plan, logprob
-            self._ask_for_picture(sample, self.encoder.decode_plan(plan))
+        with record_function("tokenizer"):
+            for sample, plan, logprob in zip(samples, plans, logprobs, strict=True):
+                sample.plan, sample.plan_logprobs = plan, logprob
+                self._ask_for_picture(sample, self.encoder.decode_plan(plan))
 
     def _ask_for_picture(self, sample: _Sample, plan: str | None) -> None:
         sample.text = plan or ""

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from .settings import Sampling
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .engine import RolloutChunk
     from .policy import Policy
 
@@ -84,6 +85,8 @@ def generate(
 
 def pictures_of(chunk: RolloutChunk, prompts: Sequence[str], n: int, seed: int, done: int = 0) -> list[Generation]:
     """The samples of a chunk, before which `done` others came."""
+    from PIL import Image  # here, so that training and its benches need no PIL
+
     tokens, logprobs = chunk.image_tokens.cpu(), chunk.image_logprobs.cpu()
     columns = (to_pixels(chunk.images), tokens, logprobs, chunk.plans.rows(), chunk.plan_logprobs.rows())
     return [

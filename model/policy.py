@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration, PreTrainedConfig
 
 from . import body
@@ -208,6 +209,7 @@ class Policy:
             predicting.append(take(hidden, at))
         return predicting
 
+    @record_function("rows")
     def lay_out(self, blocks: Sequence[Sequence[Sequence[int]]]) -> tuple[list[int], list[list[list[int]]], Layout]:
         """`rows.lay_out`, on the policy's device, for its attention; the first rows decide what `auto` is."""
         if self.attention.name == "auto":

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from ..kernels.cfg_sample import Draw, cfg_sample
 from ..kernels.record_draw import record_draw
@@ -144,6 +145,7 @@ class PlanStage(Stage):
     def _graph(self, rows: int, eos: int, sampling: Sampling) -> tuple[Hashable, Callable[[], None]]:
         return ("plan", rows, eos, sampling), lambda: self._step(rows, eos, sampling)
 
+    @record_function("text decode")
     def run(
         self, rows: Sequence[Row], last_tokens: Sequence[int], eos: int, sampling: Sampling, seed: int
     ) -> tuple[list[list[int]], list[Tensor]]:
@@ -210,6 +212,7 @@ class ImageStage(Stage):
     def _graph(self, size: int, sampling: Sampling) -> tuple[Hashable, Callable[[], None]]:
         return ("image", size, sampling), lambda: self._step(size, self.rows_per_sample * size, sampling)
 
+    @record_function("image decode")
     def run(
         self, rows: Sequence[Row], unconditional: Sequence[Row], boi: int, sampling: Sampling, seed: int
     ) -> tuple[Tensor, Tensor, Tensor]:

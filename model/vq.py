@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from .graphs import StepGraphs
@@ -47,6 +48,7 @@ class ImageDecoder:
         for name, own in self.model.named_parameters():
             own.copy_(value(vqmodel, name))
 
+    @record_function("VQ")
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
         """[S, T] int64 -> [S, 3, H, W] float32 in [0, 1]."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers.activations import ACT2FN
 
 from .adapters import is_adapted, merged, unmerged
@@ -81,6 +82,7 @@ class Weights:
         return self._activation(self._image_projection(hidden))
 
     @torch.no_grad()
+    @record_function("weights")
     def refresh(self) -> bool:
         """Take over what training has written. Under ZeRO-3 all ranks call this together.
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from .base import Example, Reward
 from .worker import OnError, Placement, Scored, Worker, now, seconds_between
@@ -38,6 +39,7 @@ class RewardHandle:
         """The samples of all handles, in order."""
         return cls(handles[0].names, handles[0].device, [jobs for handle in handles for jobs in handle._chunks])
 
+    @record_function("reward wait")
     def result(self) -> Tensor:
         """[S, R] float32 on the CPU, NaN = does not apply, or skipped.
 

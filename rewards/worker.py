@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from .base import Example, Reward, Unavailable, upload
 
@@ -123,6 +124,7 @@ class Worker:
     def _run(self, images: Tensor, examples: list[Example], ready: torch.cuda.Event | None) -> Scored:
         asked = [s for s, example in enumerate(examples) if self.asks(example)]
         with ExitStack() as stack:
+            stack.enter_context(record_function(f"reward {self.reward.name}"))
             for stream in self._streams(images.device) if self.thread else ():
                 if ready:
                     stream.wait_event(ready)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from tiny import tiny_policy
 from torch import Tensor
 
-from bicot.bench import bench_step, bench_train
+from bicot.bench import bench_step, bench_train, report
 from bicot.bench.baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, draw, score, write_plans
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
@@ -254,26 +255,18 @@ def test_bfloat16_weights_train_through_their_masters() -> None:
     assert not torch.equal(policy.model.lm_head.weight, before)
 
 
-def test_words_are_tokens_and_tokens_words() -> None:
-    words = bench_step.Words(50)
-    ids = words("a red t7 circle t49")["input_ids"]
-    assert ids[0] == 0 and ids[3] == 7 and ids[5] == 49 and min(ids[1:]) >= 4 and max(ids) < 50
-    assert words.decode([1, *ids]) == " ".join(f"t{i}" for i in ids[1:])
-    assert words(words.decode(ids))["input_ids"] == ids
+@pytest.fixture
+def contest(tmp_path: Path) -> bench_step.Contest:
+    return bench_step.Contest(SETTING, ALONE, str(tmp_path / "run"))
 
 
-def contest() -> bench_step.Contest:
-    return bench_step.Contest(SETTING, "cpu")
-
-
-def test_both_start_from_one_policy_and_train_it() -> None:
-    both = contest()
-    weights = both.policy.model.lm_head.weight
-    assert not any(p.requires_grad for p in both.reference.model.parameters())
-    trained = {name.split(".")[1] for name, p in both.policy.model.named_parameters() if p.requires_grad}
+def test_both_start_from_one_policy_and_train_it(contest: bench_step.Contest) -> None:
+    weights = contest.policy.model.lm_head.weight
+    assert contest.reference and not any(p.requires_grad for p in contest.reference.model.parameters())
+    trained = {name.split(".")[1] for name, p in contest.policy.model.named_parameters() if p.requires_grad}
     assert trained == {"language_model", "weight"}, "the body, and lm_head.weight"
-    for run in (both.baseline, both.ours):
-        before, phases = weights.detach().clone(), Phases(both.ranks.device)
+    for run in (contest.baseline, contest.ours):
+        before, phases = weights.detach().clone(), Phases(contest.ranks.device)
         assert run(1, phases) == 4.0, "plans run to their limit"
         assert not torch.equal(weights, before) and phases.seconds.keys() == PHASES
 
@@ -285,8 +278,10 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *options: str) -> int:
     return bench_step.main()
 
 
-def test_another_algorithm_is_not_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert contest().check(0) < 1e-4
+def test_another_algorithm_is_not_timed(
+    contest: bench_step.Contest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert contest.check(0) < 1e-4
     wrong = lambda *arguments, **options: 1.01 * baseline_loss(*arguments, **options)  # noqa: E731
     monkeypatch.setattr(bench_step, "baseline_loss", wrong)
     assert run_main(monkeypatch) == 1
@@ -336,7 +331,26 @@ def test_ours_alone_for_as_long_as_there_is_time(
     (row,), (entry,) = result["rows"], result["skipped"]
     assert row["provider"] == "ours" and row["steps"] == 1 and row["seconds"] == [row["seconds"][0]] * 3
     assert entry["provider"] == "baseline" and result["command"].endswith("--ours-alone")
-    assert "| 1 × 4 |" in bench_step.section(result)
+    assert "| 1 × 4 |" in report.step(result)
+
+
+def test_steps_along_an_axis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "step.json"
+    assert run_main(monkeypatch, "--vary", "num_generations", "2", "3", "--repeats", "1", "--output", str(file)) == 0
+    result = json.loads(file.read_text())
+    assert [row["images"] for row in result["rows"]] == [4, 6] and {r["provider"] for r in result["rows"]} == {"ours"}
+    few, more = (row["seconds"][1] for row in result["rows"])
+    assert result["exponent"]["num_generations"] == pytest.approx(math.log(more / few) / math.log(1.5), abs=0.02)
+    assert result["command"].endswith("--vary num_generations 2 3") and "num_generations^" in report.step(result)
+    for axis, value in (("image_tokens", 36), ("gradient_accumulation_steps", 3), ("rollout_max_rows", 5)):
+        varied = SETTING.varied(axis, value)
+        assert varied.labels != SETTING.labels
+        assert getattr(varied if axis == "image_tokens" else varied.config, axis) == value
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--vary", "num_generation", "2")
+    assert "--vary num_generation 2: give one of num_generations, " in capsys.readouterr().err
 
 
 def test_settings_that_are_asked_for() -> None:
@@ -390,9 +404,9 @@ def test_section() -> None:
         "ratios": [{"case": case, "times": bench_step.ratios(*rows), "error": 0.0}], "missing": ["power: no nvml"],
         "skipped": [{"case": {"model": "L"}, "provider": "both", "reason": "out of memory"}], "failed": [],
     }  # fmt: skip
-    page = bench_step.section(result)
+    page = report.step(result)
     assert "## step on H\n\n`run it` on H, driver 1" in page
     assert "| M, guidance 5.0 | ours | 3 × 16 | 2.00 [1.00 to 3.00] | 8.00 | 1000 | 30.0 | 9.5 |  |" in page
     assert "|  | baseline | 3 × 4 | 8.00 [4.00 to 12.0] | 2.00 | 4000 | 120 | 9.5 | 16.0× |" in page
     assert "| 15.6 / 250 (16.0×) | 15.6 / 250 (16.0×) | 15.6 / 250 (16.0×) | 0.00 / 750 |" in page
-    assert page.endswith("- baseline: a part\n- L, both: skipped: out of memory\n- power: no nvml\n")
+    assert page.endswith("- baseline: a part\n- L, both: not run: out of memory\n- power: no nvml\n")

@@ -1,0 +1,308 @@
+"""Where a training step's time goes, phase by phase and stream by stream: `train.py --profile FILE.json`.
+
+Trainer, engine and rewards name their phases with `torch.profiler.record_function`. Every moment of a step belongs to
+one phase: to the first in `PHASES` whose kernels run, and where none runs to the phase that the host is in; then it is
+a gap. A kernel belongs to the phase that launched it (all kernels of a CUDA graph, to the phase that replayed it), and
+a phase is busy as long as its kernels run, also beside those of another phase. Without a GPU, the operators of PyTorch
+take the place of kernels. Times of a trace are in microseconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import itertools
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, record_function
+
+from .config import Config
+from .distributed import Ranks
+from .files import whole
+from .trainer import Trainer
+
+STEP, IDLE = "step", "idle"  # around all phases; and what the results call the time that no phase covers
+# In the order of a step; rewards come after all of them, under their own names.
+PHASES = ["data", "weights", "tokenizer", "prefill", "text decode", "image decode", "rows", "reference", "forward"]
+PHASES += ["loss", "backward", "optimizer", "communication", "metrics", "VQ", "reward wait"]
+# The parts of a step whose kernels are listed by name.
+LISTED = {phase: [phase] for phase in ("text decode", "image decode", "reference")}
+LISTED["update"] = ["forward", "loss", "backward", "optimizer"]
+WARM_UP = 2
+SHORT_US = {"cpu": 20.0, "cuda": 5.0}  # an operator or a kernel that takes less does little but start
+NAMES, LETTERS = 25, 120  # kernels in a list, and of their names, which template arguments make long
+
+
+class Range(NamedTuple):
+    """A stretch of the host's time in one phase."""
+
+    name: str
+    start: float
+    end: float
+    thread: int
+
+
+class Launch(NamedTuple):
+    """A kernel or a copy (without a GPU, an operator): when and where it was called, and when and where it ran."""
+
+    called: float
+    thread: int
+    start: float
+    end: float
+    stream: str
+    name: str
+
+
+@contextmanager
+def short_collections() -> Iterator[None]:
+    """Python's full garbage collection would go through all that imports left, for 0.2 s, in whatever is timed then."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def trained_ms(trainer: Trainer, steps: int) -> list[float]:
+    """Milliseconds of each of so many steps, without the profiler."""
+    ends = [time.perf_counter()]
+    with short_collections():
+        for _ in range(steps):
+            trainer._train_step()
+            ends.append(time.perf_counter())
+    return [1e3 * (end - start) for start, end in itertools.pairwise(ends)]
+
+
+def profiled(trainer: Trainer, steps: int, trace: Path) -> dict[str, Any]:
+    """Profile so many steps -> their phases, kernels by name and streams; writes the Chrome trace (gzip)."""
+    on_gpu = trainer.ranks.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    threads = _ExperimentalConfig(profile_all_threads=True)  # those of rewards too
+    with torch.profiler.profile(activities=activities, experimental_config=threads) as profiler:
+        for _ in range(1 + steps):  # the profiler's own beginning is in the first
+            with record_function(STEP):
+                trainer._train_step()
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(plain))
+        ranges, launches = read_trace(plain)
+        with plain.open("rb") as events, gzip.open(trace, "wb", compresslevel=1) as out:  # 9 takes half a minute
+            shutil.copyfileobj(events, out)
+    return described(ranges, launches, steps, trainer.ranks.device.type)
+
+
+def read_trace(path: Path) -> tuple[list[Range], list[Launch]]:
+    """The phases of all steps but the first, and all launches."""
+    of: dict[str, list[Any]] = defaultdict(list)
+    for event in json.loads(path.read_bytes())["traceEvents"]:
+        if event.get("ph") == "X":
+            of[event.get("cat", "")].append(event)
+    ranges = [
+        Range(e["name"], e["ts"], e["ts"] + e["dur"], e["tid"])
+        for e in of["user_annotation"]
+        if e["name"] in (STEP, *PHASES) or e["name"].startswith("reward ")
+    ]
+    begin = sorted(r.start for r in ranges if r.name == STEP)[1]
+    calls = (e for kind in ("cuda_runtime", "cuda_driver") for e in of[kind] if "correlation" in e.get("args", {}))
+    called = {e["args"]["correlation"]: e for e in calls}
+    work = [(e, f"stream {e['args']['stream']}") for kind in ("kernel", "gpu_memcpy", "gpu_memset") for e in of[kind]]
+    launches = []
+    for e, stream in work or [(e, "operators") for e in outermost(of["cpu_op"])]:
+        call = called.get(e.get("args", {}).get("correlation"), e)
+        launches.append(Launch(call["ts"], call["tid"], e["ts"], e["ts"] + e["dur"], stream, e["name"]))
+    return [r for r in ranges if r.start >= begin], launches
+
+
+def outermost(operators: Iterable[Any]) -> list[Any]:
+    """The events of operators that no other operator of their thread called."""
+    ends: dict[int, float] = {}
+    found = []
+    for event in sorted(operators, key=lambda e: (e["ts"], -e["dur"])):
+        if event["ts"] >= ends.get(event["tid"], 0.0):
+            ends[event["tid"]] = event["ts"] + event["dur"]
+            found.append(event)
+    return found
+
+
+def innermost(ranges: Iterable[Range]) -> list[Range]:
+    """Of one thread: at every time the innermost range, in order and without overlap."""
+    edges = [(r.start, 1, -r.end, r) for r in ranges]
+    edges += [(r.end, 0, 0.0, r) for _, _, _, r in edges]
+    found: list[Range] = []
+    stack: list[Range] = []
+    now = 0.0
+    for at, begins, _, each in sorted(edges):
+        if stack and at > now:
+            found.append(stack[-1]._replace(start=now, end=at))
+        stack.append(each) if begins else stack.pop()
+        now = at
+    return found
+
+
+def attributed(ranges: Sequence[Range], launches: Iterable[Launch], main: int) -> list[tuple[str, Launch]]:
+    """Each launch with the phase in which it was called; those of no phase are left out.
+
+    A thread that has no range at that time, such as autograd's, works for the thread `main`.
+    """
+    of = {thread: innermost(r for r in ranges if r.thread == thread) for thread in {r.thread for r in ranges}}
+    starts = {thread: [part.start for part in parts] for thread, parts in of.items()}
+    found = []
+    for launch in launches:
+        for thread in (launch.thread, main):
+            at = bisect_right(starts.get(thread, []), launch.called) - 1
+            if at >= 0 and launch.called < of[thread][at].end:
+                found.append((of[thread][at].name, launch))
+                break
+    return found
+
+
+def rank(phase: str) -> int:
+    """The place of a phase in a step: each reward after all others, and what is idle last."""
+    return PHASES.index(phase) if phase in PHASES else len(PHASES) + (phase == STEP)
+
+
+def charged(host: Sequence[Range], busy: Sequence[tuple[str, Launch]]) -> dict[str, tuple[float, float]]:
+    """Phase -> its time, and its gaps. The times add up to that of `host`, whatever overlaps."""
+    edges = [(at, step, name, False) for name, run in busy for at, step in ((run.start, 1), (run.end, -1))]
+    edges += [(at, step, part.name, True) for part in host for at, step in ((part.start, 1), (part.end, -1))]
+    working: Counter[str] = Counter()
+    asking, now = "", 0.0
+    times: dict[str, tuple[float, float]] = {}
+    for at, step, name, of_host in sorted(edges):
+        if asking and at > now:
+            phase = min(+working, key=rank, default=asking)
+            total, gap = times.get(phase, (0.0, 0.0))
+            times[phase] = total + at - now, gap if +working else gap + at - now
+        now = at
+        if of_host:
+            asking = name if step > 0 else ""
+        else:
+            working[name] += step
+    return times
+
+
+def described(ranges: Sequence[Range], launches: Sequence[Launch], steps: int, device: str) -> dict[str, Any]:
+    """What a result says of the profiled steps; numbers are of one step."""
+    whole_steps = [r for r in ranges if r.name == STEP]
+    main = whole_steps[0].thread
+    busy = attributed(ranges, launches, main)
+    times, calls = charged(innermost(r for r in ranges if r.thread == main), busy), Counter(r.name for r in ranges)
+    total = sum(ms for ms, _ in times.values())
+    rows, streams = [], defaultdict[str, Counter[str]](Counter)
+    for name, run in busy:
+        streams[run.stream][name] += run.end - run.start  # type: ignore[assignment]
+    for phase in sorted(times.keys() | {name for name, _ in busy}, key=lambda phase: (rank(phase), phase)):
+        (us, gap), own = times.get(phase, (0.0, 0.0)), [run for name, run in busy if name == phase]
+        work = sum(run.end - run.start for run in own)
+        row = {
+            "phase": IDLE if phase == STEP else phase,
+            "ms": round(us / steps / 1e3, 3),
+            "pct": round(100 * us / total, 2),
+            "calls": calls[phase] / steps,
+            "gap_ms": round(gap / steps / 1e3, 3),
+            "busy_ms": round(work / steps / 1e3, 3),
+            "launches": round(len(own) / steps, 1),
+            "launch_us": round(work / len(own), 1) if own else None,
+        }
+        rows.append(row | {"binds": binds(row, device)})
+    kernels = {part: longest((run for name, run in busy if name in names), steps) for part, names in LISTED.items()}
+    return {
+        "profiled_step_ms": spread([(r.end - r.start) / 1e3 for r in whole_steps]),
+        "covered_pct": round(100 - 100 * times.get(STEP, (0.0, 0.0))[0] / total, 2),
+        "rows": rows,
+        "kernels": {part: names for part, names in kernels.items() if names},
+        "streams": {
+            stream: {IDLE if name == STEP else name: round(us / steps / 1e3, 3) for name, us in streams[stream].items()}
+            for stream in sorted(streams)
+        }
+        if device == "cuda"
+        else {},
+    }
+
+
+def spread(ms: Sequence[float]) -> list[float]:
+    return [round(of(ms), 2) for of in (min, statistics.median, max)]
+
+
+def longest(launches: Iterable[Launch], steps: float) -> list[list[Any]]:
+    """[name, count a step, microseconds a step] of the kernels that take most of the time, the longest first."""
+    count, us = Counter[str](), defaultdict[str, float](float)
+    for launch in launches:
+        count[launch.name] += 1
+        us[launch.name] += launch.end - launch.start
+    names = sorted(us, key=lambda name: -us[name])[:NAMES]
+    return [[name[:LETTERS], round(count[name] / steps, 3), round(us[name] / steps, 2)] for name in names]
+
+
+def binds(row: dict[str, Any], device: str) -> str:
+    """What a phase is bound by, in a sentence, from its row."""
+    if row["phase"] == IDLE:
+        return "host: what the program does between the phases"
+    unit, ms = ("kernels" if device == "cuda" else "operators"), row["ms"]
+    hidden = row["busy_ms"] - ms
+    if hidden > ms:
+        return f"hidden: {hidden:.3g} ms of its {unit} run beside an earlier phase"
+    if row["gap_ms"] > ms / 2:
+        return f"host: in {row['gap_ms'] / ms:.0%} of it none of its {unit} runs"
+    mean = row["launch_us"] or 0.0
+    kind = "launch" if mean < SHORT_US[device] else "work"
+    return f"{kind}: {row['launches']:.0f} {unit} of {mean:.{0 if mean >= 100 else 1}f} µs"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The phases that take at least 1 % of a step, within 100 columns."""
+    lines = [f"{'phase':<22}{'ms':>9}{'%':>7}   bound by"]
+    for row in result["rows"]:
+        if row["pct"] >= 1:
+            lines.append(f"{row['phase'][:22]:<22}{row['ms']:>9.1f}{row['pct']:>7.1f}   {row['binds'][:59]}")
+    lines.append(
+        f"a step: {result['step_ms'][1]:.1f} ms, and {result['profiled_step_ms'][1]:.1f} ms under the profiler"
+    )
+    return "\n".join([*lines, f"{result['images']} images a step, {result['images_per_second']} images/s"])
+
+
+def step_times(trainer: Trainer, steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
+    """What a result says of steps without the profiler, after some that warm up."""
+    trained_ms(trainer, warm_up)
+    images = trainer.config.prompts_per_device * trainer.config.num_generations * trainer.ranks.size
+    times = trained_ms(trainer, steps)
+    return {
+        "steps": steps,
+        "images": images,
+        "step_ms": spread(times),
+        "images_per_second": float(f"{1e3 * images * steps / sum(times):.4g}"),
+    }
+
+
+def profile(config: Config, file: Path, steps: int = 3) -> None:
+    """Profile steps of a run instead of training: print a table, write `file` (JSON) and the trace beside it."""
+    ranks = Ranks.start(config.ddp_timeout)
+    try:
+        with ranks.naming_the_lost(), tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(replace(config, output_dir=folder, resume=None, eval_file=None), ranks)
+            result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
+            result |= {"device": ranks.device.type, **step_times(trainer, steps)}
+            if ranks.main:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            trace = file.with_suffix(".trace.json.gz")
+            result |= profiled(trainer, steps, trace if ranks.main else Path(folder) / trace.name)
+            if ranks.main:
+                with whole(file) as part:
+                    part.write_text(json.dumps(result, indent=1) + "\n")
+                print(f"{table(result)}\nmore in {file}; {trace} is for https://ui.perfetto.dev")
+    finally:
+        ranks.close()
