@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from tqdm import tqdm
 from transformers.utils import logging
 
 from bicot.generate import add_options, check_options, settings_of
 from bicot.grpo.benchmarks import BENCHMARKS, Picture, Prompt, check, draw, fingerprint, missing, prepare, require_room
+from bicot.grpo.cli import Parser
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.output import locked
@@ -39,7 +39,7 @@ from bicot.rewards.ensemble import RewardEnsemble
 
 
 def parse_args(words: list[str]) -> tuple[Any, RewardConfig]:
-    parser = ArgumentParser(description="Draw and score the pictures of a benchmark.", allow_abbrev=False)
+    parser = Parser(description="Draw and score the pictures of a benchmark.", allow_abbrev=False)
     add = parser.add_argument
     add("--prompts", nargs="+", required=True, help="prompt files; for wise and dpg also a folder of them")
     add("--format", choices=list(BENCHMARKS), required=True, help="format of the prompts and pictures")

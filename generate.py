@@ -34,13 +34,15 @@ import bicot
 from bicot.grpo.best_of import Ranked, best_of, require_scores
 from bicot.grpo.cli import parse_config
 from bicot.grpo.data import bare, read_prompts
-from bicot.grpo.errors import one_line_errors
+from bicot.grpo.errors import Parser, one_line_errors
 from bicot.grpo.evaluate import Sample
 from bicot.grpo.files import whole
+from bicot.grpo.output import require_writable
 from bicot.grpo.report import draw_grid
 from bicot.model.adapters import adapter_base
 from bicot.model.generation import Generation, generate
 from bicot.model.policy import load_policy
+from bicot.model.prompts import read_reasoning_prompt
 from bicot.model.settings import RolloutSettings, Sampling
 from bicot.rewards.base import Example
 from bicot.rewards.ensemble import RewardEnsemble
@@ -77,6 +79,12 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if args.num_generations is not None and args.num_generations < 1:
         parser.error(f"--num_generations {args.num_generations} must be at least 1")
     try:
+        gpu = torch.device(args.device).type == "cuda"
+    except RuntimeError:
+        parser.error(f"--device {args.device} is no device; give cpu, cuda, or cuda:1 for the second GPU")
+    if gpu and (torch.device(args.device).index or 0) >= torch.cuda.device_count():
+        parser.error(f"--device {args.device}: torch sees {torch.cuda.device_count()} GPUs here; leave --device out")
+    try:
         Sampling(**sampling_of(args))
     except ValueError as error:
         parser.error(f"--{error}")
@@ -88,7 +96,7 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_args(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
+    parser = Parser(description="Plan and draw pictures from prompts.", allow_abbrev=False)
     add = parser.add_argument
     add("prompts", nargs="*", help="prompts; - = read them from standard input, one on each line")
     add("--prompt_file", help="file with a prompt on each line, as text or as JSON; - = standard input")
@@ -125,7 +133,7 @@ def settings_of(args: argparse.Namespace) -> RolloutSettings:
         name: getattr(args, name) for name in ("chat_template", "system_prompt") if getattr(args, name) is not None
     }
     if args.reasoning_prompt_path:
-        texts["reasoning_prompt"] = Path(args.reasoning_prompt_path).read_text(encoding="utf-8").strip()
+        texts["reasoning_prompt"] = read_reasoning_prompt(args.reasoning_prompt_path)
     return RolloutSettings(replace(saved.prompts, **texts), replace(saved.sampling, **sampling_of(args)))
 
 
@@ -211,6 +219,7 @@ def main(words: list[str]) -> None:
 def write_pictures(args: argparse.Namespace, examples: list[Example], out: TextIO) -> None:
     """Draw and save the pictures and the grid. Print a line for each picture to `out`."""
     settings, grid = settings_of(args), Path(args.output)
+    require_writable(grid.parent, "--output")
     shown: list[Sample] = []
     count = 0
     with tqdm(total=len(examples) * (args.best_of or args.num_generations or 4), unit="picture", disable=None) as bar:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from bicot.grpo.cli import parse
 from bicot.grpo.distributed import resume_command
 from bicot.grpo.errors import one_line_errors
+from bicot.grpo.output import require_writable
 from bicot.grpo.plan import dry_run, require_memory
 from bicot.grpo.profile import profile
 from bicot.grpo.trainer import train
@@ -34,6 +35,7 @@ def main(words: list[str]) -> None:
         return
     require_memory(config, options.force_memory)
     if config.profile:
+        require_writable(Path(config.profile).parent, "profile")
         profile(config, Path(config.profile))
     else:
         with viewing(config.output_dir, options.view):

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..model.policy import Policy
 from ..model.settings import RolloutSettings
@@ -138,15 +139,20 @@ def save_checkpoint(
     for left in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(left)
     partial.mkdir(parents=True)
-    policy.save_pretrained(partial, weights, settings)
-    also(partial)
-    state = {"step": step, "seconds": seconds, "run": run, "optimizer": optimizer}
-    torch.save(state, partial / STATE)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    entries = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
-    for path in (*partial.rglob("*"), partial):
-        sync(path)
+    try:
+        policy.save_pretrained(partial, weights, settings)
+        also(partial)
+        state = {"step": step, "seconds": seconds, "run": run, "optimizer": optimizer}
+        torch.save(state, partial / STATE)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        entries = {str(p.relative_to(partial)): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1) + "\n")
+        for path in (*partial.rglob("*"), partial):
+            sync(path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # each library has its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        said = "make room, and go on from the one before with --resume auto"
+        raise OSError(f"{target} cannot be written ({error}); {said}") from error
     if target.exists():
         target.rename(replaced)
     partial.rename(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,37 +14,23 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from ..rewards.config import RewardConfig
 from .config import Config
+from .errors import one_line, with_nearest
 from .files import ROOT
 
 _PATHS = ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path", "deepspeed")
 
 
-class _Parser(ArgumentParser):
-    """An argument parser that names the nearest option when it meets an unknown one."""
+class Parser(ArgumentParser):
+    """A wrong setting is one line that says what it may be, or names the nearest right one."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = sorted(_keys(Config))
-        unknown = (
-            re.findall(r"--([\w.]+)", message) if "unrecognized" in message else re.findall(r"'([\w.]+)'", message)
-        )
-        for key in unknown if "not accept" in message or "unrecognized" in message else []:
-            group = re.search(r"Group '([\w.]+)'", message)
-            if group and key == group[1]:
-                continue
-            full = f"{group[1]}.{key}" if group else key
-            near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)
-            message += f"\n  unknown setting {full!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-        super().error(message, ex)
-
-
-def _keys(cls: Any) -> list[str]:
-    keys = []
-    for item in dataclasses.fields(cls):
-        nested = RewardConfig if item.name == "rewards" else None
-        keys += [f"{item.name}.{key}" for key in _keys(nested)] if nested else [item.name]
-    return keys
+        message = one_line(message)
+        message = re.sub(r"^Parser key \"([\w.]+)\":", r"\1:", message)
+        message = re.sub(r"typing\.|<class '(\w+)'>", r"\1", message).replace("Expected a ", "expected ")
+        union = r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors: .* Given value: "
+        message = re.sub(union, r"expected one of \1. Got value: ", message)
+        self.exit(2, f"error: {with_nearest(message, self._option_string_actions)} (--help explains every setting)\n")
 
 
 def build_parser(description: str, defaults: Sequence[str] = ()) -> ArgumentParser:
@@ -53,7 +40,7 @@ def build_parser(description: str, defaults: Sequence[str] = ()) -> ArgumentPars
         description: what `--help` says of the program.
         defaults: configuration files whose values `--help` shows as the defaults.
     """
-    parser = _Parser(
+    parser = Parser(
         allow_abbrev=False,
         description=description,
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]",
@@ -120,9 +107,14 @@ def parse(argv: Sequence[str]) -> tuple[Config, Any]:
 
 
 def _problem_of(file: str) -> str | None:
-    """Why a configuration file cannot be read, in one line, or None. If it does not exist, the parser says so."""
+    """Why a configuration file cannot be read, in one line, or None. If it does not exist, the nearest of bicot's."""
     if file and not Path(file).is_file():
-        return None
+        ours = {path.stem: path for path in (ROOT / "configs").glob("*.yaml")}
+        near = difflib.get_close_matches(Path(file).stem.lower().replace("_", "-"), ours, n=1)
+        what = "a folder, not a file" if Path(file).is_dir() else "no such file"
+        path = ours[near[0]] if near else None
+        shown = os.path.relpath(path) if path and path.is_relative_to(Path.cwd()) else path
+        return what + (f"; did you mean {shown}?" if shown else "")
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

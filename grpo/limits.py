@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from transformers import SchedulerType
+
 if TYPE_CHECKING:
     from .config import Config
 
 TRACKERS = ("tensorboard", "trackio", "wandb")
+SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
 STREAMS = ("text", "image")
 PER_STREAM = ("beta", "epsilon", "epsilon_high", "entropy_coef")  # take one number, or one for each stream
 
@@ -36,6 +39,8 @@ _LIMITS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("0 to 1000", lambda x: 0 <= x <= 1000, "dynamic_sampling"),
     ("in [0, 2^31)", lambda x: 0 <= x < 2**31, "seed"),
     ("at least one name", bool, "lora_target_modules"),
+    (f"one of {', '.join(SCHEDULES)}", lambda x: x in SCHEDULES, "lr_scheduler_type"),
+    ("a .json file to write, or null", lambda x: x.endswith(".json"), "profile"),
     (f"any of {', '.join(TRACKERS)}", lambda x: set(x) <= set(TRACKERS), "report_to"),
 )
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ def locked(output: Path, option: str = "--output_dir") -> Iterator[None]:
         OutputInUse: another process holds it.
         OSError: it cannot be written.
     """
+    require_writable(output, "output_dir")
     output.mkdir(parents=True, exist_ok=True)
     path = output / ".lock"
     with open(path, "a+") as file:
@@ -51,6 +53,16 @@ def locked(output: Path, option: str = "--output_dir") -> Iterator[None]:
             if not any(other != path for other in output.iterdir()):  # refused before anything was written
                 path.unlink()
                 output.rmdir()
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """OSError, which names the setting, if no file can be written into the folder, there or yet to be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"{setting}: nothing can be written into {folder} ({error.strerror}); give another") from error
 
 
 def holds_run(output: Path) -> bool:

@@ -365,26 +365,29 @@ def dry_run(config: Config, ranks: int, gpu_gib: float) -> str:
 
 
 def require_memory(config: Config, force: bool) -> None:
-    """On a GPU, print the plan's peak. A checkpoint in another layout has no plan.
+    """On a GPU, print the plan's peak; without one, the host's memory is the limit.
 
     Raises:
         ValueError: it does not fit even with plans of `SHORT_PLAN` tokens, unless `force`.
     """
-    if not torch.cuda.is_available():
-        return
+    gpu = torch.cuda.is_available()
     try:
         model = load_model(config.model_name_or_path)
     except (OSError, ValueError):
         return  # loading the weights says what is wrong, and reads more layouts
     ranks, device = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    size = torch.cuda.get_device_properties(device).total_memory
+    if gpu:
+        size = torch.cuda.get_device_properties(device).total_memory
+    else:
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     plan = plan_of(config, model, ranks, size)
     auto = any(getattr(config, name) == "auto" for name in _AUTO)
-    if int(os.environ.get("RANK", 0)) == 0 and not auto:  # `settle` says it
+    if int(os.environ.get("RANK", 0)) == 0 and gpu and not auto:  # `settle` says it
         print(plan.line(), file=sys.stderr)
     short = replace(config, max_completion_length=min(SHORT_PLAN, config.max_completion_length))
     if not force and (least := plan_of(short, model, ranks, size).peak) > size:
+        where = "this GPU" if gpu else "this machine, which has no GPU,"
         raise ValueError(
             f"the run needs {least / GIB:.1f} GiB a GPU even with plans of {short.max_completion_length} tokens, and "
-            f"this GPU has {size / GIB:.1f}; --dry_run says what to change, --force_memory runs all the same"
+            f"{where} has {size / GIB:.1f}; --dry_run says what to change, --force_memory runs all the same"
         )

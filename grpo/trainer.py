@@ -20,7 +20,7 @@ from torch.profiler import record_function
 from transformers import set_seed
 
 from ..kernels.group_advantages import group_advantages
-from ..model.adapters import adapter_base, add_lora, load_lora
+from ..model.adapters import adapter_base, add_lora, load_lora, require_peft
 from ..model.attention import resolve
 from ..model.engine import RolloutChunk, RolloutEngine
 from ..model.policy import Policy, load_policy
@@ -42,8 +42,8 @@ from .evaluate import Heldout, gather_samples, save_best
 from .files import whole
 from .hub import push, require_hub, write_card
 from .metrics import Phases, image_diversity, on_host, plan_metrics, reward_costs, reward_metrics
-from .optim import MasterAdamW
-from .output import METRICS, RUN, SUMMARY, go_back, locked, make_room, read_metrics
+from .optim import MasterAdamW, adamw_8bit
+from .output import METRICS, RUN, SUMMARY, go_back, locked, make_room, read_metrics, require_writable
 from .plan import settle
 from .report import draw_grid, no_failure, pick_places, write_report
 from .rollout import roll_out
@@ -52,7 +52,7 @@ from .samples import Sample, heldout_metrics, heldout_table, mean_reward, save_s
 from .step import begin, begins_early, micro_batches_of, reference_logprobs, reference_passes, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
-from .zero import ZeroAdamW, engine_config
+from .zero import ZeroAdamW, engine_config, require_deepspeed
 
 _SEED_STRIDE = 1 << 32  # room for the steps of one seed; evaluation takes the last of them
 _EVAL_STEP = _SEED_STRIDE - 1
@@ -87,6 +87,10 @@ class Trainer:
         set_seed(config.seed)
         zero = engine_config(config, ranks)
         require_trackers(config.report_to)
+        eight_bits = config.optim == "adamw_8bit"
+        for wanted, need in ((config.lora_r, require_peft), (zero, require_deepspeed), (eight_bits, adamw_8bit)):
+            if wanted:
+                need()  # what is not installed is said before anything is loaded
         heldout = None if config.rollout_only else config.eval_file  # the same model before and after
         paths = [path for path in (config.train_file, heldout) if path and not config.replay]
         files = [PromptFile(path, config.skip_bad_prompts) for path in paths]
@@ -159,6 +163,8 @@ class Trainer:
 
     def _begin(self, checkpoint: Path | None, said: list[str]) -> None:
         """Prepare the output folder; last, so that nothing is touched before all that can be refused has been."""
+        if self.config.save_rollouts:
+            require_writable(Path(self.config.save_rollouts), "save_rollouts")
         said += make_room(self.output, self.config) if checkpoint is None else go_back(self.output, self.step)
         (self.output / "samples").mkdir(parents=True, exist_ok=True)
         print("".join(f"{line}\n" for line in said), end="")

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ def read_settings(file: str) -> dict[str, Any]:
     """
     try:
         settings = json.loads(Path(file).read_text())
-    except ValueError as error:
-        raise ValueError(f"deepspeed={file!r} is no JSON: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"deepspeed={file!r} is no JSON file: {error}") from None
     sections = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types")
     if not isinstance(settings, dict) or any(not isinstance(settings.get(name, {}), dict) for name in sections):
         raise ValueError(f"{file} is no DeepSpeed configuration: an object, with objects for {', '.join(sections)}")
@@ -121,6 +122,15 @@ def bucket_size(zero: dict[str, Any], largest: int) -> int:
     return min(_BUCKET, largest) if size == "auto" else int(size)
 
 
+def require_deepspeed() -> ModuleType:
+    """The package, or an ImportError that says how to get it."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(f"--deepspeed needs DeepSpeed: pip install 'bicot[deepspeed]' ({error})") from error
+    return deepspeed
+
+
 class ZeroAdamW(MasterAdamW):
     """MasterAdamW, by a DeepSpeed engine. All ranks call each method together.
 
@@ -135,10 +145,7 @@ class ZeroAdamW(MasterAdamW):
     """
 
     def __init__(self, policy: Policy, config: Config, engine_settings: dict[str, Any], ranks: Ranks) -> None:
-        try:
-            import deepspeed
-        except ImportError as error:
-            raise ImportError(f"--deepspeed needs DeepSpeed: pip install 'bicot[deepspeed]' ({error})") from error
+        deepspeed = require_deepspeed()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls deprecated functions in each step
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)

@@ -66,7 +66,10 @@ def merged(module: nn.Module, name: str) -> Any:
 def adapter_base(path: str | Path) -> str | None:
     """The model that an adapter folder of PEFT belongs to, as its config names it; None for any other path."""
     file = Path(path) / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} names no base_model_name_or_path, copy it again: {error}") from error
 
 
 def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: Sequence[str], freeze: Sequence[str]) -> Any:
@@ -79,7 +82,7 @@ def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: Sequence[s
     Raises:
         ValueError: a target that no layer outside `freeze` has.
     """
-    peft = _peft()
+    peft = require_peft()
     free = [name for name, _ in model.named_modules() if not name.startswith(tuple(freeze))]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in free):
@@ -96,10 +99,11 @@ def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: Sequence[s
 
 def load_lora(model: Any, folder: str | Path) -> Any:
     """Likewise with the adapters in the folder."""
-    return _peft().PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
+    return require_peft().PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
 
 
-def _peft() -> ModuleType:
+def require_peft() -> ModuleType:
+    """The package, or an ImportError that says how to get it."""
     try:
         import peft
     except ImportError as error:

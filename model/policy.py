@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration, PreTrainedConfig
@@ -268,12 +269,19 @@ class Policy:
 def read_config(path: str | Path) -> dict[str, Any]:
     """A model's config.json. FileNotFoundError where there is none."""
     try:
-        return PreTrainedConfig.get_config_dict(path)[0]
+        raw = PreTrainedConfig.get_config_dict(path)[0]
     except OSError as error:
+        if (file := Path(path, "config.json")).is_file():
+            raise ValueError(f"{file} is no JSON, copy or download it again: {error}") from error
         raise FileNotFoundError(
             f"model_name_or_path={str(path)!r} is neither a folder with a config.json "
             f"nor a model the hub gives: {error}"
         ) from error
+    except AttributeError:  # its JSON is a list
+        raw = {}
+    if "model_type" not in raw:
+        raise ValueError(f"model_name_or_path={str(path)!r} has no config.json of a model, which names a model_type")
+    return raw
 
 
 def load_policy(
@@ -310,7 +318,7 @@ def load_policy(
         _check_sizes(path, config, tokenizer)
         model = load_original(path, config, tokenizer, dtype)
     elif kind == "janus":
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = _tokenizer(path)
         _check_sizes(path, AutoConfig.from_pretrained(path), tokenizer)
         model = _load(path, dtype)
     else:
@@ -330,10 +338,24 @@ def load_policy(
     return policy
 
 
+def _tokenizer(path: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # of several kinds, by what is wrong with the files
+        raise ValueError(
+            f"{path}: the tokenizer cannot be read, copy tokenizer.json and tokenizer_config.json again: {error}"
+        ) from error
+
+
 def _load(path: str | Path, dtype: torch.dtype) -> Any:
-    loaded: Any = JanusForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-    )
+    try:
+        loaded: Any = JanusForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    except (SafetensorError, OSError) as error:
+        damaged = [file.name for file in Path(path).glob("*.safetensors") if not _opens(file)]
+        what = ", ".join(damaged) or "the weights"
+        raise OSError(f"{path}: {what} cannot be read, download it again: {error}") from error
     model, report = loaded
     shapes = [name for name, *_ in report["mismatched_keys"]]
     wrong = {"lacks": report["missing_keys"], "has unknown": report["unexpected_keys"], "has misshapen": shapes}
@@ -341,6 +363,15 @@ def _load(path: str | Path, dtype: torch.dtype) -> Any:
         if found:  # transformers would fill in random values, or leave them out
             raise ValueError(f"{path} {what} {len(found)} weights, such as {', '.join(sorted(found)[:3])}")
     return model
+
+
+def _opens(file: Path) -> bool:
+    """Whether a file of weights is whole, by its header."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _check_sizes(path: str | Path, config: Any, tokenizer: Any) -> None:

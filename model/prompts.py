@@ -62,7 +62,7 @@ class PromptFormat:
     @classmethod
     def from_files(cls, chat_template: ChatTemplate, system_prompt: str | None, path: str | None) -> PromptFormat:
         """The defaults above, with `system_prompt` and the reasoning prompt in file `path` where given."""
-        reasoning = DEFAULT_REASONING_PROMPT if path is None else Path(path).read_text(encoding="utf-8").strip()
+        reasoning = DEFAULT_REASONING_PROMPT if path is None else read_reasoning_prompt(path)
         return cls(chat_template, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt, reasoning)
 
     def _chat(self, content: str, system: str = "") -> list[str]:
@@ -89,6 +89,14 @@ class PromptFormat:
     def image_text(self, prompt: str, plan: str | None) -> str:
         """Stage 2 in one piece."""
         return "".join(self.image_parts(prompt, plan))
+
+
+def read_reasoning_prompt(path: str | Path) -> str:
+    """The instruction in a file. ValueError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"reasoning_prompt_path={str(path)!r} is no text file in UTF-8: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,11 @@ class RolloutSettings:
                 path = cached_file(str(folder), FILE)
             except OSError:  # also where there is no such model, which loading it will say
                 continue
-            values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-            return cls(PromptFormat(**values["prompts"]), Sampling(**values["sampling"]))
+            try:
+                values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+                return cls(PromptFormat(**values["prompts"]), Sampling(**values["sampling"]))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path} says no prompts and sampling: {error}; delete it for the defaults") from error
         return cls()
 
 
