@@ -58,7 +58,10 @@ def test_generate_from_any_checkpoint(generate: Any, tmp_path: Path) -> None:
     ("words", "line"),
     [
         (("--num_generations", "0"), "--num_generations 0 must be at least 1"),
-        (("--num_gen", "2"), "unrecognized arguments: --num_gen 2"),
+        (
+            ("--num_gen", "2"),
+            "unrecognized arguments: --num_gen 2; unknown setting 'num_gen'; did you mean 'num_generations'?",
+        ),
         (("--temperature", "nan"), "--temperature nan must be a number that is at least 0"),
         (("--max_completion_length", "0"), "--max_completion_length 0 must be a number that is at least 1"),
         (("--cfg_weight", "inf"), "--cfg_weight inf must be finite"),
