@@ -1,18 +1,19 @@
 """Attention of one query a sequence over keys and values that lie in a pool of slots, forward only.
 
-Row r's j-th key is slot `prefix_start + j` for j < prefix_length, else `start + j - prefix_length`: a prefix that rows
-may share, then the row's own. Query head h reads key and value head h // (Hq // Hkv):
+The j-th key of sequence r is in slot `prefix_start + j` for j < prefix_length, and else in `start + j - prefix_length`:
+first a prefix that sequences may share, then the sequence's own keys. Query head h reads key and value head
+h // (Hq // Hkv):
 
     out_rh = Σ_j p_rhj·v_j,   p_rh = softmax_j(scale · q_rh·k_j)
 
-In a pool of float8_e4m3fn, k_j = key_scale_j · stored, and v_j alike: one float32 scale for each token and head. It
-multiplies the score, or the probability, and not E numbers.
+In a pool of float8_e4m3fn, k_j = key_scale_j · stored, and v_j likewise: one float32 scale for each token and head. The
+scale multiplies the score or the probability, not the E numbers.
 
-Shapes: q [R, Hq, E], keys and values [P, Hkv, E], scales [P, Hkv], the output [R, Hq·E], what is of a row [R].
-Floor: the keys and values of each row are read once, 2·Hkv·E numbers a key; 4·Hq·E FLOPs a key. PyTorch gathers every
-row into a rectangle first: it reads them, writes them, and reads them again with the padding.
+Shapes: q [R, Hq, E] for R sequences, keys and values [P, Hkv, E], scales [P, Hkv], the output [R, Hq·E]; starts and
+lengths [R]. Floor: the keys and values of each sequence are read once, 2·Hkv·E numbers a key; 4·Hq·E FLOPs a key.
+PyTorch first gathers all sequences into a padded rectangle: it reads the keys, writes them, and reads them again.
 
-Source: the partial softmaxes of split keys are put together as in Flash-Decoding (Dao et al., 2023).
+Source: the partial softmaxes of split keys are combined as in Flash-Decoding (Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ def decode_attention_ref(
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
 ) -> Tensor:
-    """The formula above in plain PyTorch, on rows gathered into a rectangle; float64 in, float64 out.
+    """The formula above in plain PyTorch, on sequences gathered into a rectangle; float64 in, float64 out.
 
-    The rectangle is as wide as the longest row, which the host has to know: it waits for a GPU. torch.compile, which
-    cannot ask, makes it P wide.
+    The rectangle is as wide as the longest sequence. The host has to know its length, so it waits for a GPU.
+    torch.compile cannot wait and makes the rectangle P wide.
     """
     R, Hq, E = q.shape
     P, Hkv, _ = keys.shape
@@ -77,14 +78,13 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     p_out, p_top, p_sum, scale, HKV: tl.constexpr, G: tl.constexpr, E: tl.constexpr, GB: tl.constexpr,
     EB: tl.constexpr, T: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """One program: one row and GB of the G queries of a key head, over the row's keys or one split of them.
+    """One program: one sequence and GB of the G queries of a key head, over the sequence's keys or one split of them.
 
-    Each of the T keys of a tile has a running softmax of its own, so that threads exchange nothing in the loop but the
-    sum over E; the T are put together at its end. A thread keeps 16 bytes of a key, and a query of so few numbers would
-    leave a tensor core idle.
+    Each of the T keys of a tile has a running softmax of its own, so threads exchange only the sum over E in the loop;
+    the T softmaxes are combined at its end. A thread keeps 16 bytes of a key. One query would leave a tensor core idle.
 
-    Without SPLIT it writes the output [R, Hq, E]; else, of each split, top and sum [R, Hq, splits], and the sum of
-    values [R, Hq, splits, E].
+    Without SPLIT it writes the output [R, Hq, E]; with it, the maximum and the sum of each split [R, Hq, splits], and
+    its sum of weighted values [R, Hq, splits, E].
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -145,7 +145,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
 def _combine_kernel(  # type: ignore[no-untyped-def]
     p_top, p_sum, p_part, p_out, E: tl.constexpr, EB: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr = False
 ):
-    """One program puts the splits of one row's head together. One without keys has the lowest top, and sums of 0."""
+    """One program combines the splits of one head of a sequence. A split without keys has the lowest maximum."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     head = tl.program_id(0).to(tl.int64)
@@ -166,7 +166,7 @@ def launch_config(G: int, E: int) -> dict[str, Any]:
 
 
 def num_splits(programs: int, P: int, processors: int) -> int:
-    """A power of two: enough programs for 2 on each multiprocessor, if a row as long as the pool has keys for them.
+    """A power of two: enough programs for 2 on each multiprocessor, if a sequence as long as the pool has the keys.
 
     More do not pay: on an H200 512 programs of 608 keys take 40.2 µs; split in two 44.8, and 1.9 to combine them.
     """
@@ -206,7 +206,7 @@ def _launch(
         )  # fmt: skip
         if (r := outside.value) < R:
             lies = ", ".join(f"{name} {int(x[r])}" for name, x in zip(_ROWS, rows, strict=True))
-            raise IndexError(f"row {r} has no key, or one outside the {P} slots of the pool: {lies}")
+            raise IndexError(f"sequence {r} has no key, or one outside the {P} slots of the pool: {lies}")
     elif R:
         config = launch_config(Hq // Hkv, E)
         blocks = Hkv * triton.cdiv(Hq // Hkv, config["GB"])
@@ -267,15 +267,15 @@ def decode_attention(
     value_scales: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Attention of one query a row over its prefix and its own keys in the pool. Not differentiable.
+    """Attention of one query a sequence over its prefix and its own keys in the pool. Not differentiable.
 
-    What the launches are depends on shapes alone: a CUDA graph can replay them while the rows change.
+    The launches depend on shapes alone, so a CUDA graph can replay them while the sequences change.
 
     Args:
         q: [R, Hq, E] floating point, E up to 256. Its rows may be strided, as a slice of q, k and v together is.
         keys, values: [P, Hkv, E], Hkv a divisor of Hq, of q's dtype, or float8_e4m3fn with scales.
         prefix_start, prefix_length: [R] int64, the slots of the keys that come first; a length may be 0.
-        start, length: [R] int64, those of the row's own. A row has one key at least.
+        start, length: [R] int64, those of the sequence's own keys. A sequence has one key at least.
         scale: of the scores; default E ** -0.5.
         key_scales, value_scales: [P, Hkv] float32, what the numbers of a token's head are multiplied by.
         impl: "triton" (CUDA; a float8 pool needs a GPU of compute capability 8.9), "native" (C++ on the CPU, float32
@@ -288,8 +288,8 @@ def decode_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        IndexError: a row without a key or with one outside the pool, from the C++ kernel. On a GPU nothing looks: it
-            would cost a launch.
+        IndexError: a sequence without a key or with one outside the pool, from the C++ kernel. On a GPU this is not
+            checked, because it would cost a launch.
         RuntimeError: q wants a gradient, or `impl="native"` and the C++ library is missing.
 
     Source: Flash-Decoding (Dao et al., 2023).

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: Triton on a GPU, the C++ kernels on a CPU, plain PyTorch for what neither takes.
 
-Also the one place that imports Triton, which is optional: without it the kernels below `@triton.jit` are never compiled
-and `impl="triton"` is an error.
+This is also the one place that imports Triton, which is optional. Without it, kernels are never compiled and
+`impl="triton"` is an error.
 """
 
 from __future__ import annotations

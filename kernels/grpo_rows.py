@@ -1,5 +1,5 @@
-"""The fused pass of `grpo_loss` over the rows of one stream: log-prob, entropy, the token's terms of the loss and the
-gradient of the row's logits, while the row is still in cache.
+"""The fused pass of `grpo_loss` over the tokens of one stream: log-prob, entropy, the terms of the loss and the
+gradient of the logits, while a token's row of logits is still in cache.
 
 Formulas: kernels/grpo_loss.py; their derivatives by the log-prob lp, with n the token's normaliser and w its
 own weight (1 without `token_weight`):
@@ -10,10 +10,10 @@ own weight (1 without `token_weight`):
 
 and from there the gradient of the logits is that of kernels/token_logprobs.py: p_j·(a + b·log p_j) + 1[j = t]·label.
 
-Floor with logits in: N·V read and N·V written once each. With hidden states and a head, in chunks of rows whose logits
-become their gradient in place: 6·N·V·D FLOP (4 with a frozen weight). A row whose gradient is exactly zero (a group
-without spread at β = 0, a clipped token, a token of weight 0) is filled with zeros unread; on a CPU it also skips the
-GEMMs (a GPU does not know how many rows remain without stopping for the answer).
+Floor with logits in: N·V read and N·V written once each. With hidden states and a head, 6·N·V·D FLOP (4 with a frozen
+weight), in chunks of tokens whose logits become their gradient in place. A token whose gradient is exactly zero (a
+group without spread at β = 0, a clipped token, a token of weight 0) gets zeros unread; on a CPU it also skips the GEMMs
+(on a GPU the host would have to wait for the number of those that remain).
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ def _new_rows(like: Tensor) -> Tensor:
 
 
 def _active_rows(grad_logprob: Tensor, terms: Terms) -> Tensor | None:
-    """Indices of the rows with a gradient, or None for all: on a GPU always, which would have to wait for the count."""
+    """Indices of the tokens with a gradient, or None for all. On a GPU all: the host would wait for their number."""
     if grad_logprob.is_cuda:
         return None
     slopes = grad_logprob if terms.entropy_weight == 0 else terms.token_weight

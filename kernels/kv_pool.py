@@ -1,4 +1,4 @@
-"""What the ops on a pool of keys and values share: its float8 form, and what fits together.
+"""What the ops on a pool of keys and values share: its float8 form, which implementation takes it, and checks.
 
 keys and values are [P, Hkv, E], P slots of a token each; in float8_e4m3fn, each token's head has a float32 scale.
 """

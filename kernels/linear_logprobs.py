@@ -2,7 +2,7 @@
 
     z = (h Wᵀ + b) / temperature;  logprob = z_target - logsumexp(z);  entropy = logsumexp(z) - Σ softmax(z)·z
 
-hidden [N, D], weight [V, D] (frozen or not), bias [V] or None, targets [N]. The rows go through in chunks, so that no
+hidden [N, D], weight [V, D] (frozen or not), bias [V] or None, targets [N]. Tokens go through in chunks, so that no
 more than `CHUNK_BYTES` of logits exist at a time: the backward pass computes a chunk's logits again, turns them into
 their gradient in place, and multiplies. Floor: 2·N·V·D FLOP forward; backward 6·N·V·D, 2 of them the logits again (4
 with a frozen weight). `grpo_loss` needs no second look at the logits: 6·N·V·D in all.
@@ -34,7 +34,7 @@ def linear_logprobs_ref(
 
 
 def row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Even slices of the rows whose logits fit CHUNK_BYTES each, multiples of 16 rows where that is possible."""
+    """Even slices of the tokens, whose logits fit CHUNK_BYTES each; multiples of 16 tokens where that is possible."""
     rows = len(hidden)
     most = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
     size = -(-rows // max(1, -(-rows // most)))  # as many chunks as needed, evenly filled
@@ -45,8 +45,8 @@ def row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
 class HeadGradients:
     """Gradients of hidden [N, D], weight [V, D] and bias [V] from those of the logits, chunk by chunk.
 
-    What is not needed costs nothing and is an empty tensor at the end: a frozen head has no weight GEMM. The sums over
-    rows are float32.
+    Gradients that are not needed are skipped and returned as empty tensors: a frozen head has no weight GEMM. Sums over
+    tokens are float32.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, needed: list[bool]) -> None:
@@ -56,7 +56,7 @@ class HeadGradients:
         self.first = True
 
     def add(self, rows: slice, grad_logits: Tensor, active: Tensor | None = None) -> None:
-        """Take in a chunk. `active` are the rows of it whose gradient is not zero: the others skip the GEMMs."""
+        """Add a chunk. `active`: its tokens whose gradient is not zero; the others skip the GEMMs."""
         hidden = self.hidden[rows]
         if active is not None and len(active) < len(grad_logits):
             grad_logits, hidden = grad_logits[active], hidden[active]

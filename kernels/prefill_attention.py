@@ -1,11 +1,11 @@
 """Causal attention of packed prompts over their keys and values in a pool of slots, forward only.
 
-Token n attends the tokens first_n to n, those of its own prompt up to itself, whose keys and values lie at their slots.
+Token n attends tokens first_n to n: those of its own prompt up to itself. Each has its key and value in its slot.
 Query head h reads key and value head h // (Hq // Hkv):
 
     out_nh = Σ_j p_nhj·v_j,   p_nh = softmax_j(q_nh·k_j / √E),   first_n <= j <= n
 
-What is launched depends on N alone, and not on how many prompts there are or how long: a CUDA graph can hold it.
+The launches depend on N alone, not on the number of prompts or their lengths, so a CUDA graph can hold them.
 
 Shapes: N tokens, q [N, Hq, E], keys and values [P, Hkv, E], scales [P, Hkv] of a float8 pool, slots and first [N], the
 output [N, Hq·E]. Floor: 4·Hq·E FLOPs a pair of token and key. PyTorch needs the prompts padded to a rectangle, and

@@ -1,6 +1,6 @@
 """What a decode step does with the tokens it drew, in one launch: keep them, count them, and embed them for the next.
 
-Row r of R decodes sample r % B. With the draws token, logp_cond and logp_guided [B], for every row
+Sequence r of R belongs to sample r % B. With the draws token, logp_cond and logp_guided [B], for every sequence
 
     x_r = table[token_{r % B}]
     numbers[i, r] += numbers[-1, r]                            for i from `grows` to the last but one
@@ -29,7 +29,7 @@ def _record_draw_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr, GROWS: tl.constexpr, PLACE: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """One program takes one row."""
+    """One program takes one sequence."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -67,7 +67,7 @@ def record_draw(
 
     Args:
         draw: token [B] int64, logp_cond and logp_guided [B].
-        numbers: [K, R] int64, R a multiple of B; its rows may be strided. The last is what others grow by.
+        numbers: [K, R] int64, R a multiple of B; its rows may be strided. The last row is what others grow by.
         columns: tokens [O] int64 and two of [O] float32.
         table: [V, D], dtype of x, what each token is to the model.
         x: [R, D] contiguous.

@@ -31,7 +31,7 @@ from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, registe
 
 _NATIVE = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2 + (ctypes.c_double, ctypes.c_int)
 _NATIVE_BACKWARD = (ctypes.c_void_p,) * 6 + (ctypes.c_int64,) * 3 + (ctypes.c_double, ctypes.c_int)
-_NATIVE_ROWS = 64  # whose part of the weight's gradient is one sum
+_NATIVE_ROWS = 64  # rows that share a partial sum of the weight's gradient
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:

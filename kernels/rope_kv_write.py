@@ -99,7 +99,7 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
     b_a = tl.load(p_a, m, other=0).to(tl.float32)
     b_b = tl.load(p_a + HALF, m, other=0).to(tl.float32)
     if block < Q_BLOCKS + KV_BLOCKS:
-        # each head reads the row for itself, from L1, 16 bytes a thread: read once it would go through shared memory
+        # each head reads cos and sin for itself, from L1, 16 bytes a thread; read once, they would need shared memory
         o_table = tl.broadcast_to(tl.load(p_positions + token) * HALF + o_e, (HB, EB))
         b_cos = tl.load(p_cos + o_table, m, other=0).to(tl.float32)
         b_sin = tl.load(p_sin + o_table, m, other=0).to(tl.float32)
@@ -108,7 +108,7 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_a, b_a.to(p_qkv.dtype.element_ty), m)
         tl.store(p_a + HALF, b_b.to(p_qkv.dtype.element_ty), m)
     else:
-        # as if rounded first: the scale is of what a pool of qkv's dtype would hold
+        # rounded first, so that the scale is that of what a pool of qkv's dtype would hold
         b_a = b_a.to(p_qkv.dtype.element_ty).to(tl.float32)
         b_b = b_b.to(p_qkv.dtype.element_ty).to(tl.float32)
         o_head = tl.load(p_slots + token) * HKV + o_h
@@ -199,10 +199,10 @@ def rope_kv_write(
     """Rotate queries in place; write rotated keys and the values to the pool. Not differentiable.
 
     Args:
-        qkv: [N, (Hq + 2·Hkv)·E] floating point; its queries are overwritten. What becomes of its keys is not promised.
+        qkv: [N, (Hq + 2·Hkv)·E] floating point; its queries are overwritten, and its keys may be.
         cos, sin: [L, E/2], dtype of qkv.
         positions: [N] int64 in [0, L).
-        slots: [N] int64 in [0, P), distinct; of tokens that share a slot, any one's values may stay.
+        slots: [N] int64 in [0, P), distinct; if tokens share a slot, any one's values may remain.
         keys, values: [P, Hkv, E], dtype of qkv, or float8_e4m3fn with scales.
         key_scales, value_scales: [P, Hkv] float32, one a token and head: amax / 448, or 1 where that is not a normal
             number.
@@ -216,8 +216,8 @@ def rope_kv_write(
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        IndexError: a position or slot out of range, from the C++ kernel before anything is written. On a GPU nothing
-            looks: it would cost a launch.
+        IndexError: a position or slot out of range, from the C++ kernel before anything is written. On a GPU this is
+            not checked, because it would cost a launch.
         RuntimeError: qkv wants a gradient, or `impl="native"` and the C++ library is missing.
 
     Source: arXiv 2104.09864.

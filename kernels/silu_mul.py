@@ -3,9 +3,9 @@
     out = silu(gate) · up,  silu(g) = g · s,  s = 1 / (1 + exp(-g))
     d_gate = d_out · up · s · (1 + g · (1 - s)),  d_up = d_out · silu(gate)
 
-gate and up are the halves of one product, as a fused gate/up projection leaves them. float32 inside; silu is rounded
-to the dtype before it is multiplied, as `F.silu(gate) * up` does. d_gate is rounded once, where autograd would round
-d_out · up too.
+gate and up are the halves of one product, as a fused gate/up projection leaves them. Computed in float32; silu is
+rounded to the dtype before it is multiplied, as in `F.silu(gate) * up`. d_gate is rounded once, where autograd also
+rounds d_out · up.
 
 Shapes: gate_up [N, 2·I], out [N, I]. Floor: 3·N·I elements moved, about 5·N·I FLOPs; backward 5·N·I elements.
 

@@ -1,6 +1,6 @@
-"""Log-probability of each row's target token and entropy of each row, from logits.
+"""Log-probability of each target token and entropy of its distribution, from logits.
 
-For a row z = logits / temperature with lse = log Σ_j exp(z_j) and p_j = exp(z_j - lse):
+For one token, z = logits / temperature with lse = log Σ_j exp(z_j) and p_j = exp(z_j - lse):
 
     logprob = z_t - lse                      d logprob / d logits_j = (1[j = t] - p_j) / temperature
     entropy = -Σ_j p_j log p_j               d entropy / d logits_j = -p_j (log p_j + entropy) / temperature
@@ -201,7 +201,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def row_config(*matrices: Tensor) -> dict[str, Any]:
-    """Launch options of a kernel with one program a row of these matrices, all alike in shape."""
+    """Launch options of a kernel with one program for each row of these matrices, which have one shape."""
     V = matrices[0].shape[1]
     block = min(triton.next_power_of_2(max(V, 16)), _BLOCK)
     aligned = V % 16 == 0 and all(m.stride(0) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
@@ -380,11 +380,11 @@ def token_logprobs(
     inplace_backward: bool = False,
     impl: Impl = "auto",
 ) -> TokenStats:
-    """Log-probability of `targets` and entropy of every row of `logits / temperature`, both differentiable.
+    """Log-probability of `targets` and entropy of softmax(logits / temperature), both differentiable.
 
     Args:
         logits: [N, V], any floating dtype; computed in float32, or in float64 for float64. Rows may be strided; -inf
-            entries have probability 0. A row that holds NaN, +inf or only -inf gives NaN.
+            entries have probability 0. One that holds NaN, +inf or only -inf gives NaN.
         targets: [N] int64 in [0, V), on the device of `logits`.
         temperature: divides the logits; positive.
         inplace_backward: the backward pass overwrites `logits` with their gradient and allocates nothing. Nothing else

@@ -1,5 +1,5 @@
-// Attention of one query a row over keys and values in a pool of slots: float32, bfloat16, or float8_e4m3fn and scales.
-// A row's tokens are read once, in the order in which they lie: a tile of them, all heads of a token together.
+// Attention of one query a sequence over keys and values in a pool of slots: float32, bfloat16, or float8_e4m3fn and scales.
+// A sequence's tokens are read once, in the order in which they lie: a tile of them, all heads of a token together.
 #include <limits>
 #include <vector>
 
@@ -103,7 +103,7 @@ BICOT_INLINE void add_four(float* sum, const float* p, const T* const* v, int64_
                              (p[2] * load_some(v[2] + e, E - e) + p[3] * load_some(v[3] + e, E - e)));
 }
 
-// A row's keys in their order; the first of its key heads, and how many of the Hkv.
+// The keys of one sequence, in order; the first of its key heads, and how many of the Hkv.
 struct Row {
   int64_t prefix_start, prefix_length, start, length, Hkv, first, heads;
 };
@@ -119,7 +119,7 @@ BICOT_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLan
 // Floats that `attend` needs for its H query heads: queries and sums of values, scores, and two numbers of the softmax.
 inline int64_t work_size(int64_t H, int64_t E) { return H * (2 * padded(E) + kTile + 2); }
 
-// `scale` has log2 e in it. Query head h belongs to key head h / G of the row's.
+// `scale` has log2 e in it. Query head h belongs to key head h / G of those in `row`.
 template <class Q, class T>
 BICOT_INLINE void attend(const Q* q, const Pool<T>& pool, const Row& row, int64_t G, int64_t E, float scale,
                          float* work, Q* out) {
@@ -198,7 +198,7 @@ BICOT_ATTEND(float, float8)
 BICOT_ATTEND(bfloat16, bfloat16)
 BICOT_ATTEND(bfloat16, float8)
 
-// The first row that has no key, or one outside the P slots; R if there is none.
+// The first sequence that has no key, or one outside the P slots; R if there is none.
 inline int64_t first_outside(const int64_t* prefix_start, const int64_t* prefix_length, const int64_t* start,
                              const int64_t* length, int64_t R, int64_t P) {
   const auto inside = [P](int64_t from, int64_t n) { return n == 0 || (n > 0 && from >= 0 && from <= P - n); };
@@ -217,7 +217,7 @@ void attend_rows(const Q* q, int64_t q_stride, const Pool<T>& pool, const int64_
   const int64_t G = Hq / Hkv;
   int64_t total = 0;
   for (int64_t r = 0; r < R; ++r) total += prefix_length[r] + length[r];
-  int64_t parts = 1;  // of a row's heads: fewer rows than threads are split
+  int64_t parts = 1;  // of a sequence's heads, where there are fewer sequences than threads
   while (R * parts < num_threads && parts < Hkv) ++parts;
 #pragma omp parallel num_threads(num_threads) if (total * Hkv * E > kSerial)
   {
