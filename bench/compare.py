@@ -58,10 +58,8 @@ def by_case(result: Mapping[str, Any]) -> dict[str, Times]:
 def shares(times: Times) -> dict[str, Share]:
     """Of each provider of ours; none where there is no baseline."""
     base = next((times[name] for name in BASELINES if name in times), None)
-    if base is None:
-        return {}
-    ours = {name: spread for name, spread in times.items() if name.startswith("ours")}
-    return {name: Share(t[0] / base[2], t[1] / base[1], t[2] / base[0]) for name, t in ours.items()}
+    ours = {name: spread for name, spread in times.items() if name.startswith("ours")} if base else {}
+    return {name: Share(t[0] / base[2], t[1] / base[1], t[2] / base[0]) for name, t in ours.items() if base}
 
 
 def verdict(old: Share, new: Share) -> str:
@@ -72,63 +70,46 @@ def verdict(old: Share, new: Share) -> str:
     return ("WORSE" if change > WORSE else "better") + (", within noise" if noisy else "")
 
 
-def vanished(old: dict[str, Times], new: dict[str, Times], result: Mapping[str, Any]) -> list[str]:
-    """A line for each of ours and each baseline that has no time in the new result, with the reason if known."""
-    reasons = {
-        (label(entry["case"]), entry["provider"]): f": {kind}: {entry['reason']}"
-        for kind in ("skipped", "failed")
-        for entry in result.get(kind, [])
-        if isinstance(entry, dict)
-    }
-    return [
-        f"{case}, {name}{reasons.get((case, name), '')}"
-        for case, times in old.items()
-        for name in times
-        if (name.startswith("ours") or name in BASELINES) and name not in new.get(case, {})
-    ]
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line for each thing that the two results say differently of their machine and settings."""
-    names = [
-        name
-        for name in {**old, **new}
-        if name not in NO_MACHINE and not any(isinstance(result.get(name), (list, dict)) for result in (old, new))
-    ]
-    return [f"{name}: {old.get(name)} → {new.get(name)}" for name in names if old.get(name) != new.get(name)]
-
-
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], bool]:
     """The lines to print, and whether nothing got worse and nothing vanished."""
     before, after = by_case(old), by_case(new)
     lines = [f"{old['bench']}: {old.get('commit')} → {new.get('commit')}"]
-    if found := differences(old, new):
-        lines += ["", "Not the same machine or settings, which can change ratios:", *(f"  {line}" for line in found)]
-
-    table = [("case", "provider", "old", "new", "takes", "")]
-    for case in (case for case in before if case in after):
-        was, now = shares(before[case]), shares(after[case])
-        for name in (name for name in was if name in now):
-            old_share, new_share = was[name].middle, now[name].middle
-            numbers = (f"{1 / old_share:.2f}×", f"{1 / new_share:.2f}×", f"{new_share / old_share - 1:+.1%}")
-            table.append((case, name, *numbers, verdict(was[name], now[name])))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    names = [key for key in {**old, **new} if key not in NO_MACHINE and old.get(key) != new.get(key)]
+    told = [key for key in names if not any(isinstance(result.get(key), (list, dict)) for result in (old, new))]
+    if told:
+        lines += ["", "Not the same machine or settings, which can change ratios:"]
+        lines += [f"  {key}: {old.get(key)} → {new.get(key)}" for key in told]
     lines += [
         "",
         "Times faster than the baseline of the same run, and the change of the share of its time that ours takes:",
     ]
+
+    table, bad = [("case", "provider", "old", "new", "takes", "")], []
+    reasons = {
+        (label(e["case"]), e["provider"]): f": {kind}: {e['reason']}"
+        for kind in ("skipped", "failed")
+        for e in new.get(kind, [])
+        if isinstance(e, dict)
+    }
+    for case, times in before.items():
+        was, now = shares(times), shares(after.get(case, {}))
+        for name in times:
+            if (name.startswith("ours") or name in BASELINES) and name not in after.get(case, {}):
+                bad.append(f"VANISHED: {case}, {name}{reasons.get((case, name), '')}")
+            elif name in was and name in now:
+                said, change = verdict(was[name], now[name]), now[name].middle / was[name].middle - 1
+                ratios = (f"{1 / share.middle:.2f}×" for share in (was[name], now[name]))
+                table.append((case, name, *ratios, f"{change:+.1%}", said))  # type: ignore[arg-type]
+                bad += [f"WORSE: {case}, {name}"] if said.startswith("WORSE") else []
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for case, name, *cells, said in table:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[2:5], strict=True)]
         lines.append("  ".join([case.ljust(widths[0]), name.ljust(widths[1]), *padded, said]).rstrip())
-
-    alone = [case for case, times in before.items() if not shares(times)]
-    lines += [f"not compared, no baseline: {case}" for case in alone]
+    lines += [f"not compared, no baseline: {case}" for case, times in before.items() if not shares(times)]
     lines += [
         f"new: {case}, {name}" for case, times in after.items() for name in times if name not in before.get(case, {})
     ]
-    gone = [f"VANISHED: {line}" for line in vanished(before, after, new)]
-    worse = [f"WORSE: {case}, {name}" for case, name, *_, said in table if said.startswith("WORSE")]
-    return [*lines, "", *(gone + worse or ["nothing got worse"])], not gone and not worse
+    return [*lines, "", *(bad or ["nothing got worse"])], not bad
 
 
 def main() -> int:

@@ -8,10 +8,9 @@ Bytes count the tensors that must be read and written once; caches are not count
      "rows": [{"case", "provider", "ms": [p20, p50, p80], "gbps" | "tflops", "floor_pct", "peak_mib", "error", "note"}],
      "skipped" and "failed": [{"case", "provider", "reason"}]}
 
-ms, gbps and tflops are of one step where a case has steps; what steps make adds "makes" and "per_s" to a row. peak_mib
-is what one run allocates at most, its results included (null on a CPU); error is `relative_error`. A provider that
-cannot run here, or a case that does not fit, is in "skipped"; a provider that raises or is wrong is in "failed", has no
-time, and the exit status is 1.
+Times are of one step where a case has steps. peak_mib is what one run allocates at most, its results included (null on
+a CPU). A provider that cannot run here is in "skipped"; one that raises or is wrong is in "failed", has no time, and
+the exit status is 1.
 
 On a GPU no run finds its inputs in the L2 cache: it is flushed before each, and small inputs take turns with copies of
 them. On a CPU there is neither, since no rotation would be fair there: what overwrites its input is given a copy that

@@ -168,8 +168,8 @@ class Config:
         replay: train on the rollouts in this folder, without engine and rewards; null = draw new ones.
         rollout_only: draw, score and save rollouts of the initial model, and train nothing. No reference model and no
             optimizer are loaded.
-        profile: instead of training, measure where a step's time goes and write it to this .json, with a picture and a
-            trace beside it.
+        profile: instead of training, measure where a step's time goes and write it to this .json, with a trace beside
+            it.
         push_to_hub: upload the trained model to the Hugging Face Hub at the end. The login is checked at the start.
         hub_model_id: repository on the hub, such as user/name; null = the name of output_dir, under your own user.
         hub_private_repo: whether a repository that the run creates is private; null = the default of its owner.
