@@ -29,7 +29,7 @@ from transformers import DynamicCache
 
 from ..grpo.config import Config
 from ..grpo.optim import MasterAdamW
-from ..model.engine import RolloutChunk
+from ..model.chunk import RolloutChunk
 from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
 from ..rewards.base import Example, Reward

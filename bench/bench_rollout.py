@@ -22,7 +22,7 @@ from ..model.engine import KVDtype, RolloutEngine
 from ..model.policy import Policy
 from ..model.prompts import PromptFormat
 from ..model.settings import Sampling
-from ..model.stages import ImageStage, PlanStage, Row
+from ..model.stages import CachedSequence, ImageStage, PlanStage
 from .harness import Case, Outputs, Provider, Unavailable, main, short
 from .models import SHAPES, policy_of
 
@@ -60,8 +60,8 @@ class Inputs(NamedTuple):
     engine: RolloutEngine
     decode: ImageStage | PlanStage
     stage: Stage
-    rows: Sequence[Row]
-    unconditional: Sequence[Row]
+    rows: Sequence[CachedSequence]
+    unconditional: Sequence[CachedSequence]
     steps: int
 
     @property
@@ -98,17 +98,17 @@ def inputs(
     pool.reserve(needed)
     if pool.capacity < needed:
         raise Unavailable(f"of the {needed} tokens of its KV cache {pool.capacity} fit")
-    unconditional: list[Row] = []
+    unconditional: list[CachedSequence] = []
     decode: ImageStage | PlanStage
     if stage.name == "image":
-        rows = [Row(0, 0, pool.take(stage.prompt + own), stage.prompt + drawn, s) for s in range(samples)]
+        rows = [CachedSequence(0, 0, pool.take(stage.prompt + own), stage.prompt + drawn, s) for s in range(samples)]
         shared = pool.take(stage.prompt)
-        unconditional = [Row(shared, stage.prompt, pool.take(own), drawn, s) for s in range(samples)]
+        unconditional = [CachedSequence(shared, stage.prompt, pool.take(own), drawn, s) for s in range(samples)]
         decode = ImageStage(engine.decoder, engine.graphs, samples, 2, steps)
     else:
         prompts = [pool.take(stage.prompt) for _ in range(0, samples, GROUP)]
-        rows = [Row(prompts[s // GROUP], stage.prompt, pool.take(own), drawn, s) for s in range(samples)]
-        decode = PlanStage(engine.decoder, engine.graphs, samples, 1, steps)
+        rows = [CachedSequence(prompts[s // GROUP], stage.prompt, pool.take(own), drawn, s) for s in range(samples)]
+        decode = PlanStage(engine.decoder, engine.graphs, samples, steps)
     torch.manual_seed(1)
     for layer in range(pool.layers):
         keys, values, *scales = pool.layer(layer)

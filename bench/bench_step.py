@@ -34,7 +34,7 @@ from ..grpo.config import Config
 from ..grpo.distributed import Ranks
 from ..grpo.profile import short_collections
 from ..grpo.step import split
-from ..model.engine import RolloutChunk
+from ..model.chunk import RolloutChunk
 from ..rewards.config import RewardConfig
 from .baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, decode, draw, write_plans
 from .harness import Unavailable, command_line, finish, quantiles, save, start

@@ -30,7 +30,7 @@ from ..grpo.optim import MasterAdamW
 from ..grpo.step import reference_logprobs, split, update
 from ..kernels.group_advantages import group_advantages
 from ..model.attention import Attention, available
-from ..model.engine import RolloutChunk
+from ..model.chunk import RolloutChunk
 from ..model.packed import Packed
 from ..model.policy import Policy
 from .baseline_t2i_r1 import Rollout, baseline_loss

@@ -32,11 +32,11 @@ def fill_greedily(policy: Policy) -> list[Tensor]:
         run(key, step, block)
         half = policy.num_image_tokens // 2
         if key[0] == "image" and (stage := engine.image_stage) and next(steps) % (2 * half) == half:
-            numbers, x = stage.numbers.clone(), stage.x.clone()
+            state, x = stage.state.clone(), stage.x.clone()
             for _ in range(half):
-                stage._step(key[1], stage.rows_per_sample * key[1], replace(key[2], image_temperature=0.0))
+                stage._step(key[1], stage.sequences_per_sample * key[1], replace(key[2], image_temperature=0.0))
             filled.append(stage._drawn(stage.tokens, key[1]).clone())
-            stage.numbers.copy_(numbers), stage.x.copy_(x)
+            stage.state.copy_(state), stage.x.copy_(x)
 
     engine.graphs.run = watched  # type: ignore
     return filled

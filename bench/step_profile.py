@@ -23,7 +23,7 @@ from transformers.utils import logging
 from ..grpo.distributed import Ranks
 from ..grpo.profile import profiled, step_times
 from ..grpo.step import split
-from ..model.engine import RolloutChunk
+from ..model.chunk import RolloutChunk
 from .harness import command_line, copy_gbps, finish, gemm_tflops, save, start
 from .models import SHAPES, ShapeTrainer, published_config, toy_config
 from .power import Energy

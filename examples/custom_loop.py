@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bicot import Policy, RolloutEngine, TokenStream, grpo_loss, load_policy
 from bicot.grpo.files import ROOT
-from bicot.model.engine import RolloutChunk
+from bicot.model.chunk import RolloutChunk
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle left of a red square", "a yellow circle"]
 GROUP = 8  # samples of each prompt

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.policy import Policy
-from ..model.weights import whole
+from ..model.weights import unsharded
 
 
 class WeightAverage:
@@ -57,5 +57,5 @@ def mix_into(reference: Policy, policy: Policy, alpha: float) -> None:
     """reference ← alpha · policy + (1 - alpha) · reference, of what trains; all ranks call this together."""
     for old, new in zip(reference.model.parameters(), policy.model.parameters(), strict=True):
         if new.requires_grad:
-            with whole([new]):
+            with unsharded([new]):
                 old.lerp_(new.detach().to(old.device), alpha)

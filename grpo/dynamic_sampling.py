@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.group_advantages import group_advantages
-from ..model.engine import RolloutChunk
+from ..model.chunk import RolloutChunk
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardHandle
 from .config import Config

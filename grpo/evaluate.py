@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model.engine import RolloutChunk, RolloutEngine, Sampling
+from ..model.chunk import RolloutChunk
+from ..model.engine import RolloutEngine, Sampling
 from ..model.generation import to_pixels
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble

@@ -1,6 +1,6 @@
 """How much of a GPU's memory a run takes, phase by phase, from its settings and the model's config.json alone.
 
-The formulas count what PyTorch allocates. N tokens and M places (see model/rows.py) of a micro-batch, D hidden,
+The formulas count what PyTorch allocates. N tokens and M places (see model/sequences.py) of a micro-batch, D hidden,
 I intermediate, Q and K the widths of queries and of keys, e bytes of the dtype. Autograd keeps of a layer
 
     e·N·(4·D + Q + 3·I) + e·M·(2·Q + 2·K)      both norms' inputs and outputs, attention's output, gate, up and their

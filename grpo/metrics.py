@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from ..model.engine import Clock, Span, seconds_of
+from ..model.chunk import Clock, Span, seconds_of
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
 from .distributed import Ranks
 from .evaluate import entropy_bits

@@ -24,7 +24,7 @@ from ..model.convert import ORIGINAL, original_config
 from ..model.decoder import PREFILL_TOKENS
 from ..model.kv import SHARE_OF_FREE, KVPool
 from ..model.policy import read_config
-from ..model.vq import CHUNK_BYTES as PICTURE_BYTES
+from ..model.vq import PICTURE_BYTES
 from .config import Config
 from .distributed import Ranks
 from .files import ROOT

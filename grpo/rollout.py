@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..model.engine import RolloutChunk, RolloutEngine
+from ..model.chunk import RolloutChunk
+from ..model.engine import RolloutEngine
 from ..model.settings import Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble, RewardHandle

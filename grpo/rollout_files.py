@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..model.engine import RolloutChunk
+from ..model.chunk import RolloutChunk
 from ..model.packed import Packed
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
@@ -71,7 +71,7 @@ def save_rollout(path: Path, saved: SavedRollout, images: bool) -> None:
         tensors["images"] = rollout.images.mul(255).round().byte()
     header = {
         "plan_texts": rollout.plan_texts,
-        "examples": [example.row() for example in saved.examples],
+        "examples": [example.as_line() for example in saved.examples],
         "trained": saved.trained,
         "monitored": saved.monitored,
         "ranks": saved.ranks,

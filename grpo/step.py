@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..kernels.grpo_loss import GRPOLoss, TokenStream, grpo_loss
-from ..model.engine import RolloutChunk
-from ..model.packed import upload
+from ..kernels.host import upload
+from ..model.chunk import RolloutChunk
 from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
-from ..model.rows import Stream, token_counts
+from ..model.sequences import Stream, token_counts
 from .config import STREAMS, Config
 from .distributed import Ranks
 from .memory import Shape, reference_tokens

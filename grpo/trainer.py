@@ -22,7 +22,8 @@ from transformers import set_seed
 from ..kernels.group_advantages import group_advantages
 from ..model.adapters import adapter_base, add_lora, load_lora, require_peft
 from ..model.attention import resolve
-from ..model.engine import RolloutChunk, RolloutEngine
+from ..model.chunk import RolloutChunk
+from ..model.engine import RolloutEngine
 from ..model.policy import Policy, load_policy
 from ..model.prompts import PromptFormat
 from ..model.settings import RolloutSettings, Sampling

@@ -1,8 +1,7 @@
-"""Parameters with the LoRA adapters that PEFT has put around their modules.
+"""LoRA adapters: adding, loading, and merging them into the weights that they adapt.
 
-PEFT computes W·x + scaling·B·A·x. What reads weights rather than calls modules (decoding, and the heads in the loss)
-needs W + scaling·B·A, and the biases that the adapters add. An adapter is trained by `add_lora`, and is a folder in
-PEFT's format for `load_lora`.
+PEFT's modules compute W·x + scaling·B·A·x. Decoding and the loss read weights instead of calling modules, so they need
+W + scaling·B·A, and the biases of the adapters.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ from torch import Tensor, nn
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Whether PEFT has put an adapter around the module. (A copy that trains in its place is found by itself.)"""
+    """Whether PEFT has put an adapter around the module."""
     return hasattr(module, "get_base_layer")
 
 
 def unmerged(module: nn.Module, attribute: str) -> Any:
-    """The weight or bias that a call of the module reads, without LoRA."""
-    if attribute == "bias" and hasattr(module, "token_adapter"):  # rows that train alone: PEFT shows the weight only
+    """The weight or bias that the module uses, without LoRA."""
+    if attribute == "bias" and hasattr(module, "token_adapter"):  # PEFT's wrapper for single tokens has no `bias`
         module = module.original_module  # type: ignore[assignment]
     return getattr(module, attribute)
 
 
 def merged(module: nn.Module, name: str) -> Any:
-    """A parameter of `module` or below it, with the active adapters; gradients reach them.
+    """A parameter of `module` or of a submodule, with the active adapters merged in. Gradients flow into the adapters.
 
     Returns:
-        A tensor of the parameter's dtype, added up in float32 at least; None for a bias that neither the module nor an
-        adapter has (with `lora_bias`, an adapter has one of its own).
+        A tensor of the parameter's dtype, added up in float32 or wider. None for a bias that neither the module nor an
+        adapter has (with `lora_bias`, an adapter has a bias).
 
     Raises:
         ValueError: adapters that are not plain LoRA.
@@ -47,7 +46,7 @@ def merged(module: nn.Module, name: str) -> Any:
         return value
     adapted: Any = module
     if adapted.merged and adapted.disable_adapters:
-        adapted.unmerge()  # as its own forward does
+        adapted.unmerge()  # as PEFT's own forward does
     if adapted.merged or adapted.disable_adapters:
         return value
     names = [name for name in adapted.active_adapters if name in getattr(adapted, "scaling", ())]
@@ -64,7 +63,7 @@ def merged(module: nn.Module, name: str) -> Any:
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The model that an adapter folder of PEFT belongs to, as its config names it; None for any other path."""
+    """The base model that the config of a PEFT adapter folder names; None if `path` is no adapter folder."""
     file = Path(path) / "adapter_config.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"] if file.is_file() else None
@@ -73,14 +72,14 @@ def adapter_base(path: str | Path) -> str | None:
 
 
 def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: Sequence[str], freeze: Sequence[str]) -> Any:
-    """Put new LoRA adapters into the model, which alone train from now on -> PEFT's model around it.
+    """Add new LoRA adapters to the model -> PEFT's model around it. Only the adapters train from now on.
 
     Args:
-        targets: last parts of the names of linear layers.
-        freeze: prefixes of the names of those that stay as they are.
+        targets: last parts of the names of the linear layers to adapt.
+        freeze: prefixes of the names of layers that get no adapter.
 
     Raises:
-        ValueError: a target that no layer outside `freeze` has.
+        ValueError: a target that matches no layer outside `freeze`.
     """
     peft = require_peft()
     free = [name for name, _ in model.named_modules() if not name.startswith(tuple(freeze))]
@@ -98,12 +97,12 @@ def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: Sequence[s
 
 
 def load_lora(model: Any, folder: str | Path) -> Any:
-    """Likewise with the adapters in the folder."""
+    """Add the adapters in a folder of PEFT's format, likewise."""
     return require_peft().PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
 
 
 def require_peft() -> ModuleType:
-    """The package, or an ImportError that says how to get it."""
+    """Import peft. Raises an ImportError that says how to install it."""
     try:
         import peft
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Causal attention of whole sequences, by the implementation of a name.
+"""Causal attention of whole sequences, by one of several implementations.
 
-`sdpa` sees a rectangle, each sequence padded to the longest; the others see sequences end to end, without padding.
-`auto` is what is fastest on this device, as rows.py measures it.
+`sdpa` takes a rectangle in which each sequence is padded to the longest. The others take the sequences end to end,
+without padding. `auto` is the one that sequences.py measures to be the fastest on this device.
 
 Shapes: S sequences at M places, Hq query and Hkv key/value heads of E elements.
 """
@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .rows import Block
+    from .sequences import Block
 
 Implementation = Literal["sdpa", "varlen", "flash_attn", "xformers", "auto"]
 Attend = Callable[[Tensor, Tensor, Tensor, "Block", float | None], Tensor]
-# what each imports, and how to install it
+# what each implementation imports, and how to install that
 _NEEDS = {
     "varlen": ("torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
     "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
@@ -33,7 +33,7 @@ _NEEDS = {
 
 @dataclass
 class Attention:
-    """The choice of a run: policies that share it compute alike. `auto` becomes a name in their first pass."""
+    """The implementation of a run, which its policies share. `auto` becomes another name in their first pass."""
 
     name: str = "sdpa"
 
@@ -49,7 +49,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) 
 
     starts, longest = block.offsets, block.shape[1]
     each = (q, _for_each_query(k, q), _for_each_query(v, q), starts, starts, longest, longest)
-    out = varlen_attn(*each, scale=scale, window_size=(-1, 0))  # no key after the query
+    out = varlen_attn(*each, scale=scale, window_size=(-1, 0))  # causal: no key after the query
     assert isinstance(out, Tensor)
     return out
 
@@ -71,14 +71,14 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None
 
 @lru_cache(maxsize=2)
 def _mask(lengths: tuple[int, ...], device: torch.device) -> object:
-    """All layers of a pass share it; copied to the device without waiting."""
+    """The mask of a pass, shared by all layers. It is copied to the device without waiting."""
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
     return BlockDiagonalCausalMask.from_seqlens(lengths, device=device)
 
 
 def _for_each_query(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [M, Hkv, E] -> [M, Hq, E]."""
+    """Repeat keys or values for their query heads: [M, Hkv, E] -> [M, Hq, E]."""
     return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
 
 
@@ -88,20 +88,20 @@ IMPLEMENTATIONS: dict[str, Attend] = {
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
-    """q [M, Hq, E], k and v [M, Hkv, E] at the places of the block's sequences -> [M, Hq, E].
+    """Attention at all places of a block: q [M, Hq, E], k and v [M, Hkv, E] -> [M, Hq, E].
 
     Args:
-        name: of an implementation that `resolve` lets through; the block is laid out for it.
-        scale: of the scores; None = E^-1/2.
+        name: the implementation, which `resolve` has accepted, and which the block is laid out for.
+        scale: factor of the scores; None = E^-1/2.
     """
     return IMPLEMENTATIONS[name](q, k, v, block, scale)
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The implementation of that name, or `auto`, for weights of that dtype on that device.
+    """Check that the implementation, or `auto`, can run with this device and dtype.
 
     Raises:
-        ValueError: it is not installed, or cannot run there.
+        ValueError: it is not installed, or cannot run with them.
     """
     if name in _NEEDS and (why := _missing(name, device, dtype)):
         raise ValueError(f"attn_implementation={name} {why}")
@@ -109,12 +109,12 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
 
 
 def available(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What can run there; `sdpa` always can."""
+    """The implementations that can run with this device and dtype; `sdpa` always can."""
     return [name for name in IMPLEMENTATIONS if name not in _NEEDS or not _missing(name, device, dtype)]
 
 
 def _missing(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What the implementation lacks; empty if nothing."""
+    """Why the implementation cannot run; "" if it can."""
     module, install = _NEEDS[name]
     try:
         import_module(module)

@@ -1,9 +1,9 @@
-"""Janus's language model in training: packed tokens through the modules of transformers' Llama, in few launches.
+"""The forward pass of training: packed tokens through the modules of transformers' Llama, in few kernel launches.
 
 The linear layers are the model's own nn.Linear modules, so that adapters, ZeRO-3's hooks and each parameter's gradient
-work as in transformers. Where q, k, v (or gate, up) lie side by side in memory, as `join` leaves them, and nothing
-is hooked to them, they are one product. What stands between the products is one kernel each: the residual add with the
-norm, the rotary embedding with the way into attention's rows, and the activation. N tokens, D hidden.
+work as in transformers. q, k, v (or gate, up) are one matrix product if they lie side by side in memory, as `join`
+leaves them, and have no hooks. Between the matrix products there is one kernel each: the residual add with the norm,
+the rotary embedding with the copy into attention's layout, and the activation. N tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.silu_mul import silu_mul
 from .recompute import Keep, keep_all, recomputed
-from .rows import Layout, collect, rows_attention
+from .sequences import Layout, collect, sequence_attention
 
 
 class Norm(LlamaRMSNorm):
-    """LlamaRMSNorm that can add the residual stream first; a module, so that hooks on it are called."""
+    """LlamaRMSNorm that can also add the residual stream. It stays a module, so that its hooks are called."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        """[..., D] -> the norm; with a residual the norm of the sum, and the sum."""
+        """[..., D] -> the norm of x; with a residual, the norm of the sum, and the sum."""
         if residual is None:
             return rms_norm(x.flatten(0, -2), self.weight, self.variance_epsilon).view(x.shape)
         return add_rms_norm(x, residual, self.weight, self.variance_epsilon)
 
 
 def install(decoder: nn.Module) -> None:
-    """Let the norms of a LlamaModel add the residual stream."""
+    """Make each norm of a LlamaModel a `Norm`."""
     for module in decoder.modules():
         if type(module) is LlamaRMSNorm:
             module.__class__ = Norm
@@ -52,10 +52,11 @@ def join(decoder: Any) -> None:
 
 
 def forward(decoder: Any, x: Tensor, layout: Layout, selective: bool = False) -> Tensor:
-    """x [N, D], the embeddings of the tokens -> [N, D], hidden states after the last norm.
+    """All layers: embeddings x [N, D] of the tokens -> [N, D] hidden states after the last norm.
 
-    Layers with `gradient_checkpointing` in train mode recompute their activations, as in transformers. `selective`: the
-    backward pass computes again what is no product: norms, activations, and what attention reads and leaves.
+    Layers with `gradient_checkpointing` in train mode recompute their activations, as in transformers. With
+    `selective`, the backward pass recomputes what takes no matrix product: norms, activations, and the inputs and
+    outputs of attention.
     """
     cos, sin = (t[0, :, : t.shape[-1] // 2].contiguous() for t in decoder.rotary_emb(x[None], layout.positions[None]))
     residual: Tensor | None = None
@@ -71,16 +72,16 @@ def forward(decoder: Any, x: Tensor, layout: Layout, selective: bool = False) ->
 def _layer(
     layer: Any, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout, keep: Keep
 ) -> tuple[Tensor, Tensor]:
-    """What the layer adds, not yet added, and the residual stream before that."""
+    """One layer -> the output of its MLP, and the residual stream that it is still to be added to."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv, residual = _norm_linears(
         layer.input_layernorm, x, residual, [attention.q_proj, attention.k_proj, attention.v_proj], keep
     )
     kv_heads = attention.config.num_key_value_heads
-    rows = rows_attention(qkv, cos, sin, kv_heads, attention.scaling, layout, keep)
-    del qkv  # without gradients it is free here
-    x = _linear(attention.o_proj, partial(collect, layout), rows, keep)
-    del rows
+    attended = sequence_attention(qkv, cos, sin, kv_heads, attention.scaling, layout, keep)
+    del qkv  # without gradients this frees the memory
+    x = _linear(attention.o_proj, partial(collect, layout), attended, keep)
+    del attended
     gate_up, residual = _norm_linears(layer.post_attention_layernorm, x, residual, [mlp.gate_proj, mlp.up_proj], keep)
     return _linear(mlp.down_proj, silu_mul, [gate_up], keep), residual
 
@@ -88,28 +89,28 @@ def _layer(
 def _norm_linears(
     norm: Norm, x: Tensor, residual: Tensor | None, modules: Sequence[nn.Module], keep: Keep
 ) -> tuple[Tensor, Tensor]:
-    """The linear layers of the norm of x and the residual stream, and the stream with x."""
+    """Add x to the residual stream -> linear layers of the norm of the sum, and the sum."""
     normed, total = (norm(x), x) if residual is None else norm(x, residual)
     with keep([normed], _again(norm, total)):
         return linears(normed, modules), total
 
 
 def _linear(module: nn.Module, compute: Callable[..., Tensor], given: Sequence[Tensor], keep: Keep) -> Tensor:
-    """A linear layer of what `compute` makes."""
+    """A linear layer of `compute(*given)`."""
     x = compute(*given)
     with keep([x], _again(compute, *given)):
         return module(x)
 
 
 def _again(compute: Callable[..., Tensor], *given: Tensor) -> Callable[[], list[Tensor]]:
-    """The same once more, for the backward pass."""
+    """A function that computes the same again, for the backward pass."""
     detached = [x.detach() for x in given]
     return lambda: [compute(*detached)]
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """x [N, D] through several linear layers -> their outputs side by side [N, ΣD_out]."""
-    if all(map(_is_plain, modules)):  # before a weight is read: ZeRO-3 would gather it, and keep it for the whole pass
+    """Several linear layers of x [N, D] -> their outputs side by side, [N, ΣD_out]."""
+    if all(map(_is_plain, modules)):  # first, because reading a weight makes ZeRO-3 gather it for the whole pass
         weights = [module.weight for module in modules]
         if (joined := side_by_side(weights)) is not None:  # type: ignore[arg-type]
             return _Joined.apply(x, joined, *weights)
@@ -117,13 +118,13 @@ def linears(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether nobody sees the difference if the module is not called."""
+    """Whether the module is a linear layer without bias or hooks, so that it need not be called itself."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) is nn.Linear and module.bias is None and not any(hooks)
 
 
 def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
-    """The parameters as one view, if each begins where the one before it ends."""
+    """One view of all parameters, if each begins in memory where the previous one ends; otherwise None."""
     first = parameters[0].detach()
     for left, right in pairwise(parameters):
         adjacent = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
@@ -135,11 +136,11 @@ def side_by_side(parameters: Sequence[Tensor]) -> Tensor | None:
 
 
 def is_alone(parameter: Tensor, joined: Tensor | None = None) -> bool:
-    """Whether nobody else has views of the parameter's storage, which is its own or that of an earlier `joined`."""
+    """Whether the storage holds nothing but this parameter, or nothing but `joined`, which the parameter is part of."""
     storage = parameter.untyped_storage()
     moved = joined is not None and joined.untyped_storage().data_ptr() == storage.data_ptr()
     size = (joined if moved else parameter).nbytes  # type: ignore[union-attr]
-    # DeepSpeed marks what lies in a flat buffer of ZeRO-1 or 2, and what ZeRO-3 shards
+    # DeepSpeed marks parameters in a flat buffer of ZeRO-1 or 2, and parameters that ZeRO-3 shards
     return storage.nbytes() == size and not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, "ds_id")
 
 
@@ -152,7 +153,7 @@ def move_together(parameters: Sequence[Tensor]) -> Tensor:
 
 
 class _Joined(torch.autograd.Function):
-    """x @ joined.T, where `joined` is the weights side by side; each weight gets its part of the gradient."""
+    """x @ joined.T, where `joined` is one view of all weights; each weight gets its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, joined: Tensor, *weights: Tensor) -> Tensor:

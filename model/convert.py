@@ -1,10 +1,10 @@
-"""Checkpoints in DeepSeek's own layout (`deepseek-ai/Janus-Pro-*`, the released T2I-R1), read as transformers' Janus.
+"""Read checkpoints in DeepSeek's own layout (`deepseek-ai/Janus-Pro-*`, the released T2I-R1) as transformers' Janus.
 
     python -m bicot.model.convert SRC DST      # SRC: folder or hub id; DST: a new folder in Hugging Face layout
 
-`load_policy` reads the original layout directly: `model_type` of its config.json is `multi_modality`. Every weight has
-a new name, or is dropped by name; any other is an error. Of the vision tower and the VQ model, config.json has only the
-names, so their sizes are here. Source: github.com/deepseek-ai/Janus, janus/models.
+`load_policy` reads the original layout directly: `model_type` of its config.json is `multi_modality`. Every weight is
+renamed or dropped by a rule below; any other weight is an error. config.json only names the vision tower and the VQ
+model, so their sizes are here. Source: github.com/deepseek-ai/Janus, janus/models.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ VQ_MODELS: dict[str, dict[str, Any]] = {
     }
 }
 IMAGE_TOKENS = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
-PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # what the original code pads with
+PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # the pad token of the original code
 
-# the whole name -> the new one; of the fused weights, one for each third
+# pattern of the full name -> the new name; three names for a fused q, k, v weight, one for each third of it
 _BLOCK, _LAYER = r"vision_model\.vision_tower\.blocks\.(\d+)", r"model.vision_model.encoder.layers.\1"
 _RENAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"language_model\.lm_head\.(.+)", (r"lm_head.\1",)),
@@ -82,7 +82,7 @@ _RENAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"gen_vision_model\.(\w+\.(?:conv_in|norm_out|conv_out|embedding)\..+)", (r"model.vqmodel.\1",)),
     (r"gen_vision_model\.((?:post_)?quant_conv\..+)", (r"model.vqmodel.\1",)),
 )
-# SigLIP's head, of which Janus takes nothing; a count of training the VQ model; tables that are computed anew
+# SigLIP's head, which Janus does not use; statistics of training the VQ model; tables that transformers computes
 _DROPPED = (
     r"vision_model\.vision_tower\.attn_pool\..+|gen_vision_model\.quantize\.codebook_used"
     r"|language_model\.model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
@@ -90,12 +90,12 @@ _DROPPED = (
 
 
 def new_names(key: str) -> list[str] | None:
-    """Of an original weight: its name in transformers, three for a fused q, k, v, none if dropped, None if unknown."""
+    """The names of an original weight in transformers: three for a fused q, k, v, [] if dropped, None if unknown."""
     if re.fullmatch(_DROPPED, key):
         return []
-    if linear := re.fullmatch(r"(gen_)?aligner\.layers\.(\d*[02468])\.(.+)", key):  # GELUs have the odd places
-        gen, place, what = linear.groups()
-        layer = "fc1" if place == "0" else f"hidden_layers.{int(place) // 2 - 1}"
+    if linear := re.fullmatch(r"(gen_)?aligner\.layers\.(\d*[02468])\.(.+)", key):  # odd layers are GELUs
+        gen, index, what = linear.groups()
+        layer = "fc1" if index == "0" else f"hidden_layers.{int(index) // 2 - 1}"
         return [f"model.{'generation_' if gen else ''}aligner.{layer}.{what}"]
     for pattern, names in _RENAMES:
         if match := re.fullmatch(pattern, key):
@@ -104,16 +104,16 @@ def new_names(key: str) -> list[str] | None:
 
 
 def original_tokenizer(path: str | Path) -> Any:
-    """Its tokenizer.json as it is, with Janus's image tokens under the names that transformers knows them by.
+    """The tokenizer of tokenizer.json, with Janus's image tokens as the attributes that transformers expects.
 
     Raises:
-        ValueError: it lacks an image token.
+        ValueError: an image token is missing.
         OSError: there is no tokenizer.json.
     """
     vocab = Tokenizer.from_file(str(cached_file(path, "tokenizer.json"))).get_vocab()
     if lacking := [token for token in IMAGE_TOKENS.values() if token not in vocab]:
         raise ValueError(f"{path}: the tokenizer has no {', '.join(lacking)}; Janus's own has")
-    # not AutoTokenizer: the class that it finds would split words otherwise than tokenizer.json
+    # not AutoTokenizer, whose class would split words differently from tokenizer.json
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, extra_special_tokens=IMAGE_TOKENS)
     if tokenizer.pad_token is None and PAD in vocab:
         tokenizer.pad_token = PAD
@@ -121,10 +121,10 @@ def original_tokenizer(path: str | Path) -> Any:
 
 
 def original_config(path: str | Path, raw: dict[str, Any], tokenizer: Any) -> JanusConfig:
-    """The configuration of transformers' Janus from an original config.json `raw`; token ids are the tokenizer's.
+    """The configuration of transformers' Janus for an original config.json `raw`, with the tokenizer's token ids.
 
     Raises:
-        ValueError: it is of another model of DeepSeek (VL, JanusFlow), or of parts that are not Janus's.
+        ValueError: it is another model of DeepSeek (VL, JanusFlow), or has components that Janus does not have.
     """
     parts = ("language", "vision", "aligner", "gen_vision", "gen_aligner", "gen_head")
     if lacking := [f"{part}_config" for part in parts if f"{part}_config" not in raw]:
@@ -174,10 +174,10 @@ def original_config(path: str | Path, raw: dict[str, Any], tokenizer: Any) -> Ja
 
 
 def load_original(path: str | Path, config: JanusConfig, tokenizer: Any, dtype: torch.dtype | None = None) -> Any:
-    """The model: each file's weights are copied once, to `dtype` (as they are, if None), before the next is opened.
+    """Load the model, one file of weights at a time, converted to `dtype` (None = the dtype of the file).
 
     Raises:
-        ValueError: names of weights that are missing, unknown or of another shape, before any is read.
+        ValueError: some weights are missing, unknown or of another shape; found before any weight is read.
         OSError: a file is missing or damaged.
     """
     files = _files(path)
@@ -194,13 +194,13 @@ def load_original(path: str | Path, config: JanusConfig, tokenizer: Any, dtype: 
     dtype = dtype or weights["lm_head.weight"].dtype
     model: Any = JanusForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     ids = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    drawing = {"boi_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKENS["boi_token"])}  # for its own `generate`
+    drawing = {"boi_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKENS["boi_token"])}  # transformers' `generate`
     model.generation_config = GenerationConfig(do_sample=True, generation_kwargs=drawing, **ids)
     return model
 
 
 def _check_weights(path: str | Path, files: Sequence[str], shapes: dict[str, list[int]]) -> None:
-    """Every weight has a place in `shapes` (by transformers' names) and fits, and all places are taken."""
+    """ValueError unless the renamed weights are exactly those in `shapes` (transformers' name -> shape)."""
     unknown, lacking = [], set(shapes)
     for file in files:
         for key, tensor in _read(file, "meta").items():
@@ -208,8 +208,8 @@ def _check_weights(path: str | Path, files: Sequence[str], shapes: dict[str, lis
             if names is None or not shapes.keys() >= set(names):
                 unknown.append(key)
             elif names:
-                rows, *others = shapes[names[0]]
-                shape = [1] * key.endswith("pos_embed") + [len(names) * rows, *others]
+                first, *others = shapes[names[0]]
+                shape = [1] * key.endswith("pos_embed") + [len(names) * first, *others]
                 if list(tensor.shape) != shape:
                     raise ValueError(f"{path}: {key} is {list(tensor.shape)}, but config.json makes it {shape}")
                 lacking -= set(names)
@@ -221,7 +221,7 @@ def _check_weights(path: str | Path, files: Sequence[str], shapes: dict[str, lis
 
 
 def _files(path: str | Path) -> list[str]:
-    """The weights' files, on this machine."""
+    """Local paths of the weight files; hub files are downloaded."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if index := cached_file(path, f"{name}.index.json", _raise_exceptions_for_missing_entries=False):
             names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
@@ -234,7 +234,7 @@ def _files(path: str | Path) -> list[str]:
 def _read(file: str, device: str) -> dict[str, Tensor]:
     try:
         return load_state_dict(file, map_location=device, weights_only=True)
-    except Exception as error:  # of several kinds, by what is wrong with the file
+    except Exception as error:  # its class depends on what is wrong with the file
         raise OSError(f"{file} cannot be read, download it again: {str(error).splitlines()[0]}") from error
 
 

@@ -1,8 +1,8 @@
-"""Janus's language model for decoding alone: packed prompts in, their keys and values kept; then a token a row a step.
+"""Janus's language model for decoding: a prefill of packed prompts, then decode steps of one token for each sequence.
 
-It reads `Weights` and writes a `KVPool`. A step has nine or ten launches a layer and no shape that depends on a length,
-so a CUDA graph can hold it; a prefill's shapes depend on its number of tokens alone, and graphs hold those of some
-numbers. R rows, D hidden, N packed prompt tokens.
+It reads `Weights` and writes a `KVPool`. A decode step launches nine or ten kernels a layer, and no shape depends on
+the length of a sequence, so the step can be a CUDA graph. The shapes of a prefill depend on its number of tokens alone,
+so it is padded to a few sizes, each with a graph. R sequences, D hidden, N packed prompt tokens.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..kernels.decode_attention import decode_attention
+from ..kernels.host import upload
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.rms_norm import rms_norm
 from ..kernels.rope_kv_write import rope_kv_write
 from ..kernels.silu_mul import silu_mul
 from .graphs import StepGraphs
 from .kv import SCRATCH, KVPool
-from .packed import upload
 from .policy import Policy
 from .weights import Weights
 
-PREFILL_TOKENS = 2048  # of one pass: enough to be bound by arithmetic, and a bound on activations
-_BUCKET = 256  # tokens: a pass of fewer takes nearly as long, and there are eight graphs at most
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the sequence at hand
+PREFILL_TOKENS = 2048  # of one pass: enough to be bound by arithmetic, and it bounds the activations
+_BUCKET = 256  # tokens; a pass of fewer takes nearly as long, and larger buckets keep the graphs few
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the sequence
 
 
 class Decoder:
     """The forward passes of a rollout.
 
     Args:
-        policy: its configuration and rotary embedding.
-        weights: its newest values.
-        pool: where keys and values go.
-        max_context: most positions.
-        graphs: what runs prefills.
+        policy: gives the configuration and the rotary embedding.
+        weights: of the policy.
+        pool: the KV cache.
+        max_context: most tokens of a sequence.
+        graphs: runs prefills, as CUDA graphs or eagerly.
 
     Raises:
         ValueError: a rotary embedding that changes with the length of a sequence.
@@ -51,7 +51,7 @@ class Decoder:
                 f"rope_type {rotary.rope_type!r} changes with the length; the engine decodes {_STATIC_ROPE}"
             )
         self.weights, self.pool, self.graphs = weights, pool, graphs
-        self._tables: dict[int, Tensor] = {}  # what the graph of so many tokens reads
+        self._tables: dict[int, Tensor] = {}  # number of tokens -> the input of its graph
         self.eps = config.rms_norm_eps
         positions = torch.arange(max_context, device=policy.device)
         like = torch.empty(0, dtype=policy.dtype, device=policy.device)
@@ -67,35 +67,39 @@ class Decoder:
         positions: Tensor,
         slots: Tensor,
     ) -> Tensor:
-        """One token a row.
+        """Decode one token of each sequence.
 
         Args:
-            x: [R, D] the tokens' embeddings; overwritten.
-            prefix_start, prefix_length, start, length: [R] int64, where each row's tokens lie, with this one.
-            positions, slots: [R] int64, of this one in its sequence and in the pool.
+            x: [R, D] the embeddings of the tokens; overwritten.
+            prefix_start, prefix_length, start, length: [R] int64, where each sequence lies in the pool, with its new
+                token.
+            positions, slots: [R] int64, of the new token in its sequence and in the pool.
 
         Returns:
             [R, D] hidden states after the last norm.
         """
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, *scales: Tensor | None) -> Tensor:
-            rows = (prefix_start, prefix_length, start, length)
+            segments = (prefix_start, prefix_length, start, length)
             key_scales, value_scales = scales
-            return decode_attention(query, keys, values, *rows, key_scales=key_scales, value_scales=value_scales)
+            return decode_attention(query, keys, values, *segments, key_scales=key_scales, value_scales=value_scales)
 
         return self._layers(x, positions, slots, attend)
 
     def _layers(
         self, x: Tensor, positions: Tensor, slots: Tensor, attend: Callable[..., Tensor], keys_only: bool = False
     ) -> Tensor:
-        """The body: x [N, D] (overwritten) at `positions`, its keys and values written to `slots`."""
+        """All layers: x [N, D] (overwritten) at `positions`; their keys and values are written to `slots`.
+
+        With `keys_only`, stop when those of the last layer are written.
+        """
         layers = self.weights.layers
         normed = rms_norm(x, layers[0].attention_norm.tensor, self.eps)
         for i, layer in enumerate(layers):
             cache = self.pool.layer(i)
             query = rope_kv_write(layer.qkv(normed), self.cos, self.sin, positions, slots, *cache)
             if keys_only and i + 1 == len(layers):
-                break  # nobody reads what the last layer would add
+                break
             normed = rms_norm(layer.out(attend(query, *cache)), layer.mlp_norm.tensor, self.eps, x)
             following = layers[i + 1].attention_norm if i + 1 < len(layers) else self.weights.norm
             normed = rms_norm(layer.down(silu_mul(layer.gate_up(normed))), following.tensor, self.eps, x)
@@ -103,7 +107,7 @@ class Decoder:
 
     @record_function("prefill")
     def prefill(self, prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        """Write the keys and values of whole prompts: prompt i to the slots from starts[i] on."""
+        """Write the keys and values of whole prompts to the pool: prompt i to the slots from starts[i] on."""
         filled = [i for i, prompt in enumerate(prompts) if prompt]
         prompts, starts = [prompts[i] for i in filled], [starts[i] for i in filled]
         begin = tokens = 0
@@ -122,7 +126,7 @@ class Decoder:
         size = self._bucket(tokens)
         table = torch.zeros(4, size, dtype=torch.int64)
         table[0, :tokens] = torch.tensor([token for prompt in prompts for token in prompt])
-        table[3] = torch.arange(size)  # tokens that fill a bucket are prompts of their own, all in one slot
+        table[3] = torch.arange(size)  # each padding token is a prompt of its own, in the scratch slot
         table[3, :tokens] = torch.repeat_interleave(begins, lengths)
         table[1, :tokens] = torch.arange(tokens) - table[3, :tokens]
         table[2] = SCRATCH
@@ -130,19 +134,19 @@ class Decoder:
         on_device = upload(table, self.cos.device)
         if not self.graphs.enabled:
             return self._write(on_device)
-        self._capture(size)  # of a prompt longer than any pass of several
+        self._capture(size)  # a single prompt can be longer than PREFILL_TOKENS
         self._tables[size].copy_(on_device)
         self.graphs.run(*self._graph(size))
 
     def prepare(self) -> None:
-        """Capture the graphs of all passes but those of one very long prompt."""
+        """Capture the graphs of all sizes up to PREFILL_TOKENS."""
         for size in range(_BUCKET, PREFILL_TOKENS + 1, _BUCKET):
             self._capture(size)
 
     def _capture(self, size: int) -> None:
         key, step = self._graph(size)
         if self.graphs.lacks(key):
-            # the run before a capture writes to the scratch slot, and to no other pass's
+            # all slots are the scratch slot: the run before a capture must overwrite no sequence
             self._tables[size] = torch.zeros(4, size, dtype=torch.int64, device=self.cos.device)
             self.graphs.capture(key, step)
 
@@ -150,11 +154,12 @@ class Decoder:
         return ("prefill", size), lambda: self._write(self._tables[size])
 
     def _bucket(self, tokens: int) -> int:
-        """Tokens of the pass that takes so many: each bucket has one graph."""
+        """The size of the pass that takes `tokens`: one graph serves all sizes up to its own."""
         return -(-tokens // _BUCKET) * _BUCKET if self.graphs.enabled else tokens
 
     def _write(self, table: Tensor) -> None:
-        """Keys and values of packed tokens: their ids, positions, slots, and the number of their prompt's first."""
+        """Write the keys and values of packed tokens. `table`: [4, N], the id, position and slot of each token, and the
+        index of the first token of its prompt."""
         ids, positions, slots, first = table
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, *scales: Tensor | None) -> Tensor:

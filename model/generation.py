@@ -1,6 +1,6 @@
-"""Pictures with all that was drawn for them, one object each: what `Policy.generate` returns.
+"""What `Policy.generate` returns: pictures with their plans, tokens and log-probabilities.
 
-A picture's random numbers are keyed to its own seed alone: picture k of `generate(..., n, seed)` is the picture of
+A picture's random numbers depend on its own seed alone: picture k of `generate(..., n, seed)` is the picture of
 `generate(..., 1, seed + k)`. Shapes: T image tokens, L tokens of a plan.
 """
 
@@ -18,25 +18,25 @@ from .settings import Sampling
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .engine import RolloutChunk
+    from .chunk import RolloutChunk
     from .policy import Policy
 
 SEEDS = 2**31  # a seed is the engine's number of a sample
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no one truth value
+@dataclass(frozen=True, eq=False)  # == of tensors is not a bool
 class Generation:
     """One picture. Tensors are on the CPU.
 
     Args:
         prompt: as it was given.
         plan: its text; "" without a plan.
-        seed: draws this picture again, by itself too.
+        seed: draws this picture again, also with n=1.
         image: RGB.
         tokens: [T] int64, the image tokens.
-        image_logprobs: [T] float32, of these under the distribution that reads the prompt (without guidance).
+        image_logprobs: [T] float32, log-probabilities of the image tokens, conditional (without guidance).
         plan_tokens: [L] int64, with the end-of-sequence token if it was drawn; empty unless the plan was sampled.
-        plan_logprobs: [L] float32.
+        plan_logprobs: [L] float32, log-probabilities of the plan tokens.
     """
 
     prompt: str
@@ -55,7 +55,7 @@ def to_pixels(images: Tensor) -> np.ndarray:
 
 
 def plans_of(plan: str | Sequence[str], prompts: Sequence[str]) -> list[str | None] | None:
-    """The argument `plan` of `Policy.generate` -> the argument `plans` of the engine."""
+    """Turn the argument `plan` of `Policy.generate` into the argument `plans` of the engine."""
     if plan == "auto":
         return None
     plans = [plan] * len(prompts) if isinstance(plan, str) else list(plan)
@@ -65,7 +65,7 @@ def plans_of(plan: str | Sequence[str], prompts: Sequence[str]) -> list[str | No
 
 
 def first_samples(prompts: Sequence[str], n: int, seed: int) -> list[int]:
-    """Of each prompt the engine's number of its first sample. Raises ValueError for a seed or `n` that cannot be."""
+    """The engine's number of each prompt's first sample. Raises ValueError for a seed or an `n` out of range."""
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     if not 0 <= seed <= SEEDS - n:
@@ -76,7 +76,7 @@ def first_samples(prompts: Sequence[str], n: int, seed: int) -> list[int]:
 def generate(
     policy: Policy, prompts: Sequence[str], n: int, seed: int, plan: str | Sequence[str], sampling: Sampling
 ) -> Iterator[Generation]:
-    """`n` pictures of each prompt, in order, as they come; see `Policy.generate`."""
+    """Yield `n` pictures of each prompt, in order, as soon as they are drawn; see `Policy.generate`."""
     first, plans, done = first_samples(prompts, n, seed), plans_of(plan, prompts), 0
     for chunk in policy.engine.generate(prompts, n, sampling, 0, first, plans):
         yield from pictures_of(chunk, prompts, n, seed, done)
@@ -84,11 +84,11 @@ def generate(
 
 
 def pictures_of(chunk: RolloutChunk, prompts: Sequence[str], n: int, seed: int, done: int = 0) -> list[Generation]:
-    """The samples of a chunk, before which `done` others came."""
+    """The pictures of a chunk that follows `done` other samples."""
     from PIL import Image  # here, so that training and its benches need no PIL
 
     tokens, logprobs = chunk.image_tokens.cpu(), chunk.image_logprobs.cpu()
-    columns = (to_pixels(chunk.images), tokens, logprobs, chunk.plans.rows(), chunk.plan_logprobs.rows())
+    drawn = (to_pixels(chunk.images), tokens, logprobs, chunk.plans.unpack(), chunk.plan_logprobs.unpack())
     return [
         Generation(
             prompts[s // n],
@@ -100,7 +100,5 @@ def pictures_of(chunk: RolloutChunk, prompts: Sequence[str], n: int, seed: int, 
             plan,
             plan_logprobs.cpu(),
         )
-        for s, (pixels, image_tokens, image_logprobs, plan, plan_logprobs) in enumerate(
-            zip(*columns, strict=True), done
-        )
+        for s, (pixels, image_tokens, image_logprobs, plan, plan_logprobs) in enumerate(zip(*drawn, strict=True), done)
     ]

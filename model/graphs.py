@@ -1,4 +1,4 @@
-"""CUDA graphs of a rollout's passes: captured once for each shape, replayed without the host."""
+"""CUDA graphs of prefills, decode steps and pictures: captured once for each shape, then replayed with one launch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..kernels.dispatch import choose, dependent_launches
 
 
 def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps become CUDA graphs. "auto" means on a GPU with Triton's kernels; a GPU without them warns.
+    """Whether decode steps become CUDA graphs. "auto" = on a GPU that can run Triton's kernels; one that cannot warns.
 
-    PyTorch replaces Triton's kernels where Triton is missing or does not take the dtype. It waits for the device in the
-    middle of a step, which no graph can hold.
+    Where Triton is missing or does not take the dtype, plain PyTorch replaces its kernels. That waits for the device in
+    the middle of a step, which a CUDA graph cannot contain.
 
     Raises:
-        ValueError: graphs are asked for and there is no GPU, or Triton's kernels cannot run.
+        ValueError: `asked` is True, and there is no GPU or Triton's kernels cannot run.
     """
     if not asked:
         return False
@@ -42,12 +42,12 @@ def _repeat(step: Callable[[], None], times: int) -> None:
 
 
 class StepGraphs:
-    """Runs steps that read and write tensors of fixed addresses: as graphs, or eagerly without a `stream`.
+    """Runs steps that read and write tensors of fixed addresses, as CUDA graphs, or eagerly without a `stream`.
 
     Args:
-        stream: where steps are captured. A graph's kernels keep the priority of this stream wherever it is replayed.
-        dependent_launches: captured kernels are launched as `dispatch.dependent_launches` says. Off until a GPU has
-            shown that it saves time (python -m bicot.bench.decode_kernels compares).
+        stream: captures the steps. The kernels of a graph keep this stream's priority wherever the graph is replayed.
+        dependent_launches: launch captured kernels as `dispatch.dependent_launches` says. Off until a GPU has shown
+            that this saves time (python -m bicot.bench.decode_kernels compares).
     """
 
     def __init__(self, stream: torch.cuda.Stream | None, dependent_launches: bool = False) -> None:
@@ -62,28 +62,29 @@ class StepGraphs:
 
     @property
     def missing(self) -> bool:
-        """Whether graphs are wanted and there are none: at first, and after `clear`."""
+        """Whether graphs are used and there are none yet: at first, and after `clear`."""
         return self.enabled and not self._graphs
 
     def clear(self) -> None:
-        """Forget all graphs: a tensor that they use has moved."""
+        """Drop all graphs, because a tensor that they use has moved."""
         if self.stream and self._graphs:
             torch.cuda.synchronize(self.stream.device)  # none may still be running
         self._graphs.clear()
         self._memory = None
 
     def lacks(self, key: Hashable) -> bool:
-        """Whether `capture` has something to do."""
+        """Whether `capture` would capture a graph."""
         return self.enabled and key not in self._graphs
 
     def capture(self, key: Hashable, step: Callable[[], None], times: int = 1) -> None:
-        """Make the graph of `times` steps, if there is none yet.
+        """Capture the graph of `times` steps, if there is none yet.
 
         Args:
-            key: names everything that the host decides in `step`; steps of one key are the same launches.
-            step: reads and writes on the device only, without a synchronisation. It is run, and so must change
-                nothing that counts.
-            times: how often the graph repeats it: launching a graph costs the host the same however long it is.
+            key: identifies the graph. It has everything that the host decides in `step`, so that steps with one key
+                launch the same kernels.
+            step: works on the device only, and never waits for it. It is run once before the capture, when it must
+                change no result.
+            times: how often the graph repeats the step. A launch costs the host the same for a long graph.
         """
         if not self.lacks(key):
             return
@@ -92,7 +93,7 @@ class StepGraphs:
             self._graphs[key] = self._record(lambda: _repeat(step, times))
 
     def run(self, key: Hashable, step: Callable[[], None], times: int = 1) -> None:
-        """Run `step` so many times: by the graph that was captured under its key, or eagerly."""
+        """Run `step` `times` times: by the graph that was captured for the key, or eagerly."""
         if self.enabled:
             return self._graphs[key].replay()
         _repeat(step, times)

@@ -1,7 +1,8 @@
-"""The KV cache: one pool of token slots for all layers, out of which rows take contiguous segments.
+"""The KV cache: one pool of slots for all layers. A slot holds the keys and values of one token.
 
-A row reads a prefix that others may share and a segment of its own (see kernels/decode_attention.py), so sharing,
-leaving and regrouping move no keys or values. P slots, H key/value heads, E head dimensions.
+A sequence reads a prefix that others may share, and a contiguous segment of slots that is its own (see
+kernels/decode_attention.py). So keys and values never move when sequences share a prefix, end, or change batches.
+P slots, H key/value heads, E head dimensions.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from torch import Tensor
 
 from ..kernels.kv_pool import FP8
 
-SHARE_OF_FREE = 0.5  # of a GPU's free memory: the optimizer's moments and the activations come later
-SCRATCH = 0  # the slot where rows that pad a batch write
+SHARE_OF_FREE = 0.5  # of a GPU's free memory; the optimizer's moments and the activations, which come later, need some
+SCRATCH = 0  # the slot that fillers of a batch write (see stages.py)
 
 
 class KVPool:
     """Keys and values of every layer; grows on demand up to its limit, and stays that large until `release`.
 
     Args:
-        config: of the Llama body.
-        dtype: of keys and values; `torch.float8_e4m3fn` stores them with one float32 scale a token and head.
-        max_bytes: the limit; None = half of a GPU's memory that is free when it grows (no limit on a CPU).
+        config: the configuration of the language model.
+        dtype: of keys and values; `torch.float8_e4m3fn` stores them with one float32 scale for each token and head.
+        max_bytes: the limit; None = half of the memory that is free on a GPU when the pool grows, no limit on a CPU.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, max_bytes: int | None) -> None:
@@ -44,7 +45,7 @@ class KVPool:
         self.reset()
 
     def reset(self) -> None:
-        """Give all segments back."""
+        """Free all segments."""
         self._next = SCRATCH + 1
 
     @property
@@ -53,10 +54,10 @@ class KVPool:
         return max(0, self.slots - SCRATCH - 1)
 
     def reserve(self, tokens: int) -> bool:
-        """Give all segments back; grow towards `tokens` as far as memory allows -> whether the pool has moved.
+        """Free all segments and grow until `tokens` fit, or to the limit -> whether the pool has moved in memory.
 
-        It grows to an eighth more than is asked for, so that longer prompts rarely move it again, which costs all
-        graphs. Memory is looked at once for a size: what is free changes from step to step, and the pool should not.
+        A move makes all CUDA graphs invalid. So the pool grows to an eighth more than it needs, and a size that the
+        limit has refused is not tried again: free memory changes from step to step, and the pool should not.
         """
         self.reset()
         if tokens <= max(self.capacity, self._asked):
@@ -74,29 +75,29 @@ class KVPool:
             return False
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # other streams may still be reading the old pool
-        self._allocate(0)  # the old pool first, or both would have to fit
+        self._allocate(0)  # free the old pool first: both may not fit
         while True:
             try:
                 self._allocate(slots)
                 return True
-            except torch.OutOfMemoryError:  # less than the limit: the engine makes its chunks smaller
+            except torch.OutOfMemoryError:  # a smaller pool will do: the engine's chunks become smaller
                 slots //= 2
                 if not slots:
                     raise
 
     def release(self) -> None:
-        """Give the memory back; the next `reserve` takes what it needs then."""
+        """Free the memory; the next `reserve` allocates what it needs."""
         self._asked = 0
         self._allocate(0)
 
     def take(self, tokens: int) -> int:
-        """A segment of `tokens` slots -> its first slot."""
+        """Take a segment of `tokens` slots -> its first slot."""
         start, self._next = self._next, self._next + tokens
         assert self._next <= self.slots, "the engine plans its chunks by `capacity`"
         return start
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """keys, values [P, H, E], and their scales [P, H] of an fp8 pool."""
+        """A layer's keys and values [P, H, E], and their scales [P, H]; without fp8, None."""
         keys, values = self._pool[index]
         if not self.scaled:
             return keys, values, None, None

@@ -1,9 +1,8 @@
-"""LoRA adapters and the model they belong to become one model in Hugging Face layout.
+"""Merge LoRA adapters into the model that they belong to, and write it in Hugging Face layout.
 
     python -m bicot.model.merge_lora ADAPTER OUT     # ADAPTER: a checkpoint of a LoRA run; OUT: a new folder
 
-The base model is read from where adapter_config.json names it. The sum is computed in float32 and written in the base
-model's dtype.
+adapter_config.json names the base model. The sum is computed in float32 and written in the base model's dtype.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from .settings import RolloutSettings
 
 
 def merge(adapter: Path, out: Path) -> None:
-    """Write the merged model, its tokenizer, and how to prompt and sample it.
+    """Write the merged model, its tokenizer, and the settings of `adapter`.
 
     Raises:
-        FileNotFoundError: `adapter` is no adapter folder, or its base model is not where it was.
-        FileExistsError: there is something at `out`.
+        FileNotFoundError: `adapter` is no adapter folder, or its base model is not there.
+        FileExistsError: `out` exists.
     """
     base = adapter_base(adapter)
     if base is None:

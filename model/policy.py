@@ -1,6 +1,6 @@
-"""The policy: a Janus model with its tokenizer, its two heads, and what of it trains.
+"""The policy: a Janus model with its tokenizer, its two heads, and its trainable parameters.
 
-Shapes: S samples, T image tokens a picture, D hidden, V a head's vocabulary.
+Shapes: S samples, T image tokens of a picture, D hidden, V a head's vocabulary.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration, PreTrainedConfig
 
+from ..kernels.host import upload
 from . import body
 from .adapters import adapter_base, load_lora, merged
 from .attention import Attention
 from .convert import ORIGINAL, load_original, original_config, original_tokenizer
 from .generation import Generation, generate
-from .packed import upload
 from .prompts import PromptEncoder, PromptFormat
-from .rows import Layout, Stream, fastest, lay_out, rows_of, take
+from .sequences import Layout, Stream, fastest, lay_out, sequences_of, take
 from .settings import RolloutSettings, save_for_transformers
 
 if TYPE_CHECKING:
     from .engine import RolloutEngine
 
-# What the published recipe trains is the language model and its head; everything else stays as it came.
+# The published recipe trains the language model and its head, and freezes everything else.
 PUBLISHED_FREEZE = (
     "model.vision_model",
     "model.aligner",
@@ -50,20 +50,20 @@ class Head:
 
 
 class Policy:
-    """A `JanusForConditionalGeneration` and the few ways this package uses it.
+    """A `JanusForConditionalGeneration`, and everything that this package does with it.
 
     Args:
-        model: the transformers module; its parameters are the policy's, nothing is copied.
+        model: the transformers module; no parameter is copied.
         tokenizer: its tokenizer, with `boi_token` among its special tokens.
 
-    `settings` are the prompt texts and the sampling of `generate`: those of the checkpoint that it was loaded from.
+    `settings` are the prompt texts and the sampling that `generate` uses, as the checkpoint has them.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:  # transformers annotates both too loosely to check against
         self.model = model
         self.tokenizer = tokenizer
         self.config = self.model.config
-        self.adapters: Any = None  # PEFT's model around `model`, where LoRA adapters alone train
+        self.adapters: Any = None  # PEFT's model around `model`, if only LoRA adapters train
         self.attention = Attention()
         self.selective = False
         self.settings = RolloutSettings()
@@ -77,7 +77,7 @@ class Policy:
     def from_pretrained(
         path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Policy:
-        """`load_policy`; None = a GPU and bfloat16 if there is one, or else the CPU and float32."""
+        """`load_policy`, where None = a GPU and bfloat16 if there is one, else the CPU and float32."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         usual = torch.bfloat16 if where.type == "cuda" else torch.float32
         return load_policy(path, dtype=dtype or usual, device=where)
@@ -94,13 +94,13 @@ class Policy:
         """Plan and draw `n` pictures of each prompt, in order.
 
         Args:
-            prompts: one, or a list.
+            prompts: one prompt, or a list.
             n: pictures of each prompt.
-            seed: of the first picture of each prompt; the next one has the next seed.
-            plan: "auto" = the model writes one for each picture; "off" = it draws the prompt without a plan; any other
-                text is the plan. Or a list: of each prompt "off", or the text of its plan.
+            seed: of the first picture of each prompt; the others have the following seeds.
+            plan: "auto" = the model writes a plan for each picture; "off" = it draws without a plan; any other text is
+                the plan of all pictures. A list has "off" or the text of a plan for each prompt.
             sampling: fields of `Sampling`, such as cfg_weight, temperature, top_k, image_temperature and
-                max_completion_length; None, or left out = as in `settings`.
+                max_completion_length; the value in `settings` if None or left out.
 
         Raises:
             ValueError: an empty prompt, or one that is too long; a number out of range.
@@ -113,8 +113,8 @@ class Policy:
 
     @property
     def engine(self) -> RolloutEngine:
-        """What `generate` draws with; kept with its CUDA graphs and KV cache until the prompt texts are others."""
-        from .engine import RolloutEngine  # it imports this module
+        """The engine that `generate` uses. It is kept with its CUDA graphs and KV cache until `settings` change."""
+        from .engine import RolloutEngine  # here, because engine.py imports this module
 
         if self._engine is None or self._engine.encoder.format != self.settings.prompts:
             self._engine = RolloutEngine(self, self.prompt_encoder(self.settings.prompts))
@@ -134,7 +134,7 @@ class Policy:
 
     @property
     def unknown_ids(self) -> list[int]:
-        """Ids that the tokenizer does not have: rows that pad the vocabulary. No plan is sampled from them."""
+        """Ids that pad the vocabulary and that the tokenizer does not have. They are never sampled."""
         known = set(self.tokenizer.get_vocab().values())
         return [i for i in range(self.config.text_config.vocab_size) if i not in known]
 
@@ -144,18 +144,18 @@ class Policy:
 
     @property
     def decoder(self) -> Any:
-        """The language model's body, an nn.Module: embeddings in, hidden states out."""
+        """The language model without its head: an nn.Module from embeddings to hidden states."""
         return self.model.model.language_model
 
     @property
     def text_head(self) -> Head:
-        """The model's parameters; where LoRA adapts them (PEFT), [V, D] computed anew."""
+        """The head of the text vocabulary: the model's parameters, or with LoRA a merged copy."""
         head = self.model.lm_head
         return Head(merged(head, "weight"), merged(head, "bias"))
 
     @property
     def image_head(self) -> Head:
-        """Likewise the last linear layer of the image head; `image_features` is what comes before it."""
+        """The last linear layer of the image head, likewise; its input is `image_features`."""
         head = self.model.model.generation_head.vision_head
         return Head(merged(head, "weight"), merged(head, "bias"))
 
@@ -166,19 +166,20 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def freeze(self) -> Policy:
-        """Itself, as a reference model: nothing trains from now on."""
+        """Make this a reference model, without trainable parameters, and return it."""
         self.model.requires_grad_(False)
         body.join(self.decoder)
         return self
 
     def recompute(self, what: bool | str) -> None:
-        """What training keeps no activations of, from now on: True, layers in train mode; "selective", see body.py."""
+        """Set which activations the backward pass recomputes: True = those of layers in train mode; "selective" = those
+        that take no matrix product (see body.py)."""
         self.selective = what == "selective"
         if what is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def without_adapters(self) -> AbstractContextManager[None]:
-        """Inside, this is the model that its LoRA adapters started from."""
+        """Inside, LoRA adapters are off: the policy is the model that training started from."""
         return self.adapters.disable_adapter() if self.adapters else nullcontext()
 
     def embed_text(self, ids: Tensor) -> Tensor:
@@ -195,14 +196,16 @@ class Policy:
         return head.activation_fn(head.proj_out(hidden))
 
     def hidden(self, *streams: Stream) -> list[Tensor]:
-        """One pass over the rows of all streams, each of prompts and completions; neighbours' common part is shared.
+        """One forward pass over the sequences of all streams; a prefix that neighbours share is computed once.
 
-        An id beyond the text vocabulary is an image token: `image_ids` of a code.
+        Args:
+            streams: each has prompts and completions, as ids. Ids beyond the text vocabulary are image tokens, as
+                `image_ids` makes them.
 
         Returns:
-            For each stream the hidden states that predict its completion tokens, packed: sum of their lengths × D.
+            For each stream the hidden states that predict its completion tokens, packed: [Σ completion lengths, D].
         """
-        ids, tables, layout = self.lay_out(rows_of(streams))
+        ids, tables, layout = self.lay_out(sequences_of(streams))
         hidden = body.forward(self.decoder, self._embed(ids), layout, self.selective)
         predicting = []
         for stream, table in zip(streams, tables, strict=True):
@@ -212,7 +215,7 @@ class Policy:
 
     @record_function("rows")
     def lay_out(self, blocks: Sequence[Sequence[Sequence[int]]]) -> tuple[list[int], list[list[list[int]]], Layout]:
-        """`rows.lay_out`, on the policy's device, for its attention; the first rows decide what `auto` is."""
+        """`sequences.lay_out` for the policy's device and attention. The first call decides what `auto` is."""
         if self.attention.name == "auto":
             text = self.config.text_config
             shape = (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
@@ -220,12 +223,12 @@ class Policy:
         return lay_out(blocks, self.device, self.attention.name)
 
     def image_ids(self, tokens: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Rows of codes -> the ids that `hidden` knows them by."""
+        """Image tokens of each sample -> the ids that `hidden` takes."""
         vocab = self.config.text_config.vocab_size
-        return [[vocab + token for token in row] for row in tokens]
+        return [[vocab + token for token in sample] for sample in tokens]
 
     def _embed(self, ids: list[int]) -> Tensor:
-        """Of text and image tokens, N × D."""
+        """[N, D] embeddings of N ids of text and image tokens."""
         vocab = self.config.text_config.vocab_size
         order = [i for i, token in enumerate(ids) if token < vocab]
         texts = len(order)
@@ -235,14 +238,6 @@ class Policy:
         embedded = torch.cat([embedded, self.embed_image(image[None] - vocab)[0].to(embedded.dtype)])
         return take(embedded, torch.tensor(order).argsort().tolist())
 
-    def text_hidden(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Tensor:
-        """Hidden states that predict each completion token, packed: sum of completion lengths × D."""
-        return self.hidden((prompts, completions))[0]
-
-    def image_hidden(self, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
-        """Image-head features that predict each image token, packed: prompts S rows, tokens [S, T] -> [S·T, D]."""
-        return self.image_features(self.hidden((prompts, self.image_ids(tokens.tolist())))[0])
-
     def save_pretrained(
         self,
         folder: str | Path,
@@ -251,13 +246,12 @@ class Policy:
     ) -> None:
         """Write the Hugging Face layout: config.json, model.safetensors, generation_config.json, tokenizer, processor.
 
-        With adapters, PEFT's: adapter_config.json and adapter_model.safetensors instead of the model.
-        `weights`: in place of the model's own, which ZeRO-3 shards. `settings`: how to prompt and sample it, written as
-        bicot.json; None = its own.
+        With adapters, write PEFT's adapter_config.json and adapter_model.safetensors instead of the model.
+        `weights` replace the model's own, which ZeRO-3 shards. `settings` are written as bicot.json; None = its own.
         """
         if self.adapters:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
-            (Path(folder) / "README.md").unlink(missing_ok=True)  # a form to be filled in
+            (Path(folder) / "README.md").unlink(missing_ok=True)  # an empty form
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
@@ -267,7 +261,7 @@ class Policy:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """A model's config.json. FileNotFoundError where there is none."""
+    """Read a model's config.json. Raises FileNotFoundError if there is none."""
     try:
         raw = PreTrainedConfig.get_config_dict(path)[0]
     except OSError as error:
@@ -291,19 +285,20 @@ def load_policy(
     device: torch.device | str = "cpu",
     freeze: Sequence[str] = PUBLISHED_FREEZE,
 ) -> Policy:
-    """Load a Janus checkpoint in Hugging Face layout, or in DeepSeek's, or LoRA adapters with the model they name.
+    """Load a Janus checkpoint in Hugging Face layout or in DeepSeek's, or LoRA adapters with their base model.
 
     Args:
         path: a local folder or a hub id such as `deepseek-community/Janus-Pro-7B` or `deepseek-ai/Janus-Pro-7B`; or a
             folder with PEFT's adapter_config.json.
         dtype: of the weights.
         device: where the weights go.
-        freeze: prefixes of parameter names that do not train.
+        freeze: prefixes of the names of parameters that do not train.
 
     Raises:
-        FileNotFoundError: neither a folder nor a hub id that can be had.
-        ValueError: another architecture, a tokenizer larger than the vocabulary, pictures that are not the VQ model's
-            grid, weights that are missing, unknown or of another shape, or a freeze prefix that matches none.
+        FileNotFoundError: `path` is no checkpoint folder, and no hub id that can be downloaded.
+        ValueError: another architecture, a tokenizer larger than the vocabulary, another number of image tokens than
+            the VQ model decodes, weights that are missing, unknown or of another shape, or a freeze prefix that matches
+            none.
     """
     if base := adapter_base(path):
         policy = load_policy(base, dtype=dtype, device=device, freeze=freeze)
@@ -360,7 +355,7 @@ def _load(path: str | Path, dtype: torch.dtype) -> Any:
     shapes = [name for name, *_ in report["mismatched_keys"]]
     wrong = {"lacks": report["missing_keys"], "has unknown": report["unexpected_keys"], "has misshapen": shapes}
     for what, found in wrong.items():
-        if found:  # transformers would fill in random values, or leave them out
+        if found:  # transformers would only warn, and fill in random values
             raise ValueError(f"{path} {what} {len(found)} weights, such as {', '.join(sorted(found)[:3])}")
     return model
 
@@ -375,7 +370,7 @@ def _opens(file: Path) -> bool:
 
 
 def _check_sizes(path: str | Path, config: Any, tokenizer: Any) -> None:
-    """Refuse what would fail only after sampling: ids without an embedding, pictures that cannot be decoded."""
+    """Find errors that would show only after sampling: ids without an embedding, pictures that cannot be decoded."""
     vocab, largest = config.text_config.vocab_size, max(tokenizer.get_vocab().values())
     if largest >= vocab:
         raise ValueError(

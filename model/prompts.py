@@ -4,11 +4,11 @@ Stage 1 (semantic CoT):  [system] + user(reasoning_prompt.format(prompt)) + assi
 Stage 2 (token CoT):     user("{prompt}. {plan}") + assistant + <begin_of_image>, the model draws T image tokens.
 Without a plan, stage 2 alone: user("{prompt}") + assistant + <begin_of_image>.
 
-The unconditional row of classifier-free guidance has the length of the conditional one: every token but the
-first (BOS) and the last (<begin_of_image>) becomes the pad token, and all of them are attended.
+The unconditional sequence of classifier-free guidance is as long as the conditional one: every token but the first
+(BOS) and the last (<begin_of_image>) becomes the pad token. Pad tokens are attended to.
 
-Text stays text: a special token spelled in a prompt, an instruction or a plan is encoded as its characters. Special
-tokens are put by id, and the role tokens of the `janus` template by the template.
+Text stays text: the name of a special token in a prompt, an instruction or a plan is encoded as ordinary characters.
+Special tokens are inserted by id, and the role tokens of the `janus` template by the template.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 ChatTemplate = Literal["t2i_r1", "janus"]
 
-# How each template writes (user turn, opening of the assistant turn). `t2i_r1` is what the published trainer
-# sends; `janus` uses the role tokens that Janus-Pro itself was tuned with.
+# The names of the two roles in each template. `t2i_r1` is the template of the published trainer; `janus` has the role
+# tokens that Janus-Pro itself was tuned with.
 _ROLES: dict[str, tuple[str, str]] = {"t2i_r1": ("User", "Assistant"), "janus": ("<|User|>", "<|Assistant|>")}
 
 DEFAULT_SYSTEM_PROMPT = "You turn a short request for a picture into a precise plan of that picture."
@@ -61,7 +61,7 @@ class PromptFormat:
 
     @classmethod
     def from_files(cls, chat_template: ChatTemplate, system_prompt: str | None, path: str | None) -> PromptFormat:
-        """The defaults above, with `system_prompt` and the reasoning prompt in file `path` where given."""
+        """The defaults above, replaced by `system_prompt` and by the reasoning prompt in file `path` if given."""
         reasoning = DEFAULT_REASONING_PROMPT if path is None else read_reasoning_prompt(path)
         return cls(chat_template, DEFAULT_SYSTEM_PROMPT if system_prompt is None else system_prompt, reasoning)
 
@@ -71,28 +71,28 @@ class PromptFormat:
         return parts if self.chat_template == "janus" else ["".join(parts)]
 
     def plan_parts(self, prompt: str) -> list[str]:
-        """Stage 1, the request for a plan: text, or alternately text and a role token."""
+        """Stage 1, the request for a plan, as alternating texts and role tokens; without role tokens, one text."""
         # replace, not format: prompts and instructions may contain other braces
         return self._chat(self.reasoning_prompt.replace("{}", prompt), self.system_prompt)
 
     def image_parts(self, prompt: str, plan: str | None) -> list[str]:
-        """Stage 2, the request for the picture, likewise; `<begin_of_image>` is added as a token.
+        """Stage 2, the request for the picture, likewise, without `<begin_of_image>`.
 
-        Without a plan (None) it is the raw prompt alone, as the base model gets it.
+        Without a plan (None) it is the raw prompt alone, as for the base model.
         """
         return self._chat(prompt if plan is None else f"{prompt}. {plan}")
 
     def plan_text(self, prompt: str) -> str:
-        """Stage 1 in one piece."""
+        """Stage 1 as one text."""
         return "".join(self.plan_parts(prompt))
 
     def image_text(self, prompt: str, plan: str | None) -> str:
-        """Stage 2 in one piece."""
+        """Stage 2 as one text."""
         return "".join(self.image_parts(prompt, plan))
 
 
 def read_reasoning_prompt(path: str | Path) -> str:
-    """The instruction in a file. ValueError where it cannot be read."""
+    """Read the instruction from a file. Raises ValueError if that fails."""
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -101,12 +101,12 @@ def read_reasoning_prompt(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Token ids of both stages for one tokenizer.
+    """Encodes the prompts of both stages with one tokenizer.
 
     Args:
-        tokenizer: a Janus tokenizer (BOS, EOS, pad and `boi_token` defined; what it adds by itself is not used).
+        tokenizer: a Janus tokenizer, which defines BOS, EOS, pad and `boi_token`. It is asked to add no tokens itself.
         format: the texts.
-        max_context: longest sequence the model takes, in tokens; a longer prompt is an error that names it.
+        max_context: most tokens of a sequence; a longer prompt is an error that names it.
     """
 
     tokenizer: Any  # a transformers tokenizer; its annotations are too loose to check against
@@ -118,40 +118,40 @@ class PromptEncoder:
         return self.tokenizer.boi_token_id
 
     def plan_ids(self, prompt: str, room: int) -> list[int]:
-        """Ids of the stage-1 prompt, leaving `room` tokens of the context for the plan."""
+        """Ids of the stage-1 prompt. ValueError if it leaves less than `room` tokens of the context for the plan."""
         return self._encode(self.format.plan_parts(prompt), prompt, room)
 
     def image_ids(self, prompt: str, plan: str | None, room: int) -> list[int]:
-        """Ids of the stage-2 prompt with `<begin_of_image>` last, leaving `room` tokens for the picture."""
+        """Ids of the stage-2 prompt, with `<begin_of_image>` last. ValueError likewise, for the picture."""
         return [*self._encode(self.format.image_parts(prompt, plan), prompt, room + 1), self.boi_token_id]
 
     def unconditional_ids(self, length: int) -> list[int]:
-        """The unconditional row of `length` tokens: BOS, pads, `<begin_of_image>`."""
+        """The unconditional prompt of `length` tokens: BOS, pads, `<begin_of_image>`."""
         bos, pad = self.tokenizer.bos_token_id, self.tokenizer.pad_token_id
         return [bos, *[pad] * (length - 2), self.boi_token_id]
 
     def decode_plan(self, ids: list[int]) -> str:
-        """Text of a plan, special tokens dropped."""
+        """The text of a plan, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     @cached_property
     def _control(self) -> set[int]:
-        """Ids that no text becomes."""
+        """Ids of special tokens and of role tokens, which text is never encoded as."""
         named = {*self.tokenizer.all_special_tokens, *_ROLES["janus"]}
         added = self.tokenizer.added_tokens_decoder.items()
         return {i for i, token in added if token.special or token.content in named} - {self.tokenizer.unk_token_id}
 
     def _text_ids(self, text: str) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        # still there if the tokenizer has them as words, or as added tokens that it does not call special
+        # a tokenizer may have control tokens as ordinary words, or as added tokens that are not marked special
         unk = self.tokenizer.unk_token_id
         known = [unk if i in self._control else i for i in ids]
         return [i for i in known if i is not None]
 
     def _encode(self, parts: list[str], prompt: str, room: int) -> list[int]:
         if not prompt.strip():
-            raise ValueError("empty prompt: give every row a non-empty `prompt`")
-        # by id: a tokenizer that adds no BOS, or an EOS too, would begin or end otherwise than the unconditional row
+            raise ValueError("empty prompt: give every line a non-empty `prompt`")
+        # BOS by id, as in the unconditional prompt: some tokenizers add none, or an EOS too
         ids = [self.tokenizer.bos_token_id]
         for i, part in enumerate(parts):
             ids += self.tokenizer(part, add_special_tokens=False)["input_ids"] if i % 2 else self._text_ids(part)

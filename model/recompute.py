@@ -1,7 +1,8 @@
-"""Activations that the backward pass computes again instead of keeping them, where that takes no product.
+"""Activations that the backward pass recomputes instead of keeping them, where that takes no matrix product.
 
-PyTorch's checkpoint runs a whole block again up to the last tensor that is missing, so a block between two products
-would have to end and begin with copies of the residual stream. This names single tensors and how each is computed.
+PyTorch's activation checkpointing recomputes a whole block up to the last tensor that is missing, so a block between
+two matrix products would have to begin and end with copies of the residual stream. Here single tensors are named, and
+how each is computed.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch import Tensor
 
 
 class _Again:
-    """Tensors that were not kept: computed when the first is asked for, forgotten when all have been."""
+    """Tensors that were not kept: computed when the first is needed, freed when all `uses` of them are over."""
 
     def __init__(self, compute: Callable[[], Sequence[Tensor]]) -> None:
-        self.compute, self.asked = compute, 0
+        self.compute, self.uses = compute, 0
         self.values: Sequence[Tensor] = ()
 
     def value(self, index: int) -> Tensor:
         with torch.no_grad():
             values = self.values or self.compute()
-        self.asked -= 1
-        self.values = values if self.asked else ()
+        self.uses -= 1
+        self.values = values if self.uses else ()
         return values[index]
 
 
@@ -33,24 +34,25 @@ Keep = Callable[[Sequence[Tensor], Callable[[], Sequence[Tensor]]], AbstractCont
 
 
 def keep_all(*_: Any) -> AbstractContextManager[None]:
-    """Like `recomputed`, but autograd keeps what it keeps."""
+    """Takes the place of `recomputed` where autograd is to keep what it needs."""
     return nullcontext()
 
 
 @contextmanager
 def recomputed(tensors: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
-    """Inside, autograd keeps of `tensors`, and of views of them, no more than `compute`, which gives them once more.
+    """Inside, autograd keeps `compute`, which computes the tensors again, instead of `tensors` and views of them.
 
-    Each has storage of its own, and what `compute` gives is laid out like it. `compute` must not hold on to them.
+    Each tensor has a storage of its own, and `compute` returns it with the same strides. `compute` must not hold a
+    reference to them.
     """
-    places = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate(tensors)}
+    index_of = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate(tensors)}
     again = _Again(compute)
 
     def pack(saved: Tensor) -> Any:
-        index = places.get(saved.untyped_storage().data_ptr())
+        index = index_of.get(saved.untyped_storage().data_ptr())
         if index is None:
-            return saved if saved.is_leaf else saved.detach()  # an operator's output would hold the operator
-        again.asked += 1
+            return saved if saved.is_leaf else saved.detach()  # otherwise an output would keep its own operator alive
+        again.uses += 1
         return index, saved.size(), saved.stride(), saved.storage_offset()
 
     def unpack(kept: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a checkpoint is meant to be prompted and sampled: `bicot.json` beside its weights, and files for transformers."""
+"""How to prompt and sample a checkpoint: `bicot.json` beside its weights, and the files that transformers reads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ LEAST = {"max_completion_length": 1, "temperature": 0, "top_k": 0, "image_temper
 
 @dataclass(frozen=True)
 class Sampling:
-    """How both stages draw.
+    """How the tokens of both stages are sampled.
 
     Args:
-        max_completion_length: most tokens of a plan, EOS included; the first ones are kept.
-        temperature, top_k, top_p: of the plan (temperature 0 = greedy, top_k 0 = all).
+        max_completion_length: most tokens of a plan, EOS included; a longer plan ends there.
+        temperature, top_k, top_p: of the plan (temperature 0 = greedy, top_k 0 = all tokens).
         image_temperature, image_top_k, image_top_p: of the picture.
-        cfg_weight: classifier-free guidance w of the picture; 1 = none, and no unconditional rows.
+        cfg_weight: classifier-free guidance w of the picture; 1 = none, which needs no unconditional sequences.
     """
 
     max_completion_length: int = 1024
@@ -50,7 +50,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """Prompt texts and sampling of a checkpoint; the published ones by default."""
+    """The prompt texts and the sampling of a checkpoint. The defaults are the published ones."""
 
     prompts: PromptFormat = field(default_factory=PromptFormat)
     sampling: Sampling = field(default_factory=Sampling)
@@ -60,11 +60,11 @@ class RolloutSettings:
 
     @classmethod
     def load(cls, *folders: str | Path) -> RolloutSettings:
-        """What `save` wrote into the first of these checkpoints, folders or hub ids, that has it; else the defaults."""
+        """Read bicot.json of the first of these folders or hub ids that has one; the defaults if none has."""
         for folder in folders:
             try:
                 path = cached_file(str(folder), FILE)
-            except OSError:  # also where there is no such model, which loading it will say
+            except OSError:  # also if there is no such model at all: loading its weights reports that
                 continue
             try:
                 values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
@@ -77,8 +77,8 @@ class RolloutSettings:
 def save_for_transformers(folder: str | Path, config: Any, tokenizer: Any, sampling: Sampling) -> None:
     """Write generation_config.json and processor_config.json: plain transformers then draws the same pictures.
 
-    transformers has one set of sampling parameters, so they are the picture's. It always computes the unconditional
-    rows and combines them only above a guidance scale of 1; the next number above it is 1 in float32.
+    transformers has one set of sampling parameters; these are the picture's. It always computes the unconditional
+    sequences, but applies guidance only above a scale of 1. The float64 after 1 rounds to 1 in float32.
     """
     draws: dict[str, Any] = {"do_sample": sampling.image_temperature > 0}
     if draws["do_sample"]:
@@ -96,7 +96,7 @@ def save_for_transformers(folder: str | Path, config: Any, tokenizer: Any, sampl
     processor = {
         "processor_class": "JanusProcessor",
         "num_image_tokens": config.vision_config.num_image_tokens,
-        "image_processor": {  # as JanusImageProcessor writes it, which needs Pillow
+        "image_processor": {  # what JanusImageProcessor would write, but it needs Pillow
             "image_processor_type": "JanusImageProcessor",
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],

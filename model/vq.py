@@ -1,7 +1,7 @@
-"""Image tokens to pictures: the decoder half of Janus's VQ model, channels-last, a bounded number at a time.
+"""Image tokens to pictures: the decoder half of Janus's VQ model, for a bounded number of pictures at a time.
 
-The half is a copy, because its convolutions run fastest with weights in channels-last order, and because it must be
-complete where the policy is sharded. S pictures, T tokens each.
+It has a copy of the weights, because convolutions run fastest with weights in channels-last order, and because it needs
+all of them where the policy is sharded. S pictures, T tokens each.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from .graphs import StepGraphs
 from .policy import Policy
 
-CHUNK_BYTES = 2**30  # of activations: bounds the memory beside the KV cache, and still fills a GPU
-_LIVE_MAPS = 6  # feature maps of full resolution that a residual block holds at its widest moment
+PICTURE_BYTES = 2**30  # of activations: little beside the KV cache, and enough to fill a GPU
+_LIVE_MAPS = 6  # most feature maps of full resolution that a residual block holds at once
 
 
 class ImageDecoder:
-    """Decodes image tokens with a policy's VQ model, whose weights it copies at `refresh`.
+    """Decodes image tokens with the weights of a policy's VQ model, which `refresh` copies.
 
     Args:
-        policy: whose configuration, device and dtype it takes.
+        policy: gives the configuration, the device and the dtype.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -35,16 +35,19 @@ class ImageDecoder:
         del model.encoder, model.quant_conv
         model.to_empty(device=policy.device).to(policy.dtype, memory_format=torch.channels_last)
         self.model = model.eval()
-        self.graphs = StepGraphs(None)  # of its own: pictures are decoded beside the next chunk's steps
-        self._static: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # what a graph reads and writes
+        self.graphs = StepGraphs(None)  # not the engine's: pictures are decoded while the next chunk is drawn
+        self._static: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}  # shape -> input and output of its graph
         scale = 2 ** (len(config.channel_multiplier) - 1)
         pixels = (config.num_patches * scale) ** 2
         widest = config.base_channels * max(config.channel_multiplier[:2])
-        self.chunk = max(1, CHUNK_BYTES // (_LIVE_MAPS * pixels * widest * policy.dtype.itemsize))
+        self.most = max(1, PICTURE_BYTES // (_LIVE_MAPS * pixels * widest * policy.dtype.itemsize))
 
     @torch.no_grad()
     def refresh(self, vqmodel: Any, value: Callable[[Any, str], Tensor] = nn.Module.get_parameter) -> None:
-        """Copy the weights of `vqmodel`, a JanusVQVAE that is complete on this rank; `value` reads one by its name."""
+        """Copy the weights of `vqmodel`, a JanusVQVAE that is complete on this rank.
+
+        `value(vqmodel, name)` reads one of them.
+        """
         for name, own in self.model.named_parameters():
             own.copy_(value(vqmodel, name))
 
@@ -53,13 +56,13 @@ class ImageDecoder:
     def __call__(self, tokens: Tensor) -> Tensor:
         """[S, T] int64 -> [S, 3, H, W] float32 in [0, 1]."""
         decode = self._replay if self.graphs.enabled else self._decode
-        return torch.cat([decode(part) for part in tokens.split(self.chunk)])
+        return torch.cat([decode(some) for some in tokens.split(self.most)])
 
     def _decode(self, tokens: Tensor) -> Tensor:
         return self.model.decode(tokens).float().add_(1).div_(2).clamp_(0, 1)
 
     def _replay(self, tokens: Tensor) -> Tensor:
-        """The same by the graph for so many pictures."""
+        """The same by the CUDA graph for this number of pictures."""
         key = tuple(tokens.shape)
         if self.graphs.lacks(key):
             self._static[key] = tokens.clone(), self._decode(tokens)

@@ -1,16 +1,17 @@
-"""What the decode engine reads of a policy, one tensor for each matrix product, always the newest values.
+"""The weights that the decode engine reads from a policy: one tensor for each matrix product, with the newest values.
 
-A matrix that decoding wants whole (q, k and v stacked; gate and up stacked) is spread over several modules. For each,
-`refresh` finds the cheapest way that keeps up with training:
+Decoding wants one matrix (q, k and v stacked; gate and up stacked) where the model has several modules. `refresh` finds
+the cheapest way to follow training:
 
-shared   The parameters become views of one tensor. Whoever writes a parameter (an optimizer, a checkpoint) writes what
-         decoding reads: nothing is copied, then or later. Parameters that already lie side by side, as in the flat
+shared   The parameters become views of one tensor. An optimizer or a checkpoint that writes a parameter then writes
+         what decoding reads, and nothing is ever copied. Parameters that already lie side by side, as in the flat
          buffers of DeepSpeed's ZeRO-1 and 2, are read where they are.
-copied   anew by every refresh, in place: LoRA modules (PEFT, adapters.py), parameters that DeepSpeed's ZeRO-3
-         shards, and those that lie apart in storage that is not theirs.
+copied   Every refresh copies the values to the same tensor. This is for LoRA modules (PEFT, adapters.py), for
+         parameters that DeepSpeed's ZeRO-3 shards, and for parameters that cannot be moved because something else
+         shares their storage.
 
-Copies keep their addresses, so that captured CUDA graphs stay valid. Modules are found by name at every refresh: one
-that PEFT wraps later counts. D is the hidden size, V a vocabulary.
+Copies keep their addresses, so that captured CUDA graphs stay valid. Modules are looked up by name at every refresh, in
+case PEFT has wrapped them since. D is the hidden size, V a vocabulary.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class Weights:
     """The policy's decoder layers, embeddings, heads and picture decoder.
 
     Args:
-        policy: read now, and at every `refresh`. Its `model` is the transformers module, which PEFT may have adapted
-            and DeepSpeed sharded, before or after.
+        policy: read now, and at every `refresh`. PEFT may adapt its model and DeepSpeed may shard it, before this or
+            later.
 
     Raises:
-        ValueError: a body that is not Llama's, or adapters that are not plain LoRA.
+        ValueError: a language model that is no Llama, or adapters that are not plain LoRA.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -55,7 +56,7 @@ class Weights:
         self.layers = [Layer(self, f"model.language_model.layers.{i}") for i in range(config.num_hidden_layers)]
         self.norm = self.read("weight", "model.language_model.norm")
         self.text_head = Linear(self, "lm_head")
-        self.text_mask: Tensor | None = None  # [V], -inf for ids that the tokenizer does not have, and else 0
+        self.text_mask: Tensor | None = None  # [V], -inf for ids that the tokenizer does not have, otherwise 0
         if ids := policy.unknown_ids:
             self.text_mask = torch.zeros(config.vocab_size, dtype=policy.dtype, device=policy.device)
             self.text_mask[ids] = -torch.inf
@@ -65,15 +66,15 @@ class Weights:
         depth = len(policy.model.model.generation_aligner.hidden_layers)
         names = ["fc1", *(f"hidden_layers.{i}" for i in range(depth))]
         self._aligner = [Linear(self, f"model.generation_aligner.{name}") for name in names]
-        # not the policy's own module: ZeRO-3 counts its calls, and ranks call it as often as their chunks need
+        # not the policy's own module: ZeRO-3 needs equal calls of a module on all ranks, and these differ
         self._activation = ACT2FN[policy.config.vq_config.hidden_act]
         self.image_decoder = ImageDecoder(policy)
         self._vq_state: list[tuple[int, int]] | None = None
-        self.embed_image: Any = None  # [codes, D]: what each image token is to the language model
+        self.embed_image: Any = None  # [codes, D], the embedding of each image token
         self.refresh()
 
     def read(self, attribute: str, *names: str) -> Joined:
-        """The attribute of the modules so named, from the next refresh on."""
+        """An attribute of the modules with these names, joined; it has a tensor after the next refresh."""
         self._sources.append(Joined(attribute, names))
         return self._sources[-1]
 
@@ -84,10 +85,11 @@ class Weights:
     @torch.no_grad()
     @record_function("weights")
     def refresh(self) -> bool:
-        """Take over what training has written. Under ZeRO-3 all ranks call this together.
+        """Bring all weights up to date with training. Under ZeRO-3 all ranks call this together.
 
         Returns:
-            Whether a tensor has moved, which makes captured graphs invalid: only after the parameters themselves have.
+            Whether a tensor has moved in memory, which makes captured CUDA graphs invalid. This happens only after the
+            parameters themselves have moved.
 
         Raises:
             ValueError: the policy has another device or dtype than before.
@@ -99,7 +101,7 @@ class Weights:
         moved = [source.refresh(modules) for source in self._sources]
         vq = self.policy.model.model.vqmodel
         if (state := _state(vq)) is None or state != self._vq_state:
-            with whole(vq.parameters()):
+            with unsharded(vq.parameters()):
                 self.image_decoder.refresh(vq, merged)
             self._vq_state = state
         table = self._aligner[0](self._codes.tensor)
@@ -110,16 +112,17 @@ class Weights:
 
 
 class Joined:
-    """The rows of one attribute of one or more modules, as one tensor: `.tensor`, None where the modules have none."""
+    """One attribute of one or more modules, concatenated along dimension 0: `tensor`, None if the modules have none."""
 
     def __init__(self, attribute: str, names: Sequence[str]) -> None:
         self.attribute, self.names = attribute, names
         self.tensor: Any = None
         self.copied = False
-        self._read: list[tuple[nn.Module, Tensor | None, int]] = []  # what `tensor` shares, and where that lies
+        # where `tensor` is shared: each module, its parameter, and the address of that
+        self._read: list[tuple[nn.Module, Tensor | None, int]] = []
 
     def refresh(self, known: dict[str, nn.Module]) -> bool:
-        """Bring `tensor` up to date -> whether it has moved. `known` modules by name; it grows."""
+        """Bring `tensor` up to date -> whether it has moved. `known`: modules by name, which this adds to."""
         modules: list[Any] = [_module(name, known) for name in self.names]
         if self._read and all(map(self._unchanged, modules, self._read)):
             return False
@@ -136,31 +139,31 @@ class Joined:
             self.tensor = shared
             self._read = [(m, p, p.data_ptr()) for m, p in zip(modules, parameters, strict=True)]
             return before is None or before.data_ptr() != shared.data_ptr()
-        with whole(p for module in modules for p in module.parameters()):
+        with unsharded(p for module in modules for p in module.parameters()):
             values = [merged(module, self.attribute) for module in modules]
             if not copied_before and all(value is None for value in values):
                 self.copied = False
                 return False
             for i, module in enumerate(modules):
-                if values[i] is None:  # an adapter of another module adds a bias, or that of this one is switched off
+                if values[i] is None:  # the adapter of this module has no bias or is off, but another module has one
                     values[i] = module.weight.new_zeros(len(module.weight))
-            rows = [len(value) for value in values]
-            if not copied_before:  # what was shared is the policy's own
-                self.tensor = values[0].new_empty(sum(rows), *values[0].shape[1:])
-            for part, value in zip(self.tensor.split(rows), values, strict=True):
-                part.copy_(value)
+            sizes = [len(value) for value in values]
+            if not copied_before:  # a shared tensor belongs to the policy: do not copy into it
+                self.tensor = values[0].new_empty(sum(sizes), *values[0].shape[1:])
+            for own, value in zip(self.tensor.split(sizes), values, strict=True):
+                own.copy_(value)
         return not copied_before
 
     def _unchanged(self, module: nn.Module, read: tuple[nn.Module, Tensor | None, int]) -> bool:
-        before, parameter, place = read
-        # getattr would cost more than all else here
+        before, parameter, address = read
+        # not getattr, which would cost more than everything else here
         same = module is before and module._parameters.get(self.attribute) is parameter
-        return same and (parameter is None or parameter.data_ptr() == place)
+        return same and (parameter is None or parameter.data_ptr() == address)
 
     def _shared(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        """The parameters as one view of the storage they have, or get; None where that is not ours to give."""
+        """One view of all parameters, which are moved together if need be; None if they must not be moved."""
         if any(not isinstance(p, nn.Parameter) or hasattr(p, "ds_id") for p in parameters):
-            return None  # PEFT computes it; or ZeRO-3, where storage comes and goes
+            return None  # computed by PEFT; or sharded by ZeRO-3, which allocates and frees their storage
         shared = side_by_side(parameters)
         if shared is None and all(is_alone(parameter, self.tensor) for parameter in parameters):
             shared = move_together(parameters)
@@ -168,7 +171,7 @@ class Joined:
 
 
 class Linear:
-    """weight [out, in] and bias [out] or None of one or more nn.Linear with the same input, their outputs stacked."""
+    """One or more nn.Linear with the same input as one: weight [out, in], bias [out] or None, outputs side by side."""
 
     def __init__(self, weights: Weights, *names: str) -> None:
         self._weight, self._bias = weights.read("weight", *names), weights.read("bias", *names)
@@ -186,7 +189,7 @@ class Linear:
 
 
 class Layer:
-    """One block of Llama, as its transformers module has it."""
+    """The weights of one Llama layer."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self.attention_norm = weights.read("weight", f"{name}.input_layernorm")
@@ -198,7 +201,7 @@ class Layer:
 
 
 def _module(name: str, known: dict[str, nn.Module]) -> nn.Module:
-    """The module of that name below `known[""]`."""
+    """The submodule of `known[""]` with this name."""
     if name not in known:
         parent, _, child = name.rpartition(".")
         known[name] = getattr(_module(parent, known), child)
@@ -206,29 +209,32 @@ def _module(name: str, known: dict[str, nn.Module]) -> nn.Module:
 
 
 def _state(module: nn.Module) -> list[tuple[int, int]] | None:
-    """Where the parameters lie and how often they were written. None if that says nothing: one trains, and may change
-    all the time, or ZeRO-3 has it, and then all ranks must gather it or none."""
+    """The address and version of each parameter, to see whether one has changed. None if every refresh must copy:
+    a parameter trains, or is sharded by ZeRO-3, where either all ranks gather it or none."""
     parameters = list(module.parameters())
     changing = any(p.requires_grad or hasattr(p, "ds_id") for p in parameters)
     return None if changing else [(p.data_ptr(), p._version) for p in parameters]
 
 
 def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor] | None:
-    """The state of a model that ZeRO-3 has sharded, on the host, where `keep`; otherwise None. All ranks call this."""
+    """The state dict of a model that ZeRO-3 has sharded, on the CPU of the ranks with `keep`. All ranks call this.
+
+    None on other ranks, and for a model that is not sharded.
+    """
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
         return None
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        with whole([value]):
+        with unsharded([value]):
             if keep:
                 state[name] = value.detach().cpu()
     return state if keep else None
 
 
 @contextmanager
-def whole(parameters: Iterable[Any]) -> Iterator[None]:
+def unsharded(parameters: Iterable[Any]) -> Iterator[None]:
     """Inside, parameters that ZeRO-3 has sharded are complete on every rank."""
-    # those that it keeps complete are left alone: leaving the context would shard them
+    # not those that ZeRO-3 keeps complete: GatheredParameters would shard them at its end
     sharded = [p for p in parameters if hasattr(p, "ds_id") and p.numel() != p.ds_numel]
     if not sharded:
         yield

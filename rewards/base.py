@@ -1,7 +1,7 @@
-"""What a reward is: a name, and a score for each picture of a batch.
+"""The interface of a reward: it has a name, and scores the pictures of a batch.
 
-Shapes: S samples, images [S, 3, H, W] float in [0, 1]; a score is [S] float32, NaN where the reward does not apply
-to that sample's prompt (a missing reward is left out of the advantage; it is not a zero).
+Shapes: S samples, images [S, 3, H, W] float in [0, 1]. Scores are [S] float32, and NaN where the reward does not apply
+to the sample's prompt: such a sample gets no score from this reward, which is not a score of zero.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class SpatialInfo:
-    """`obj1` stands in relation `locality` ("left of", "above", …) to `obj2`."""
+    """In the picture, `obj1` is `locality` ("left of", "above", …) `obj2`."""
 
     obj1: str
     obj2: str
@@ -25,7 +24,7 @@ class SpatialInfo:
 
 @dataclass(frozen=True)
 class NumeracyInfo:
-    """The picture shows `num` times `obj_name`."""
+    """The picture shows `num` of `obj_name`."""
 
     num: int
     obj_name: str
@@ -33,10 +32,10 @@ class NumeracyInfo:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the annotations of T2I-R1's schema; the fields a row does not have are empty or None.
+    """One prompt with the annotations of T2I-R1's schema. Fields that its line of the file does not have are empty.
 
-    `metadata` holds the row's other keys, as JSON has them. `plan` is the plan of the sample that is scored; before a
-    run, in `applies` and `check`, it is empty.
+    `metadata` holds all other keys of the line. `plan` is the plan of the sample that is scored; `applies` and `check`,
+    which are called before a run, see an empty one.
     """
 
     prompt: str
@@ -48,28 +47,31 @@ class Example:
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)
     plan: str = ""
 
-    def row(self) -> dict[str, Any]:
-        """As the prompt file has it: the user's own keys beside the schema's, and no plan."""
-        row = asdict(self)
-        del row["plan"]
-        return row.pop("metadata") | row
+    def as_line(self) -> dict[str, Any]:
+        """The JSON object of its line in the prompt file: the schema's keys and the user's own, without the plan."""
+        line = asdict(self)
+        del line["plan"]
+        return line.pop("metadata") | line
 
 
 class Unavailable(OSError):
-    """Raised by a reward that can score no picture now, such as one whose server is down: none is tried alone."""
+    """A reward raises this if it can score no picture at all now, for example because its server is down.
+
+    The samples of the batch are then not tried one by one.
+    """
 
 
 @runtime_checkable
 class Reward(Protocol):
-    """Anything with a `name` and a batched `score`. See CONTRIBUTING for one in 20 lines.
+    """Anything with a `name` and a batched `score`. docs/rewards.md has one in 20 lines.
 
-    `score` may read the plan of each sample in `example.plan`, and the row's own keys in `example.metadata`.
+    `score` may read the plan of each sample in `example.plan`, and the user's own keys in `example.metadata`.
 
-    It may have three members more:
+    Three more members are optional:
 
-        applies(example) -> bool    other examples never reach `score`; their score is NaN
-        check(example) -> None      ValueError for an example that `score` cannot take; asked once, before a run
-        model: torch.nn.Module      frozen, put on the reward's device, and offloaded between uses if asked for
+        applies(example) -> bool    whether `score` is to see the example; if not, its score is NaN
+        check(example) -> None      raises ValueError if `score` cannot take the example; called once, before a run
+        model: torch.nn.Module      is frozen, moved to the reward's device, and offloaded between uses if configured
     """
 
     name: str
@@ -77,12 +79,6 @@ class Reward(Protocol):
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
         """images [S, 3, H, W] float32 in [0, 1] on the reward's device, S examples -> [S] float32.
 
-        NaN = does not apply; only for rewards without `applies`, with it a NaN is an error as an infinity is.
+        NaN = does not apply. A reward with `applies` must return finite scores only.
         """
         ...
-
-
-def upload(values: Sequence[Any], device: torch.device) -> Tensor:
-    """Numbers of the host (nested lists) on the device, without waiting for what the device is doing."""
-    tensor = torch.tensor(values)
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -1,10 +1,10 @@
-"""Load every reward of a configuration, score sample pictures, and print what works, how fast, and what is missing.
+"""Load every reward of a configuration, score sample pictures, and print which work, how fast, and what is missing.
 
     python -m bicot.rewards.check configs/janus-pro-7b.yaml
     python -m bicot.rewards.check my.yaml --device cpu --pictures 8
 
-It downloads nothing. The pictures are noise, the plans are the prompts: the scores show that a reward works, not that
-it is right. Exit status 1 if one does not work.
+It downloads nothing. The pictures are noise and the plans are the prompts, so the scores show that a reward runs, not
+that it is right. The exit status is 1 if a reward does not work.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COLUMNS = ("reward", "weights", "dtype", "device", "load s", "ms/picture", *(e.t
 
 
 def read_config(path: str | Path) -> RewardConfig:
-    """The `rewards` of a run's YAML file. Raises ValueError without any, and for unknown keys."""
+    """Read the `rewards` of a run's YAML file. Raises ValueError if there are none, and for unknown keys."""
     section = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("rewards")
     if not section or not section.get("names"):
         raise ValueError(f"{path} has no rewards.names")
@@ -49,13 +49,13 @@ def read_config(path: str | Path) -> RewardConfig:
 
 
 def pictures(count: int, device: str) -> Tensor:
-    """[count, 3, 384, 384] in [0, 1]: soft noise, the same every time."""
+    """[count, 3, 384, 384] in [0, 1]: smooth noise, the same every time."""
     noise = torch.rand(count, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(device)
     return F.interpolate(noise, (384, 384), mode="bilinear")
 
 
 def try_reward(reward: Reward, place: Placement, count: int, device: str) -> list[str]:
-    """Score `count` pictures twice, time the second -> its columns of the table from "weights" to the scores."""
+    """Score `count` pictures twice and time the second -> the cells of the reward's row, without name and load time."""
     ensemble = RewardEnsemble([reward], placements={reward.name: place}, device=device)
     images, planned = pictures(count, device), [replace(example, plan=example.prompt) for example in EXAMPLES]
     examples = [planned[i % len(EXAMPLES)] for i in range(count)]
@@ -74,7 +74,7 @@ def try_reward(reward: Reward, place: Placement, count: int, device: str) -> lis
 
 
 def check(config: RewardConfig, count: int, device: str) -> tuple[list[list[str]], dict[str, Exception]]:
-    """-> a row of the table for each reward that works, the error of each that does not."""
+    """Try every reward -> a row of the table for each that works, and the error of each that does not."""
     rows, failed = [], {}
     for name in config.all:
         start = time.perf_counter()
@@ -83,16 +83,16 @@ def check(config: RewardConfig, count: int, device: str) -> tuple[list[list[str]
             loaded = time.perf_counter() - start
             weights, dtype, where, *rest = try_reward(reward, place, count, device)
             rows.append([name, weights, dtype, where, f"{loaded:.3f}", *rest])
-        except Exception as error:  # whatever it is, the user of a check is to see it, and the next reward as well
+        except Exception as error:  # report any error, and go on with the next reward
             failed[name] = error
     return rows, failed
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns under a header."""
-    lines = [COLUMNS, *rows]
-    widths = [max(len(line[c]) for line in lines) for c in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    """The rows under a header, in aligned columns."""
+    every = [COLUMNS, *rows]
+    widths = [max(len(row[c]) for row in every) for c in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in every)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Loading what was published: all of a model or an error, and where to get what is missing."""
+"""Load published checkpoints completely, or raise an error that says what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers.utils import cached_file
 
 
 class MissingCheckpoint(FileNotFoundError):
-    """A reward's published files are not there; the message says how to get them."""
+    """A reward's files are not there; the message says how to download them."""
 
 
 @contextmanager
 def loading(reward: str, path: str | Path, download: str, option: str = "path") -> Iterator[None]:
-    """What transformers raises for files that are not there becomes a MissingCheckpoint.
+    """Inside, errors about files that are not there become a MissingCheckpoint.
 
     Args:
-        reward: its name.
+        reward: name of the reward.
         path: folder, file or hub id that is being loaded.
-        download: the command that brings the published files.
-        option: of the reward, which says where they are.
+        download: command that downloads the published files.
+        option: the option of the reward that takes their path.
     """
     try:
         if (Path(path).is_absolute() or str(path).startswith(".")) and not Path(path).exists():
@@ -44,7 +44,7 @@ def check_kind(path: str | Path, kind: str) -> None:
         raise ValueError(f"{str(path)!r} is a checkpoint of {found!r}, not of {kind!r}")
 
 
-def whole(
+def load_complete(
     cls: Any,
     path: str | Path,
     *,
@@ -53,18 +53,18 @@ def whole(
     unused: tuple[str, ...] = (),
     **options: Any,
 ) -> Any:
-    """`cls.from_pretrained` -> a frozen model in eval mode, where a weight that is missing is an error, not random.
+    """Load a frozen model in eval mode by `cls.from_pretrained`, which alone would make missing weights random.
 
     Args:
-        cls: a model of transformers.
+        cls: a model class of transformers.
         path: folder or hub id.
         dtype: of the weights.
         strict: a superfluous weight is an error too.
-        unused: beginnings of names that may be missing or superfluous.
-        options: of from_pretrained.
+        unused: prefixes of names that may be missing or superfluous.
+        options: further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: names some weights that do not fit.
+        ValueError: weights are missing or of another shape; it names some.
     """
     model, report = cls.from_pretrained(
         path, dtype=dtype, weights_only=True, ignore_mismatched_sizes=True, output_loading_info=True, **options

@@ -1,4 +1,4 @@
-"""Which rewards a run has, and how they are built from names and options."""
+"""The rewards of a run: their configuration, and how they are built from names and options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PLACEMENT = tuple(item.name for item in fields(Placement))
 
 
 def words_of(value: list[str] | str) -> list[str]:
-    """A list as it is; of a string, what stands between its commas."""
+    """Split a string at its commas; leave a list as it is."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
@@ -43,16 +43,16 @@ class RewardConfig:
     """Which rewards score a picture, and how.
 
     Args:
-        names: hps, git, grounding, orm, plan, scene, scene_relation, or dotted paths `package.module:Class`, or names
-            of your own for servers, whose options have a `url`; a list, or one string with commas.
-        monitor: the same, for rewards that are scored and logged but never trained on.
-        heldout: the same, for rewards that score evaluations of eval_file alone: they cost a training step nothing.
-        options: of single rewards, by the name above: device, micro_batch, offload, and the arguments of its class,
-            such as path and dtype; of a server: url, timeout in seconds, retries.
+        names: rewards that train, as a list or a string with commas: hps, git, grounding, orm, plan, scene,
+            scene_relation, dotted paths `package.module:Class`, or any names for servers, whose options have a `url`.
+        monitor: rewards that are scored and logged in every step, but do not train.
+        heldout: rewards that score only the evaluations of eval_file, and so cost training steps nothing.
+        options: options of each reward, by its name: device, micro_batch, offload, and the arguments of its class, such
+            as path and dtype; for a server url, timeout in seconds, and retries.
         schedule: threads = rewards work while the policy decodes, each in a thread and on CUDA streams of its own;
-            serial = one after another, after that; auto = threads on a GPU, serial on a CPU.
-        on_reward_error: raise = a reward that fails stops the run; skip = its sample is left without that reward, and
-            counted.
+            serial = they work one after another when decoding has ended; auto = threads on a GPU, serial on a CPU.
+        on_reward_error: raise = a reward that fails stops the run; skip = the sample that it failed on gets no score
+            from it, and is counted.
     """
 
     names: list[str] | str = field(default_factory=list)
@@ -72,11 +72,11 @@ class RewardConfig:
 
     @property
     def all(self) -> list[str]:
-        """Every reward of the run: those that train, the monitored, those of evaluations."""
+        """Names of all rewards: those that train, the monitored ones, and those of evaluations."""
         return [*self.names, *self.monitor, *self.heldout]
 
     def load(self, name: str) -> tuple[Reward, Placement]:
-        """One of the rewards, with its place."""
+        """Load one of the rewards -> the reward, and where it works."""
         options = self.options.get(name, {})
         place = Placement(**{key: value for key, value in options.items() if key in _PLACEMENT})
         return load_reward(name, **{key: value for key, value in options.items() if key not in _PLACEMENT}), place
@@ -92,7 +92,7 @@ class RewardConfig:
         return self._build(self.names, weights, self.monitor, device, failures)
 
     def build_heldout(self, training: RewardEnsemble, device: torch.device, failures: Path) -> RewardEnsemble:
-        """What evaluations are scored by: the rewards of training steps, and `heldout`, which are loaded."""
+        """The rewards of evaluations: those of training steps, which are reused, and `heldout`, which are loaded."""
         return training.beside(self._build([], None, self.heldout, device, failures)) if self.heldout else training
 
     def _build(
@@ -118,27 +118,27 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class FunctionReward:
-    """A function `(images, examples) -> [S]` as a reward."""
+    """Makes a reward of a function `(images, examples) -> [S]`."""
 
     name: str
     function: Callable[[Tensor, Sequence[Example]], Tensor]
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        """What the function makes of them."""
+        """The scores that the function returns."""
         return self.function(images, examples)
 
 
 def find_object(what: str, path: str) -> Any:
-    """What stands at `package.module:name`, installed or in the working directory; `what` it is, for the error.
+    """Import the object at `package.module:name`, installed or in the working directory.
 
     Raises:
-        ValueError: there is nothing.
+        ValueError: it cannot be imported; the message calls it `what`.
     """
     module, colon, attribute = path.partition(":")
     if not colon:
         raise ValueError(f"{what} {path!r} must be package.module:name")
     here = os.getcwd()
-    if here not in sys.path:  # a script has its own folder there instead; last, so as to hide no installed module
+    if here not in sys.path:  # a script has its own folder instead; last, so that it hides no installed module
         sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), attribute)
@@ -147,16 +147,17 @@ def find_object(what: str, path: str) -> Any:
 
 
 def load_reward(name: str, **options: Any) -> Reward:
-    """A built-in reward, the class, object with `name` and `score`, or scoring function at `package.module:name`, or
-    the server at the option `url` of any other name.
+    """Load a reward.
 
     Args:
-        options: arguments of the class (of its `from_pretrained`, if it has one); keyword arguments of the function.
+        name: a built-in reward; or `package.module:name` of a class, of an object with `name` and `score`, or of a
+            scoring function; or, with the option `url`, any name for a server.
+        options: arguments of the class (of its `from_pretrained`, if it has one), or of the function.
 
     Raises:
-        ValueError: the name leads to nothing, or to something that is not a reward; an option that it does not have.
+        ValueError: there is no such reward, it is not a reward, or it does not have one of the options.
         MissingCheckpoint: its weights are not there.
-        Unavailable: its server is not there.
+        Unavailable: its server does not answer.
     """
     if "url" in options and ":" not in name:
         _fits(name, HttpReward, [name], options)
@@ -180,12 +181,12 @@ def load_reward(name: str, **options: Any) -> Reward:
     elif options:
         raise ValueError(f"reward {name!r} is an object, which takes no options: {', '.join(options)}")
     if not isinstance(target, Reward):
-        raise ValueError(f"reward {name!r} needs a `name` and a `score(images, examples)`; see CONTRIBUTING.md")
+        raise ValueError(f"reward {name!r} needs a `name` and a `score(images, examples)`; see docs/rewards.md")
     return target
 
 
 def _fits(name: str, make: Callable[..., Any], first: Sequence[Any], options: dict[str, Any]) -> None:
-    """Raises ValueError for options that `make` does not have behind its first arguments."""
+    """Raises ValueError unless `make(*first, **options)` is a valid call."""
     try:
         inspect.signature(make).bind(*first, **options)
     except TypeError as error:

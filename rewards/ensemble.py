@@ -1,9 +1,9 @@
-"""All rewards of a run behind one call: pictures in, a [S, R] matrix out, scored while the policy goes on decoding.
+"""All rewards of a run behind one call: pictures in, a matrix [S, R] of scores out, while the policy goes on decoding.
 
-With threads (the default on a GPU) `submit` hands the pictures to a thread for each reward and returns: each works on
-CUDA streams of its own, which wait for an event behind the pictures; the caller waits only in `result`. These streams
-have the lowest priority and the engine's a higher one, so that decoding goes first where both have work. Without
-(`serial`, the default on a CPU, where all share the cores) the rewards run one after another in `result`.
+With `threads` (the default on a GPU), each reward has a thread and CUDA streams of its own. `submit` gives the pictures
+to the threads and returns, and only `result` waits. The streams wait for the event that follows the pictures. They have
+the lowest priority and the engine's streams a higher one, so that decoding goes first when both have work. With
+`serial` (the default on a CPU, where all share the cores), the rewards run one after another in `result`.
 
 Shapes: S samples, R rewards (those that train first, then the monitored ones), images [S, 3, H, W] float32 in [0, 1].
 """
@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from ..kernels.host import now, seconds_between
 from .base import Example, Reward
-from .worker import OnError, Placement, Scored, Worker, now, seconds_between
+from .worker import OnError, Placement, Scored, Worker
 
 Schedule = Literal["auto", "serial", "threads"]
 
 
 class RewardHandle:
-    """Scores on their way; `result()` waits for them, and for nothing else. After it, `metrics` says what they took."""
+    """Scores that are being computed. `result()` waits for them; afterwards `metrics` says how long they took."""
 
     def __init__(self, names: Sequence[str], device: torch.device, chunks: list[list[Callable[[], Scored]]]) -> None:
         self.names, self.device = names, device
-        self._chunks = chunks  # chunk by chunk, reward by reward
+        self._chunks = chunks  # for each chunk one job for each reward
         self._scored: list[list[Scored]] = []
 
     @classmethod
@@ -41,7 +42,7 @@ class RewardHandle:
 
     @record_function("reward wait")
     def result(self) -> Tensor:
-        """[S, R] float32 on the CPU, NaN = does not apply, or skipped.
+        """Wait for the scores, [S, R] float32 on the CPU; NaN = the reward does not apply, or was skipped.
 
         Raises:
             RewardError: a reward raised, or returned another shape or a score that is not finite.
@@ -53,10 +54,10 @@ class RewardHandle:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of each reward: `milliseconds` that it worked; `milliseconds_hidden` of these, before the caller's stream had
-        done its own work and nothing was left but to wait; samples `skipped` because it failed on them.
+        """For each reward: `milliseconds` of its work; `milliseconds_hidden`, the part of them in which the caller's
+        stream still had other work; `skipped`, the number of samples that it failed on.
 
-        On a GPU this waits for what the caller's stream had been given before `result`.
+        On a GPU this waits for the work that the caller's stream had when `result` was called.
         """
         asked, answered, end = self._waited
         idle_since = end - seconds_between(asked, answered)
@@ -77,14 +78,14 @@ class RewardEnsemble:
         rewards: those that train.
         weights: one for each, default 1.
         monitors: scored as well, with weight 0.
-        placements: by a reward's name; one that is not there has the default.
-        device: of the run: where rewards without another placement work.
-        schedule: threads, serial, or auto: threads on a GPU.
-        on_reward_error: raise stops the run; skip leaves the sample without this reward and counts it.
-        failures: folder for the picture that a reward failed on; None keeps none.
+        placements: reward's name -> where it works; a reward that is missing has the default.
+        device: the run's device, where rewards work by default.
+        schedule: "threads", "serial", or "auto" = threads on a GPU.
+        on_reward_error: "raise" stops the run; "skip" leaves the sample without this score and counts it.
+        failures: folder for pictures that a reward failed on; None = they are not kept.
 
     Raises:
-        ValueError: two rewards of one name, a device that is not there, offload of a reward without `model`.
+        ValueError: two rewards have one name, a device is not there, or a reward without `model` is to be offloaded.
     """
 
     def __init__(
@@ -118,10 +119,10 @@ class RewardEnsemble:
         ]
 
     def beside(self, other: RewardEnsemble) -> RewardEnsemble:
-        """An ensemble of both's rewards, this one's first; the same rewards, not copies.
+        """An ensemble of the rewards of both, this one's first. The rewards are shared, not copied.
 
         Raises:
-            ValueError: they have a name in common.
+            ValueError: both have a reward of one name.
         """
         both = copy.copy(self)
         both.names = _different([*self.names, *other.names])
@@ -130,7 +131,7 @@ class RewardEnsemble:
         return both
 
     def check(self, example: Example) -> None:
-        """Raises ValueError if one of the rewards cannot score the example, unless such samples are skipped."""
+        """Raises ValueError if a reward cannot score the example, unless failures are skipped."""
         for worker in self.workers:
             worker.check(example)
 
@@ -140,19 +141,20 @@ class RewardEnsemble:
         return [name for name, weight, worker in every if weight and not worker.asks(example)]
 
     def submit(self, images: Tensor, examples: Sequence[Example]) -> RewardHandle:
-        """Start scoring S pictures, which the current stream has made or is about to, of S examples."""
+        """Start scoring S pictures of S examples. The current stream may still be making the pictures."""
         ready = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
         jobs = [worker.submit(images, examples, ready) for worker in self.workers]
         return RewardHandle(self.names, images.device, [jobs])
 
     def total(self, scores: Tensor) -> Tensor:
-        """[S, R] -> [S]: the weighted sum of the rewards that apply, NaN where none does."""
+        """The weighted sum of the rewards that apply: [S, R] -> [S], NaN where none applies."""
         weights = self.weights.to(scores)
         applies = (~scores.isnan() & (weights != 0)).any(1)
         return (scores.nan_to_num(nan=0.0) * weights).sum(1).masked_fill(~applies, torch.nan)
 
     def metrics(self, scores: Tensor) -> dict[str, float]:
-        """Of scores [S, R]: mean and unbiased std of each reward over the samples that have it, share that has not."""
+        """For each reward of scores [S, R]: mean and unbiased std over the samples that have a score, and the share of
+        samples that have none."""
         out = {}
         for name, column in zip(self.names, scores.cpu().unbind(1), strict=True):
             there = column[~column.isnan()]

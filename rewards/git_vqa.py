@@ -1,12 +1,12 @@
-"""GIT as a judge of attributes and objects: asked "red apple?" about a picture, how much surer is it of yes than no?
+"""GIT as a judge of attributes and objects: it is asked "red apple?" about a picture, and how sure is it of "yes"?
 
-    score = mean over the row's questions of P(yes) / (P(yes) + P(no)) = mean of sigmoid(l_yes - l_no)
+    score = mean over the prompt's questions of P(yes) / (P(yes) + P(no)) = mean of sigmoid(l_yes - l_no)
 
-l are the logits after the question's last token. The questions are the row's attr_nouns, else its nouns, each with a
-question mark. GIT is a prefix language model: its image tokens see each other and no text, so they pass the vision
-tower and the text decoder once, and all questions of the picture follow them as one row, each of which sees the image,
-the shared CLS token and itself. That gives every question what it would get alone; a ragged number of questions costs
-a few padding tokens of the text, and of the head's 30,522 rows only yes and no are used.
+l are the logits after the last token of a question. The questions are the prompt's attr_nouns, or else its nouns, each
+with a question mark. GIT is a prefix language model: its image tokens attend to each other and not to the text, so they
+pass the vision tower and the text decoder once. All questions of the picture follow them as one sequence, in which each
+question attends to the image, to the shared CLS token and to itself. So every question gets the answer that it would
+get alone. Sequences are padded to the longest. Of the head's 30,522 rows only "yes" and "no" are used.
 
 Shapes: A pictures with questions, N image tokens, L text tokens, Q questions, D hidden.
 
@@ -32,8 +32,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, GitForCausalLM
 from transformers.utils import cached_file
 
-from .base import Example, upload
-from .checkpoints import check_kind, loading, whole
+from ..kernels.host import upload
+from .base import Example
+from .checkpoints import check_kind, load_complete, loading
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
 PUBLISHED = "microsoft/git-large-vqav2"
@@ -42,14 +43,14 @@ RESAMPLE: dict[int, Any] = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 class GitReward:
-    """P(yes) of GIT over questions about the row's attributes or objects, in [0, 1].
+    """Mean P(yes) of GIT over questions about the prompt's attributes or objects, in [0, 1].
 
     Args:
         model: frozen.
-        tokenizer: its own.
-        preprocess: of its pictures.
-        t2i_r1_compat: rows without questions get what the published code pays (0 for spatial and numeracy, 1 for others
-            without nouns) instead of being missing.
+        tokenizer: of the model.
+        preprocess: prepares the pictures.
+        t2i_r1_compat: prompts without questions get the score of the published code (0 for spatial and numeracy, 1 for
+            others without nouns) instead of none.
 
     Raises:
         ValueError: a vocabulary without "yes" and "no".
@@ -61,7 +62,7 @@ class GitReward:
         self, model: GitForCausalLM, tokenizer: Any, preprocess: Preprocess, *, t2i_r1_compat: bool = False
     ) -> None:
         self.model, self.tokenizer, self.preprocess, self.t2i_r1_compat = model, tokenizer, preprocess, t2i_r1_compat
-        # its attention goes through transformers' interface, but the class does not say so and would get the slow one
+        # transformers would choose the slow attention, because the class does not declare that it supports others
         model.git.image_encoder.config._attn_implementation = "sdpa"
         self.yes, self.no = (self._known(word) for word in ("yes", "no"))
 
@@ -82,19 +83,20 @@ class GitReward:
         """
         with loading(cls.name, path, f"hf download {PUBLISHED}"):
             check_kind(path, "git")
-            model = whole(GitForCausalLM, path, dtype=dtype)
+            model = load_complete(GitForCausalLM, path, dtype=dtype)
             settings = json.loads(Path(str(cached_file(path, "preprocessor_config.json"))).read_text(encoding="utf-8"))
             tokenizer = AutoTokenizer.from_pretrained(path)
-            if len(tokenizer) <= len(tokenizer.all_special_ids):  # without its files transformers makes one of these
+            # without the files, transformers makes a tokenizer of special tokens alone
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
                 raise FileNotFoundError("it has no tokenizer.json, nor vocab.txt")
         return cls(model, tokenizer, clip_preprocess(settings), t2i_r1_compat=t2i_r1_compat)
 
     def applies(self, example: Example) -> bool:
-        """Whether there is anything to ask, of a task that the published code asks about."""
+        """Whether the prompt has questions."""
         return self.t2i_r1_compat or bool(phrases(example))
 
     def check(self, example: Example) -> None:
-        """Raises ValueError for a phrase of which the tokenizer leaves nothing, or more than the model reads."""
+        """Raises ValueError for a phrase that has no tokens, or more than the model reads."""
         most = self.model.config.max_position_embeddings
         for phrase in phrases(example):
             alone, asked = self.tokenizer([phrase, f"{phrase}?"], add_special_tokens=False).input_ids
@@ -112,12 +114,12 @@ class GitReward:
         published = [float(example.task_type not in SKIPPED) for example in examples]
         scores = upload(published if self.t2i_r1_compat else [torch.nan] * len(examples), images.device)
         if asked:
-            rows = upload(asked, images.device)
-            scores[rows] = self._ask(images[rows], [examples[s] for s in asked])
+            index = upload(asked, images.device)
+            scores[index] = self._ask(images[index], [examples[s] for s in asked])
         return scores
 
     def _ask(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        """[A, 3, H, W] and A examples with questions -> [A] float32."""
+        """Ask the questions of A examples about their pictures [A, 3, H, W] -> scores [A] float32."""
         git, device = self.model.git, images.device
         image_AND = git.visual_projection(git.image_encoder(self.preprocess(images)).last_hidden_state)
         cache = DynamicCache()
@@ -125,7 +127,7 @@ class GitReward:
 
         tokens, last, share = self._questions(examples)
         ids, positions, question = upload(tokens, device)
-        # a token sees the image, and of the text before it CLS (question 0) and its own question
+        # a token attends to the image, to CLS (question 0), and to the earlier tokens of its own question
         own = (question[:, None] == 0) | (question[:, None] == question[:, :, None])
         sees = F.pad(own.tril(), (image_AND.shape[1], 0), value=True)
         mask = image_AND.new_zeros(sees.shape).masked_fill_(~sees, -torch.inf)[:, None]
@@ -138,24 +140,25 @@ class GitReward:
     def _questions(
         self, examples: Sequence[Example]
     ) -> tuple[list[list[list[int]]], list[list[int]], list[list[float]]]:
-        """One row for all questions of an example.
+        """Join the questions of each example to one sequence.
 
         Returns:
-            ids, positions and question numbers [3, A, L]; each question's end and its share in the mean, [A, Q].
+            ids, positions and question numbers, [3, A, L]; for each question the index of its last token, [A, Q]; for
+            each question its weight in the mean, [A, Q].
         """
         wanted = [phrases(example) for example in examples]
-        encoded = iter(self.tokenizer([f"{p}?" for row in wanted for p in row], add_special_tokens=False).input_ids)
+        encoded = iter(self.tokenizer([f"{p}?" for asked in wanted for p in asked], add_special_tokens=False).input_ids)
         ids: list[list[int]] = []
         positions: list[list[int]] = []
         numbers: list[list[int]] = []
         last: list[list[int]] = []
-        for row in wanted:
-            questions = [next(encoded) for _ in row]
+        for asked in wanted:
+            questions = [next(encoded) for _ in asked]
             ids.append([self.tokenizer.cls_token_id, *(token for q in questions for token in q)])
-            positions.append([0, *(place for q in questions for place in range(1, len(q) + 1))])
+            positions.append([0, *(position for q in questions for position in range(1, len(q) + 1))])
             numbers.append([0, *(number for number, q in enumerate(questions, 1) for _ in q)])
             last.append(list(accumulate(map(len, questions))))
-        share = [[1 / len(row)] * len(row) for row in last]
+        share = [[1 / len(ends)] * len(ends) for ends in last]
         return [_padded(ids), _padded(positions), _padded(numbers)], _padded(last), _padded(share)
 
     def _known(self, word: str) -> int:
@@ -168,13 +171,13 @@ class GitReward:
 
 
 def phrases(example: Example) -> tuple[str, ...]:
-    """What to ask about: the attr_nouns, else the nouns; nothing for the tasks that other rewards see better."""
+    """What to ask about: the attr_nouns, or else the nouns; nothing for tasks that other rewards judge better."""
     return () if example.task_type in SKIPPED else example.attr_nouns or example.nouns
 
 
 def clip_preprocess(settings: dict[str, Any]) -> Preprocess:
-    """A CLIPImageProcessor's preprocessor_config.json. Raises ValueError if it asks for something else."""
-    edges: set[Any] = set()  # all equal; height and width are to square pictures what the shortest edge is
+    """The preprocessing of a CLIPImageProcessor's preprocessor_config.json. Raises ValueError for any other."""
+    edges: set[Any] = set()  # must be one number; for square pictures, height and width mean the shortest edge
     for size in (settings.get("size"), settings.get("crop_size")):
         edges.update((size.values() or [None]) if isinstance(size, dict) else [size])
     plain = all(settings.get(f"do_{what}", True) for what in ("resize", "center_crop", "rescale", "normalize"))
@@ -185,7 +188,7 @@ def clip_preprocess(settings: dict[str, Any]) -> Preprocess:
     return Preprocess(edges.pop(), tuple(mean), tuple(std), RESAMPLE[settings.get("resample", 3)])
 
 
-def _padded(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """With zeros behind the shorter rows."""
-    longest = max(map(len, rows))
-    return [[*row, *[0] * (longest - len(row))] for row in rows]
+def _padded(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """All lists as long as the longest, with zeros at the end."""
+    longest = max(map(len, lists))
+    return [[*values, *[0] * (longest - len(values))] for values in lists]

@@ -1,7 +1,7 @@
-"""The grounding reward: an open-vocabulary detector looks for the prompt's things, `layout` scores what it finds.
+"""The grounding reward: an open-vocabulary detector looks for the prompt's objects, and `layout` scores what it finds.
 
-GroundingDINO reads the picture together with the caption "dog . stop sign . tv." and gives Q queries a box each and a
-logit for every token of the caption. A phrase's score is the mean over its tokens,
+GroundingDINO reads the picture together with the caption "dog . stop sign . tv." and returns Q boxes, each with a logit
+for every token of the caption. The score of a phrase is the mean over its tokens,
 
     scores[p, q] = sum_t map[p, t] sigmoid(logits[q, t]),   map[p, t] = 1 / n_p on the n_p tokens of phrase p, else 0.
 
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GroundingDinoForObjectDetection
 from transformers.utils import cached_file
 
-from .base import Example, upload
-from .checkpoints import check_kind, loading, whole
+from ..kernels.host import upload
+from .base import Example
+from .checkpoints import check_kind, load_complete, loading
 from .layout import THRESHOLD, check_localities, detections, fold, layout_score, phrases
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
@@ -36,15 +37,15 @@ DELIMITERS = {"[CLS]": 101, "[SEP]": 102, ".": 1012, "?": 1029}  # ids at which 
 
 
 class GroundingReward:
-    """Objects, counts and relations of a prompt, in [0, 1]; see `layout` for the arithmetic.
+    """Scores the objects, counts and relations of a prompt in [0, 1]; `layout` has the formulas.
 
     Args:
         model: frozen, in float32.
         tokenizer: BERT's, uncased.
-        preprocess: of the checkpoint.
-        dtype: float32, or bfloat16 or float16 for the matrix products alone (autocast): box coordinates need float32.
-        threshold: score above which a phrase is found.
-        t2i_r1_compat: score as T2I-R1's published code does, defects included.
+        preprocess: prepares the pictures.
+        dtype: of the matrix products (autocast): float32, bfloat16 or float16. Box coordinates are always float32.
+        threshold: a phrase is found if its score is above.
+        t2i_r1_compat: score as T2I-R1's published code does, with its defects.
 
     Raises:
         ValueError: another dtype.
@@ -87,7 +88,7 @@ class GroundingReward:
 
         Raises:
             MissingCheckpoint: there are no weights at `path`, or no tokenizer.json.
-            ValueError: another architecture or vocabulary, and what the class raises.
+            ValueError: another architecture, vocabulary or dtype.
         """
         with loading(cls.name, path, f"hf download {PUBLISHED}"):
             check_kind(path, "grounding-dino")
@@ -95,12 +96,12 @@ class GroundingReward:
             tokenizer = AutoTokenizer.from_pretrained(path)
             if tokenizer.convert_tokens_to_ids(list(DELIMITERS)) != list(DELIMITERS.values()):
                 raise ValueError(f"{str(path)!r} has no vocabulary of an uncased BERT: {DELIMITERS} are not in it")
-            model = whole(GroundingDinoForObjectDetection, path, dtype=torch.float32)
+            model = load_complete(GroundingDinoForObjectDetection, path, dtype=torch.float32)
             preprocess = _preprocess(path)
         return cls(model, tokenizer, preprocess, dtype=dtype, threshold=threshold, t2i_r1_compat=t2i_r1_compat)
 
     def applies(self, example: Example) -> bool:
-        """Whether there is anything to look for."""
+        """Whether the prompt has phrases to look for."""
         return self.compat or bool(phrases(example))
 
     def check(self, example: Example) -> None:
@@ -117,18 +118,17 @@ class GroundingReward:
         NaN where there is nothing to look for, or where the model's output is not finite.
 
         Raises:
-            ValueError: a locality that is not known, a caption that is too long, or a noun without a token.
+            ValueError: an unknown locality, a caption that is too long, or a noun without a token.
         """
         if not self.compat:
             check_localities(examples)
         names = [phrases(example, self.compat) for example in examples]
-        rows = [s for s, mine in enumerate(names) if mine]  # the others have nothing to look for
-        pictures = images if len(rows) == len(names) else images[rows]
+        asked = [s for s, own in enumerate(names) if own]
+        pictures = images if len(asked) == len(names) else images[asked]
         found: list[dict[str, Tensor] | None] = [{} for _ in names]
-        for s, (boxes, scores) in zip(rows, self.detect(pictures, [names[s] for s in rows]), strict=True):
-            sound = (
-                boxes.isfinite().all() and scores.isfinite().all()
-            )  # else a failure would look like an empty picture
+        for s, (boxes, scores) in zip(asked, self.detect(pictures, [names[s] for s in asked]), strict=True):
+            # without this test, a failure of the model would look like an empty picture
+            sound = boxes.isfinite().all() and scores.isfinite().all()
             found[s] = detections(names[s], boxes, scores, self.threshold, self.compat) if sound else None
         scored = [
             math.nan if seen is None else layout_score(seen, example, self.compat)
@@ -137,14 +137,14 @@ class GroundingReward:
         return upload(scored, images.device)
 
     def detect(self, images: Tensor, captions: Sequence[Sequence[str]]) -> list[tuple[Tensor, Tensor]]:
-        """Where the model sees each phrase, before any threshold.
+        """Score every box for every phrase, without a threshold.
 
         Args:
             images: [S, 3, H, W] in [0, 1] on the model's device.
             captions: the phrases of each sample, at least one, in lower case.
 
         Returns:
-            For each sample, on the host: boxes [Q, 4] as corners in [0, 1] and scores [P, Q].
+            For each sample, on the CPU: boxes [Q, 4] as corners in [0, 1], and scores [P, Q].
 
         Raises:
             ValueError: a caption that is too long, or a noun without a token.
@@ -155,45 +155,47 @@ class GroundingReward:
         pixels = self.preprocess(images)
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             seen = self.model(pixels, input_ids=ids, attention_mask=mask)
-        # -inf where there is no token, in the padding of a caption and up to max_text_len: a sigmoid of 0
+        # at padding the logits are -inf, whose sigmoid is 0
         scores = seen.logits[..., : ids.shape[1]].float().sigmoid() @ maps.mT
         centre, size = seen.pred_boxes.float().split(2, dim=-1)
         # 40 KB a sample, in one copy
         table = torch.cat((centre - size / 2, centre + size / 2, scores), dim=-1).cpu()
-        return [(rows[:, :4], rows[:, 4 : 4 + len(names)].T) for rows, names in zip(table, captions, strict=True)]
+        return [(own[:, :4], own[:, 4 : 4 + len(names)].T) for own, names in zip(table, captions, strict=True)]
 
     def _encode(self, captions: Sequence[Sequence[str]]) -> tuple[list[list[int]], list[list[int]], list]:
-        """Token ids [S, L], attention mask [S, L] and phrase maps [S, P, L] as lists; padded on the right."""
+        """Token ids [S, L], attention mask [S, L] and phrase maps [S, P, L] as lists, padded on the right."""
         read = [list(names if self.compat else map(unmarked, names)) for names in captions]
         texts = [" . ".join(words) + "." for words in read]
         encoded = self.tokenizer(texts, padding=True, padding_side="right", return_offsets_mapping=True)
         ids, masks, spans = encoded["input_ids"], encoded["attention_mask"], encoded["offset_mapping"]
         most, longest = max(map(len, captions)), self.model.config.max_text_len
         maps = [[[0.0] * len(ids[0]) for _ in range(most)] for _ in captions]
-        for text, names, words, mask, offsets, rows in zip(texts, captions, read, masks, spans, maps, strict=True):
+        for text, names, words, mask, offsets, weights in zip(texts, captions, read, masks, spans, maps, strict=True):
             if sum(mask) > longest:
                 raise ValueError(f"the nouns make {sum(mask)} tokens, the model reads {longest}: {text!r}")
             begin = 0
-            for name, word, row in zip(names, words, rows, strict=False):
+            for name, word, weight in zip(names, words, weights, strict=False):
                 end = begin + len(word)
                 tokens = [t for t, (left, right) in enumerate(offsets) if left < end and right > begin]
                 if not tokens:
                     raise ValueError(f"the tokenizer leaves nothing of the noun {name!r} in {text!r}")
                 for t in tokens:
-                    row[t] = 1 / len(tokens)
+                    weight[t] = 1 / len(tokens)
                 begin = end + len(" . ")
         return ids, masks, maps
 
 
 def unmarked(name: str) -> str:
-    """A phrase without full stops and question marks, at which the model would cut it, and commas, which would lower
-    the mean over its tokens: "st. bernard" -> "st bernard", "t.v." -> "tv", "cat?" -> "cat"."""
+    """A phrase without punctuation: "st. bernard" -> "st bernard", "t.v." -> "tv", "cat?" -> "cat".
+
+    The model would cut a phrase at full stops and question marks, and commas would lower the mean over its tokens.
+    """
     initials = re.sub(r"(?<=\b[^\W\d_])\.(?=[^\W\d_]\b)", "", name)
     return fold(re.sub("[.,?]", " ", initials))
 
 
-# A token's position counts from 0 within its phrase, the full stop included, and its sine is no integer. Releases of
-# transformers differ (5.17 puts every full stop at 0 and rounds the sines), so two hooks hand over the right ones.
+# A token's position counts from 0 within its phrase, whose full stop belongs to it, and sines of positions are floats.
+# Releases of transformers differ (5.17 puts every full stop at 0 and rounds the sines), so two hooks correct both.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -208,12 +210,12 @@ def _place_tokens(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _positions(sees: Tensor) -> Tensor:
-    """[S, L, L] bool, who sees whom, which is all within a phrase -> [S, L] place in the phrase."""
+    """[S, L, L] bool, which tokens attend to which, all within a phrase -> [S, L] positions in the phrase."""
     return sees.tril(-1).sum(-1)
 
 
 def _preprocess(path: str | Path) -> Preprocess:
-    """What the checkpoint's preprocessor_config.json asks for; the published values where it says nothing."""
+    """The preprocessing of the checkpoint's preprocessor_config.json, with the published values for missing keys."""
     file = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     settings = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     size = settings.get("size", {})

@@ -2,14 +2,14 @@
 
     score = cos(f_image, f_text) = <f_image, f_text> / (|f_image| |f_text|), in float32: 0.2 to 0.35 in practice
 
-The published file holds an open_clip ViT-H-14, whose weights are CLIPModel's: in_proj is the rows of q, k and v, a
-projection is the transpose of a linear layer's weight, and the GELU is exact.
+The published file holds the weights of an open_clip ViT-H-14. transformers' CLIPModel computes the same: in_proj is q,
+k and v stacked, a projection is the transpose of a linear layer's weight, and the GELU is exact.
 
-Shapes: S samples, P prompts, E features (1,024). FLOPs at the published size (224 pixels, 257 tokens; 77 text tokens at
-most): 335 G an image, 0.6 G each text token, of each prompt once.
+Shapes: S samples, P prompts, E features (1,024). FLOPs at the published size (224 pixels, 257 tokens; at most 77 text
+tokens): 335 G an image, 0.6 G a text token, once for each prompt.
 
-Pictures are resampled as in HPS v2's own code, on floats, where bicubic may overshoot. Its texts differ where ftfy
-repairs some, such as curly quotes; none of T2I-R1's 7,223 prompts has any.
+Pictures are resampled as in HPS v2's own code, on floats, where bicubic may overshoot. HPS v2's code also repairs texts
+with ftfy, such as curly quotes; this does not, and none of T2I-R1's 7,223 prompts needs it.
 
 Source: Wu et al. 2023, "Human Preference Score v2" (arXiv 2306.09341); HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub.
 """
@@ -29,13 +29,14 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.utils import cached_file
 
-from .base import Example, upload
-from .checkpoints import check_kind, loading, whole
+from ..kernels.host import upload
+from .base import Example
+from .checkpoints import check_kind, load_complete, loading
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
 PUBLISHED, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 TOKENIZER = "openai/clip-vit-large-patch14"
-VISION_HEAD, TEXT_HEAD = 80, 64  # widths of a ViT-H-14; shapes of weights do not tell them
+VISION_HEAD, TEXT_HEAD = 80, 64  # widths of an attention head in a ViT-H-14; the shapes of weights do not tell them
 RENAMED = [
     (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
     (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -64,7 +65,7 @@ class HPSReward:
         tokenizer: CLIP's.
 
     Raises:
-        ValueError: a tokenizer of another vocabulary.
+        ValueError: the tokenizer has another vocabulary than the model.
     """
 
     name = "hps"
@@ -79,7 +80,7 @@ class HPSReward:
                 f"text; the tokenizer has that at {tokenizer.eos_token_id}"
             )
         self.preprocess = Preprocess(config.vision_config.image_size, CLIP_MEAN, CLIP_STD, clip=False)
-        self._known: dict[str, Tensor] = {}  # text features of the last call, which the next one of a step needs again
+        self._known: dict[str, Tensor] = {}  # text features of the last call: the next one has mostly the same prompts
 
     @classmethod
     def from_pretrained(
@@ -88,13 +89,13 @@ class HPSReward:
         """Load it.
 
         Args:
-            path: a published .pt, its folder or hub id; or a folder that `save_pretrained` wrote.
+            path: a published .pt file, or its folder or hub id; or a folder that `save_pretrained` wrote.
             dtype: of the model; the cosine is float32.
-            tokenizer: folder or hub id of CLIP's tokenizer.json, for a .pt; a folder of `save_pretrained` has its own.
+            tokenizer: folder or hub id of CLIP's tokenizer.json, for a .pt file. Folders of `save_pretrained` have one.
 
         Raises:
             MissingCheckpoint: there are no weights at `path`, or no tokenizer.json at `tokenizer`.
-            ValueError: another architecture, a file that is not of torch, or another vocabulary.
+            ValueError: another architecture, a file that torch did not write, or another vocabulary.
         """
         precision = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
@@ -103,17 +104,17 @@ class HPSReward:
             converted = (Path(path) / "config.json").is_file()
             if converted:
                 check_kind(path, "clip")
-                model = whole(CLIPModel, path, dtype=precision)
+                model = load_complete(CLIPModel, path, dtype=precision)
             else:
                 model = _load_published(path, precision)
         option, place = ("path", path) if converted else ("tokenizer", tokenizer)
         with loading(cls.name, place, f"hf download {TOKENIZER} tokenizer.json", option):
-            # from_pretrained invents a vocabulary of two words where there is no file
+            # without the file, from_pretrained would make up a vocabulary of two words
             folder = Path(str(cached_file(place, "tokenizer.json"))).parent
             return cls(model, CLIPTokenizer.from_pretrained(folder))
 
     def applies(self, example: Example) -> bool:
-        """Always, so that a score of NaN is an error."""
+        """True for all prompts. Because of it, a score of NaN is an error."""
         return True
 
     @torch.no_grad()
@@ -124,17 +125,17 @@ class HPSReward:
         return (F.normalize(pictures.float(), dim=-1) * texts).sum(-1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer in transformers' format, which loads faster and is smaller in a smaller dtype."""
+        """Write model and tokenizer in transformers' format, which loads faster, and is smaller in a smaller dtype."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _texts(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """S prompts -> features [S, E] float32 of length 1, computed once for equal prompts."""
+        """Normalised features [S, E] float32 of S prompts; equal prompts are computed once."""
         distinct = list(dict.fromkeys(prompts))
         known = {prompt: self._known[prompt].to(device) for prompt in distinct if prompt in self._known}
         if new := [prompt for prompt in distinct if prompt not in known]:
             ids = self.tokenizer(new, truncation=True, max_length=self.context, padding=True).input_ids
-            # causal attention: what follows the end of a text is not seen, and needs no mask
+            # no mask for padding: attention is causal, and the features are those of the end of the text
             texts = self.model.text_projection(self.model.text_model(upload(ids, device)).pooler_output)
             known |= zip(new, F.normalize(texts.float(), dim=-1), strict=True)
         self._known = known
@@ -142,18 +143,18 @@ class HPSReward:
 
 
 def clip_from_open_clip(weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> CLIPModel:
-    """The CLIPModel of an open_clip state dict with the head widths of a ViT-H-14, as copies in `dtype`.
+    """Convert the state dict of an open_clip ViT-H-14 to a CLIPModel, whose weights are copies in `dtype`.
 
     Raises:
-        ValueError: the weights of something else.
+        ValueError: they are the weights of another model.
     """
     renamed: dict[str, Tensor] = {}
     for name, weight in weights.items():
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         if ".in_proj_" in name:
-            for part, rows in zip("qkv", weight.chunk(3), strict=True):
-                renamed[name.replace(".in_proj_", f".{part}_proj.")] = rows
+            for which, third in zip("qkv", weight.chunk(3), strict=True):
+                renamed[name.replace(".in_proj_", f".{which}_proj.")] = third
         else:
             renamed[name] = weight.T if name in ("visual_projection.weight", "text_projection.weight") else weight
     with torch.device("meta"):
@@ -169,7 +170,7 @@ def clip_from_open_clip(weights: Mapping[str, Tensor], dtype: torch.dtype = torc
 
 
 def _config(weights: Mapping[str, Tensor]) -> CLIPConfig:
-    """What the shapes say."""
+    """The configuration that the shapes of the weights imply."""
 
     def tower(prefix: str, head: int) -> dict[str, Any]:
         blocks = f"{prefix}transformer.resblocks."

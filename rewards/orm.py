@@ -2,13 +2,14 @@
 
     score = sigmoid((l_yes - l_no) / temperature),   l = logits of the answer's first token
 
-The published code samples an answer of up to 100 tokens at temperature 0.3 and pays P(yes) / (P(yes) + P(no)) of its
-first token, or 0 if what it drew is neither. P is what sampling leaves over: with the top-p of 0.8 that comes with
-LLaVA-OneVision, beyond odds of 4 : 1 the lesser answer is out, and the score exactly 0 or 1. Here a batch is one
-forward pass, nothing is drawn, and of the head only two rows are used.
+The published code samples an answer of up to 100 tokens at temperature 0.3. Its score is P(yes) / (P(yes) + P(no)) of
+the first token, or 0 if that token is neither. P is the probability after top-p, which is 0.8 in LLaVA-OneVision's
+defaults: beyond odds of 4 : 1 the lesser answer has none, and the score is exactly 0 or 1. Here a batch is one forward
+pass, nothing is sampled, and only two rows of the head are used.
 
-Shapes: S samples, N = 729 image tokens and a newline, L text tokens, D hidden. A row is 14 tokens of system and user,
-the N + 1 of the picture, and about 45 that ask; rows are padded on the right, which a causal model does not see.
+Shapes: S samples, N = 729 image tokens and a newline, L text tokens, M = N + 1 + L, D hidden. A sequence is 14 tokens
+of system and user, the picture, and about 45 tokens of the question. It is padded on the right, which changes nothing
+in a causal model.
 
 FLOPs per image at the published size (384 pixels): 11.1 T = 0.64 T for SigLIP so400m (26 layers of 1152), 0.02 T for
 the projector, 10.4 T for 790 tokens of Qwen2-7B (28 layers of 3584).
@@ -38,8 +39,9 @@ from transformers import (
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
-from .base import Example, upload
-from .checkpoints import loading, whole
+from ..kernels.host import upload
+from .base import Example
+from .checkpoints import load_complete, loading
 from .preprocess import Preprocess
 
 PUBLISHED = "CaraJ/ORM-T2I-R1"
@@ -60,16 +62,16 @@ RENAMES = {  # names of LLaVA-NeXT -> names of transformers
     r"^model\.layers\.": "model.language_model.layers.",
     r"^model\.norm\.": "model.language_model.norm.",
 }
-UNUSED = ("model.vision_tower.post_layernorm.", "model.vision_tower.head.")  # of SigLIP: there or not
+UNUSED = ("model.vision_tower.post_layernorm.", "model.vision_tower.head.")  # of SigLIP; some checkpoints have them
 
 
 class OrmReward:
     """How sure the outcome reward model is that the picture shows the prompt, in [0, 1].
 
     Args:
-        model: frozen. Of its head only the difference of two rows is kept, which saves 1.1 GB at the published size.
+        model: frozen. Only the difference of two rows of its head is kept, which saves 1.1 GB at the published size.
         tokenizer: Qwen2's.
-        temperature: divides the logits; 0.3 gives what the published code pays before its top-p.
+        temperature: divides the logits; 0.3 gives the score of the published code before its top-p.
 
     Raises:
         ValueError: a vocabulary without "yes" or "no", a temperature of 0 or less.
@@ -90,7 +92,7 @@ class OrmReward:
         yes, no = (model.lm_head.weight[vocabulary[word]].detach().float() for word in ("yes", "no"))
         self.model.register_buffer("yes_no", yes - no, persistent=False)
         self.preprocess = Preprocess(config.vision_config.image_size, (0.5,) * 3, (0.5,) * 3, fit="pad")
-        # a mask for each kind of layer, though none is needed: Qwen2 makes its own otherwise, and reads a value back
+        # None for each type of layer: otherwise Qwen2 makes masks, and waits for the device to do so
         self.no_mask = dict.fromkeys(config.text_config.layer_types)
 
     @classmethod
@@ -106,7 +108,7 @@ class OrmReward:
 
         Raises:
             MissingCheckpoint: there are no weights at `path`, or no tokenizer.
-            ValueError: another architecture, a weight that is missing or one too many, and what the class raises.
+            ValueError: another architecture, missing or superfluous weights, and the errors of the class.
         """
         with loading(cls.name, path, f"hf download {PUBLISHED}"):
             file = cached_file(path, "config.json")
@@ -115,12 +117,12 @@ class OrmReward:
             folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(str(path)))
             model = load_llava(folder, json.loads(Path(file).read_text(encoding="utf-8")), dtype)
             tokenizer = Qwen2Tokenizer.from_pretrained(folder)
-            if len(tokenizer) < 256:  # bytes; without its files transformers makes one of special tokens alone
+            if len(tokenizer) < 256:  # without the files, transformers makes a tokenizer of special tokens alone
                 raise FileNotFoundError("it has no tokenizer.json, nor vocab.json and merges.txt")
         return cls(model, tokenizer, temperature=temperature)
 
     def applies(self, example: Example) -> bool:
-        """Always, so that a score of NaN is an error."""
+        """True for all prompts. Because of it, a score of NaN is an error."""
         return True
 
     @torch.no_grad()
@@ -129,18 +131,18 @@ class OrmReward:
         texts = [BEFORE, *(AFTER.format(example.prompt) for example in examples)]
         before, *after = self.tokenizer(texts, add_special_tokens=False).input_ids
         longest = max(map(len, after))
-        ids = [before + row + [0] * (longest - len(row)) for row in after]
-        last = [len(row) - longest - 1 for row in after]
+        ids = [before + text + [0] * (longest - len(text)) for text in after]
+        last = [len(text) - longest - 1 for text in after]
 
         language: Any = self.model.language_model
         text_SLD = language.embed_tokens(upload(ids, images.device))
-        row_SND = torch.cat((text_SLD[:, : len(before)], self._look(images), text_SLD[:, len(before) :]), dim=1)
-        hidden_SND = language(inputs_embeds=row_SND, attention_mask=self.no_mask, use_cache=False).last_hidden_state
-        answer_SD = hidden_SND[torch.arange(len(last), device=images.device), upload(last, images.device)]
+        all_SMD = torch.cat((text_SLD[:, : len(before)], self._look(images), text_SLD[:, len(before) :]), dim=1)
+        hidden_SMD = language(inputs_embeds=all_SMD, attention_mask=self.no_mask, use_cache=False).last_hidden_state
+        answer_SD = hidden_SMD[torch.arange(len(last), device=images.device), upload(last, images.device)]
         return (answer_SD.float() @ self.model.yes_no / self.temperature).sigmoid()
 
     def _look(self, images: Tensor) -> Tensor:
-        """[S, 3, H, W] -> [S, N + 1, D]: the picture in the language model's terms, and the newline that ends it."""
+        """[S, 3, H, W] -> [S, N + 1, D]: the embeddings of the picture, and of the newline that ends it."""
         tower: Any = self.model.vision_tower
         features = tower.encoder(inputs_embeds=tower.embeddings(self.preprocess(images))).last_hidden_state
         newline = self.model.image_newline.expand(len(images), 1, -1)
@@ -148,7 +150,7 @@ class OrmReward:
 
 
 def load_llava(folder: Path, raw: dict[str, Any], dtype: str | torch.dtype) -> LlavaOnevisionForConditionalGeneration:
-    """The model in a folder whose config.json is `raw`. Raises ValueError for any but SigLIP's last layer and Qwen2."""
+    """Load the model in a folder with config.json `raw`. ValueError unless it is Qwen2 with SigLIP's last layer."""
     config: Any
     if "LlavaQwenForCausalLM" in (raw.get("architectures") or ()):
         config, renames = original_config(raw, tensor_shapes(folder)), RENAMES
@@ -159,10 +161,10 @@ def load_llava(folder: Path, raw: dict[str, Any], dtype: str | torch.dtype) -> L
             f"{str(folder)!r} is a checkpoint of {raw.get('model_type')!r}, not of 'llava_onevision' nor of "
             "LLaVA-NeXT's LlavaQwenForCausalLM"
         )
-    parts = (config.vision_config.model_type, config.vision_feature_layer, config.text_config.model_type)
-    if parts != ("siglip_vision_model", -1, "qwen2"):
-        raise ValueError(f"{str(folder)!r} has {parts}; reward 'orm' needs the last layer of SigLIP, and Qwen2")
-    return whole(
+    found = (config.vision_config.model_type, config.vision_feature_layer, config.text_config.model_type)
+    if found != ("siglip_vision_model", -1, "qwen2"):
+        raise ValueError(f"{str(folder)!r} has {found}; reward 'orm' needs the last layer of SigLIP, and Qwen2")
+    return load_complete(
         LlavaOnevisionForConditionalGeneration,
         folder,
         dtype=dtype,
@@ -174,7 +176,7 @@ def load_llava(folder: Path, raw: dict[str, Any], dtype: str | torch.dtype) -> L
 
 
 def original_config(raw: dict[str, Any], shapes: dict[str, torch.Size]) -> LlavaOnevisionConfig:
-    """LLaVA-NeXT's config.json describes Qwen2; of SigLIP it has the name, so its sizes come from the weights."""
+    """The configuration for LLaVA-NeXT's config.json, which only names SigLIP: its sizes come from the weights."""
     try:
         positions, hidden = shapes[TOWER + "embeddings.position_embedding.weight"]
         patch = shapes[TOWER + "embeddings.patch_embedding.weight"][-1]
@@ -196,7 +198,7 @@ def original_config(raw: dict[str, Any], shapes: dict[str, torch.Size]) -> Llava
 
 
 def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Of every tensor of a checkpoint, from the headers of its files. Raises FileNotFoundError."""
+    """Name -> shape of every tensor of a checkpoint, from the headers of its files. Raises FileNotFoundError."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.exists() or (folder / name).exists():

@@ -1,22 +1,23 @@
-"""Does the plan say what the prompt asks for? Its words are compared with the prompt's annotations; no model is asked.
+"""The plan reward: does the plan say what the prompt asks for? It compares words with annotations, without a model.
 
-The annotations are a set A of facts, and what the plan says of the same things is a set P:
+The annotations are a set A of facts. What the plan says about the same things is a set P of facts:
 
     thing      a phrase of nouns, attr_nouns, spatial_info or numeracy_info, such as "apple" or "red apple"
     count      a number and the thing that numeracy_info counts, such as 3 "bottle"
-    relation   the two things of spatial_info, and how they lie to each other
+    relation   the two things of spatial_info, and where the first stands from the second
 
     score = F1 = 2 |A ∩ P| / (|A| + |P|),   precision = |A ∩ P| / |P|,   recall = |A ∩ P| / |A|
 
-A plan may add what the prompt leaves open. What lowers the precision is another number of a counted thing, another
-direction between the two things, or another attribute of a thing that has one (right before it: "green apple" where a
-red one is asked for; an attribute of this prompt, or a colour instead of a colour). The words of a thing stand
-together; case, plural and number words do not matter: "Three bottles" is 3 "bottle". In a sentence
+A plan may add details that the prompt leaves open. Contradictions lower the precision: another number of a counted
+thing, another direction between the two things, or another attribute of a thing that has one. A contradicting attribute
+stands right before the thing ("green apple" where a red one is asked for) and is another attribute of the prompt, or a
+colour in place of a colour. The words of a thing stand together; case, plural and number words do not matter: "Three
+bottles" is 3 "bottle". In a sentence
 
-- a number counts the next counted thing, at most two words between ("three tall glass bottles"). "a" is 1 only where
-  1 is asked for, since a plan may go on about "a bottle" of three;
-- a relation stands between its two things. "A left of B" is "B right of A", and "above" is "on top of". To be near
-  counts only where it is asked for, since a thing may be near and left of another.
+- a number counts the next counted thing, with at most two words between ("three tall glass bottles"). "a" is 1 only if
+  1 is asked for, because a plan may describe three bottles and then go on about "a bottle";
+- a relation stands between its two things. "A left of B" is "B right of A", and "above" is "on top of". "near" counts
+  only if it is asked for, because a thing can be near another and left of it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from .base import Example, upload
+from ..kernels.host import upload
+from .base import Example
 from .layout import DIRECTIONS, NEAR, fold
 
 Words = tuple[str, ...]
@@ -46,11 +48,11 @@ SYNONYMS = {  # what plans say -> what prompts say
     "side of": "near",
     "beside": "near",
 }
-END = "."  # of a sentence, among words
+END = "."  # stands for the end of a sentence in a list of words
 
 
 class PlanReward:
-    """How well the plan says what the prompt asks for, in [0, 1]; see the module's docstring."""
+    """F1 of the facts in the plan, in [0, 1]; see the module's docstring."""
 
     name = "plan"
 
@@ -59,7 +61,7 @@ class PlanReward:
         return bool(asked(example))
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        """S examples with their plans -> [S] float32 on the device of `images`, which are not looked at."""
+        """S examples with their plans -> [S] float32 on the device of `images`, which are not used otherwise."""
         scores = []
         for example in examples:
             wanted, stated = asked(example), said(example)
@@ -77,7 +79,7 @@ def asked(example: Example) -> set[Fact]:
 
 
 def said(example: Example) -> set[Fact]:
-    """P: what the plan says of the things that the annotations name."""
+    """P: the facts of the plan about the things of the annotations."""
     plan, wanted = words(example.plan), asked(example)
     names = map(words, _names(example))
     facts: set[Fact] = {("thing", name) for name in names if any(spans(plan, [name]))}
@@ -85,14 +87,14 @@ def said(example: Example) -> set[Fact]:
 
 
 def _names(example: Example) -> list[str]:
-    """Every thing that the annotations name."""
+    """All things of the annotations."""
     info = example.spatial_info
     pair = [info.obj1, info.obj2] if info else []
     return [*example.nouns, *example.attr_nouns, *pair, *(entry.obj_name for entry in example.numeracy_info)]
 
 
 def words(text: str) -> Words:
-    """Stems, numbers as digits, and END for what ends a sentence: "Two knives." -> "2", "knif", "."."""
+    """A text as stems, with numbers as digits, and END at the end of a sentence: "Two knives." -> "2", "knif", "."."""
     return tuple(_stem(word) for word in re.findall(r"\w+|[.!?;:\n]", text.lower()))
 
 
@@ -108,13 +110,13 @@ def _stem(word: str) -> str:
 
 
 def spans(plan: Words, phrases: Sequence[Words]) -> Iterator[tuple[int, int, Words]]:
-    """Where the phrases stand in the plan, from where to where; the longest that begins at a word, none in another."""
-    place = 0
-    while place < len(plan):
-        longest = max((p for p in phrases if plan[place : place + len(p)] == p), key=len, default=())
+    """Find the phrases in the plan -> start, end and phrase. Of several at one word the longest; none overlap."""
+    start = 0
+    while start < len(plan):
+        longest = max((p for p in phrases if plan[start : start + len(p)] == p), key=len, default=())
         if longest:
-            yield place, place + len(longest), longest
-        place += len(longest) or 1
+            yield start, start + len(longest), longest
+        start += len(longest) or 1
 
 
 COLOURS = set(words("red orange yellow green blue purple pink brown black white gray"))
@@ -122,7 +124,7 @@ NO_ATTRIBUTES = set(words("a an the and or of in on with"))
 
 
 def _attributes(plan: Words, example: Example) -> set[Fact]:
-    """Things with an attribute that another thing has, or with another colour."""
+    """Contradictions: things with an attribute that belongs to another thing, or with another colour."""
     nouns = sorted(map(words, example.nouns), key=len)
     own: dict[Words, set[str]] = {}  # thing -> its attributes
     phrases = list(map(words, example.attr_nouns))
@@ -131,7 +133,7 @@ def _attributes(plan: Words, example: Example) -> set[Fact]:
         own.setdefault(thing, set()).update(phrase[: len(phrase) - len(thing)])
     every = set().union(*own.values()) - NO_ATTRIBUTES
     facts: set[Fact] = set()
-    for start, _, thing in spans(plan, [*own, *phrases]):  # the phrases, for they may have another thing within them
+    for start, _, thing in spans(plan, [*own, *phrases]):  # with the phrases, which may contain another thing
         right = own.get(thing, set())
         wrong = (every | COLOURS if right & COLOURS else every) - right
         if right and start and plan[start - 1] in wrong:
@@ -142,7 +144,7 @@ def _attributes(plan: Words, example: Example) -> set[Fact]:
 def _counts(plan: Words, example: Example, wanted: set[Fact]) -> set[Fact]:
     things = [words(entry.obj_name) for entry in example.numeracy_info]
     facts: set[Fact] = set()
-    last = 0  # end of the thing before: no number counts two things
+    last = 0  # end of the previous thing: a number counts one thing only
     for start, end, thing in spans(plan, things):
         for word in reversed(plan[max(last, start - 3) : start]):
             if word in (END, "of"):  # "one of the dogs"
@@ -156,7 +158,7 @@ def _counts(plan: Words, example: Example, wanted: set[Fact]) -> set[Fact]:
 
 
 def relation(one: Words, locality: str, two: Words) -> Fact:
-    """The same fact for all ways to say it."""
+    """The fact that `one` is `locality` `two`: equal for all ways to say it."""
     kind = SYNONYMS.get(fold(locality), fold(locality))
     if kind in NEAR:
         return ("near", *sorted((one, two)))

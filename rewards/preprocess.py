@@ -1,14 +1,15 @@
-"""Pictures of the policy to inputs of a reward model, on the device: fit, resample, normalise.
+"""Prepares the policy's pictures for a reward model, on the device: make square, resample, normalise.
 
-The arithmetic of the models' own processors, which hold PIL pictures. PIL resamples rows, then columns, and keeps 8
-bits of each: that clips what bicubic overshoots and rounds the rest. This clips as well, both times, and does not
-round. Of a picture that is exact in 8 bits, a pixel then differs before normalisation by at most
+This follows the models' own processors, which work on PIL pictures. PIL resamples rows, then columns, and stores 8 bits
+after each, which clips the overshoot of bicubic and rounds. This clips after each too, and does not round. For a
+picture that is exact in 8 bits, a pixel then differs from PIL's, before normalisation, by at most
 
-    MAX_ERROR = (0.5 L + 0.5 + c) / 255,
+    MAX_ERROR = (0.5 L + 0.5 + c) / 255.
 
-half a level from the rows, passed on by weights whose magnitudes sum to at most L = 1.27 (bicubic, the maximum over
-pairs of sizes; bilinear 1), half a level from the result, and c = 0.06 for positions in float32 at edges of up to
-1,000 pixels. Measured: 1.11 / 255. Clipping the result alone differs by up to 31 / 255, where 0 and 1 meet.
+The rounding of the rows is half a level, and the weights of the columns, whose magnitudes sum to at most L = 1.27
+(bicubic, the maximum over pairs of sizes; bilinear 1), pass it on. The rounding of the result is another half a level.
+c = 0.06 is for positions in float32 at edges of up to 1,000 pixels. Measured: 1.11 / 255. Clipping only the result
+would differ by up to 31 / 255, where 0 and 1 meet.
 
 Shapes: S pictures, [S, 3, H, W] float in [0, 1].
 """
@@ -21,7 +22,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import upload
+from ..kernels.host import upload
 
 MAX_ERROR = 1.2 / 255
 
@@ -31,16 +32,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a model wants its pictures.
+    """The preprocessing of one model.
 
     Args:
         size: pixels of the shortest edge after resampling.
-        mean, std: per channel.
+        mean, std: of each channel.
         resample: bicubic or bilinear, both antialiased.
-        fit: what happens to pictures that are not square. crop: the middle square of the resampled picture; pad: a
-            square of colour `mean`, in 8 bits, around the picture, before resampling; keep: they stay as they are.
-        max_size: with keep, most pixels of the longest edge.
-        clip: resampled pixels to [0, 1], as PIL does. False is torchvision on float tensors.
+        fit: for pictures that are not square. "crop" = take the middle square of the resampled picture; "pad" = before
+            resampling, put the picture on a square of colour `mean`, rounded to 8 bits; "keep" = leave them.
+        max_size: with "keep", most pixels of the longest edge.
+        clip: clip resampled pixels to [0, 1], as PIL does; torchvision on float tensors does not.
     """
 
     size: int
@@ -52,7 +53,7 @@ class Preprocess:
     clip: bool = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        """[S, 3, H, W] in [0, 1] -> [S, 3, size, size] (keep: [S, 3, h, w]), float32 and normalised.
+        """[S, 3, H, W] in [0, 1] -> [S, 3, size, size], with "keep" [S, 3, h, w]; float32, normalised.
 
         Raises:
             ValueError: another shape, or integers.
@@ -74,7 +75,7 @@ class Preprocess:
         return (images - mean) / std
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
-        """After resampling: the shortest edge is `size`, unless the longest would pass max_size."""
+        """Height and width after resampling: the shortest edge is `size`, unless the longest would exceed max_size."""
         shortest, longest = min(height, width), max(height, width)
         size: float = self.size
         if self.max_size is not None and longest / shortest * size > self.max_size:

@@ -1,12 +1,12 @@
 """A reward behind HTTP: pictures, prompts and plans go to a server, scores come back, all as JSON.
 
-    POST url    {"images": [PNG in base64, …], "prompts": [str, …], "plans": [str, …], "examples": [row, …]}
+    POST url    {"images": [PNG in base64, …], "prompts": [str, …], "plans": [str, …], "examples": [object, …]}
     200         {"scores": [number or null, …]}
 
-All lists have an entry for each sample; a row is the example as in the prompt file, the user's own keys included; null
-means that the reward does not apply. Pictures have 8 bits a channel. A request without samples, to be answered with
-{"scores": []}, comes once before a run. A failed connection, no answer in time, 429 and 5xx are tried again; any other
-status says that this request is wrong. The user sees the body of an error. examples/reward_server.py is a server.
+All lists have one entry for each sample. An example is its line of the prompt file, with the user's own keys. null
+means that the reward does not apply. Pictures have 8 bits a channel. Before a run there is one request without samples,
+to be answered with {"scores": []}. A failed connection, a timeout, 429 and 5xx are retried; any other error status
+means that the request is wrong. The user sees the body of an error. examples/reward_server.py is a server.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_ope
 import torch
 from torch import Tensor
 
-from .base import Example, Unavailable, upload
+from ..kernels.host import upload
+from .base import Example, Unavailable
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before another try; each is twice the one before
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry; each wait is twice the previous one
 FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class HttpReward:
-    """The scores of a server. Proxies of the environment are not used.
+    """Gets its scores from a server. Proxies of the environment are not used.
 
     Args:
         name: of the reward.
         url: of the server.
         timeout: most seconds to wait for a connection, and for an answer.
-        retries: tries after the first one.
+        retries: number of tries after the first one.
 
     Raises:
-        ValueError: an argument out of range, or a server that answers something else.
-        Unavailable: no such server.
+        ValueError: an argument is out of range, or the server does not follow the protocol.
+        Unavailable: the server does not answer.
     """
 
     def __init__(self, name: str, url: str, *, timeout: float = 30.0, retries: int = 3) -> None:
@@ -64,15 +65,15 @@ class HttpReward:
         """images [S, 3, H, W] in [0, 1], S examples -> [S] float32 on the device of `images`, NaN = does not apply.
 
         Raises:
-            Unavailable: the server is not there, or has no answer, after all tries.
-            ValueError: another error of HTTP, or an answer that does not follow the protocol.
+            Unavailable: the server cannot be reached or does not answer, after all tries.
+            ValueError: another HTTP error, or an answer that does not follow the protocol.
         """
         pixels = images.nan_to_num().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return upload(self._ask([base64.b64encode(_png(p)).decode() for p in pixels], examples), images.device)
 
     def _ask(self, images: list[str], examples: Sequence[Example]) -> list[float]:
         prompts, plans = [example.prompt for example in examples], [example.plan for example in examples]
-        asked = {"images": images, "prompts": prompts, "plans": plans, "examples": [e.row() for e in examples]}
+        asked = {"images": images, "prompts": prompts, "plans": plans, "examples": [e.as_line() for e in examples]}
         return _scores(self._post(json.dumps(asked).encode()), len(images), self.url)
 
     def _post(self, body: bytes) -> bytes:
@@ -96,7 +97,7 @@ class HttpReward:
 
 
 class _NoRedirect(HTTPRedirectHandler):
-    """A redirect is an error: what a POST becomes on the way depends on the server."""
+    """Makes a redirect an error: depending on the server, a redirected POST becomes a GET."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
@@ -115,7 +116,7 @@ def _is_url(url: Any) -> bool:
 
 
 def _told(error: HTTPError) -> str:
-    """The status of an error, where a redirect leads, and how the body begins."""
+    """The status of an error, the target of a redirect, and the beginning of the body."""
     place = error.headers.get("Location")
     try:
         text = " ".join(error.read(1000).decode(errors="replace").split())
@@ -127,8 +128,8 @@ def _told(error: HTTPError) -> str:
 
 
 def _png(pixels: Any) -> bytes:
-    """[H, W, 3] uint8 as a file."""
-    from PIL import Image  # which matplotlib brings; here, so that other rewards need nothing but torch
+    """[H, W, 3] uint8 as the bytes of a PNG file."""
+    from PIL import Image  # a dependency of matplotlib; imported here, so that other rewards need only torch
 
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
@@ -136,7 +137,7 @@ def _png(pixels: Any) -> bytes:
 
 
 def _scores(body: bytes, count: int, url: str) -> list[float]:
-    """The numbers of an answer, NaN for null. Raises ValueError with what is wrong."""
+    """The scores of an answer, NaN for null. Raises ValueError that says what is wrong."""
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""One reward at work: its device, its CUDA streams, its micro-batches, and what happens when it fails.
+"""Runs one reward: on its device, in its thread, on its CUDA streams, in micro-batches; handles its failures.
 
 Shapes: S samples of a chunk, images [S, 3, H, W] float32 in [0, 1].
 """
@@ -14,13 +14,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from .base import Example, Reward, Unavailable, upload
+from ..kernels.host import now, seconds_between, upload
+from .base import Example, Reward, Unavailable
 
 OnError = Literal["raise", "skip"]
 
@@ -34,10 +35,9 @@ class Placement:
     """Where and how a reward works.
 
     Args:
-        device: "cpu", "cuda:1", …; None = the run's.
+        device: "cpu", "cuda:1", …; None = the run's device.
         micro_batch: most pictures of one call of `score`.
-        offload: keep the weights in host memory between uses, and nothing of them on the device; costs a copy of them
-            for each chunk of pictures.
+        offload: keep the weights in host memory, and copy them to the device for each chunk of pictures.
     """
 
     device: str | None = None
@@ -51,12 +51,12 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scored:
-    """What one reward made of one chunk.
+    """The scores of one reward for one chunk.
 
     Args:
-        values: [S] float32 on the CPU, NaN = does not apply, or skipped.
-        seconds: that it worked.
-        done: `time.perf_counter()` when it was done.
+        values: [S] float32 on the CPU; NaN = the reward does not apply, or was skipped.
+        seconds: how long it worked.
+        done: `time.perf_counter()` when the scores were ready.
         skipped: number of samples that it failed on.
     """
 
@@ -67,15 +67,15 @@ class Scored:
 
 
 class Worker:
-    """Scores chunks in order: in a thread, on streams of its own, if `threads`; else when the scores are asked for.
+    """Scores chunks in order: with `threads` in a thread and on streams of its own, otherwise when the scores are read.
 
     Args:
-        reward: its `model`, if it has one, is frozen and moved.
+        reward: its `model`, if it has one, is frozen and moved to the device.
         placement: where it works.
-        device: the run's.
+        device: the run's device.
         threads: whether it works while the caller does.
         on_error: what happens to a sample that it fails on.
-        failures: folder for the picture of such a sample, if it is to be kept.
+        failures: folder for the pictures of such samples; None = they are not kept.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Worker:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def check(self, example: Example) -> None:
-        """Raises ValueError if the reward's own `check` does, unless such samples are skipped."""
+        """Raises ValueError if the reward's own `check` does, unless failures are skipped."""
         check: Callable[[Example], None] | None = getattr(self.reward, "check", None)
         if check is None or self.on_error == "skip" or not self.asks(example):
             return
@@ -116,7 +116,10 @@ class Worker:
     def submit(
         self, images: Tensor, examples: Sequence[Example], ready: torch.cuda.Event | None
     ) -> Callable[[], Scored]:
-        """-> a function that waits for the scores (or makes them, without a thread); `ready` follows the pictures."""
+        """Start scoring -> a function that returns the scores: it waits for the thread, or without one does the work.
+
+        `ready` is recorded when the pictures are complete.
+        """
         job = functools.partial(self._run, images, list(examples), ready)
         return self.thread.submit(job).result if self.thread else functools.cache(job)
 
@@ -134,7 +137,7 @@ class Worker:
             with self.at_work():
                 scores, lost = self._score(images, examples, asked)
             end = now(self.device)
-            values = scores.cpu()  # this thread waits for its own stream, nobody else does
+            values = scores.cpu()  # waits for this thread's stream, and delays no other
             done = time.perf_counter()
         seconds = seconds_between(start, end)
         for s in sorted(set(asked).difference(lost)):
@@ -153,34 +156,34 @@ class Worker:
             ) from error
 
     def _score(self, images: Tensor, examples: list[Example], asked: list[int]) -> tuple[Tensor, list[int]]:
-        """-> scores [S] of the samples `asked`, NaN elsewhere, and those samples that it failed on."""
+        """Score the samples `asked` -> scores [S], NaN for all others, and the samples that the reward failed on."""
         scores = torch.full((len(examples),), torch.nan, device=self.device)
         lost: list[int] = []
         for first in range(0, len(asked), self.micro_batch):
-            part = asked[first : first + self.micro_batch]
-            index = upload(part, self.device)
+            batch = asked[first : first + self.micro_batch]
+            index = upload(batch, self.device)
             try:
-                scores[index] = self._call(images[index], [examples[s] for s in part])
+                scores[index] = self._call(images[index], [examples[s] for s in batch])
             except torch.OutOfMemoryError as error:
                 raise RewardError(
-                    f"reward {self.reward.name!r} is out of memory with {len(part)} pictures: lower its micro_batch, "
+                    f"reward {self.reward.name!r} is out of memory with {len(batch)} pictures: lower its micro_batch, "
                     f"or give it another device or offload: {error}"
                 ) from error
             except Unavailable as error:
-                self._lose(error, images[part[0]], examples[part[0]])
-                lost += part
+                self._lose(error, images[batch[0]], examples[batch[0]])
+                lost += batch
             except Exception as error:
-                alone = [s for s in part if not self._succeeds(s, images, examples, scores)]
+                alone = [s for s in batch if not self._succeeds(s, images, examples, scores)]
                 if not alone:
                     raise RewardError(
-                        f"reward {self.reward.name!r} failed on a batch of {len(part)} prompts from "
-                        f"{examples[part[0]].prompt!r} on, though on none of them alone: {error}"
+                        f"reward {self.reward.name!r} failed on a batch of {len(batch)} prompts from "
+                        f"{examples[batch[0]].prompt!r} on, though on none of them alone: {error}"
                     ) from error
                 lost += alone
         return scores, lost
 
     def _succeeds(self, s: int, images: Tensor, examples: list[Example], scores: Tensor) -> bool:
-        """Score one sample of a micro-batch that failed."""
+        """Score one sample of a failed micro-batch alone -> whether that works."""
         try:
             scores[s] = self._call(images[s : s + 1], examples[s : s + 1])[0]
         except Exception as error:
@@ -195,7 +198,7 @@ class Worker:
         return scores
 
     def _lose(self, error: Exception, image: Tensor, example: Example) -> None:
-        """Keep the picture that the reward failed on; raise, unless such samples are skipped."""
+        """Save the picture that the reward failed on; raise the error, unless failures are skipped."""
         kept = ""
         if self.failures:
             import matplotlib.image  # here, so that scoring needs nothing but torch and transformers
@@ -208,42 +211,25 @@ class Worker:
             raise RewardError(f"reward {self.reward.name!r} failed on {example.prompt!r}{kept}: {error}") from error
 
     def _streams(self, source: torch.device) -> Iterator[torch.cuda.Stream]:
-        """One on each GPU that takes part, since a copy between two takes the current stream of both; the reward's own
-        last, which makes its GPU the current one."""
+        """A stream on each GPU involved, because a copy between two uses the current stream of both. The reward's own
+        GPU is last, so that it becomes the current one."""
         for device in dict.fromkeys(d for d in (source, self.device) if d.type == "cuda"):
             if device not in self.streams:
                 self.streams[device] = torch.cuda.Stream(device, priority=0)  # the lowest; the engine decodes at -1
             yield self.streams[device]
 
 
-def now(device: torch.device) -> Any:
-    """A point in time: an event of the device's current stream, or seconds."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def seconds_between(start: Any, end: Any) -> float:
-    """Of two points in time; waits for the second."""
-    if isinstance(start, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
 def host_copies(model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor of a model on the CPU, and its values: pinned, if a GPU is to read them."""
+    """Each tensor of a model on the CPU with its values, which are pinned if they are to be copied to a GPU."""
     tensors = list(chain(model.parameters(), model.buffers()))
     for tensor in tensors if device.type == "cuda" else ():
-        tensor.data = tensor.data.pin_memory()  # at once, or the host would hold both
+        tensor.data = tensor.data.pin_memory()  # one by one, so that the host never holds two copies of the model
     return [(tensor, tensor.data) for tensor in tensors]
 
 
 @contextmanager
 def borrowed(copies: list[tuple[Tensor, Tensor]], device: torch.device) -> Iterator[None]:
-    """A model on `device` for as long as this lasts; its weights do not change, so nothing is copied back."""
+    """Inside, the model is on `device`. Its weights do not change, so nothing is copied back."""
     for tensor, home in copies:
         tensor.data = home.to(device, non_blocking=True)
     try:
@@ -254,14 +240,14 @@ def borrowed(copies: list[tuple[Tensor, Tensor]], device: torch.device) -> Itera
 
 
 def _work_on(device: torch.device) -> None:
-    """Make a GPU this thread's own. On a thread that has none, the end of each stream context would make GPU 0 the
-    current one, and the next call would put a second CUDA context there, from every rank."""
+    """Set the thread's current GPU. Without one, the end of each stream context would make GPU 0 the current one, and
+    the next call of every rank would create a second CUDA context there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def _device(name: str | torch.device, reward: str) -> torch.device:
-    """With its index. Raises ValueError for one that is not there."""
+    """The device with its index. Raises ValueError if it is not there."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.chunk import RolloutChunk
+from bicot.model.engine import RolloutEngine
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import Sampling
@@ -46,6 +47,16 @@ def copied(weights: Weights) -> list[str]:
     return [name for source in weights._sources if source.copied for name in source.names]
 
 
+def text_hidden(policy: Policy, prompts: Sequence[Sequence[int]], plans: Sequence[Sequence[int]]) -> Tensor:
+    """The hidden states that predict each plan token, packed."""
+    return policy.hidden((prompts, plans))[0]
+
+
+def image_hidden(policy: Policy, prompts: Sequence[Sequence[int]], tokens: Tensor) -> Tensor:
+    """The image head's features that predict each image token, packed: tokens [S, T] -> [S·T, D]."""
+    return policy.image_features(policy.hidden((prompts, policy.image_ids(tokens.tolist())))[0])
+
+
 @torch.no_grad()
 def gap(chunk: RolloutChunk, policy: Policy) -> float:
     """Largest difference of a greedy rollout's log-probs and pictures from transformers' own, each sample alone.
@@ -54,7 +65,7 @@ def gap(chunk: RolloutChunk, policy: Policy) -> float:
     """
     pictures = policy.model.model.vqmodel.decode(chunk.image_tokens)
     differences = [chunk.images - ((pictures + 1) / 2).clamp(0, 1)]
-    for s, plan_logprobs in enumerate(chunk.plan_logprobs.rows()):
+    for s, plan_logprobs in enumerate(chunk.plan_logprobs.unpack()):
         prompt, plan = chunk.prompts.tolist()[s], torch.tensor(chunk.plans.tolist()[s])
         text = policy.model(input_ids=torch.tensor([[*prompt, *plan.tolist()]])).logits[0, len(prompt) - 1 : -1]
         ids, tokens = chunk.image_prompts.tolist()[s], chunk.image_tokens[s]

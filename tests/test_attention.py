@@ -10,13 +10,13 @@ from itertools import pairwise
 import pytest
 import torch
 from oracle import CUDA, gpu
-from test_rows import close, gradients, streams
+from test_sequences import close, gradients, streams
 from tiny import tiny_policy
 from torch import Tensor
 
 from bicot.grpo.config import Config, RewardConfig
 from bicot.model.attention import IMPLEMENTATIONS, Attention, available, resolve
-from bicot.model.rows import Block, collect, lay_out, rows_attention
+from bicot.model.sequences import Block, collect, lay_out, sequence_attention
 
 CPU = torch.device("cpu")
 OTHERS = ["varlen", "flash_attn", "xformers"]
@@ -65,7 +65,7 @@ def through(name: str, qkv: Tensor, kv_heads: int, width: int, given: Tensor) ->
     ids, _, layout = lay_out([ROWS[:4], ROWS[4:]], qkv.device, name)
     angles = torch.outer(layout.positions.double(), torch.linspace(1, 0.01, width // 2, device=qkv.device).double())
     cos, sin = (t.to(qkv.dtype) for t in (angles.cos(), angles.sin()))
-    out = collect(layout, *rows_attention(qkv[: len(ids)], cos, sin, kv_heads, None, layout))
+    out = collect(layout, *sequence_attention(qkv[: len(ids)], cos, sin, kv_heads, None, layout))
     return [out.detach(), *torch.autograd.grad(out, qkv, given)]
 
 

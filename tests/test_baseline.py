@@ -23,7 +23,8 @@ from bicot.grpo.distributed import Ranks
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.step import reference_logprobs, split, update
 from bicot.kernels.group_advantages import group_advantages
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.chunk import RolloutChunk
+from bicot.model.engine import RolloutEngine
 from bicot.model.packed import Packed
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptEncoder, PromptFormat

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from forced import image_hidden
 from safetensors.torch import save_file
 from tiny import tiny_policy
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import JanusForConditionalGeneration, PreTrainedTokenizerFast
 
 from bicot.model import convert
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.chunk import RolloutChunk
+from bicot.model.engine import RolloutEngine
 from bicot.model.policy import Policy, load_policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
@@ -232,7 +234,7 @@ def test_results_equal_those_of_the_twin(twin: Any, folder: Path, tmp_path: Path
         with torch.no_grad():
             out = [model(input_ids=ids).logits, model.model.get_image_features(images).pooler_output]
             out += [model.model.vqmodel.decode(codes), model.model.vqmodel.encode(images).image_tokens]
-            out += [policy.image_hidden([[0, 8], [0, 9]], codes)]
+            out += [image_hidden(policy, [[0, 8], [0, 9]], codes)]
         return [*out, chunk.plans.values, chunk.plan_logprobs.values, chunk.image_tokens, chunk.images]
 
     expected = results(Policy(twin, loaded.tokenizer))

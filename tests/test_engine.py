@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from forced import FORMAT, PROMPTS, TOLERANCE
+from forced import FORMAT, PROMPTS, TOLERANCE, image_hidden, text_hidden
 from oracle import gpu, host_sync_allowed, no_host_sync
 from tiny import tiny_policy
 from torch import Tensor
@@ -18,7 +18,8 @@ from transformers import DynamicCache
 
 from bicot.kernels import dispatch
 from bicot.model import decoder, stages
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.chunk import RolloutChunk
+from bicot.model.engine import RolloutEngine
 from bicot.model.graphs import StepGraphs, use_graphs
 from bicot.model.kv import KVPool
 from bicot.model.policy import Policy
@@ -89,7 +90,7 @@ def test_recorded_logprobs_equal_teacher_forcing(options: dict[str, Any]) -> Non
     w = 2.5
     sampling = Sampling(max_completion_length=12, temperature=0.8, image_temperature=1.3, top_k=9, cfg_weight=w)
     chunk = rollout(policy, PROMPTS, 3, sampling)
-    recorded = chunk.plan_logprobs.rows()
+    recorded = chunk.plan_logprobs.unpack()
     for s in range(len(chunk)):
         prompt, plan = chunk.prompts.tolist()[s], chunk.plans.tolist()[s]
         logits = policy.model(input_ids=torch.tensor([prompt + plan])).logits[0, len(prompt) - 1 : -1]
@@ -110,10 +111,10 @@ def test_recorded_logprobs_equal_teacher_forcing(options: dict[str, Any]) -> Non
 def test_training_forward_equals_recorded_logprobs(policy: Policy) -> None:
     """The ragged, right-padded forward that training uses computes what sampling recorded."""
     chunk = rollout(policy, PROMPTS, 4, Sampling(max_completion_length=12, top_k=0, cfg_weight=2.0))
-    hidden = policy.text_hidden(chunk.prompts.tolist(), chunk.plans.tolist())
+    hidden = text_hidden(policy, chunk.prompts.tolist(), chunk.plans.tolist())
     logp = (hidden @ policy.text_head.weight.T).log_softmax(-1).gather(1, chunk.plans.values[:, None])[:, 0]
     torch.testing.assert_close(logp, chunk.plan_logprobs.values, atol=TOLERANCE, rtol=0)
-    features = policy.image_hidden(chunk.image_prompts.tolist(), chunk.image_tokens)
+    features = image_hidden(policy, chunk.image_prompts.tolist(), chunk.image_tokens)
     logits = features @ policy.image_head.weight.T + policy.image_head.bias
     logp = logits.log_softmax(-1).gather(1, chunk.image_tokens.view(-1, 1)).view_as(chunk.image_logprobs)
     torch.testing.assert_close(logp, chunk.image_logprobs, atol=TOLERANCE, rtol=0)
@@ -300,7 +301,7 @@ def test_an_fp8_cache_stays_close(policy: Policy) -> None:
     errors = {}
     for kv_dtype in ("auto", "fp8"):
         chunk = rollout(policy, PROMPTS, 4, sampling, kv_dtype=kv_dtype)
-        features = policy.image_hidden(chunk.image_prompts.tolist(), chunk.image_tokens)
+        features = image_hidden(policy, chunk.image_prompts.tolist(), chunk.image_tokens)
         logits = features @ policy.image_head.weight.T + policy.image_head.bias
         exact = logits.log_softmax(-1).gather(1, chunk.image_tokens.view(-1, 1)).view_as(chunk.image_logprobs)
         errors[kv_dtype] = (chunk.image_logprobs - exact).abs()
@@ -316,7 +317,7 @@ def test_bfloat16_logprobs_are_near_those_of_training() -> None:
     chunk = rollout(policy, PROMPTS, 8, Sampling(max_completion_length=12, cfg_weight=2.0))
 
     def forced(model: Policy) -> Tensor:
-        features = model.image_hidden(chunk.image_prompts.tolist(), chunk.image_tokens)
+        features = image_hidden(model, chunk.image_prompts.tolist(), chunk.image_tokens)
         logits = torch.nn.functional.linear(features, model.image_head.weight, model.image_head.bias).float()
         return logits.log_softmax(-1).gather(1, chunk.image_tokens.view(-1, 1)).view_as(chunk.image_logprobs)
 

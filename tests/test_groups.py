@@ -21,7 +21,7 @@ from bicot.grpo.config import Config
 from bicot.grpo.data import step_indices
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.step import skips_groups, split, update
-from bicot.model.engine import RolloutChunk
+from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
 

@@ -22,7 +22,8 @@ from test_trainer import job as job  # a fixture
 from bicot.grpo.cli import parse_config
 from bicot.grpo.hub import write_card
 from bicot.model.adapters import add_lora
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.chunk import RolloutChunk
+from bicot.model.engine import RolloutEngine
 from bicot.model.policy import PUBLISHED_FREEZE, load_policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling

@@ -36,7 +36,8 @@ from bicot.grpo.step import reference_logprobs, split, update
 from bicot.kernels.kv_pool import FP8
 from bicot.model import body
 from bicot.model.adapters import add_lora
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.chunk import RolloutChunk
+from bicot.model.engine import RolloutEngine
 from bicot.model.kv import KVPool
 from bicot.model.packed import Packed
 from bicot.model.policy import Policy

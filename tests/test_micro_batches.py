@@ -21,10 +21,10 @@ from bicot.grpo.config import STREAMS, Config
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.plan import settle
 from bicot.grpo.step import _rows, cut, micro_batches_of, reference_logprobs, reference_passes, update
-from bicot.model.engine import RolloutChunk
+from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
-from bicot.model.rows import rows_of, token_counts
+from bicot.model.sequences import sequences_of, token_counts
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_tokens_are_counted_as_a_pass_lays_them_out(samples: tuple[Policy, Rollo
     alone, more = counts_of(policy, rollout, cfg)
     for start, end in [(0, 12), (0, 1), (2, 7), (3, 6), (11, 12)]:
         rows = _rows(policy, rollout[start:end], policy.prompt_encoder(PromptFormat()), cfg, STREAMS)
-        ids, _, _ = policy.lay_out(rows_of(rows))
+        ids, _, _ = policy.lay_out(sequences_of(rows))
         assert alone[start] + sum(more[start + 1 : end]) == len(ids)
 
 

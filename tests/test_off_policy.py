@@ -13,7 +13,7 @@ from torch import Tensor
 from bicot.grpo.config import Config
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.step import reference_logprobs, split, token_streams, update
-from bicot.model.engine import RolloutChunk
+from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
 
@@ -38,8 +38,8 @@ def plain(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) -> tupl
         lp = plain_logprobs(policy.model, rollout, s, None)
         with torch.no_grad():
             ref = plain_logprobs(reference.model, rollout, s, None)
-        sampled = torch.cat([rollout.plan_logprobs.rows()[s], rollout.image_logprobs[s]]).double()
-        gap, plan = ref - lp, len(rollout.plans.rows()[s])
+        sampled = torch.cat([rollout.plan_logprobs.unpack()[s], rollout.image_logprobs[s]]).double()
+        gap, plan = ref - lp, len(rollout.plans.unpack()[s])
         trains = torch.arange(len(lp)) >= (plan if cfg.mask_truncated_completions and rollout.truncated[s] else 0)
         c, moved = torch.ones_like(ref), (lp.detach() - sampled)[trains]
         if cfg.importance_sampling_correction:

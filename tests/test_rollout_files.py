@@ -15,7 +15,7 @@ from tiny import tiny_policy
 from bicot.grpo.cli import parse_config
 from bicot.grpo.rollout_files import SavedRollout, load_rollout, path_of, save_rollout
 from bicot.grpo.trainer import train
-from bicot.model.engine import RolloutChunk
+from bicot.model.chunk import RolloutChunk
 from bicot.model.packed import Packed
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 

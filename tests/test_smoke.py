@@ -46,7 +46,7 @@ from bicot.kernels.rms_norm import rms_norm
 from bicot.kernels.rope_kv_write import rope_kv_write
 from bicot.kernels.silu_mul import silu_mul
 from bicot.kernels.token_logprobs import token_logprobs
-from bicot.model.engine import RolloutChunk
+from bicot.model.chunk import RolloutChunk
 from bicot.model.packed import Packed
 from bicot.model.settings import Sampling
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo

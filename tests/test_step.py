@@ -19,7 +19,8 @@ from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.step import reference_logprobs, split, token_streams, update
 from bicot.kernels.group_advantages import group_advantages
 from bicot.model.adapters import add_lora
-from bicot.model.engine import RolloutChunk, RolloutEngine
+from bicot.model.chunk import RolloutChunk
+from bicot.model.engine import RolloutEngine
 from bicot.model.policy import PUBLISHED_FREEZE, Policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import Sampling

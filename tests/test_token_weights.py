@@ -21,7 +21,7 @@ from bicot.grpo.step import reference_logprobs, split, update
 from bicot.grpo.token_weights import Tokens, TokenWeights
 from bicot.grpo.trainer import train
 from bicot.kernels.token_stream import TokenStream
-from bicot.model.engine import RolloutChunk
+from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
 

@@ -24,7 +24,7 @@ def test_pictures_are_those_of_the_vq_model() -> None:
     whole = decoder(tokens)
     torch.testing.assert_close(whole, ((raw + 1) / 2).clamp(0, 1))
     assert raw.min() < -1 or raw.max() > 1 or raw.std() > 0.01, "the pictures are not all grey"
-    decoder.chunk = 2
+    decoder.most = 2
     torch.testing.assert_close(decoder(tokens), whole)
 
 
@@ -54,7 +54,7 @@ def test_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = ImageDecoder(policy)
     decoder.refresh(policy.model.model.vqmodel)
     tokens, more = torch.randint(0, 37, (2, 5, 16))
-    decoder.chunk = 2
+    decoder.most = 2
     whole = decoder(torch.cat([tokens, more]))
     decoder.graphs = StepGraphs(SimpleNamespace())  # type: ignore[arg-type]
     first, second = decoder(tokens), decoder(more)
@@ -68,7 +68,7 @@ def test_graphs_decode_what_eager_passes_decode() -> None:
     policy.model.cuda()
     decoder = ImageDecoder(policy)
     decoder.refresh(policy.model.model.vqmodel)
-    decoder.chunk, tokens = 2, torch.randint(0, 37, (5, 16), device="cuda")
+    decoder.most, tokens = 2, torch.randint(0, 37, (5, 16), device="cuda")
     eager, stream = decoder(tokens), torch.cuda.Stream()
     decoder.graphs = StepGraphs(stream)
     stream.wait_stream(torch.cuda.current_stream())
@@ -85,4 +85,4 @@ def test_memory_bounds_the_chunk() -> None:
     policy.model.bfloat16()
     vq = policy.config.vq_config
     vq.num_patches, vq.base_channels, vq.channel_multiplier = 24, 128, [1, 1, 2, 2, 4]
-    assert 2 <= ImageDecoder(policy).chunk <= 8
+    assert 2 <= ImageDecoder(policy).most <= 8

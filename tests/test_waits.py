@@ -67,7 +67,7 @@ def test_a_step_waits_at_the_named_places_alone(
         assert counts.pop("grpo.token_weights:TokenWeights.__call__") == 4
     assert counts == {
         "model.stages:PlanStage.run": 1,
-        "model.engine:RolloutChunk.ids": 1,
+        "model.chunk:RolloutChunk.ids": 1,
         "rewards.worker:Worker._run": chunks,
         "grpo.optim:MasterAdamW._require_finite": updates,
         "grpo.metrics:on_host": 1,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from forced import FORMAT, TOLERANCE, addresses, copied, engine_of, gap, greedy, numbers
+from forced import FORMAT, TOLERANCE, addresses, copied, engine_of, gap, greedy, image_hidden, numbers
 from tiny import ROOT, tiny_policy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -280,7 +280,7 @@ def train_adapters(policy: Policy) -> None:
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if not p.requires_grad}
     assert before
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=0.05)
-    features = policy.image_hidden([[0, 8, 9], [0, 8]], torch.arange(32).view(2, 16))
+    features = image_hidden(policy, [[0, 8, 9], [0, 8]], torch.arange(32).view(2, 16))
     loss = text_loss(policy) + policy.model.model.generation_head.vision_head(features).log_softmax(-1)[:, 3].sum()
     loss.backward()
     optimizer.step()

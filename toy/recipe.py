@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from ..model.convert import IMAGE_TOKENS
 from ..model.prompts import PromptEncoder, PromptFormat
 from ..model.settings import RolloutSettings, Sampling
 from . import world
@@ -41,7 +42,6 @@ from . import world
 HIDDEN, CODES, MAX_CONTEXT = 128, 64, 256
 GRID = world.IMAGE_SIZE // world.PATCH_SIZE
 BOS, EOS, PAD, UNK = "<|begin_of_sentence|>", "<|end_of_sentence|>", "<|pad|>", "<|unk|>"
-IMAGE_TOKENS = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
 SETTINGS = RolloutSettings(
     PromptFormat("t2i_r1", system_prompt="", reasoning_prompt="plan : {}"),
     Sampling(max_completion_length=40, top_k=0, cfg_weight=2.0),

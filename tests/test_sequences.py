@@ -21,7 +21,7 @@ from bicot.model import body
 from bicot.model.engine import RolloutEngine
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
-from bicot.model.rows import lay_out, take
+from bicot.model.sequences import lay_out, take
 
 CPU = torch.device("cpu")
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]

@@ -1,10 +1,10 @@
-"""Rows of tokens in one pass: a prefix that neighbouring rows share is computed once.
+"""Sequences of tokens in one forward pass: a prefix that a sequence shares with the one before it is computed once.
 
-The linear layers see N tokens side by side: of every row those that its neighbour above does not share, and no padding.
-Attention sees whole rows, padded on the right to [S, L] or end to end, as its implementation wants them: queries, keys
-and values are gathered from the N tokens, outputs are taken back. In causal attention a token depends on what stands
-before it alone, so results and gradients are those of rows computed one by one. G samples of a prompt of P tokens cost
-P + Σ len(sample) tokens, not G·P + Σ.
+The linear layers see N packed tokens: of each sequence the tokens that it does not share with the sequence before it,
+and no padding. Attention sees whole sequences, padded on the right to [S, L] or end to end, as its implementation wants
+them. So queries, keys and values are copied from the N tokens to the places of whole sequences, and outputs are copied
+back. In causal attention a token depends on earlier tokens alone, so results and gradients are those of sequences that
+are computed one by one. G samples of a prompt of P tokens cost P + Σ len(sample) tokens instead of G·P + Σ.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.host import upload
 from ..kernels.rope_rows import rope_gather, rope_spread
 from .attention import attend, available
-from .packed import upload
 from .recompute import Keep, keep_all
 
 Stream = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]  # prompts and completions
@@ -31,16 +31,18 @@ Stream = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]  # prompts and 
 
 @dataclass(frozen=True)
 class Block:
-    """Where the tokens of S rows are. They have M places, row by row: S·L with padding, Σ lengths without.
+    """S sequences as attention sees them: M places, sequence by sequence; M = S·L with padding, Σ lengths without.
+
+    A token that several sequences share has a place in each of them.
 
     Args:
         shape: (S, L), L the longest.
-        lengths: of the rows.
-        offsets: [S + 1] int32, where each row begins without padding.
-        tokens: which of the pass's N tokens these n are.
-        token_at: [M] of the n, the one at each place; of padding any.
+        lengths: of the sequences.
+        offsets: [S + 1] int32, where each sequence begins without padding.
+        tokens: the block's n tokens among the N of the pass.
+        token_at: [M] which of the n tokens is at each place; any at padding.
         starts: [n + 1] where the places of each token begin in `places`.
-        places: the places of each token, the first one first.
+        places: the places of the first token in ascending order, then those of the second, and so on.
         first: [n] the first place of each token.
     """
 
@@ -56,99 +58,106 @@ class Block:
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks of a pass, the positions [N] of its tokens in their rows, and what computes their attention."""
+    """The blocks of a pass, the positions [N] of its tokens in their sequences, and the implementation of attention."""
 
     blocks: tuple[Block, ...]
     positions: Tensor
     attention: str
 
 
-def rows_of(streams: Sequence[Stream]) -> list[list[list[int]]]:
-    """The rows of each stream: a completion's last token predicts nothing, and is left out."""
+def sequences_of(streams: Sequence[Stream]) -> list[list[list[int]]]:
+    """The sequences of each stream, without the last token of each completion, after which nothing is predicted."""
     return [[[*p, *c[:-1]] for p, c in zip(*stream, strict=True)] for stream in streams]
 
 
 def token_counts(streams: Sequence[Stream]) -> tuple[list[int], list[int]]:
-    """How many tokens each sample adds to a pass over all streams: as its first sample, and after the sample above."""
-    samples = list(zip(*rows_of(streams), strict=True))
-    alone = [sum(map(len, rows)) for rows in samples]
+    """How many tokens each sample adds to a pass over all streams: as its first sample, and after the sample before."""
+    samples = list(zip(*sequences_of(streams), strict=True))
+    alone = [sum(map(len, sequences)) for sequences in samples]
     shared = [0, *(sum(map(_shared, *pair)) for pair in pairwise(samples))]
-    return alone, [tokens - part for tokens, part in zip(alone, shared, strict=True)]
+    return alone, [tokens - common for tokens, common in zip(alone, shared, strict=True)]
 
 
-def _shared(row: Sequence[int], above: Sequence[int]) -> int:
-    """Tokens that both rows begin with."""
-    pairs = zip(row, above, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(row), len(above)))
+def _shared(one: Sequence[int], two: Sequence[int]) -> int:
+    """The length of the prefix that two sequences have in common."""
+    pairs = zip(one, two, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(one), len(two)))
 
 
 def lay_out(
     blocks: Sequence[Sequence[Sequence[int]]], device: torch.device, attention: str = "sdpa"
 ) -> tuple[list[int], list[list[list[int]]], Layout]:
-    """Blocks of rows -> ids of the N tokens, which of them each row is made of, and the layout.
+    """Lay out blocks of sequences for one pass.
 
-    For `sdpa` each block is padded by itself; for others all rows are one block.
+    Returns:
+        The ids of the N tokens; for each sequence of each block, the indices of its tokens among the N; the layout. For
+        `sdpa` each block is padded to its own longest sequence; for the others all sequences are one block.
     """
     ids: list[int] = []
     positions: list[int] = []
-    tables: list[list[list[int]]] = []
+    indices: list[list[list[int]]] = []
     ends: list[int] = []
-    for rows in blocks:
-        table = []
-        above: Sequence[int] = ()
-        tokens: list[int] = []
-        for row in rows:
-            shared = _shared(row, above)
-            tokens = [*tokens[:shared], *range(len(ids), len(ids) + len(row) - shared)]
-            ids += row[shared:]
-            positions += range(shared, len(row))
-            table.append(tokens)
-            above = row
-        tables.append(table)
+    for sequences in blocks:
+        before: Sequence[int] = ()
+        own: list[int] = []
+        indices.append([])
+        for sequence in sequences:
+            shared = _shared(sequence, before)
+            own = [*own[:shared], *range(len(ids), len(ids) + len(sequence) - shared)]
+            ids += sequence[shared:]
+            positions += range(shared, len(sequence))
+            indices[-1].append(own)
+            before = sequence
         ends.append(len(ids))
     padded = attention == "sdpa"
-    parts: list[Tensor] = []
-    shapes = []
+    found = _blocks(indices, ends, padded) if padded else _blocks([list(chain(*indices))], [len(ids)], padded)
+    on_host = [tensor for *_, tensors in found for tensor in tensors] + [torch.tensor(positions, dtype=torch.int64)]
+    *tensors, on_device = upload(torch.cat(on_host), device).split([len(tensor) for tensor in on_host])  # in one copy
+    laid = []
+    for (shape, lengths, own_tokens, _), i in zip(found, range(0, len(tensors), 5), strict=True):
+        offsets, *rest = tensors[i : i + 5]
+        laid.append(Block(shape, lengths, offsets.int(), own_tokens, *rest))
+    return ids, indices, Layout(tuple(laid), on_device, attention)
+
+
+def _blocks(
+    indices: Sequence[Sequence[Sequence[int]]], ends: Sequence[int], padded: bool
+) -> list[tuple[tuple[int, int], tuple[int, ...], slice, list[Tensor]]]:
+    """For each block its shape, lengths, tokens, and its five tensors, in the order of `Block`, on the CPU."""
+    found = []
     begin = 0
-    for table, end in zip(tables, ends, strict=True) if padded else [(list(chain(*tables)), len(ids))]:
-        lengths = tuple(map(len, table))
+    for own, end in zip(indices, ends, strict=True):
+        lengths = tuple(map(len, own))
         longest = max(lengths)
         pad = longest if padded else 0
-        token_at = [token for tokens in table for token in (*tokens, *[-1] * (pad - len(tokens)))]
-        at = torch.tensor(token_at, dtype=torch.int64)
+        at = torch.tensor([i for tokens in own for i in (*tokens, *[-1] * (pad - len(tokens)))], dtype=torch.int64)
         at = torch.where(at < 0, at, at - begin)
         starts, places = _places(at, end - begin)
-        parts += [at.clamp(min=0), starts, places, places[starts[:-1]], torch.tensor([0, *lengths]).cumsum(0)]
-        shapes.append(((len(table), longest), lengths, slice(begin, end)))
+        tensors = [torch.tensor([0, *lengths]).cumsum(0), at.clamp(min=0), starts, places, places[starts[:-1]]]
+        found.append(((len(own), longest), lengths, slice(begin, end), tensors))
         begin = end
-    parts.append(torch.tensor(positions, dtype=torch.int64))
-    *tensors, at_positions = upload(torch.cat(parts), device).split([len(part) for part in parts])
-    found = []
-    for (shape, lengths, own), i in zip(shapes, range(0, len(tensors), 5), strict=True):
-        *rest, offsets = tensors[i : i + 5]
-        found.append(Block(shape, lengths, offsets.int(), own, *rest))
-    return ids, tables, Layout(tuple(found), at_positions, attention)
+    return found
 
 
 def _places(at: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """at [M], which of `count` rows is at each place (-1: none) -> starts [count + 1] and places, as of a block."""
+    """at [M], which of `count` tokens is at each place, -1 at padding -> `starts` and `places` as in `Block`."""
     counts = torch.bincount(at[at >= 0], minlength=count)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return starts, at.argsort(stable=True)[len(at) - int(starts[-1]) :]
 
 
 def take(x: Tensor, at: Sequence[int]) -> Tensor:
-    """x [N, D] -> [M, D], its rows at these places. Gradients of a row add up in float32 in the order of its places.
+    """x[at]: [N, D] -> [M, D]. Where a row of x is taken several times, its gradients add up in float32, in order.
 
-    The backward pass of `index_select` adds them up in the dtype of x, on a GPU in any order.
+    The backward pass of `index_select` adds them in the dtype of x, and on a GPU in any order.
     """
     index = torch.tensor(at, dtype=torch.int64)
-    parts = [index, *_places(index, len(x))]
-    return _Take.apply(x, *upload(torch.cat(parts), x.device).split([len(part) for part in parts]))
+    tensors = [index, *_places(index, len(x))]
+    return _Take.apply(x, *upload(torch.cat(tensors), x.device).split([len(tensor) for tensor in tensors]))
 
 
 class _Take(torch.autograd.Function):
-    """`take`, with the places of each row."""
+    """`take`, with `starts` and `places` as in `Block`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor, starts: Tensor, places: Tensor) -> Tensor:
@@ -160,13 +169,14 @@ class _Take(torch.autograd.Function):
         starts, places = ctx.saved_tensors
         N, D = len(starts) - 1, grad.shape[1]
         width = math.gcd(D, 64)
-        heads = grad.contiguous().view(len(grad), D // width, width)  # queries, not rotated; no keys or values
+        # the rows play the queries of rope_gather, rotated by 0; there are no keys or values
+        heads = grad.contiguous().view(len(grad), D // width, width)
         none, cos, sin = heads[:, :0], grad.new_ones(N, width // 2), grad.new_zeros(N, width // 2)
         return rope_gather(heads, none, none, cos, sin, starts, places, grad.new_empty(N, D)), None, None, None
 
 
 class _Spread(torch.autograd.Function):
-    """qkv [N, (Hq + 2·Hkv)·E] of the tokens -> of each block rotated queries, keys, and values [M, heads, E]."""
+    """qkv [N, (Hq + 2·Hkv)·E] -> for each block the rotated queries, rotated keys, and values, each [M, heads, E]."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, layout: Layout) -> tuple[Tensor, ...]:
@@ -191,7 +201,7 @@ def _spread(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, block: Block) 
 
 
 class _Collect(torch.autograd.Function):
-    """Of each block [M, D] at its places -> [N, D] of the tokens, each from its first place."""
+    """For each block [M, D] at its places -> [N, D] at the tokens, each copied from its first place."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, *places: Tensor) -> Tensor:
@@ -210,7 +220,7 @@ class _Collect(torch.autograd.Function):
         return None, *grads
 
 
-def rows_attention(
+def sequence_attention(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -219,18 +229,18 @@ def rows_attention(
     layout: Layout,
     keep: Keep = keep_all,
 ) -> list[Tensor]:
-    """Rotary embedding and causal attention of every row.
+    """Rotary embedding and causal attention of every sequence.
 
     Args:
         qkv: [N, (Hq + 2·Hkv)·E], the projections of the tokens.
-        cos, sin: [N, E/2], at their positions.
+        cos, sin: [N, E/2], at the positions of the tokens.
         kv_heads: Hkv.
-        scale: of the scores; None = E^-1/2.
-        layout: of their rows.
-        keep: what is done with queries, keys and values at all places until the backward pass.
+        scale: factor of the scores; None = E^-1/2.
+        layout: of the sequences.
+        keep: `keep_all`, or `recomputed` if the backward pass is to compute queries, keys and values again.
 
     Returns:
-        Of each block [M, Hq·E], for `collect`.
+        For each block [M, Hq·E] at its places; `collect` brings it back to the tokens.
     """
     spread = _Spread.apply(qkv, cos, sin, kv_heads, layout)
     outputs = []
@@ -241,17 +251,17 @@ def rows_attention(
     return outputs
 
 
-def collect(layout: Layout, *rows: Tensor) -> Tensor:
-    """What `rows_attention` leaves at the places of each block -> [N, Hq·E] of the tokens."""
-    return _Collect.apply(layout, *rows)
+def collect(layout: Layout, *places: Tensor) -> Tensor:
+    """The result of `sequence_attention` at the places of each block -> [N, Hq·E] at the tokens."""
+    return _Collect.apply(layout, *places)
 
 
 def fastest(
     blocks: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> str:
-    """What computes the attention of these rows fastest, forward and backward, of what can run there.
+    """The implementation that is the fastest for these sequences, forward and backward, of all that can run.
 
-    `shape`: heads, key/value heads and the elements of one.
+    `shape`: number of query heads, number of key/value heads, elements of a head.
     """
     names = available(device, dtype)
     if len(names) == 1:
@@ -270,16 +280,16 @@ def _seconds(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Of attention, and of the way into its rows and back."""
+    """Seconds of attention, with the copies to its places and back."""
     ids, _, layout = lay_out(blocks, device, name)
     heads, kv_heads, width = shape
     qkv = torch.ones(len(ids), (heads + 2 * kv_heads) * width, device=device, dtype=dtype, requires_grad=True)
     cos = torch.ones(len(ids), width // 2, device=device, dtype=dtype)
     times = []
     with torch.enable_grad():
-        for _ in range(6):  # kernels are compiled in the first
+        for _ in range(6):  # the first one compiles kernels
             start = time.perf_counter()
-            out = collect(layout, *rows_attention(qkv, cos, cos, kv_heads, None, layout))
+            out = collect(layout, *sequence_attention(qkv, cos, cos, kv_heads, None, layout))
             torch.autograd.grad(out, qkv, out.detach())
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
