@@ -42,7 +42,7 @@ def world() -> tuple[Tensor, list[Example]]:
     prompts = [prompt for part in make_prompts(0) for prompt in part]
     rng = random.Random(0)
     scenes = [random_scene(prompt.content, rng) for prompt in prompts]
-    return render(scenes), [parse_example(prompt.row) for prompt in prompts]
+    return render(scenes), [parse_example(prompt.line) for prompt in prompts]
 
 
 def test_is_a_reward() -> None:

@@ -57,15 +57,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def scenes() -> list[tuple[dict, Scene]]:
     rng = random.Random(1)
     prompts = [prompt for part in make_prompts(0) for prompt in part]
-    return [(prompt.row, random_scene(prompt.content, rng)) for prompt in prompts]
+    return [(prompt.line, random_scene(prompt.content, rng)) for prompt in prompts]
 
 
 def test_prompts_are_disjoint_by_content_and_in_the_published_schema() -> None:
     train, heldout = make_prompts(0)
     assert not {p.content for p in train} & {p.content for p in heldout}
     for part, name in ((train, "train.jsonl"), (heldout, "heldout.jsonl")):
-        assert [p.row for p in part] == [json.loads(line) for line in (TOY / name).read_text().splitlines()]
-        assert len(load_examples(TOY / name)) == len({p.row["prompt"] for p in part}) == len(part)
+        assert [p.line for p in part] == [json.loads(line) for line in (TOY / name).read_text().splitlines()]
+        assert len(load_examples(TOY / name)) == len({p.line["prompt"] for p in part}) == len(part)
     for task_type in ("object", "color", "numeracy", "spatial"):
         counts = [sum(p.content.task_type == task_type for p in part) for part in (train, heldout)]
         assert 0.12 < counts[1] / sum(counts) < 0.18

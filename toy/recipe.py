@@ -1,12 +1,12 @@
-"""The toy's model: a Janus of a million parameters that draws the scenes of `world.py`, made from nothing.
+"""The toy's model: a Janus of a million parameters that draws the scenes of `world.py`, trained from scratch.
 
     python -m bicot.toy.recipe                # rewrites toy/assets; 4 to 6 minutes on two cores
 
-A VQ-VAE learns the pictures, then the policy learns (prompt -> plan) and (prompt + plan -> image tokens) from scenes
-that contain mistakes, so that reinforcement has something to do. The checkpoint is an ordinary
-`JanusForConditionalGeneration` folder; beside it lie the prompts (`train.jsonl`, `heldout.jsonl`) and the
-instruction of the text stage (`reasoning_prompt.txt`).
-Shapes: B pictures a batch, T = 64 image tokens (8x8), E = 8 code dimensions.
+A VQ-VAE learns the pictures. Then the policy learns (prompt -> plan) and (prompt + plan -> image tokens) from scenes
+that contain mistakes, so that reinforcement learning has something to improve. The checkpoint is an ordinary
+`JanusForConditionalGeneration` folder, with the prompts (`train.jsonl`, `heldout.jsonl`) and the instruction of the
+text stage (`reasoning_prompt.txt`) in it.
+Shapes: B pictures of a batch, T = 64 image tokens (8x8), E = 8 code dimensions.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and on what the two models train. Shares are probabilities per example."""
+    """The hyperparameters of both models. `…_mistakes` and `no_prompt` are probabilities of an example."""
 
     vq_steps: int = 400
     vq_batch: int = 16
@@ -63,11 +63,11 @@ class Recipe:
     other_lr: float = 3e-3
     plan_mistakes: float = 0.3
     image_mistakes: float = 0.2
-    no_prompt: float = 0.1  # the unconditional rows of classifier-free guidance
+    no_prompt: float = 0.1  # trains the unconditional sequences of classifier-free guidance
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word and punctuation mark of the world and of both chat templates."""
+    """A tokenizer with one token for each word and punctuation mark of the world and of both chat templates."""
     specials = [PAD, BOS, EOS, UNK, *IMAGE_TOKENS.values(), "<|User|>", "<|Assistant|>"]
     sources = [*world.TEMPLATES, *world.NUMBERS[1:], *world.POSITIONS, *world.COLOURS, *world.SHAPES]
     sources += [shape + "s" for shape in world.SHAPES] + [w for words, _ in world.RELATIONS.values() for w in words]
@@ -93,7 +93,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> JanusForConditionalGeneration:
-    """The untrained toy, float32."""
+    """The untrained model, float32."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     ids["pad_token_id"] = tokenizer.pad_token_id
     text = LlamaConfig(
@@ -107,7 +107,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> JanusForConditionalGenerat
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         tie_word_embeddings=False,
-        # the usual 0.02 suits a width of thousands; at 128 the copying of colours and shapes is learnt late or never
+        # the usual 0.02 suits a width of thousands; at 128 the model would learn to copy colours and shapes too late
         initializer_range=0.08,
         **ids,
     )
@@ -148,10 +148,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> JanusForConditionalGenerat
 def train_vq(model: JanusForConditionalGeneration, prompts: list[world.ToyPrompt], recipe: Recipe, seed: int) -> None:
     """Train `model.model.vqmodel` on pictures of random scenes.
 
-    The world has a few dozen kinds of patches, so a code is simply the mean latent of all patches with the same
-    pixels: nothing to initialise, no dead codes. Latents and codes live on the unit sphere, because `decode`
-    normalises codes and `encode` does not. 32 channels in 32 groups normalise each picture by its own statistics,
-    which gives equal patches unequal latents; the contrastive term pulls them to their mean and off the others'.
+    The world has a few dozen kinds of patches, so a code is simply the mean latent of all patches with the same pixels.
+    This needs no initialisation, and leaves no code unused. Latents and codes have length 1, because `decode`
+    normalises codes and `encode` does not. The group norms normalise each picture by its own statistics, so equal
+    patches get unequal latents; the contrastive term pulls these to their mean, and away from other means.
     """
     vq = model.model.vqmodel
     for module in vq.modules():
@@ -190,16 +190,16 @@ def train_vq(model: JanusForConditionalGeneration, prompts: list[world.ToyPrompt
 
 
 def _pixel_weights(images: Tensor) -> Tensor:
-    """[B, 1, H, W]: 6 on shapes and their outlines, which are a fifth of a picture, and 1 on the background."""
+    """[B, 1, H, W]: 6 on shapes and their outlines, which cover a fifth of a picture, and 1 on the background."""
     background = images.new_tensor(world.BACKGROUND).view(1, 3, 1, 1) * 2 - 1
     painted = (images - background).abs().amax(1, keepdim=True) > 0.1
     return 1 + 5 * F.max_pool2d(painted.float(), 3, stride=1, padding=1)
 
 
 def _patch_kinds(images: Tensor) -> Tensor:
-    """images [B, 3, H, W] -> [B*T] int64: patches with the same pixels are of the same kind, kinds are 0..n-1."""
+    """Number the kinds of patches: images [B, 3, H, W] -> [B*T] int64, equal for patches with the same pixels."""
     patches = F.unfold(images, world.PATCH_SIZE, stride=world.PATCH_SIZE).transpose(1, 2).flatten(0, 1)
-    # one weighted sum per patch tells patches apart, and sorting numbers is far cheaper than sorting rows
+    # compare weighted sums of patches: sorting numbers is far cheaper than sorting whole patches
     weights = torch.linspace(1, 2, patches.shape[1]).sqrt()
     return (patches @ weights).mul(1e3).round().unique(return_inverse=True)[1]
 
@@ -211,15 +211,15 @@ def train_policy(
     recipe: Recipe,
     seed: int,
 ) -> None:
-    """Supervised start of the language model and of everything it reads and writes pictures with.
+    """Train the language model, and the modules that embed and predict image tokens, on examples.
 
-    The texts go through the classes that the trainer uses, so that the two cannot differ. An image follows its plan,
-    and both make mistakes: the policy learns to make them too, which leaves something for the reward to take away.
+    The texts are made by the classes of the trainer, so that the two cannot differ. A plan may differ from its prompt,
+    and a picture from its plan. The policy learns to make such mistakes, and reinforcement learning can remove them.
     """
     encoder = PromptEncoder(tokenizer, SETTINGS.prompts, MAX_CONTEXT)
     rng = random.Random(seed)
     core = model.model
-    # Muon for the matrices; to it, embeddings, norms and biases are none
+    # Muon trains the matrices between hidden states; AdamW trains embeddings, norms, biases and everything else
     layers = [core.language_model.layers, core.generation_aligner.hidden_layers, core.generation_head.proj_out]
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim == 2]
     trained = (core.language_model, core.generation_embeddings, core.generation_aligner, core.generation_head)
@@ -234,32 +234,32 @@ def train_policy(
         examples = [_example(rng.choice(prompts), recipe, rng) for _ in range(recipe.plan_batch)]
         plan = _plan_loss(model, encoder, examples)
         image = _image_loss(model, encoder, examples[: recipe.image_batch], recipe, rng)
-        # most image tokens are background, and most of a plan's loss is its free choice of cells
+        # images weigh more: most of their tokens are easy background, and most of a plan's loss is its choice of cells
         return plan + 4 * image, f"plan {plan:.3f}, image {image:.3f} nats a token"
 
     _fit("policy", recipe.policy_steps, optimizers, next_loss)
 
 
 def _example(prompt: world.ToyPrompt, recipe: Recipe, rng: random.Random) -> tuple[str, str, world.Scene]:
-    """(prompt, plan, scene to draw)."""
+    """A random example: prompt, plan, and the scene to draw."""
     scene = world.random_scene(prompt.content, rng)
     if rng.random() < recipe.plan_mistakes:
         scene = world.mistaken(scene, rng)
     plan = world.plan_of(scene)
     if scene and rng.random() < recipe.image_mistakes:
         scene = world.mistaken(scene, rng)
-    return prompt.row["prompt"], plan, scene
+    return prompt.line["prompt"], plan, scene
 
 
 def _plan_loss(model: JanusForConditionalGeneration, encoder: PromptEncoder, examples: list) -> Tensor:
-    rows, labels = [], []
+    sequences, labels = [], []
     for prompt, plan, _ in examples:
         asked = encoder.plan_ids(prompt, 0)
         answer = [*encoder.tokenizer(plan, add_special_tokens=False)["input_ids"], encoder.tokenizer.eos_token_id]
-        rows.append(torch.tensor(asked + answer))
+        sequences.append(torch.tensor(asked + answer))
         labels.append(torch.tensor([IGNORE] * (len(asked) - 1) + answer + [IGNORE]))
-    # padding on the right, after the last token that counts, changes nothing for a causal model
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=encoder.tokenizer.pad_token_id)
+    # padding on the right changes nothing in a causal model
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=encoder.tokenizer.pad_token_id)
     target = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=IGNORE)
     hidden = model.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
     kept = target != IGNORE
@@ -274,14 +274,14 @@ def _image_loss(
         images = world.render([scene for *_, scene in examples]) * 2 - 1
         tokens = core.vqmodel.encode(images).image_tokens.view(len(examples), -1)
     drawn = model.prepare_embeddings_for_image_generation(tokens)
-    rows, starts = [], []
+    sequences, starts = [], []
     for (prompt, plan, _), embeddings in zip(examples, drawn, strict=True):
         ids = encoder.image_ids(prompt, plan, 0)
         if rng.random() < recipe.no_prompt:
             ids = encoder.unconditional_ids(len(ids))
-        rows.append(torch.cat([core.language_model.embed_tokens(torch.tensor(ids)), embeddings[:-1]]))
+        sequences.append(torch.cat([core.language_model.embed_tokens(torch.tensor(ids)), embeddings[:-1]]))
         starts.append(len(ids) - 1)  # <begin_of_image> predicts the first image token
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    padded = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     hidden = core.language_model(inputs_embeds=padded, use_cache=False).last_hidden_state
     picked = torch.stack([h[start : start + GRID**2] for h, start in zip(hidden, starts, strict=True)])
     return F.cross_entropy(core.generation_head(picked).flatten(0, 1), tokens.flatten())
@@ -290,7 +290,7 @@ def _image_loss(
 def _fit(
     name: str, steps: int, optimizers: Sequence[torch.optim.Optimizer], next_loss: Callable[[], tuple[Tensor, str]]
 ) -> None:
-    """Take `steps` optimizer steps on `next_loss() -> (loss, what to print)`; warm-up, then a cosine to 0."""
+    """Take `steps` optimizer steps; `next_loss` returns the loss and a text to print. Warm-up, then a cosine to 0."""
 
     def rate(step: int) -> float:
         return min((step + 1) / (0.1 * steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -309,13 +309,13 @@ def _fit(
 
 
 def make_toy(output_dir: str | Path, seed: int = 0, recipe: Recipe | None = None) -> None:
-    """Write the checkpoint, the prompts and the instruction to `output_dir`; the same seed writes the same bytes."""
+    """Write checkpoint, prompts and instruction to `output_dir`. The same seed writes the same bytes."""
     recipe = recipe or Recipe()
     output = Path(output_dir)
     output.mkdir(parents=True, exist_ok=True)
     train, heldout = world.make_prompts(seed)
     for name, prompts in (("train.jsonl", train), ("heldout.jsonl", heldout)):
-        (output / name).write_text("".join(json.dumps(p.row) + "\n" for p in prompts), encoding="utf-8")
+        (output / name).write_text("".join(json.dumps(p.line) + "\n" for p in prompts), encoding="utf-8")
     (output / "reasoning_prompt.txt").write_text(SETTINGS.prompts.reasoning_prompt + "\n", encoding="utf-8")
 
     with torch.random.fork_rng(devices=[]):

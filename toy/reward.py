@@ -1,14 +1,14 @@
-"""The toy's reward: reads the pixels of a picture of coloured shapes and checks them against the annotations.
+"""The toy's reward: finds coloured shapes in the pixels of a picture, and compares them with the annotations.
 
-Each pixel takes the nearest palette colour, connected components become objects (colour, shape, place), and the
-objects are matched with what the prompt's annotations require. A score is in [0, 1]:
+Each pixel gets the nearest colour of the palette. Connected components become objects (colour, shape, position), which
+are matched with the objects that the annotations require. A score is in [0, 1]:
 
     object, color   matched / max(required, detected); an object matches half by shape and half by colour
     numeracy        the same, times 1 - (count error) / required
     spatial         required / max(required, detected) * (0.3 objects + 0.7 relation), the relation only if both exist
 
-so that an object too many costs in every task, and leaving out a part of the prompt never pays. Everything is
-multiplied by the share of painted pixels that belong to an object, so that stray paint costs too.
+So a superfluous object costs score in every task, and leaving out an object never pays. Every score is multiplied by
+the share of painted pixels that belong to an object, so stray paint costs score too.
 S samples; images [S, 3, H, H] float in [0, 1], resampled to 32x32 if they have another size.
 """
 
@@ -27,7 +27,7 @@ from .world import BACKGROUND, COLOURS, DIRECTIONS, IMAGE_SIZE, SHAPES, Kind
 
 NAMES = tuple(COLOURS)
 PALETTE = (*COLOURS.values(), BACKGROUND)
-MAX_COLOUR_DISTANCE = 0.35  # of a pixel to its palette colour; beyond, it is paint of no colour
+MAX_COLOUR_DISTANCE = 0.35  # of a pixel to its palette colour; beyond, it counts as paint without a colour
 MIN_AREA = 16  # pixels; a whole shape has 40 to 64
 OBJECTS_SHARE, RELATION_SHARE = 0.3, 0.7
 SYNONYMS = dict.fromkeys(("top", "over"), "above") | dict.fromkeys(
@@ -37,7 +37,7 @@ SYNONYMS = dict.fromkeys(("top", "over"), "above") | dict.fromkeys(
 
 @dataclass(frozen=True)
 class Found:
-    """An object of the picture; `shape` is None for a blob of no known shape, (y, x) its centroid in pixels."""
+    """An object of the picture. `shape` is None if it is no known one; (y, x) is its centroid in pixels."""
 
     shape: str | None
     colour: str
@@ -45,7 +45,7 @@ class Found:
     x: float
 
     def credit(self, kind: Kind) -> float:
-        """How far this object is what was asked for: 0, 0.5 or 1."""
+        """How well this object matches `kind`: 0, 0.5 or 1."""
         shape = self.shape == kind.shape
         return float(shape) if kind.colour is None else 0.5 * shape + 0.5 * (self.colour == kind.colour)
 
@@ -62,12 +62,12 @@ EMPTY = Picture((), 1.0)
 
 
 class SceneReward:
-    """See the module's docstring. NaN where the annotations name nothing that this reward knows."""
+    """See the module's docstring. NaN if the annotations name no object that this reward knows."""
 
     name = "scene"
 
     def applies(self, example: Example) -> bool:
-        """Whether the annotations name things, and a relation if any, that this reward can see."""
+        """Whether this reward knows all objects, and the relation, of the annotations."""
         return not math.isnan(_score(EMPTY, example))
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -76,12 +76,12 @@ class SceneReward:
 
 
 class SceneRelation:
-    """Relation accuracy, for monitoring: 1 if the relation of a spatial prompt holds, 0 if not, NaN elsewhere."""
+    """Relation accuracy, for monitoring: 1 if the relation of a spatial prompt holds, else 0; NaN for others."""
 
     name = "scene_relation"
 
     def applies(self, example: Example) -> bool:
-        """Whether the annotations have a relation that this reward can see."""
+        """Whether the annotations have a relation that this reward knows."""
         return not math.isnan(_relation(EMPTY, example))
 
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -95,7 +95,7 @@ def _judge(rule: Callable[[Picture, Example], float], images: Tensor, examples: 
 
 
 def look(images: Tensor) -> list[Picture]:
-    """The objects of each picture. images [S, 3, H, H] in [0, 1]; ValueError for another shape."""
+    """Find the objects of each picture; images [S, 3, H, H] in [0, 1]. ValueError for another shape."""
     if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images must be [S, 3, H, H], got {list(images.shape)}")
     samples = len(images)
@@ -152,19 +152,19 @@ def _measure(labels: Tensor) -> Tensor:
     index, where = labels.nonzero(as_tuple=True)
     key = index * (pixels + 1) + labels[index, where]
     component, member, area = torch.unique(key, return_inverse=True, return_counts=True)
-    place = torch.stack((where // IMAGE_SIZE, where % IMAGE_SIZE), dim=1).float()
+    yx = torch.stack((where // IMAGE_SIZE, where % IMAGE_SIZE), dim=1).float()
     target = member[:, None].expand(-1, 2)
-    empty = place.new_zeros(len(component), 2)
-    mean = empty.scatter_reduce(0, target, place, "mean", include_self=False)
-    low = empty.scatter_reduce(0, target, place, "amin", include_self=False)
-    high = empty.scatter_reduce(0, target, place, "amax", include_self=False)
+    empty = yx.new_zeros(len(component), 2)
+    mean = empty.scatter_reduce(0, target, yx, "mean", include_self=False)
+    low = empty.scatter_reduce(0, target, yx, "amin", include_self=False)
+    high = empty.scatter_reduce(0, target, yx, "amax", include_self=False)
     box = torch.stack((low, high), dim=2).flatten(1)  # top, bottom, left, right
     rows = torch.cat(((component // (pixels + 1))[:, None], area[:, None], mean, box), dim=1)
     return rows[area >= MIN_AREA]
 
 
 def _shape(area: float, y: float, height: float, width: float, middle: float) -> str | None:
-    """The shape of a blob from its area, centroid row, bounding box and the box's middle row; None if it has none."""
+    """Tell the shape from area, centroid, bounding box and the middle of the box; None if it is no known shape."""
     if not (6 <= height <= 10 and 6 <= width <= 10):
         return None
     fill = area / (height * width)
@@ -185,7 +185,7 @@ def _kind(name: str) -> Kind | None:
 
 
 def _required(example: Example) -> list[Kind | None]:
-    """Every object that the annotations ask for, once per instance; None for one that this reward cannot see."""
+    """Every object that the annotations require, once per instance; None for one that this reward does not know."""
     if example.spatial_info is not None:
         return [_kind(example.spatial_info.obj1), _kind(example.spatial_info.obj2)]
     if example.numeracy_info:
@@ -218,7 +218,7 @@ def _score(picture: Picture, example: Example) -> float:
 
 
 def _best_match(required: list[Kind], objects: Sequence[Found]) -> float:
-    """Largest total credit when each object serves at most one requirement and the other way round."""
+    """The largest total credit of a matching: each object meets at most one requirement, and vice versa."""
     best = {0: 0.0}  # set of requirements served, as bits -> credit
     for thing in objects:
         credits = [(1 << i, credit) for i, kind in enumerate(required) if (credit := thing.credit(kind))]
@@ -230,7 +230,7 @@ def _best_match(required: list[Kind], objects: Sequence[Found]) -> float:
 
 
 def _relation(picture: Picture, example: Example) -> float:
-    """1.0 if some pair of the right objects stands in the relation, else 0.0; NaN without a relation to check."""
+    """1.0 if some pair of the right objects has the relation, else 0.0; NaN without a known relation."""
     info = example.spatial_info
     if info is None:
         return math.nan

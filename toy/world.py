@@ -1,8 +1,8 @@
-"""The toy's world: scenes of coloured shapes on a 3x3 grid, their pictures, their plans, and prompts about them.
+"""The toy's world: scenes of coloured shapes on a 3x3 grid, with their pictures, plans and prompts.
 
-A picture is 32x32 pixels. A shape fills one 8x8 cell; cells start every 12 pixels, so with 4x4-pixel patches every
-shape covers exactly 2x2 image tokens and is at least one token away from its neighbours. Prompts come in four of
-T2I-R1's task types (object, color, numeracy, spatial) and in its JSONL schema.
+A picture has 32x32 pixels. A shape fills one cell of 8x8 pixels, and cells begin every 12 pixels. With patches of 4x4
+pixels, every shape covers exactly 2x2 image tokens and is one token away from its neighbours. Prompts have four of
+T2I-R1's task types (object, color, numeracy, spatial) and its JSONL schema.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 IMAGE_SIZE, CELL_PITCH, SHAPE_SIZE, PATCH_SIZE = 32, 12, 8, 4
 
-# RGB in [0, 1]. Light background: a blurred edge then fades towards white, never towards another colour.
+# RGB in [0, 1]. The background is light, so that a blurred edge fades towards white and never towards another colour.
 COLOURS = {
     "red": (0.86, 0.16, 0.18),
     "green": (0.13, 0.60, 0.28),
@@ -37,7 +37,7 @@ DIRECTIONS = {
     "above": (-1, 0),
     "below": (1, 0),
 }  # (dy, dx) from the second to the first
-# Where the first object stands from the second: the words for it, and the relation read from the other side.
+# Where the first object stands from the second -> the words for it, and the relation of the second to the first.
 RELATIONS = {
     "left": (("left of", "on the left of"), "right"),
     "right": (("right of", "on the right of"), "left"),
@@ -70,7 +70,7 @@ Scene = tuple[SceneObject, ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a prompt says of an object: its shape, and its colour unless that is left open."""
+    """The objects that a prompt means: those of a shape, and of a colour unless that is open."""
 
     shape: str
     colour: str | None = None
@@ -82,9 +82,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class Content:
-    """What a prompt asks for, apart from its wording: `kinds` of objects, how many of each, and how they stand.
+    """What a prompt asks for, apart from its wording: `kinds` of objects, how many of each, and their relation.
 
-    `relation` (a key of RELATIONS) says where the first kind stands from the second.
+    `relation`, a key of RELATIONS, says where the first kind stands from the second.
     """
 
     task_type: str
@@ -93,21 +93,21 @@ class Content:
     relation: str | None = None
 
     def mirrored(self) -> Content:
-        """The same content, told from the other end."""
+        """The same content with the kinds in reverse order."""
         relation = RELATIONS[self.relation][1] if self.relation else None
         return replace(self, kinds=self.kinds[::-1], counts=self.counts[::-1], relation=relation)
 
 
 @dataclass(frozen=True)
 class ToyPrompt:
-    """A worded content and its row in T2I-R1's schema."""
+    """A content, and the line of the prompt file that asks for it, in T2I-R1's schema."""
 
     content: Content
-    row: dict[str, Any] = field(hash=False)
+    line: dict[str, Any] = field(hash=False)
 
 
 def shape_mask(shape: str) -> Tensor:
-    """[8, 8] bool, the pixels of a shape: a square, a disc without the corners, or an upward triangle."""
+    """The pixels of a square, a circle or a triangle that points up: [8, 8] bool."""
     centre = torch.arange(SHAPE_SIZE) - (SHAPE_SIZE - 1) / 2
     y, x = torch.meshgrid(centre, centre, indexing="ij")
     if shape == "square":
@@ -118,7 +118,7 @@ def shape_mask(shape: str) -> Tensor:
 
 
 def render(scenes: Sequence[Scene]) -> Tensor:
-    """Pictures of the scenes, [S, 3, 32, 32] float32 in [0, 1]."""
+    """Draw the scenes: [S, 3, 32, 32] float32 in [0, 1]."""
     canvas = torch.tensor(BACKGROUND).view(1, 3, 1, 1).repeat(len(scenes), 1, IMAGE_SIZE, IMAGE_SIZE)
     paint = {c: torch.tensor(rgb).view(3, 1, 1) for c, rgb in COLOURS.items()}
     masks = {s: shape_mask(s) for s in SHAPES}
@@ -131,23 +131,23 @@ def render(scenes: Sequence[Scene]) -> Tensor:
 
 
 def plan_of(scene: Scene) -> str:
-    """The scene in words, objects in their order: `red circle at left . blue square at right .`"""
+    """Describe the scene, its objects in order: `red circle at left . blue square at right .`"""
     return " ".join(f"{thing.colour} {thing.shape} at {POSITIONS[thing.cell]} ." for thing in scene)
 
 
 def plan_cell_entropy(plans: Iterable[str]) -> float:
-    """Entropy, in bits, of the positions that a batch of plans names (0 = always the same cell, 3.17 = uniform).
+    """Entropy, in bits, of the positions in the plans (0 = always the same cell, 3.17 = uniform).
 
-    A policy that falls back on one layout keeps its reward for a while, but loses this.
+    A policy that collapses to one layout keeps its reward for a while, but loses this entropy.
     """
-    parts = (clause.partition(" at ") for plan in plans for clause in plan.split("."))
-    counts = Counter(position for _, _, tail in parts if (position := tail.strip()) in POSITIONS)
+    clauses = (clause.partition(" at ") for plan in plans for clause in plan.split("."))
+    counts = Counter(position for _, _, tail in clauses if (position := tail.strip()) in POSITIONS)
     total = sum(counts.values())
     return -sum(n / total * math.log2(n / total) for n in counts.values()) + 0.0 if total else 0.0
 
 
 def random_scene(content: Content, rng: random.Random) -> Scene:
-    """A scene that shows exactly `content`; colours and cells that it leaves open are drawn uniformly."""
+    """A scene that shows exactly `content`; colours and cells that are open are drawn uniformly."""
     kinds = [kind for kind, count in zip(content.kinds, content.counts, strict=True) for _ in range(count)]
     while True:
         cells = rng.sample(range(len(POSITIONS)), len(kinds))
@@ -158,7 +158,7 @@ def random_scene(content: Content, rng: random.Random) -> Scene:
 
 
 def mistaken(scene: Scene, rng: random.Random) -> Scene:
-    """The scene with one mistake: an object of another colour, shape or place, an object too few or one too many."""
+    """The scene with one mistake: an object has another colour, shape or cell, is missing, or is added."""
     things = list(scene)
     free = [cell for cell in range(len(POSITIONS)) if cell not in {thing.cell for thing in scene}]
     which = rng.randrange(len(things))
@@ -175,7 +175,7 @@ def mistaken(scene: Scene, rng: random.Random) -> Scene:
 
 
 def _stands(relation: str, first: int, second: int) -> bool:
-    """Whether cell `first` stands so from cell `second`; at 45 degrees both relations hold."""
+    """Whether cell `first` is in this relation to cell `second`; at 45 degrees two relations hold."""
     (y1, x1), (y2, x2) = divmod(first, 3), divmod(second, 3)
     (dy, dx), down, right = DIRECTIONS[relation], y1 - y2, x1 - x2
     ahead = down * dy + right * dx
@@ -183,7 +183,7 @@ def _stands(relation: str, first: int, second: int) -> bool:
 
 
 def contents_of(task_type: str, rng: random.Random) -> list[Content]:
-    """The contents of one task type, each once: all of them, or a random sample where there are thousands."""
+    """The contents of one task type, each once: all of them, or a random sample if there are thousands."""
     plain = [Kind(s) for s in SHAPES]
     coloured = [Kind(s, c) for s in SHAPES for c in COLOURS]
     pairs = [*combinations(coloured, 2), *((a, b) for a in coloured for b in plain if a.shape != b.shape)]
@@ -192,7 +192,7 @@ def contents_of(task_type: str, rng: random.Random) -> list[Content]:
         return Content(task_type, tuple(kinds), (1,) * len(kinds), relation)
 
     if task_type == "object":
-        # three shapes make few sets, so here the order of mention counts as content
+        # three shapes make few sets, so here another order of mention is another content
         return [ones(kinds) for n in (1, 2, 3) for kinds in product(plain, repeat=n)]
     if task_type == "color":
         triples = rng.sample(list(combinations(coloured, 3)), 100)
@@ -207,29 +207,29 @@ def contents_of(task_type: str, rng: random.Random) -> list[Content]:
 
 
 def word(content: Content, template: str, rng: random.Random) -> ToyPrompt:
-    """One prompt for `content`; synonyms and (except for object prompts) the order of mention come from `rng`."""
+    """One prompt for `content`; `rng` chooses synonyms and, except for object prompts, the order of mention."""
     if content.task_type != "object" and rng.random() < 0.5:
         content = content.mirrored()
-    row: dict[str, Any] = {"task_type": content.task_type}
+    line: dict[str, Any] = {"task_type": content.task_type}
     kinds = content.kinds
     if content.relation is not None:
         locality = rng.choice(RELATIONS[content.relation][0])
         phrase = f"a {kinds[0].name} {locality} a {kinds[1].name}"
-        row["spatial_info"] = {"obj1": kinds[0].name, "obj2": kinds[1].name, "locality": locality}
+        line["spatial_info"] = {"obj1": kinds[0].name, "obj2": kinds[1].name, "locality": locality}
     elif content.task_type == "numeracy":
         entries = list(zip(content.counts, kinds, strict=True))
         phrase = " and ".join(f"{NUMBERS[n]} {kind.name}{'s' * (n > 1)}" for n, kind in entries)
-        row["numeracy_info"] = [{"num": n, "obj_name": kind.name} for n, kind in entries]
+        line["numeracy_info"] = [{"num": n, "obj_name": kind.name} for n, kind in entries]
     else:
         articles = ["another" if kind in kinds[:i] else "a" for i, kind in enumerate(kinds)]
         phrase = " and ".join(f"{article} {kind.name}" for article, kind in zip(articles, kinds, strict=True))
-    row["nouns"] = [kind.shape for kind in kinds]
-    row["attr_nouns"] = [kind.name for kind in kinds if kind.colour]
-    return ToyPrompt(content, {"prompt": template.format(phrase), **row})
+    line["nouns"] = [kind.shape for kind in kinds]
+    line["attr_nouns"] = [kind.name for kind in kinds if kind.colour]
+    return ToyPrompt(content, {"prompt": template.format(phrase), **line})
 
 
 def make_prompts(seed: int, heldout_share: float = 0.15) -> tuple[list[ToyPrompt], list[ToyPrompt]]:
-    """(training prompts, held-out prompts), split by content: no wording of a held-out content is in the first."""
+    """Training prompts and held-out prompts, split by content: no training prompt words a held-out content."""
     rng = random.Random(seed)
     train: list[ToyPrompt] = []
     heldout: list[ToyPrompt] = []
