@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,11 +20,11 @@ import pytest
 import test_trainer
 import torch
 from huggingface_hub import ModelCard, constants
-from test_trainer import SMALL, run, words
 from test_trainer import job as job  # a fixture
+from test_trainer import run, words
 
 from bicot.grpo.cli import parse_config
-from bicot.grpo.hub import write_card
+from bicot.grpo.hub import push, write_card
 from bicot.model.adapters import add_lora
 from bicot.model.chunk import RolloutChunk
 from bicot.model.engine import RolloutEngine
@@ -29,7 +33,7 @@ from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
 
 reward_module = test_trainer.reward_module  # a fixture
-ONE_STEP = (*SMALL, "--max_steps", "1", "--gradient_accumulation_steps", "1", "--push_to_hub", "true")
+ONE_STEP = ("--sample_steps", "0", "--max_steps", "1", "--gradient_accumulation_steps", "1", "--push_to_hub", "true")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -84,17 +88,30 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server.server_close()
 
 
-def test_the_checkpoint_is_pushed_with_its_card(
-    hub: type[Hub], job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_is_pushed_with_its_card_or_later(
+    hub: type[Hub], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The first upload fails, the printed command succeeds."""
     output = tmp_path / "painter"
-    run(job, output, *ONE_STEP, "--hub_private_repo", "true")
+    monkeypatch.setattr(hub, "refuses", "commit")
+    assert run(job, output, *ONE_STEP, "--hub_private_repo", "true")["steps"] == 1
     assert hub.created["name"] == "painter" and "private" in json.dumps(hub.created)
     checkpoint = output / "checkpoint-000001"
+    *_, why, command = capsys.readouterr().out.splitlines()
+    assert why.startswith("push_to_hub failed: ") and why.endswith(f"; push {checkpoint} later with:")
+    monkeypatch.setattr(hub, "refuses", "none")
+    program, *given = shlex.split(command)
+    assert program == "hf"
+    hub.files = {}
+    environment = os.environ | {"HF_ENDPOINT": constants.ENDPOINT}
+    subprocess.run([sys.executable, "-m", "huggingface_hub.cli.hf", *given], check=True, env=environment, timeout=120)
+    by_hand, hub.files = hub.files, {}
+    push(checkpoint, "me/painter", 1)
     assert f"pushed {checkpoint} to {constants.ENDPOINT}/me/painter" in capsys.readouterr().out
     left = {path.name for path in checkpoint.iterdir()}
-    assert hub.files.keys() == left - {"trainer_state.pt", "manifest.json"}
+    assert hub.files.keys() == left - {"trainer_state.pt", "manifest.json"} and "before_after.png" in left
     assert all(content == (checkpoint / name).read_bytes() for name, content in hub.files.items())
+    assert by_hand == hub.files
     card = ModelCard.load(checkpoint / "README.md")
     assert card.data.tags == ["bicot", "grpo", "t2i-r1", "janus"] and card.data.pipeline_tag == "text-to-image"
     assert card.data.library_name == "transformers" and card.data.base_model is None, "it is no model of the hub"
@@ -185,15 +202,3 @@ def test_a_hub_that_does_not_let_one_write_is_found_at_the_start(
         run(job, tmp_path / "out", *ONE_STEP, "--hub_model_id", "me/it")
     assert "\n" not in str(error.value) and "hf auth login" in str(error.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_push_that_fails_loses_nothing(
-    hub: type[Hub], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(hub, "refuses", "commit")
-    assert run(job, tmp_path / "painter", *ONE_STEP)["steps"] == 1
-    folder = tmp_path / "painter" / "checkpoint-000001"
-    *_, why, command = capsys.readouterr().out.splitlines()
-    assert why.startswith("push_to_hub failed: ") and why.endswith(f"; push {folder} later with:")
-    assert command.startswith(f"hf upload me/painter {folder} --exclude trainer_state.pt --exclude ")
-    assert load_policy(folder).num_image_tokens == 16
