@@ -112,7 +112,7 @@ def original_tokenizer(path: str | Path) -> Any:
     """
     vocab = Tokenizer.from_file(str(cached_file(path, "tokenizer.json"))).get_vocab()
     if lacking := [token for token in IMAGE_TOKENS.values() if token not in vocab]:
-        raise ValueError(f"{path}: the tokenizer has no {', '.join(lacking)}; Janus's own has")
+        raise ValueError(f"{path}: the tokenizer has no {', '.join(lacking)}; use Janus's own tokenizer.json")
     # not AutoTokenizer, whose class would split words differently from tokenizer.json
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, extra_special_tokens=IMAGE_TOKENS)
     if tokenizer.pad_token is None and PAD in vocab:
@@ -128,7 +128,7 @@ def original_config(path: str | Path, raw: dict[str, Any], tokenizer: Any) -> Ja
     """
     parts = ("language", "vision", "aligner", "gen_vision", "gen_aligner", "gen_head")
     if lacking := [f"{part}_config" for part in parts if f"{part}_config" not in raw]:
-        raise ValueError(f"{path}: config.json lacks {', '.join(lacking)}, so it is no Janus, nor Janus-Pro")
+        raise ValueError(f"{path}: config.json lacks {', '.join(lacking)}, so it is no Janus or Janus-Pro checkpoint")
     try:
         language, *others = (raw[f"{part}_config"] for part in parts)
         vision, aligner, gen_vision, gen_aligner, gen_head = (part["params"] for part in others)
@@ -141,7 +141,7 @@ def original_config(path: str | Path, raw: dict[str, Any], tokenizer: Any) -> Ja
         }
         for what, (value, known) in found.items():
             if value not in known:
-                raise ValueError(f"{path}: {what} of config.json is {value!r}, known is {', '.join(known)}")
+                raise ValueError(f"{path}: {what} of config.json is {value!r}; supported: {', '.join(known)}")
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         text = LlamaConfig.from_dict({**language, **ids})
         tower, image_size = dict(TOWERS[vision["model_name"]]), vision["image_size"]
@@ -211,13 +211,13 @@ def _check_weights(path: str | Path, files: Sequence[str], shapes: dict[str, lis
                 first, *others = shapes[names[0]]
                 shape = [1] * key.endswith("pos_embed") + [len(names) * first, *others]
                 if list(tensor.shape) != shape:
-                    raise ValueError(f"{path}: {key} is {list(tensor.shape)}, but config.json makes it {shape}")
+                    raise ValueError(f"{path}: {key} is {list(tensor.shape)}, but config.json implies {shape}")
                 lacking -= set(names)
     if unknown:
-        raise ValueError(f"{path} has unknown {len(unknown)} weights, such as {', '.join(sorted(unknown)[:3])}")
+        raise ValueError(f"{path} has {len(unknown)} unknown weights, such as {', '.join(sorted(unknown)[:3])}")
     if lacking:
         some = ", ".join(sorted(lacking)[:3])
-        raise ValueError(f"{path} lacks {len(lacking)} weights, such as, by their names in transformers, {some}")
+        raise ValueError(f"{path} lacks {len(lacking)} weights, in transformers' names such as {some}")
 
 
 def _files(path: str | Path) -> list[str]:
@@ -228,7 +228,9 @@ def _files(path: str | Path) -> list[str]:
             return [str(cached_file(path, file)) for file in sorted(names)]
         if file := cached_file(path, name, _raise_exceptions_for_missing_entries=False):
             return [file]
-    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin, whole or in parts")
+    raise FileNotFoundError(
+        f"{path} has neither model.safetensors nor pytorch_model.bin, nor an index of either"
+    )
 
 
 def _read(file: str, device: str) -> dict[str, Tensor]:

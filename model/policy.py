@@ -336,7 +336,7 @@ def load_policy(
 def _tokenizer(path: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of several kinds, by what is wrong with the files
+    except Exception as error:  # its class depends on what is wrong with the files
         raise ValueError(
             f"{path}: the tokenizer cannot be read, copy tokenizer.json and tokenizer_config.json again: {error}"
         ) from error
@@ -353,10 +353,14 @@ def _load(path: str | Path, dtype: torch.dtype) -> Any:
         raise OSError(f"{path}: {what} cannot be read, download it again: {error}") from error
     model, report = loaded
     shapes = [name for name, *_ in report["mismatched_keys"]]
-    wrong = {"lacks": report["missing_keys"], "has unknown": report["unexpected_keys"], "has misshapen": shapes}
+    wrong = {
+        "lacks {} weights": report["missing_keys"],
+        "has {} unknown weights": report["unexpected_keys"],
+        "has {} weights of another shape": shapes,
+    }
     for what, found in wrong.items():
         if found:  # transformers would only warn, and fill in random values
-            raise ValueError(f"{path} {what} {len(found)} weights, such as {', '.join(sorted(found)[:3])}")
+            raise ValueError(f"{path} {what.format(len(found))}, such as {', '.join(sorted(found)[:3])}")
     return model
 
 

@@ -88,7 +88,7 @@ class GitReward:
             tokenizer = AutoTokenizer.from_pretrained(path)
             # without the files, transformers makes a tokenizer of special tokens alone
             if len(tokenizer) <= len(tokenizer.all_special_ids):
-                raise FileNotFoundError("it has no tokenizer.json, nor vocab.txt")
+                raise FileNotFoundError("it has neither tokenizer.json nor vocab.txt")
         return cls(model, tokenizer, clip_preprocess(settings), t2i_r1_compat=t2i_r1_compat)
 
     def applies(self, example: Example) -> bool:
@@ -101,7 +101,7 @@ class GitReward:
         for phrase in phrases(example):
             alone, asked = self.tokenizer([phrase, f"{phrase}?"], add_special_tokens=False).input_ids
             if not alone:
-                raise ValueError(f"the tokenizer leaves nothing of the noun {phrase!r}")
+                raise ValueError(f"the tokenizer has no token for the noun {phrase!r}")
             if len(asked) >= most:  # one position is CLS
                 raise ValueError(f"{phrase[:80]!r} makes {len(asked)} tokens, the model reads {most - 1}")
 

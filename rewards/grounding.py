@@ -95,7 +95,9 @@ class GroundingReward:
             cached_file(path, "tokenizer.json")  # without the file AutoTokenizer invents a vocabulary
             tokenizer = AutoTokenizer.from_pretrained(path)
             if tokenizer.convert_tokens_to_ids(list(DELIMITERS)) != list(DELIMITERS.values()):
-                raise ValueError(f"{str(path)!r} has no vocabulary of an uncased BERT: {DELIMITERS} are not in it")
+                raise ValueError(
+                    f"{str(path)!r} does not have the vocabulary of an uncased BERT: {DELIMITERS}"
+                )
             model = load_complete(GroundingDinoForObjectDetection, path, dtype=torch.float32)
             preprocess = _preprocess(path)
         return cls(model, tokenizer, preprocess, dtype=dtype, threshold=threshold, t2i_r1_compat=t2i_r1_compat)
@@ -178,7 +180,7 @@ class GroundingReward:
                 end = begin + len(word)
                 tokens = [t for t, (left, right) in enumerate(offsets) if left < end and right > begin]
                 if not tokens:
-                    raise ValueError(f"the tokenizer leaves nothing of the noun {name!r} in {text!r}")
+                    raise ValueError(f"the tokenizer has no token for the noun {name!r} in {text!r}")
                 for t in tokens:
                     weight[t] = 1 / len(tokens)
                 begin = end + len(" . ")

@@ -76,8 +76,8 @@ class HPSReward:
         words, self.context = config.text_config.vocab_size, config.text_config.max_position_embeddings
         if tokenizer.eos_token_id != words - 1:
             raise ValueError(
-                f"reward 'hps': this is no tokenizer for the model, which has {words} words, the last for the end of a "
-                f"text; the tokenizer has that at {tokenizer.eos_token_id}"
+                f"reward 'hps': the tokenizer does not fit the model, whose last of {words} tokens ends a text; "
+                f"the tokenizer's end of text is {tokenizer.eos_token_id}"
             )
         self.preprocess = Preprocess(config.vision_config.image_size, CLIP_MEAN, CLIP_STD, clip=False)
         self._known: dict[str, Tensor] = {}  # text features of the last call: the next one has mostly the same prompts
@@ -176,7 +176,7 @@ def _config(weights: Mapping[str, Tensor]) -> CLIPConfig:
         blocks = f"{prefix}transformer.resblocks."
         inner, width = weights[f"{blocks}0.mlp.c_fc.weight"].shape
         if width % head:
-            raise ValueError(f"these are not the weights of an open_clip ViT-H-14: {width} is not heads of {head}")
+            raise ValueError(f"these are not the weights of an open_clip ViT-H-14: {width} is no multiple of {head}")
         return dict(
             hidden_size=width,
             intermediate_size=inner,
@@ -202,7 +202,7 @@ def _load_published(path: str | Path, dtype: torch.dtype) -> CLIPModel:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{file!r} is no file of torch weights, or not all of it: {error}") from error
+        raise ValueError(f"{file!r} is not a complete file of torch weights: {error}") from error
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(weights, dict):
         raise ValueError(f"{file!r} has no 'state_dict'")

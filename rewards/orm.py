@@ -208,4 +208,4 @@ def tensor_shapes(folder: Path) -> dict[str, torch.Size]:
                 for file in sorted(files)
                 for key, tensor in load_state_dict(folder / file, map_location="meta").items()
             }
-    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, whole or in parts")
+    raise FileNotFoundError(f"{folder} has neither model.safetensors nor pytorch_model.bin, nor an index of either")

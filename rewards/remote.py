@@ -141,7 +141,7 @@ def _scores(body: bytes, count: int, url: str) -> list[float]:
     try:
         answer = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{url} answers no JSON: {body[:80]!r}") from error
+        raise ValueError(f"{url} does not answer with JSON: {body[:80]!r}") from error
     scores = answer.get("scores") if isinstance(answer, dict) else None
     if not isinstance(scores, list):
         raise ValueError(f'{url} must answer {{"scores": [...]}}, not {body[:80]!r}')

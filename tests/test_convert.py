@@ -295,18 +295,18 @@ def half_of(model: Any) -> dict[str, Tensor]:
     [
         ("gen_embed.weight", None, "lacks 1 weights, .* model.generation_embeddings.weight"),
         ("vision_model.vision_tower.blocks.1.attn.qkv.bias", None, "lacks 3 weights, .* model.vision_model.encoder"),
-        ("gen_vision_model.quantize.other", torch.ones(1), "unknown 1 .* gen_vision_model.quantize.other"),
+        ("gen_vision_model.quantize.other", torch.ones(1), "1 unknown .* gen_vision_model.quantize.other"),
         (
             "language_model.model.layers.9.mlp.up_proj.weight",
             torch.ones(1),
-            "unknown 1 .*language_model.model.layers.9",
+            "1 unknown .*language_model.model.layers.9",
         ),
-        ("lm_head.weight", torch.ones(1), "unknown 1 weights, such as lm_head.weight"),
-        ("aligner.layers.1.weight", torch.ones(1), "unknown 1 weights, such as aligner.layers.1.weight"),
-        ("gen_embed.weight", torch.ones(37, 9), r"gen_embed.weight is \[37, 9\], but config.json makes it \[37, 8\]"),
+        ("lm_head.weight", torch.ones(1), "1 unknown weights, such as lm_head.weight"),
+        ("aligner.layers.1.weight", torch.ones(1), "1 unknown weights, such as aligner.layers.1.weight"),
+        ("gen_embed.weight", torch.ones(37, 9), r"gen_embed.weight is \[37, 9\], but config.json implies \[37, 8\]"),
         ("vision_model.vision_tower.blocks.0.attn.qkv.weight", torch.ones(16, 16), r"\[16, 16\], .* \[48, 16\]"),
         ("vision_model.vision_tower.pos_embed", torch.ones(1, 25, 16), r"\[1, 25, 16\], .* \[1, 16, 16\]"),
-        ("language_model.lm_head.weight", torch.tensor(1.0), r"is \[\], but config.json makes it \[61, 32\]"),
+        ("language_model.lm_head.weight", torch.tensor(1.0), r"is \[\], but config.json implies \[61, 32\]"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(
@@ -355,9 +355,9 @@ def test_files_that_cannot_be_read_are_named(
     ("change", "message"),
     [
         ({"gen_head_config": None}, "config.json lacks gen_head_config, so it is no Janus"),  # DeepSeek-VL, JanusFlow
-        ({"gen_vision_config": {"cls": "VQ-8", "params": {}}}, "gen_vision_config.cls .* is 'VQ-8', known is VQ-16"),
-        ({"vision_config": {"params": {"model_name": "sam"}}}, "model_name .* is 'sam', known is siglip_large"),
-        ({"aligner_config": {"params": {"projector_type": "linear"}}}, "is 'linear', known is mlp_gelu"),
+        ({"gen_vision_config": {"cls": "VQ-8", "params": {}}}, "gen_vision_config.cls .* is 'VQ-8'; supported: VQ-16"),
+        ({"vision_config": {"params": {"model_name": "sam"}}}, "model_name .* is 'sam'; supported: siglip_large"),
+        ({"aligner_config": {"params": {"projector_type": "linear"}}}, "is 'linear'; supported: mlp_gelu"),
         ({"gen_aligner_config": {"params": {}}}, "config.json lacks 'projector_type'"),
     ],
 )

@@ -124,7 +124,7 @@ def test_rows_that_cannot_be_asked_about(reward: GitReward) -> None:
     for example in (*EXAMPLES, SPATIAL, BARE):
         reward.check(example)
     reward.check(Example("p", "object", ("a" * 62,)))
-    for noun, words in (("\u200b", "leaves nothing of the noun '.u200b'"), ("a" * 63, "64 tokens, the model reads 63")):
+    for noun, words in (("\u200b", "no token for the noun '.u200b'"), ("a" * 63, "64 tokens, the model reads 63")):
         with pytest.raises(ValueError, match=words):
             reward.check(Example("p", "object", ("cat", noun)))
 
@@ -173,7 +173,7 @@ def test_files_that_are_missing_or_of_something_else(folder: Path, tmp_path: Pat
             GitReward.from_pretrained(path)
     make_git(tmp_path)
     tokenizer = (tmp_path / "tokenizer.json").rename(tmp_path / "moved.json")
-    with pytest.raises(MissingCheckpoint, match="it has no tokenizer.json, nor vocab.txt\n.*\n.*hf download"):
+    with pytest.raises(MissingCheckpoint, match="it has neither tokenizer.json nor vocab.txt\n.*\n.*hf download"):
         GitReward.from_pretrained(tmp_path)
     tokenizer.rename(tmp_path / "tokenizer.json")
     weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)

@@ -226,7 +226,7 @@ def test_marks_do_not_cut_a_noun(reward: GroundingReward, images: Tensor, noun: 
     assert torch.equal(reward.score(images, [example] * len(images)), reward.score(images, [plain] * len(images)))
     counted, same = counting((1, noun), (2, "dog")), counting((1, words), (2, "dog"))
     assert torch.equal(reward.score(images[:4], [counted] * 4), reward.score(images[:4], [same] * 4))
-    with pytest.raises(ValueError, match="nothing of the noun '. .'"):
+    with pytest.raises(ValueError, match="no token for the noun '. .'"):
         reward.check(Example("p", "object", (noun, ". ?")))
 
 
@@ -262,12 +262,12 @@ def test_bad_rows_have_clear_errors(folder: Path, reward: GroundingReward, image
     with pytest.raises(ValueError, match=f"make .* tokens, the model reads {MAX_TOKENS}: 'thing0 . thing1"):
         reward.score(images[:2], [EXAMPLES[0], long])
     empty = Example("p", "object", ("cat", "\u200b"))
-    with pytest.raises(ValueError, match="nothing of the noun"):
+    with pytest.raises(ValueError, match="no token for the noun"):
         reward.score(images[:1], [empty])
     for example, words in (
         (behind, "unknown locality 'behind'"),
         (long, "the model reads"),
-        (empty, "nothing of the noun"),
+        (empty, "no token for the noun"),
     ):
         with pytest.raises(ValueError, match=words):
             reward.check(example)
@@ -343,7 +343,7 @@ def test_wrong_checkpoints(folder: Path, tmp_path: Path) -> None:
         GroundingReward.from_pretrained(tmp_path / "bert")
     other = without("preprocessor_config.json", "tokenizer.json")
     BertTokenizer().save_pretrained(other)
-    with pytest.raises(ValueError, match="no vocabulary of an uncased BERT"):
+    with pytest.raises(ValueError, match="not have the vocabulary of an uncased BERT"):
         GroundingReward.from_pretrained(other)
     other = without("config.json")
     config = json.loads((folder / "config.json").read_text())

@@ -293,7 +293,7 @@ def changed(**weights: Tensor | None) -> dict[str, Tensor]:
         ({"model": {}}, "has no 'state_dict'"),
         ([1], "has no 'state_dict'"),
         ({"state_dict": {}}, "an open_clip ViT-H-14: there is no 'token_embedding.weight'"),
-        ({"state_dict": open_clip_weights(vision=192)}, "an open_clip ViT-H-14: 192 is not heads of 80"),
+        ({"state_dict": open_clip_weights(vision=192)}, "an open_clip ViT-H-14: 192 is no multiple of 80"),
         ({"state_dict": changed(visual__proj=torch.zeros(160, 8))}, r"differ in \['visual_projection.weight'\]"),
         ({"state_dict": changed(ln_final__bias=None)}, r"differ in \['text_model.final_layer_norm.bias'\]"),
         ({"state_dict": changed(score_predictor=torch.zeros(2))}, r"differ in \['score_predictor'\]"),
@@ -308,7 +308,7 @@ def test_files_of_something_else(tmp_path: Path, content: Any, message: str) -> 
 def test_files_that_are_broken(file: Path, tmp_path: Path) -> None:
     for content in (b"version https://git-lfs.github.com/spec/v1\n", b"", file.read_bytes()[:1000]):
         (tmp_path / FILE).write_bytes(content)
-        with pytest.raises(ValueError, match="is no file of torch weights, or not all of it"):
+        with pytest.raises(ValueError, match="is not a complete file of torch weights"):
             HPSReward.from_pretrained(tmp_path)
 
 
@@ -333,7 +333,7 @@ def test_other_arguments_that_are_wrong(file: Path, tmp_path: Path) -> None:
     type(tokenizer)(
         vocab={w: i for w, i in words.items() if i < 500} | {"<|startoftext|>": 500, "<|endoftext|>": 501}
     ).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="this is no tokenizer for the model, which has 522 words, .* has that at 501"):
+    with pytest.raises(ValueError, match="the tokenizer does not fit the model, whose last of 522 tokens .* is 501"):
         HPSReward.from_pretrained(file, tokenizer=tmp_path)
     for dtype in ("float31", "int8", torch.int64):
         with pytest.raises(ValueError, match="reward 'hps' cannot compute in"):

@@ -85,8 +85,8 @@ def test_weights_that_are_missing_or_unknown_are_named(tmp_path: Path) -> None:
     for weights, message in (
         ({k: v for k, v in whole.items() if k != "lm_head.weight"}, "lacks 1 weights, such as lm_head.weight"),
         ({k: v for k, v in whole.items() if k != norm}, f"lacks 1 weights, such as {norm}"),
-        (whole | {"model.extra.weight": torch.ones(2)}, "has unknown 1 weights, such as model.extra.weight"),
-        (whole | {norm: torch.ones(2)}, f"has misshapen 1 weights, such as {norm}"),
+        (whole | {"model.extra.weight": torch.ones(2)}, "has 1 unknown weights, such as model.extra.weight"),
+        (whole | {norm: torch.ones(2)}, f"has 1 weights of another shape, such as {norm}"),
     ):
         save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(ValueError, match=message):

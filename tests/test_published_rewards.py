@@ -135,7 +135,7 @@ def test_of_the_published_prompts_the_spoiled_ones_are_left_out(
         (
             "7224: reward 'grounding': 'p': unknown locality 'in front of'",
             "7225: reward 'grounding': the nouns make",
-            "7226: reward 'git': the tokenizer leaves nothing of the noun",
+            "7226: reward 'git': the tokenizer has no token for the noun",
         ),
         strict=True,
     ):

@@ -195,9 +195,9 @@ def test_a_slow_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (404, "nothing\n\nhere " * 99, "answers 404 Not Found: nothing here nothing .{170,180}$"),
         (302, "", "answers 302 Found, a redirect to http://elsewhere.invalid/$"),
         (307, "", "answers 307 Temporary Redirect, a redirect to http://elsewhere.invalid/$"),
-        (200, "", "answers no JSON: b''"),
-        (200, "<html>", "answers no JSON: b'<html>'"),
-        (200, "[" * 100_000, "answers no JSON: b'\\[\\["),
+        (200, "", "does not answer with JSON: b''"),
+        (200, "<html>", "does not answer with JSON: b'<html>'"),
+        (200, "[" * 100_000, "does not answer with JSON: b'\\[\\["),
         (200, "[1, 2, 3]", r'must answer {"scores": \[...\]}, not .*1, 2, 3'),
         (200, '{"score": [1, 2, 3]}', r'must answer {"scores": \[...\]}'),
         (200, '{"scores": 3}', r'must answer {"scores": \[...\]}'),
@@ -232,7 +232,7 @@ def test_a_server_of_another_kind_is_found_before_a_run(monkeypatch: pytest.Monk
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        with pytest.raises(ValueError, match="reward 'judge': http://127.* answers no JSON: b'welcome'"):
+        with pytest.raises(ValueError, match="reward 'judge': http://127.* does not answer with JSON: b'welcome'"):
             config(f"http://127.0.0.1:{server.server_port}").build()
         server.shutdown()
 
