@@ -6,6 +6,7 @@ Those that go on are what they would have been anyway: every way is judged on th
 
 import argparse
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,14 @@ def measure(policy: Policy, seed: int, greedy: list[Tensor], most: int | None = 
     return best | {fill: some.amax(1).mean().item() for fill, some in zip(FILLS, kept, strict=True)}
 
 
-def section(result: dict[str, Any]) -> str:
-    """Of RESULTS.md."""
-    lines = [f"## Best of N\n\nMean best score of the toy's held-out prompts, three seeds, by `{result['command']}`.\n"]
-    names = result["scores"]
-    lines += [f"| way | decode steps, % | {' | '.join(names)} |", "|" + " --- |" * (2 + len(names))]
-    for way, cost in [*((f"best of {n}", 100 * n // N) for n in NUMBERS), *FILLS.items()]:
-        means = [f"{sum(run[way] for run in runs) / len(runs):.4f}" for runs in result["scores"].values()]
-        lines.append(f"| {way} | {cost} | {' | '.join(means)} |")
-    return "\n".join([*lines, ""])
+def table(scores: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Checkpoint -> what `measure` found, seed by seed; a row for each way, with its mean."""
+    costs = {**{f"best of {n}": 100 * n // N for n in NUMBERS}, **FILLS}
+    rows = [
+        [way, str(cost), *(f"{sum(run[way] for run in runs) / len(runs):.4f}" for runs in scores.values())]
+        for way, cost in costs.items()
+    ]
+    return {"header": ["way", "decode steps, %", *scores], "rows": rows, "notes": []}
 
 
 if __name__ == "__main__":
@@ -75,5 +75,6 @@ if __name__ == "__main__":
     for path in args.checkpoints:
         greedy = fill_greedily(policy := Policy.from_pretrained(path, device="cpu"))
         scores[path] = [measure(policy, seed, greedy) for seed in SEEDS]
-    command = f"python -m bicot.bench.best_of {' '.join(scores)}"
-    finish({"bench": "best_of", **hardware(), "command": command, "scores": scores}, args.output)
+    said = {"title": "Best of N", "about": f"Mean best score of the toy's held-out prompts, {len(SEEDS)} seeds."}
+    said["command"] = f"python -m bicot.bench.best_of {' '.join(scores)}"
+    finish({"bench": "tables", **said, **hardware(), "tables": [table(scores)]}, args.output)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .harness import label
+from .report import label
 
 WORSE = 1.1  # times the old share of the baseline's time
 BASELINES = ("eager", "baseline")

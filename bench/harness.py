@@ -42,6 +42,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..grpo.files import whole
 from ..kernels.dispatch import Impl
+from .report import PARTS, dumps, label
 
 ROOT = Path(__file__).resolve().parent.parent
 Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
@@ -109,11 +110,6 @@ class Case:
         tolerance = TOLERANCE[self.dtype] if self.tolerance is None else self.tolerance
         assert error <= tolerance, f"error {error:.2g} beyond {tolerance}"
         return error
-
-
-def label(labels: Mapping[str, Any]) -> str:
-    """A case in a few words: numbers with their names, words without."""
-    return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in labels.items())
 
 
 def short(dtype: torch.dtype) -> str:
@@ -335,17 +331,6 @@ def _output(*command: str) -> str:
         return "unknown"
 
 
-def dumps(result: Mapping[str, Any]) -> str:
-    """JSON with an item of each list on a line of its own."""
-    lines = []
-    for key, value in result.items():
-        text = json.dumps(value)
-        if isinstance(value, list) and value:
-            text = "[\n  {}\n ]".format(",\n  ".join(map(json.dumps, value)))
-        lines.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
 def save(result: Mapping[str, Any], output: Path | None) -> None:
     if output:
         with whole(output) as part:
@@ -354,8 +339,6 @@ def save(result: Mapping[str, Any], output: Path | None) -> None:
 
 def finish(result: Mapping[str, Any], output: Path | None) -> int:
     """Print the result's section, and as the last line its JSON, which is also saved -> the exit status."""
-    from .report import PARTS  # it needs some of what is here
-
     save(result, output)
     print(f"\n{PARTS[result['bench']](result)}\n{json.dumps(result)}")
     return 1 if result.get("failed") else 0

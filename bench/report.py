@@ -8,7 +8,6 @@ RESULTS is another folder, or the archive of a walk of gpu.sh, whose results the
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from textwrap import fill
 from typing import Any
 
 from ..grpo.files import whole
-from .harness import dumps, label
 
 UNITS = {"gbps": "GB/s", "tflops": "TFLOP/s"}
 HERE = Path(__file__).resolve().parent
@@ -28,6 +26,22 @@ NO_FLOOR = {
 }
 
 Result = Mapping[str, Any]
+
+
+def label(labels: Mapping[str, Any]) -> str:
+    """A case in a few words: numbers with their names, words without."""
+    return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in labels.items())
+
+
+def dumps(result: Mapping[str, Any]) -> str:
+    """JSON with an item of each list on a line of its own."""
+    lines = []
+    for key, value in result.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  {}\n ]".format(",\n  ".join(map(json.dumps, value)))
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -87,64 +101,13 @@ def without(result: Result) -> list[str]:
 
 
 def tables(result: Result) -> str:
-    """Tables that no bench makes anew; where one names a command, it was taken by hand with parts of it."""
+    """Tables as they are; where one names a command, it was taken by hand with parts of it."""
     measured = f"Ceilings: {', '.join(ceilings(result))}." if "ceilings" in result else ""
     parts = [head(result, result["title"], measured)]
     for each in result["tables"]:
         title = f"{each['title']}, `{each['command']}`:\n\n" if "title" in each else ""
         parts.append(f"{title}{table(each['header'], each['rows'])}\n\n{bullets(each['notes'])}")
     return "\n".join(parts)
-
-
-def toy_seeds(result: Result) -> str:
-    def change(run: Result, of: Callable[[Result], float], digits: int = 2) -> str:
-        return f"{of(run['before']):.{digits}f} → {of(run['after']):.{digits}f}"
-
-    tasks = list(result["runs"][0]["before"]["reward_by_task"])
-    rows = []
-    for run in result["runs"]:
-        cells = [str(run["seed"]), f"{run['heldout_reward_before']:.3f} → {run['heldout_reward_after']:.3f}"]
-        cells += [change(run, lambda x, task=task: x["reward_by_task"][task]) for task in tasks]  # type: ignore[misc]
-        cells += [change(run, lambda x, key=key: x[key]) for key in ("relation", "plan_cell_entropy_bits")]  # type: ignore[misc]
-        rows.append([*cells, str(run["steps"]), f"{run['seconds']:.0f}", f"{run['images_per_second']:.1f}"])
-    header = ["seed", "held-out reward", *tasks, "relation holds", "plan places, bits", "steps", "seconds", "images/s"]
-    options = " ".join(["", "--", *result["options"]]) if result["options"] else ""
-    command = f"python -m bicot.bench.toy_seeds --output bench/results/toy_seeds.json{options}"
-    about = f"Mean reward of {result['runs'][0]['before']['samples']} samples of held-out prompts, before → after "
-    about += "training; seconds are those of the training steps."
-    named = {**result, "command": command, "about": about}
-    return f"{head(named, 'The default run, three seeds')}\n{table(header, rows)}\n"
-
-
-def distributed(result: Result) -> str:
-    rows, rates = [], {row["mode"]: row["tokens_per_s"] for row in result["rows"]}
-    for row in result["rows"]:
-        name, base = row["mode"], row["baseline"]
-        cells = [""] * 4
-        if name != base:
-            end = f"step {row['same_steps'] + 1} ({row['first_tipped']} of {row['samples']} samples)"
-            gaps = [
-                ", ".join(f"{row[key][curve][0]:.0e}".replace("0e+00", "0") for curve in ("loss", "kl") if row[key])
-                for key in ("gaps_of_10", "gaps_while_same")
-            ]
-            largest, mean = row["gaps"]["reward"]
-            cells = [end if row["first_tipped"] else "none", *gaps, f"{mean:.3f}, {largest:.3f}"]
-        ratio = "" if name == base else f" ({rates[name] / rates[base]:.2f}×)"
-        memory = [" and ".join(f"{mib:.0f}" for mib in row[key]) for key in ("held_mib", "rss_mib")]
-        rows.append([name, " → ".join(f"{x:.3f}" for x in row["heldout"]), *cells, f"{rates[name]}{ratio}", *memory])
-    header = ["run", "held-out reward", "first draw that differs", "loss, kl apart in 10 steps", "until then"]
-    header += ["reward apart in the whole run: mean, largest", "tokens/s (of one rank's)"]
-    header += ["MiB held by a rank", "peak RSS, MiB"]
-    said = [f"{row['mode']}: FAILED: {fault}" for row in result["rows"] for fault in row["faults"]]
-    said += [f"{entry['mode']}: not run: {entry['reason']}" for entry in result["skipped"]]
-    more = (
-        '"Held" are the tensors of weights, reference and optimizer, and DeepSpeed\'s buffers. Bounds: while draws are '
-    )
-    more += (
-        "the same, equal rewards, and loss and kl within 0.0001; in the whole run, rewards at most 0.03 apart in the "
-    )
-    more += "mean, and a held-out reward that rises by 0.1."
-    return f"{head(result, more=more)}\n{table(header, rows)}\n\n{bullets(said)}"
 
 
 def achieved(row: Result) -> str:
@@ -310,9 +273,6 @@ KERNELS = ["rollout", "rewards", "decode_attention", "rms_norm", "silu_mul", "ro
 KERNELS += ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
 # The sections of RESULTS.md, in their order, by the name of the bench.
 PARTS: dict[str, Callable[[Result], str]] = {
-    "toy_seeds": toy_seeds,
-    "best_of": lambda result: importlib.import_module(".best_of", __package__).section(result),
-    "distributed": distributed,
     "tables": tables,
     "step": step,
     "step_profile": step_profile,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from bicot.bench.harness import Case, Outputs, Unavailable, label
-from bicot.bench.report import KERNELS
+from bicot.bench.harness import Case, Outputs, Unavailable
+from bicot.bench.report import KERNELS, label
 
 CASES = [
     (bench, case)

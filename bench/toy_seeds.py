@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..grpo.samples import Sample, load_samples, mean_by_task
 from ..toy.world import plan_cell_entropy
@@ -23,15 +22,22 @@ from .harness import finish, hardware
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def describe(samples: Sequence[Sample]) -> dict[str, Any]:
+def means(samples: Sequence[Sample]) -> dict[str, float | None]:
     """Mean reward by task type, share of spatial prompts whose relation holds, entropy of the places in the plans."""
-    relation = [held for s in samples if not math.isnan(held := s.scores["scene_relation"])]
-    return {
-        "reward_by_task": mean_by_task(samples),
-        "relation": sum(relation) / len(relation),
-        "plan_cell_entropy_bits": plan_cell_entropy(s.plan for s in samples),
-        "samples": len(samples),
-    }
+    held = [score for s in samples if not math.isnan(score := s.scores["scene_relation"])]
+    places = plan_cell_entropy(s.plan for s in samples)
+    return {**mean_by_task(samples), "relation holds": sum(held) / len(held), "plan places, bits": places}
+
+
+def row(output: Path, seed: int) -> dict[str, str]:
+    """Of the table: what the run of this seed left in `output`."""
+    summary = json.loads((output / "summary.json").read_text())
+    before, after = (means(load_samples(output / "samples" / f"heldout-{tag}")) for tag in ("before", "after"))
+    total = [summary[f"heldout_reward_{tag}"] for tag in ("before", "after")]
+    cells = {"seed": str(seed), "held-out reward": f"{total[0]:.3f} → {total[1]:.3f}"}
+    cells |= {name: f"{before[name]:.2f} → {after[name]:.2f}" for name in before}
+    cells |= {"steps": str(summary["steps"]), "seconds": f"{summary['seconds']:.0f}"}
+    return cells | {"images/s": f"{summary['images_per_second']:.1f}"}
 
 
 def main() -> None:
@@ -43,21 +49,24 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="keep the runs here, each in the folder of its seed")
     parser.add_argument("train_options", nargs="*", help="passed on to train.py, after --")
     arguments = parser.parse_args()
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    runs = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seeds:
             output = (arguments.runs or Path(folder)) / str(seed)
             command = [sys.executable, str(ROOT / "train.py"), "--seed", str(seed), "--output_dir", str(output)]
             if not (output / "summary.json").is_file():
                 subprocess.run([*command, *arguments.train_options], check=True)
-            heldout = {tag: load_samples(output / "samples" / f"heldout-{tag}") for tag in ("before", "after")}
-            summary = json.loads((output / "summary.json").read_text())
-            runs.append({**summary, **{tag: describe(samples) for tag, samples in heldout.items()}})
+            rows.append(row(output, seed))
             if arguments.output and seed == arguments.seeds[0]:
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(output / "before_after.png", arguments.output.with_suffix(".png"))
-    finish({"bench": "toy_seeds", **hardware(), "options": arguments.train_options, "runs": runs}, arguments.output)
+    about = "Mean rewards of held-out prompts, before → after training; seconds are those of the training steps."
+    command = " ".join(
+        ["python -m bicot.bench.toy_seeds", *["--"] * bool(arguments.train_options), *arguments.train_options]
+    )
+    table = {"header": [*rows[0]], "rows": [[*cells.values()] for cells in rows], "notes": []}
+    result = {"bench": "tables", "title": "The default run by seed", "about": about, "command": typed}
+    finish(result | hardware() | {"tables": [table]}, arguments.output)
 
 
 if __name__ == "__main__":

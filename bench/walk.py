@@ -120,7 +120,7 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
         *(bench(name, 0) for name in ["step", "train", *importlib.import_module("bicot.bench.report").KERNELS]),
         *varied,
         *([program("step_ranks", 0, sys.executable, *together)] if ranks > 1 else []),
-        Step("report", 0, partial(_module, "report", [str(results)], False)),
+        program("report", 0, sys.executable, "-m", "bicot.bench.report", str(results)),
     ]
 
 

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import CUDA, needs_triton
@@ -23,8 +24,9 @@ from packaging.utils import canonicalize_name
 from tiny import ROOT
 from torch import Tensor
 
-from bicot.bench import bench_distributed, bench_rewards, harness, models, report, reward_models, walk
+from bicot.bench import bench_rewards, harness, models, report, reward_models, toy_seeds, walk
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
+from bicot.grpo.samples import Sample, save_samples
 
 DOC = "rms_norm: twice.\n\npython -m x\nFloor: none."
 GPU_SH = ["bash", str(ROOT / "bench" / "gpu.sh")]
@@ -287,8 +289,8 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
         result = results[bench]
         assert result["bench"] == bench and set(result["ceilings"]) <= {"copy_gbps", "gemm_tflops"}
         cases = importlib.import_module(f"bicot.bench.bench_{bench}").cases("cpu", True)
-        listed = {(harness.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
-        assert listed == {(harness.label(case.labels), name) for case in cases for name in case.providers}
+        listed = {(report.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
+        assert listed == {(report.label(case.labels), name) for case in cases for name in case.providers}
         baselines = {"ours", {"rollout": "generate", "rewards": "the decoder alone"}.get(bench, "torch.compile")}
         if bench != "rewards":  # whose eager way is through PIL
             baselines.add("eager")
@@ -357,68 +359,36 @@ def test_an_archive_joins_the_results(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "## rms_norm on H" in (tmp_path / "RESULTS.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file with four held-out prompts, one of each kind."""
-    rows = (ROOT / "toy" / "assets" / "heldout.jsonl").read_text().splitlines(True)
-    kinds = {json.loads(row)["task_type"]: row for row in rows}
-    file = tmp_path_factory.mktemp("few") / "few.jsonl"
-    file.write_text("".join(kinds.values()))
-    return str(file)
-
-
 def test_seeds_of_the_default_run(
-    few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
+    """A run that ended in the folder of its seed is not run again; a run that fails is an error."""
+    samples = [
+        Sample(
+            "a circle", kind, "a circle a1 .", 0.5, {"scene": 0.5, "scene_relation": held}, np.zeros((8, 8, 3), "u1")
+        )
+        for kind, held in (("color", math.nan), ("spatial", 1.0), ("spatial", 0.0))
+    ]
+    for tag in ("before", "after"):
+        save_samples(samples, tmp_path / "3" / "samples" / f"heldout-{tag}")
+    summary = {"heldout_reward_before": 0.5, "heldout_reward_after": 0.75, "steps": 9, "seconds": 8.2}
+    (tmp_path / "3" / "summary.json").write_text(json.dumps(summary | {"images_per_second": 7}))
+    (tmp_path / "3" / "before_after.png").write_bytes(b"picture")
     file = tmp_path / "results" / "toy_seeds.json"
-    train = ["--max_steps", "1", "--num_generations", "2", "--num_eval_generations", "1", "--eval_file", few]
-    words = ["toy_seeds", "--seeds", "3", "--runs", str(tmp_path / "runs"), "--output", str(file), "--", *train]
+    words = ["toy_seeds", "--seeds", "3", "--runs", str(tmp_path), "--output", str(file), "--", "--max_steps", "1"]
     monkeypatch.setattr(sys, "argv", words)
-    importlib.import_module("bicot.bench.toy_seeds").main()
-    result = json.loads(file.read_text())
-    printed = capsys.readouterr().out.splitlines()
-    assert result == json.loads(printed[-1]) and [run["seed"] for run in result["runs"]] == [3]
-    importlib.import_module("bicot.bench.toy_seeds").main()
-    assert json.loads(file.read_text())["runs"] == result["runs"], "a run that ended is not run again"
-    assert file.with_suffix(".png").exists() and "| 3 | " in report.render(file.parent)
-
-
-def test_two_ranks_of_the_toy_against_one(
-    few: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "results" / "distributed_cpu.json"
-    file.parent.mkdir()
-    monkeypatch.setattr(bench_distributed, "TINY", (*bench_distributed.TINY, "--eval_file", few))
-    monkeypatch.setattr(sys, "argv", ["bench", "--tiny", "--modes", "one rank, in halves", "--output", str(file)])
-    assert bench_distributed.main() == 0
+    toy_seeds.main()
     result = json.loads(file.read_text())
     assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
-    one, halves = result["rows"]
-    assert one["mode"] == one["baseline"] == halves["baseline"] == "one rank" and halves["samples"] == 16
-    assert halves["same_steps"] == 2 and halves["gaps"]["loss"][0] < 1e-6 and halves["tokens_per_s"] > 0
-    assert 10 < halves["held_mib"][0] < 40 and halves["rss_mib"][0] > halves["held_mib"][0]
-    heldout = " → ".join(f"{reward:.3f}" for reward in halves["heldout"])
-    assert f"| one rank, in halves | {heldout} | none | " in report.render(file.parent)
-
-
-def test_a_run_that_leaves_its_baseline_is_told() -> None:
-    summary = {"heldout_reward_before": 0.5, "heldout_reward_after": 0.9, "seconds": 1.0}
-    rows = [{"reward": 0.5 + 0.1 * step, "loss": 0.0, "kl": 0.01 * step, "seconds/train": 1.0} for step in range(4)]
-    base = {"rows": rows, "summary": summary, "drawn": [[1, 2, 3]] * 4, "held_mib": [1.0], "rss_mib": [2.0]}
-    after_a_draw = [row | {"reward": row["reward"] + 0.02 * (row["kl"] > 0.015)} for row in rows]
-    run = base | {"rows": after_a_draw, "drawn": [[1, 2, 3], [1, 2, 3], [1, 0, 3], [0, 0, 0]]}
-    row = bench_distributed.described(run, base)
-    assert (row["same_steps"], row["first_tipped"], row["samples"]) == (2, 1, 3)
-    assert row["gaps_while_same"]["reward"] == [0, 0] and row["gaps"]["reward"] == [0.02, 0.01]
-    assert bench_distributed.faults(row) == []
-    for changed, fault in (
-        ({"drawn": base["drawn"]}, "reward 0.02 apart on the same draws"),
-        ({"drawn": [[0, 0, 0]] * 4}, "draws differ in the first step"),
-        ({"rows": [each | {"reward": 0.5} for each in rows]}, "rewards 0.15 apart in the mean"),
-        ({"summary": summary | {"heldout_reward_after": 0.55}}, "held-out reward 0.5 → 0.55"),
-    ):
-        assert fault in bench_distributed.faults(bench_distributed.described(run | changed, base))
+    assert result["command"].endswith("toy_seeds -- --max_steps 1") and file.with_suffix(".png").exists()
+    half = "0.50 → 0.50"
+    (row,) = result["tables"][0]["rows"]
+    assert row[:5] == ["3", "0.500 → 0.750", half, half, half] and row[-3:] == ["9", "8", "7.0"]
+    assert f"| 3 | 0.500 → 0.750 | {half} |" in report.render(file.parent)
+    monkeypatch.setattr(toy_seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["toy_seeds", "--seeds", "4"])
+    with pytest.raises(subprocess.CalledProcessError):  # there is no train.py
+        toy_seeds.main()
 
 
 def test_pytest_benchmark_entry(capsys: pytest.CaptureFixture[str]) -> None:
@@ -452,9 +422,9 @@ def test_results_are_what_report_writes(tmp_path: Path) -> None:
     folder = ROOT / "bench" / "results"
     assert report.render(folder, pictures=False) == (folder.parent / "RESULTS.md").read_text()
     for path in folder.glob("*.json"):
-        assert harness.dumps(json.loads(path.read_text())) == path.read_text(), path
+        assert report.dumps(json.loads(path.read_text())) == path.read_text(), path
     (tmp_path / "other.json").write_text(json.dumps({"bench": "other"}))
-    with pytest.raises(ValueError, match=r"other\.json: no section for bench 'other'; there are toy_seeds"):
+    with pytest.raises(ValueError, match=r"other\.json: no section for bench 'other'; there are tables"):
         report.render(tmp_path)
 
 

@@ -10,7 +10,7 @@ from tiny import TOY
 from torch import Tensor
 
 from bicot import Policy
-from bicot.bench.best_of import FILLS, NUMBERS, N, fill_greedily, measure, section
+from bicot.bench.best_of import FILLS, NUMBERS, N, fill_greedily, measure, table
 from bicot.grpo.best_of import best_of, require_scores
 from bicot.rewards.base import Example
 from bicot.rewards.config import FunctionReward
@@ -48,5 +48,6 @@ def test_filling_changes_no_picture_that_goes_on(toy: Policy) -> None:
     assert not torch.equal(after[0].tokens, filled[0][0])
     best = measure(toy, 0, filled, 2)
     assert [*best] == [*(f"best of {n}" for n in NUMBERS), *FILLS] and best[f"best of {N}"] == max(best.values())
-    text = section({"command": "this", "scores": {"a": [best, best], "b": [best]}})
-    assert text.count("|") == 5 * (2 + len(best)) and f"| best of 8 | 50 | {best['best of 8']:.4f} |" in text
+    found, mean = table({"a": [best, best], "b": [best]}), f"{best['best of 8']:.4f}"
+    assert found["header"][2:] == ["a", "b"] and [row[0] for row in found["rows"]] == [*best]
+    assert ["best of 8", "50", mean, mean] in found["rows"]
