@@ -61,7 +61,7 @@ def main() -> None:
                 arguments.output.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(output / "before_after.png", arguments.output.with_suffix(".png"))
     about = "Mean rewards of held-out prompts, before → after training; seconds are those of the training steps."
-    command = " ".join(
+    typed = " ".join(
         ["python -m bicot.bench.toy_seeds", *["--"] * bool(arguments.train_options), *arguments.train_options]
     )
     table = {"header": [*rows[0]], "rows": [[*cells.values()] for cells in rows], "notes": []}
