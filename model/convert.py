@@ -228,9 +228,7 @@ def _files(path: str | Path) -> list[str]:
             return [str(cached_file(path, file)) for file in sorted(names)]
         if file := cached_file(path, name, _raise_exceptions_for_missing_entries=False):
             return [file]
-    raise FileNotFoundError(
-        f"{path} has neither model.safetensors nor pytorch_model.bin, nor an index of either"
-    )
+    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin, nor an index of either")
 
 
 def _read(file: str, device: str) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -55,6 +56,19 @@ class _Sample:
     plan_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
     text: str = ""
     image_ids: list[int] = field(default_factory=list)
+
+
+def _plan_slots(batch: Sequence[_Sample], limit: int) -> int:
+    """Slots of the KV cache for the plans of a batch: one prompt for each group, and `limit` tokens for each plan."""
+    prompts = {id(sample.prompt_ids): len(sample.prompt_ids) - 1 for sample in batch}
+    return sum(prompts.values()) + len(batch) * limit
+
+
+def _image_slots(batch: Sequence[_Sample], length: int, sequences_per_sample: int) -> int:
+    """Slots of the KV cache for the pictures of a batch: their prompts, one shared unconditional prompt, the tokens."""
+    lengths = [sample.image_prompt for sample in batch]
+    shared = max(lengths) if sequences_per_sample == 2 else 0
+    return sum(lengths) + shared + len(batch) * sequences_per_sample * length
 
 
 class RolloutEngine:
@@ -145,17 +159,11 @@ class RolloutEngine:
             if self.weights.refresh():
                 self.graphs.clear()
         sequences_per_sample = 1 if sampling.cfg_weight == 1 else 2
-
-        def plan_slots(batch: Sequence[_Sample]) -> int:
-            prompts = {id(sample.prompt_ids): len(sample.prompt_ids) - 1 for sample in batch}
-            return sum(prompts.values()) + len(batch) * sampling.max_completion_length
-
-        def image_slots(batch: Sequence[_Sample]) -> int:
-            lengths = [sample.image_prompt for sample in batch]
-            shared = max(lengths) if sequences_per_sample == 2 else 0
-            return sum(lengths) + shared + len(batch) * sequences_per_sample * self.policy.num_image_tokens
-
         most_images = self._most_images(sequences_per_sample)
+        plan_slots = partial(_plan_slots, limit=sampling.max_completion_length)
+        image_slots = partial(
+            _image_slots, length=self.policy.num_image_tokens, sequences_per_sample=sequences_per_sample
+        )
         # once, for plans of any length: a pool that grows later is allocated anew, and all graphs are captured again
         self._reserve(
             [plan_slots(batch) for batch in _slices(samples if plans is None else [], self.max_rows)]

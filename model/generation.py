@@ -69,9 +69,7 @@ def first_samples(prompts: Sequence[str], n: int, seed: int) -> list[int]:
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     if not 0 <= seed <= SEEDS - n:
-        raise ValueError(
-            f"seed={seed} must be in [0, {SEEDS - n}]: picture k has seed + k, which must be below 2^31"
-        )
+        raise ValueError(f"seed={seed} must be in [0, {SEEDS - n}]: picture k has seed + k, which must be below 2^31")
     return [seed] * len(prompts)
 
 
