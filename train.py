@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from bicot.grpo.cli import parse
 from bicot.grpo.distributed import resume_command
+from bicot.grpo.dry_run import dry_run, require_memory
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.output import require_writable
-from bicot.grpo.plan import dry_run, require_memory
 from bicot.grpo.profile import profile
 from bicot.grpo.trainer import train
 from bicot.grpo.view import viewing

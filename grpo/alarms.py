@@ -1,17 +1,17 @@
-"""What goes wrong in a run, said in plain words from its metrics: rows of metrics.jsonl, and nothing else.
+"""Alarms say in plain words what goes wrong in a run. They read its metrics, the lines of metrics.jsonl, and no more.
 
-An alarm is raised once, at the first step that shows it; it stops a run only if `stop_on_alarm` is set. With W = 20
-steps, and means over W steps m and over the W before that m':
+An alarm is raised once, at the first step that shows the problem. It ends the run only if `stop_on_alarm` is set.
+Below, W is 20 steps, m is a mean over the last W steps, and m' is the mean over the W steps before them:
 
-    constant    a trained reward's mean has had one value for W steps, and its std was 0
+    constant    the mean of a trained reward has had the same value for W steps, and its std was 0
     gradient    grad_norm is 0 although rewards differ within a group (reward_std > 0)
-    ratio       with one update per rollout, the largest ratio (`…/ratio_max`) is above 1.001; the loss makes it 1
-    sampling    `…/sampling_ratio`, the mean ratio of training's to sampling's probability, is over 0.1 from 1
-    hacking     the reward rises, m > m' + 3·s, while a monitored one falls, m < m' - 3·s; s is the standard error of
-                the difference of both means
-    entropy     a stream's entropy, over W steps, is below a tenth of its mean over the first W
-    diversity   image_diversity or plan_diversity, likewise
-    truncated   over half of the plans of W steps were cut off at max_completion_length
+    ratio       the largest ratio (`…/ratio_max`) is above 1.001, although with one update per rollout it must be 1
+    sampling    `…/sampling_ratio`, the mean ratio of probabilities in training and in sampling, is not within 0.1 of 1
+    hacking     the reward rises, m > m' + 3·s, while a monitored reward falls, m < m' - 3·s, where s is the standard
+                error of the difference of both means
+    entropy     the entropy of a stream, averaged over W steps, is below a tenth of its mean over the first W steps
+    diversity   the same for image_diversity or plan_diversity
+    truncated   more than half of the plans of W steps were cut off at max_completion_length
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ Row = Mapping[str, float]
 
 
 class Alarms:
-    """Watches a run; `said` are the alarms so far.
+    """Watches the metrics of a run. `said` holds the alarms so far.
 
     Args:
-        trained, monitored: names of the rewards.
-        num_iterations: updates of one rollout.
-        rows: of the steps before, whose alarms have been raised.
+        trained: names of the rewards that are trained on.
+        monitored: names of the rewards that are only logged.
+        num_iterations: number of updates on each rollout.
+        rows: metrics of the steps before a resumed run. Their alarms are not raised again.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Alarms:
             self.look(row)
 
     def look(self, row: Row) -> list[str]:
-        """The alarms that the next step raises."""
+        """Add the metrics of the next step -> the alarms that it raises."""
         self.rows.append(row)
         before = len(self.said)
         for name, text in self._found():
@@ -54,7 +55,7 @@ class Alarms:
         return self.said[before:]
 
     def _found(self) -> Iterator[tuple[str, str]]:
-        """(name, text) of what is wrong now."""
+        """(name, text) of each problem that the last step shows."""
         row = self.rows[-1]
         if row.get("grad_norm") == 0 and row.get("reward_std", 0) > 0:
             yield "gradient", "the gradient is 0 although rewards differ within a group: nothing is being trained"
@@ -87,12 +88,12 @@ class Alarms:
                 yield f"hacking {name}", text + "the reward; look at the samples"
 
     def _last(self, key: str, skip: int = 0) -> list[float]:
-        """Of WINDOW steps, the last ones but `skip`."""
+        """The values of a metric in WINDOW steps, without the last `skip` steps."""
         rows = self.rows[max(0, len(self.rows) - WINDOW - skip) : len(self.rows) - skip]
         return [row[key] for row in rows if key in row]
 
     def _moved(self, key: str, sign: int) -> bool:
-        """Whether the mean of the last window lies beyond that of the window before, by 3 standard errors."""
+        """Whether the mean moved by more than 3 standard errors from the window before; `sign` -1 asks for a fall."""
         if len(self.rows) < 2 * WINDOW:
             return False
         now, before = self._last(key), self._last(key, WINDOW)

@@ -1,4 +1,4 @@
-"""Best of N: draw N pictures of a prompt, score each, best first."""
+"""Best of N: draw N pictures of each prompt, score them, and sort them, best first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rollout import roll_out
 
 @dataclass(frozen=True)
 class Ranked:
-    """A picture, the weighted sum of its rewards, and each of them; NaN = does not apply."""
+    """A picture, the weighted sum of its rewards, and each reward by name. NaN = the reward does not apply."""
 
     picture: Generation
     score: float
@@ -26,7 +26,7 @@ class Ranked:
 def require_scores(ensemble: RewardEnsemble, examples: Sequence[Example]) -> None:
     """Raises ValueError for a prompt that the rewards cannot score.
 
-    Where a prompt has annotations, some rewards may have nothing to say, as in training; a bare one needs them all.
+    If a prompt has annotations, some of the rewards may not apply, as in training. If it has none, all must apply.
     """
     for example in examples:
         ensemble.check(example)
@@ -48,15 +48,15 @@ def best_of(
     plan: str | Sequence[str],
     sampling: Sampling,
 ) -> Iterator[list[Ranked]]:
-    """Of each prompt its `n` pictures, best first; they are those of `Policy.generate` with the same arguments.
+    """Yield for each prompt its `n` pictures, best first. `Policy.generate` draws the same ones.
 
     Raises:
-        ValueError: a prompt of which no picture has a score; `require_scores` finds most of them before.
+        ValueError: no picture of a prompt has a score. `require_scores` finds most of these prompts earlier.
         RewardError: a reward failed.
     """
     prompts = [example.prompt for example in examples]
     first, plans = first_samples(prompts, n, seed), plans_of(plan, prompts)
-    step = max(1, policy.engine.max_rows // (2 * n))  # prompts whose pictures are drawn at a time
+    step = max(1, policy.engine.max_rows // (2 * n))  # number of prompts whose pictures are drawn together
     for start in range(0, len(examples), step):
         part = slice(start, start + step)
         given = plans[part] if plans else None

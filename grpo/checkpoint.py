@@ -1,18 +1,18 @@
-"""Checkpoints: a Hugging Face folder plus what the trainer needs to go on as if it had never stopped.
+"""Checkpoints: a model folder in Hugging Face layout, plus what a run needs to go on as if it had never stopped.
 
-    output_dir/checkpoint-000050/   config.json, model.safetensors, tokenizer files …   (load it like any Janus model)
-                                    (a LoRA run: adapter_config.json and adapter_model.safetensors of PEFT instead)
-                                    bicot.json            (how to prompt and sample it)
+    output_dir/checkpoint-000050/   config.json, model.safetensors, tokenizer files …   (loads like any Janus model)
+                                    (with LoRA: PEFT's adapter_config.json, adapter_model.safetensors)
+                                    bicot.json            (its prompt texts and sampling settings)
                                     trainer_state.pt      (step, optimizer, schedule)
-                                    heldout.jsonl, .npz   (of the best evaluation so far: its samples)
-                                    ema/                  (with ema_decay: the same model of averaged weights)
-                                    reference/            (with sync_ref_model: the reference model as it stands)
+                                    heldout.jsonl, .npz   (in the best checkpoint: its held-out samples)
+                                    ema/                  (with ema_decay: the model with averaged weights)
+                                    reference/            (with sync_ref_model: the reference model)
                                     manifest.json         (size and SHA-256 of every file)
 
-A checkpoint appears under its name only when it is whole and on the disk, and is checked against its manifest before a
-run goes on from it. What is being written or deleted is named `.checkpoint-000050.partial`; a checkpoint that another
-replaces is `.checkpoint-000050.old` until that one has its name. Sampling and data order are functions of (seed, step),
-so no generator state is stored. Only folders named `checkpoint-` and a number are ever deleted.
+A checkpoint gets its name only when all of it is on the disk. It is checked against its manifest before a run goes on
+from it. While a checkpoint is written or deleted, its name is `.checkpoint-000050.partial`. While one is replaced, the
+old one is named `.checkpoint-000050.old`. Sampling and data order are functions of (seed, step), so no random
+state is stored. Only folders named `checkpoint-` and a number are ever deleted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +31,38 @@ from safetensors import SafetensorError
 
 from ..model.policy import Policy
 from ..model.settings import RolloutSettings
+from .config import Config
 from .files import sync
 from .optim import MasterAdamW
 
 STATE = "trainer_state.pt"
 MANIFEST = "manifest.json"
-# settings that hold for a whole run
+# settings that cannot change within a run
 FIXED = ("dtype", "freeze", "optim", "seed", "num_generations", "prompts_per_step")
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+# settings that say where a run writes, how often, and when it ends: a checkpoint does not remember them
+_OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
+_OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after", "save_rollouts", "save_rollout_images", "replay"}
+_OF_OUTPUT |= {"push_to_hub", "hub_model_id", "hub_private_repo"}
+
+
+def run_settings(config: Config, num_ranks: int) -> dict[str, Any]:
+    """The settings that a checkpoint remembers, and the number of prompts in a step."""
+    settings = {name: value for name, value in asdict(config).items() if name not in _OF_OUTPUT}
+    # how a step's prompts are divided among micro-batches and ranks may change
+    for name in ("micro_batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        del settings[name]
+    return settings | {"prompts_per_step": config.prompts_per_device * num_ranks}
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Folders named `checkpoint-<number>` that hold a trainer state, by rising number."""
+    """The folders named `checkpoint-<number>` that hold a trainer state, in the order of their numbers."""
     folders = [path.parent for path in output_dir.glob(f"checkpoint-*/{STATE}")]
     return sorted((path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a numbered checkpoint."""
+    """The step number in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
@@ -57,10 +72,10 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that `resume` means (None = start anew), and a line for each damaged one that was passed over.
+    """The checkpoint that `resume` means (None = a new run), and a line for each damaged one that was skipped.
 
-    Call it on one rank alone: what was half written or half deleted goes, and a checkpoint whose replacement was
-    interrupted gets its name back.
+    Call this on one rank only, since it also cleans up: it deletes checkpoints that were half written or half deleted,
+    and gives a checkpoint its name back if replacing it was interrupted.
 
     Raises:
         FileNotFoundError: `resume` names a folder without a trainer state.
@@ -91,7 +106,7 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, 
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in one line that names folder and file, or None: it is as it was written."""
+    """What is damaged in a checkpoint, in one line that names folder and file; None if nothing is."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
@@ -129,10 +144,17 @@ def save_checkpoint(
     best: int | None = None,
     also: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
-    """Write checkpoint `step` of a run with the settings `run`, then drop the oldest beyond `keep`, but not `best`.
+    """Write the checkpoint of a step, then delete the oldest ones.
 
-    `weights` are the policy's where ZeRO-3 has sharded its own; `optimizer` is a state; `also` writes what else belongs
-    into the folder.
+    Args:
+        weights: the policy's full weights if ZeRO-3 has sharded them, otherwise None.
+        settings: prompt texts and sampling settings of the policy.
+        optimizer: the optimizer's `state_dict()`.
+        seconds: training time so far.
+        run: the settings that the checkpoint remembers, from `run_settings`.
+        keep: number of newest checkpoints to keep; None = all.
+        best: step of a checkpoint that is never deleted.
+        also: writes more files into the folder.
     """
     target = checkpoint_path(output_dir, step)
     partial, replaced = (output_dir / f".{target.name}.{what}" for what in ("partial", "old"))
@@ -168,14 +190,18 @@ def save_checkpoint(
 def load_state(
     checkpoint: Path, optimizer: MasterAdamW, run: dict[str, Any], entropy: dict[str, Any]
 ) -> tuple[int, float, list[str]]:
-    """Restore the optimizer -> steps done, seconds spent, and a line about settings that have changed since.
+    """Restore the optimizer -> steps done, seconds spent, and a line about settings that have changed.
 
-    The weights come from `load_policy(checkpoint)`; `entropy` is the state of an EntropyTarget, and is filled in.
+    The weights are not restored here but come from `load_policy(checkpoint)`.
+
+    Args:
+        run: the settings of now, from `run_settings`.
+        entropy: the state of an EntropyTarget, which is filled in.
 
     Raises:
-        ValueError: a setting has changed that cannot change within a run (both values are named).
+        ValueError: a setting has changed that cannot change within a run. Both values are named.
     """
-    # mapped, so that ranks of one host share what they read; the optimizer copies what it keeps
+    # memory-mapped, so that the ranks of a host share one copy; the optimizer copies what it keeps
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
     changed = {name: (old, run[name]) for name, old in state["run"].items() if name in run and run[name] != old}
     for name in FIXED + LORA:

@@ -1,4 +1,4 @@
-"""Curves and bars as SVG within a page, whose colours, light or dark, they take; a legend says the last values."""
+"""Curves and bars as SVG for an HTML page, in its light or dark colours, with a legend that shows the last values."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ path{fill:none;stroke:currentColor;stroke-linecap:round;stroke-linejoin:round} .
 .c6{color:#dc78bd} .c7{color:#8a8a8a} .c8{color:#a3a420} .c9{color:#1fabbd}
 """
 _COLOURS = 10
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 240, 46, 8, 10, 32  # no wider: a phone shrinks the text as well
-_MOST = 150  # bars, points of a mean, and pairs of the lowest and the highest of what was measured
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 240, 46, 8, 10, 32  # wider, the text is tiny on a phone
+_MOST = 150  # maximum number of bars, of points of a mean, and of pairs (lowest, highest) of measured values
 
 
 def curves(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    """Lines over the steps, each thin as measured and thick as a running mean; nothing without a value."""
+    """A chart over the steps: for each key a thin line of its values and a thick line of their running mean."""
     series = {key: [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))] for key in keys}
     series = {key: points for key, points in series.items() if points}
     if not series:
@@ -41,7 +41,7 @@ def curves(rows: Sequence[Row], keys: Sequence[str]) -> str:
 
 
 def bars(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    """The values of `keys` on top of each other, for each step, or as means over steps where there are many."""
+    """Stacked bars of the values of `keys`, one for each step. With many steps, a bar is a mean over several."""
     size = -(-len(rows) // _MOST)
     groups = [rows[i : i + size] for i in range(0, len(rows), size)] if rows else []
     heights = {key: [sum(row.get(key, 0.0) for row in group) / len(group) for group in groups] for key in keys}
@@ -62,7 +62,7 @@ def bars(rows: Sequence[Row], keys: Sequence[str]) -> str:
 
 
 class _Axes:
-    """From values to places in the picture: the least and the largest of `xs` and `ys` lie within its frame."""
+    """Converts values to coordinates of the picture, whose frame contains all of `xs` and `ys`."""
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
         self.xs, self.ys = _range(xs), _range(ys)
@@ -80,7 +80,7 @@ class _Axes:
         return f"M{'L'.join(places)}h0"  # h0 makes a dot of a single point
 
     def figure(self, drawn: Sequence[str], last: Sequence[tuple[str, float]]) -> str:
-        """The picture with its grid, its text for those who do not see it, and the last values."""
+        """The whole SVG with its grid and legend, and with a text for screen readers."""
         right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
         parts = []
         for tick in _ticks(*self.ys):
@@ -111,14 +111,14 @@ def _range(values: Sequence[float]) -> Point:
 
 
 def _ticks(low: float, high: float, least: float = 0.0) -> Iterator[float]:
-    """Round numbers in the range, at most six, and at least `least` apart."""
+    """At most six round numbers in the range, with a distance of at least `least`."""
     power = 10 ** math.floor(math.log10((high - low) / 5))
     step = max(least, next(step for m in (1, 2, 5, 10) if (high - low) / (step := m * power) <= 5))
     yield from (step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1))
 
 
 def _smooth(points: Sequence[Point]) -> list[Point]:
-    """Means over a fifteenth of the points, at not too many of them."""
+    """A running mean over a fifteenth of the points, at no more than about _MOST of them."""
     window = max(1, len(points) // 15)
     sums = [0.0, *accumulate(y for _, y in points)]
     means = [(sums[i + 1] - sums[max(0, i + 1 - window)]) / min(window, i + 1) for i in range(len(points))]
@@ -127,7 +127,7 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
 
 
 def _thin(points: Sequence[Point]) -> list[Point]:
-    """The points; of many, the lowest and the highest in each stretch, so that no peak is lost."""
+    """The points. If there are many, the lowest and the highest of each group, so that no peak is lost."""
     size = -(-len(points) // _MOST)
     if size <= 2:
         return list(points)

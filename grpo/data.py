@@ -1,9 +1,10 @@
-"""Prompts in T2I-R1's JSONL schema, checked row by row, and the order they are trained in.
+"""Reads prompts in T2I-R1's JSONL schema, checks each line, and says in which order they are trained on.
 
-A row: {"prompt": str, "task_type": str, "nouns"?: [str], "attr_nouns"?: [str],
-        "spatial_info"?: {"obj1": str, "obj2": str, "locality": str}, "numeracy_info"?: [{"num": int, "obj_name": str}]}
+A line: {"prompt": str, "task_type": str, "nouns"?: [str], "attr_nouns"?: [str],
+         "spatial_info"?: {"obj1": str, "obj2": str, "locality": str},
+         "numeracy_info"?: [{"num": int, "obj_name": str}]}
 
-Any other key is the user's own: rewards see it as `example.metadata[key]`.
+Any other key is the user's own. Rewards find it in `example.metadata[key]`.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ import torch
 from ..rewards.base import Example, NumeracyInfo, SpatialInfo
 
 _KEYS = ("prompt", "task_type", "nouns", "attr_nouns", "spatial_info", "numeracy_info")
-LISTED = 20  # most rows that are listed when they are left out
+LISTED = 20  # maximum number of lines that are listed when they are left out
 T = TypeVar("T")
 
 
 class PromptFile:
-    """The rows of a prompt file that can be used, each with its line number.
+    """The usable lines of a prompt file, as examples with their line numbers.
 
     Args:
-        path: of the file.
-        skip_bad: leave bad rows out, for `said` to list, instead of raising.
+        path: the file.
+        skip_bad: leave bad lines out instead of raising an error. `said` lists them.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: bad rows, the first as `file:line: what is wrong`, or a file without rows that can be used.
+        FileNotFoundError: there is no such file.
+        ValueError: there are bad lines (the message names the first as `file:line: what is wrong`), or no usable ones.
     """
 
     def __init__(self, path: str | Path, skip_bad: bool = False) -> None:
@@ -41,7 +42,7 @@ class PromptFile:
             raise FileNotFoundError(f"no prompt file at {path}; give one in T2I-R1's JSONL schema with --train_file")
         self.path, self.skip_bad = path, skip_bad
         self.bad: dict[int, str] = {}
-        # a byte that is no UTF-8 becomes a lone surrogate, so that its line can be named
+        # a byte that is not UTF-8 becomes a lone surrogate, so that the error can name its line
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
             self.rows = self._sift([(number, line) for number, line in enumerate(lines, 1) if line.strip()], parse_line)
 
@@ -50,7 +51,7 @@ class PromptFile:
         return [example for _, example in self.rows]
 
     def check(self, check: Callable[[Example], None]) -> None:
-        """Rows for which `check` raises ValueError are bad, too."""
+        """Treat lines for which `check` raises ValueError as bad, too."""
 
         def checked(example: Example) -> Example:
             check(example)
@@ -59,13 +60,13 @@ class PromptFile:
         self.rows = self._sift(self.rows, checked)
 
     def said(self) -> list[str]:
-        """Which rows are left out and why, in lines for the user; at most LISTED of them."""
+        """Text for the user: which lines were left out and why, at most LISTED of them."""
         if not self.bad:
             return []
         listed = [f"  {self.path}:{number}: {why}" for number, why in sorted(self.bad.items())]
         more = [f"  … and {len(listed) - LISTED} more"] if len(listed) > LISTED else []
         total = len(self.rows) + len(listed)
-        return [f"{self.path}: {len(listed)} of {total} rows are left out:", *listed[:LISTED], *more]
+        return [f"{self.path}: {len(listed)} of {total} lines are left out:", *listed[:LISTED], *more]
 
     def _sift(self, rows: list[tuple[int, T]], use: Callable[[T], Example]) -> list[tuple[int, Example]]:
         good: list[tuple[int, Example]] = []
@@ -78,10 +79,11 @@ class PromptFile:
         if bad and not (self.skip_bad and good):
             number, why = next(iter(bad.items()))
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-            fix = "no row is left" if self.skip_bad else "mend it, or leave such rows out with --skip_bad_prompts true"
+            fix = "mend it, or leave such lines out with --skip_bad_prompts true"
+            fix = "no line is left" if self.skip_bad else fix
             raise ValueError(f"{self.path}:{number}: {why}{more}; {fix}")
         if not good:
-            raise ValueError(f"{self.path} has no rows")
+            raise ValueError(f"{self.path} has no prompts")
         self.bad |= bad
         return good
 
@@ -92,11 +94,13 @@ def load_examples(path: str | Path, skip_bad: bool = False) -> list[Example]:
 
 
 def read_prompts(path: str) -> list[Example]:
-    """Prompts to draw, of a file or ("-") of standard input: a line of text each, or JSONL rows that need no task_type.
+    """Read prompts to draw from a file, or from standard input if `path` is "-".
+
+    A line is the text of a prompt, or a JSON object as in training, which needs no task_type.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is no prompt, as `file:line: what is wrong`, or no prompts at all.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no prompt (`file:line: what is wrong`), or there are no prompts.
     """
     name = "standard input" if path == "-" else path
     if path != "-" and not Path(path).is_file():
@@ -116,7 +120,7 @@ def read_prompts(path: str) -> list[Example]:
 
 
 def bare(prompt: str) -> Example:
-    """A prompt without annotations. Raises ValueError for bytes that are no UTF-8."""
+    """A prompt without annotations. Raises ValueError if it was read from bytes that are not UTF-8."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -126,7 +130,7 @@ def bare(prompt: str) -> Example:
 
 
 def parse_line(line: str, **defaults: Any) -> Example:
-    """One line of a prompt file -> Example; `defaults` for keys that it lacks. Raises ValueError with what is wrong."""
+    """One line of a prompt file -> Example, with `defaults` for missing keys. Raises ValueError if it is bad."""
     try:
         row = json.loads(bare(line).prompt)
         return parse_example(defaults | row if isinstance(row, dict) else row)
@@ -135,7 +139,7 @@ def parse_line(line: str, **defaults: Any) -> Example:
 
 
 def parse_example(row: Any) -> Example:
-    """One decoded row -> Example. Raises ValueError with what is wrong."""
+    """The decoded JSON of a line -> Example. Raises ValueError that says what is wrong with it."""
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     try:
@@ -198,9 +202,9 @@ def _numeracy(item: Any) -> NumeracyInfo:
 
 
 def step_indices(num_examples: int, batch: int, step: int, seed: int) -> list[int]:
-    """Which examples step `step` (from 0) trains on: a fresh permutation each epoch, epochs joined seamlessly.
+    """Indices of the examples of a step, counted from 0. Each epoch has its own permutation; a step may span epochs.
 
-    A pure function of its arguments, so a resumed run needs no stored position, and every rank sees the same order.
+    The result depends on the arguments only, so a resumed run needs no stored position, and all ranks agree.
     """
     indices: list[int] = []
     for position in range(step * batch, (step + 1) * batch):

@@ -1,7 +1,7 @@
-"""One process per device, started by torchrun (or a single process without it); replicas and summed gradients.
+"""Data parallelism: one process (rank) per device, started by torchrun, or a single process without it.
 
-The loss divides by counts of the whole step, over all ranks, so gradients are summed, not averaged: two ranks equal
-one rank with twice the accumulation.
+The loss is divided by the counts of the whole step over all ranks, so gradients are summed, not averaged. Two ranks
+train like one rank with twice as many gradient accumulation steps.
 """
 
 from __future__ import annotations
@@ -30,33 +30,35 @@ from torch.profiler import record_function
 
 TIMEOUT = 1800.0
 BUCKET_BYTES = 256 * 2**20
-_DEATH_SECONDS = 2.0  # a connection breaks before the process that held it can be seen to be gone
+_DEATH_SECONDS = 2.0  # when a rank ends, its connection breaks up to this long before its process is gone
 
 
 Result = TypeVar("Result")
 
 
 class RankLost(RuntimeError):
-    """Another rank ended or does not come, and this one cannot go on without it."""
+    """Another rank ended or hangs, and this one cannot go on without it."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among the others, and what they do together. Alone, every method returns its input."""
+    """This process among the others, and what they do together. In a single process, every method returns its input."""
 
     rank: int
     size: int
     device: torch.device
     processes: tuple[tuple[str, int], ...] = ()  # host and pid of every rank
-    store: Any = None  # torchrun's, where there are others
+    store: Any = None  # torchrun's key-value store, if there are several ranks
     timeout: float = TIMEOUT
-    turns: Iterator[int] = field(default_factory=itertools.count)  # the same on all ranks
+    turns: Iterator[int] = field(default_factory=itertools.count)  # numbers the meetings, equally on all ranks
 
     @classmethod
     def start(cls, timeout: float = TIMEOUT) -> Ranks:
-        """Join the group that torchrun's environment describes: NCCL with GPUs, gloo without. A rank that torchrun
-        started ends when torchrun does, however that ends. A collective may take `timeout` seconds; NCCL ends the
-        process itself when one takes longer."""
+        """Join the process group that torchrun's environment variables describe, with NCCL on GPUs and gloo without.
+
+        If torchrun ends for whatever reason, its ranks end too. A collective may take `timeout` seconds; if one takes
+        longer, NCCL ends the process by itself.
+        """
         if "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         cuda = torch.cuda.is_available()
@@ -78,19 +80,19 @@ class Ranks:
         return self.rank == 0
 
     def close(self) -> None:
-        if dist.is_initialized():  # by DeepSpeed in a single process
+        if dist.is_initialized():  # in a single process DeepSpeed does that
             dist.destroy_process_group()
 
     @contextmanager
     def naming_the_lost(self) -> Iterator[None]:
-        """Turns the broken connection to a rank that ended, or torchrun's SIGTERM because of it, into RankLost."""
+        """Raise RankLost if another rank ended, instead of the connection error or torchrun's SIGTERM."""
         try:
             yield
         except (RuntimeError, KeyboardInterrupt) as error:
             broken = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
             if not broken and str(error) != "SIGTERM":
                 raise
-            # torchrun sends it to the ranks that are left: first the line that says why
+            # torchrun sends SIGTERM to the remaining ranks: ignore it until the reason is found
             previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             lost = self._lost(_DEATH_SECONDS if broken else 0.0)
             signal.signal(signal.SIGTERM, previous)
@@ -105,7 +107,7 @@ class Ranks:
             raise
 
     def _lost(self, seconds: float) -> int | None:
-        """The first rank on this host whose process is gone within that time."""
+        """The first rank on this host whose process is gone, or goes within `seconds`; None if there is none."""
         here, deadline = socket.gethostname(), time.monotonic() + seconds
         while True:
             for rank, (host, pid) in enumerate(self.processes):
@@ -122,11 +124,11 @@ class Ranks:
         return f"rank {rank} (process {self.processes[rank][1]})"
 
     def _at(self, rank: int) -> str:
-        """Where a rank met the others last: a number, a space and the place; empty before."""
+        """Where a rank was at its last meeting: the meeting's number, a space, the place; empty before the first."""
         return self.store.get(f"at {rank}").decode() if self.store.check([f"at {rank}"]) else ""
 
     def _wait(self, key: str, seconds: float = math.inf) -> bool:
-        """Whether the store has the key in that time. Not by its own `wait`, in which Python handles no signal."""
+        """Wait up to `seconds` for a key in the store -> whether it came. The store's `wait` would block signals."""
         start = time.monotonic()
         while True:
             lost = self._lost(0)
@@ -139,7 +141,7 @@ class Ranks:
             time.sleep(min(0.1, max(0.001, waited / 50)))
 
     def on_main(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on rank 0, on every rank. The others wait outside of a collective: it has no timeout."""
+        """Run `work` on rank 0 -> its result, on every rank. The others wait without a timeout."""
         if self.store is None:
             return work()
         key = f"done {next(self.turns)}"
@@ -158,10 +160,10 @@ class Ranks:
 
     @record_function("communication")
     def meet(self, step: int) -> dict[str, float]:
-        """Wait until all ranks are here, in the middle of a step -> the longest wait, and the rank that waited least.
+        """Wait for all ranks in the middle of a step -> the longest wait, and the slowest rank, which waited least.
 
         Raises:
-            RankLost: one has not come within the timeout.
+            RankLost: a rank did not come within the timeout.
         """
         if self.store is None:
             return {}
@@ -196,7 +198,7 @@ class Ranks:
 
     @record_function("communication")
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum `.grad` of all parameters over the ranks: large ones in place, others in flat copies of BUCKET_BYTES."""
+        """Sum the gradients over the ranks: large ones in place, others in flat copies of at most BUCKET_BYTES."""
         if self.size == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -211,17 +213,17 @@ class Ranks:
 
     @record_function("communication")
     def cat(self, value: Tensor) -> Tensor:
-        """[n, …] of every rank -> [size·n, …] in rank order, where `value` is; n is the same everywhere."""
+        """[n, …] of every rank -> [size·n, …] in rank order, on the device of `value`. n must be equal on all ranks."""
         if self.size == 1:
             return value
-        own = value.to(self.device).contiguous()  # NCCL sends nothing of the host's memory
+        own = value.to(self.device).contiguous()  # NCCL cannot send host memory
         parts = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(parts, own)
         return torch.cat(parts).to(value.device)
 
     @record_function("communication")
     def gather(self, values: list[Any]) -> list[Any]:
-        """Lists of picklable things, joined in rank order, on every rank."""
+        """The lists of all ranks, joined in rank order, on every rank. Their values must be picklable."""
         if self.size == 1:
             return values
         parts: list[Any] = [None] * self.size
@@ -230,7 +232,7 @@ class Ranks:
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in order, as many at a time as BUCKET_BYTES hold, but at least one."""
+    """Divide the tensors, in order, into lists of at most BUCKET_BYTES, but of at least one tensor."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and sum(other.nbytes for other in bucket) + tensor.nbytes > BUCKET_BYTES:
@@ -242,13 +244,13 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _end_with_parent(parent: int) -> None:
-    """End this process once it is no longer `parent`'s child: nobody is left to end it.
+    """End this process when its parent is gone, since nobody else would.
 
-    Not by PR_SET_PDEATHSIG, which acts when the thread ends that started this process.
+    PR_SET_PDEATHSIG would act too early, when the thread that started this process ends.
     """
     while os.getppid() == parent:
         time.sleep(0.5)
-    try:  # not print: the main thread may be inside it
+    try:  # not `print`, since the main thread may be inside it
         os.write(2, f"\ntorchrun (process {parent}) is gone, and so is this rank; --resume auto goes on\n".encode())
     finally:
         os._exit(1)
@@ -265,8 +267,8 @@ def _alive(pid: int) -> bool:
 
 
 def _log_of(rank: int) -> str:
-    """Where torchrun writes what this host's rank said."""
-    # torchrun names …/<local rank>/error.json, with stderr.log beside it if it was told to keep one
+    """Text that says where to find the log of a rank on this host."""
+    # torchrun's variable names …/<local rank>/error.json; stderr.log is beside it if torchrun keeps logs
     own, first = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")), int(os.environ.get("RANK", 0))
     local = rank - first + int(os.environ.get("LOCAL_RANK", 0))
     log = own.parent.parent / str(local) / "stderr.log"
@@ -274,9 +276,9 @@ def _log_of(rank: int) -> str:
 
 
 def resume_command() -> str:
-    """The command line of this process, to go on from its newest checkpoint."""
+    """The command that continues this run from its newest checkpoint."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return shlex.join([*sys.orig_argv, "--resume", "auto"])
-    several = " …" if int(os.environ["GROUP_WORLD_SIZE"]) > 1 else ""  # machines: each with its own options
+    several = " …" if int(os.environ["GROUP_WORLD_SIZE"]) > 1 else ""  # each machine has options of its own
     command = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}{several}"
     return f"{command} {shlex.join([*sys.argv, '--resume', 'auto'])}"

@@ -1,9 +1,10 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): other prompts take the places of groups that teach nothing.
+"""Dynamic sampling (DAPO, arXiv 2503.14476): replace groups that teach nothing by groups of other prompts.
 
-In each round, every place of the step whose group has rewards that are all equal draws another prompt, and takes its
-group if that has spread; a place that finds none keeps its first group. What place p draws in round r of a step is a
-function of (seed, step, r, p): its prompt is the one at p where the seed is seed + r. So a run that goes on, on any
-number of ranks, draws the same, and no rank waits for another.
+A step has a place for each of its groups. In each round, every place whose group has equal rewards draws the group of
+another prompt, and takes it if its rewards differ. A place that finds no such group keeps its first one.
+
+What place p draws in round r of a step is a function of (seed, step, r, p): the prompt that p would have if the seed
+were seed + r. So a resumed run draws the same groups on any number of ranks, and no rank waits for another.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Drawn = tuple[RolloutChunk, list[Example], RewardHandle]
 
 
 class _Chosen(RewardHandle):
-    """Scores [S, R] that were chosen from those of other handles, and what all of these took."""
+    """Scores [S, R] that were chosen from several handles. Its metrics are the sums over all of them."""
 
     def __init__(self, handles: Sequence[RewardHandle], scores: Tensor) -> None:
         super().__init__(handles[0].names, handles[0].device, [])
@@ -50,14 +51,17 @@ def redraw(
     step: int,
     ranks: Ranks,
 ) -> tuple[Drawn, list[int]]:
-    """This rank's samples, `config.dynamic_sampling` rounds later at most -> samples; rounds, and places that changed.
+    """Replace this rank's groups with equal rewards, in at most `config.dynamic_sampling` rounds.
 
     Args:
         drawn: the samples of the step's own prompts, in their places.
-        draw: `rollout.roll_out` of this step, but for its prompts and `first_sample`.
+        draw: `rollout.roll_out`, to which only the prompts and `first_sample` must be given.
         examples: all prompts of the run.
-        weights: [R] of the rewards.
-        step: from 0.
+        weights: [R] weights of the rewards.
+        step: the step, counted from 0.
+
+    Returns:
+        The samples, and [number of rounds, number of groups that were replaced].
     """
     rollout, planned, handle = drawn
     size, scores, handles, spans = config.num_generations, handle.result().clone(), [handle], rollout.spans
@@ -84,13 +88,13 @@ def redraw(
 
 
 def _spread(scores: Tensor, weights: Tensor, config: Config) -> list[bool]:
-    """Whether each group alone has an advantage."""
+    """For each group, whether it has an advantage other than 0."""
     how = {"scale": config.scale_rewards, "combine": config.multi_objective_aggregation}
     groups = scores.split(config.num_generations)
     return [bool(group_advantages(g, config.num_generations, weights, **how).any()) for g in groups]  # type: ignore[arg-type]
 
 
 def redraw_metrics(counts: list[int], ranks: Ranks) -> dict[str, float]:
-    """Of what `redraw` counted: the most rounds of a rank, and the places that changed on all."""
+    """Metrics from the counts of `redraw`: the most rounds on any rank, and the replaced groups on all ranks."""
     rounds, replaced = ranks.cat(torch.tensor([counts])).unbind(1)
     return {"dynamic_sampling/rounds": float(rounds.max()), "dynamic_sampling/replaced": float(replaced.sum())}

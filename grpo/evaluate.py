@@ -1,4 +1,4 @@
-"""Score a policy on held-out prompts, the same draws every time it is asked, and know which evaluation was the best."""
+"""Evaluates a policy on held-out prompts, each time with the same random draws, and finds the best evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .distributed import Ranks
 from .rollout import roll_out
 from .samples import Sample, load_samples, save_samples
 
-_SAMPLES = "heldout"  # of the best evaluation, in its checkpoint
+_SAMPLES = "heldout"  # name of the best evaluation's samples in its checkpoint
 
 
 def samples_of(
@@ -31,7 +31,7 @@ def samples_of(
     ensemble: RewardEnsemble,
     places: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """The samples of a scored rollout, or those at `places`, as plain records; examples [S] as they were scored."""
+    """All samples of a scored rollout, or those at `places`, as records. `examples` [S] are those of the samples."""
     places, totals = range(len(examples)) if places is None else places, ensemble.total(scores).tolist()
     return [
         Sample(
@@ -54,9 +54,9 @@ def gather_samples(
     ensemble: RewardEnsemble,
     ranks: Ranks,
 ) -> list[Sample]:
-    """The samples at `places` among those of all ranks, which have as many each -> these, in this order, on every rank.
+    """The samples at `places` in the rollouts of all ranks, in this order, on every rank.
 
-    Only they go from rank to rank.
+    All ranks have the same number of samples. Only the samples at `places` are sent between ranks.
     """
     first = ranks.rank * len(examples)
     own = [place - first for place in places if first <= place < first + len(examples)]
@@ -74,7 +74,7 @@ def evaluate(
     seed: int,
     ranks: Ranks,
 ) -> list[Sample]:
-    """Sample every prompt `num_generations` times and score it -> all samples, on every rank, in order."""
+    """Draw and score `num_generations` samples of every prompt -> all samples in order, on every rank."""
     share = -(-len(examples) // ranks.size)
     start = ranks.rank * share
     mine = examples[start : start + share]
@@ -83,17 +83,17 @@ def evaluate(
         first = start * num_generations
         rollout, each, handle = roll_out(engine, ensemble, mine, num_generations, sampling, seed, first)
         samples = samples_of(rollout, each, handle.result(), ensemble)
-    else:  # under ZeRO-3, the others wait for this rank's shards
+    else:  # with ZeRO-3, the other ranks need this rank's shards of the weights
         engine.weights.refresh()
     return ranks.gather(samples)
 
 
 class Best:
-    """The best evaluation so far; of equal ones the first.
+    """The best evaluation so far. Of equal ones it is the first.
 
     Args:
-        metric: of `heldout_metrics`.
-        greater_is_better: whether more of it is better.
+        metric: name of the metric of `heldout_metrics` to compare.
+        greater_is_better: whether a higher value is better.
     """
 
     def __init__(self, metric: str, greater_is_better: bool) -> None:
@@ -102,7 +102,7 @@ class Best:
         self.value = math.nan
 
     def require(self, examples: Sequence[Example], names: Sequence[str]) -> None:
-        """Raises ValueError if evaluations of these prompts and rewards have no such metric."""
+        """Raises ValueError if evaluations with these prompts and rewards do not have the metric."""
         tasks = sorted({example.task_type for example in examples})
         known = ["heldout/reward", *(f"heldout/reward_by_task/{task}" for task in tasks)]
         known += [f"heldout/rewards/{name}/mean" for name in names]
@@ -110,7 +110,7 @@ class Best:
             raise ValueError(f"metric_for_best_model={self.metric!r} is none of {', '.join(known)}")
 
     def look(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether this step has an evaluation that is better than all before."""
+        """Look at the metrics of a step -> whether it was evaluated, and is better than all steps before."""
         value = metrics.get(self.metric, math.nan)
         better = value > self.value if self.greater_is_better else value < self.value
         if found := better or (math.isnan(self.value) and not math.isnan(value)):
@@ -119,17 +119,17 @@ class Best:
 
 
 class Heldout:
-    """The evaluations of a run: when they are, what is kept of them, and which was the best.
+    """The evaluations of a run: when they are due, which samples are kept, and which one is the best.
 
     Args:
-        config: of the run.
-        judges: what scores them.
-        examples: the held-out prompts; without any, an evaluation has no samples.
-        seed: of the draws, the same in each evaluation.
+        config: every setting.
+        judges: the rewards that score held-out samples.
+        examples: the held-out prompts. Without any, an evaluation has no samples.
+        seed: random seed, the same in each evaluation.
         ranks: this process among the others.
 
     Raises:
-        ValueError: `metric_for_best_model` is no metric of these prompts and judges.
+        ValueError: evaluations with these prompts and judges do not have the metric `metric_for_best_model`.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Heldout:
             self.best.require(examples, judges.names)
 
     def evaluate(self, engine: RolloutEngine, sampling: Sampling) -> list[Sample]:
-        """Draw and score the held-out prompts, with the guidance of evaluations if they have their own."""
+        """Draw and score samples of the held-out prompts, with `eval_cfg_weight` if that is set."""
         if not self.examples:
             return []
         number, guidance = self.config.num_eval_generations, self.config.eval_cfg_weight
@@ -150,29 +150,29 @@ class Heldout:
         return evaluate(engine, self.judges, self.examples, number, sampling, self.seed, self.ranks)
 
     def is_due(self, step: int) -> bool:
-        """After a step of the run."""
+        """Whether to evaluate after this step."""
         every = self.config.eval_steps
         return every is not None and (step % every == 0 or step == self.config.max_steps)
 
     def keep(self, tag: str, samples: list[Sample]) -> list[Sample]:
-        """The samples, which are written if there are any."""
+        """Write the samples, if there are any, and return them."""
         if samples:
             self.ranks.on_main(lambda: save_samples(samples, self.output / "samples" / f"heldout-{tag}"))
         return samples
 
     def kept(self, tag: str) -> list[Sample]:
-        """What `keep` wrote."""
+        """Read what `keep` wrote."""
         return load_samples(self.output / "samples" / f"heldout-{tag}")
 
     def look_back(self, rows: Iterable[Mapping[str, float]]) -> None:
-        """Those of the steps before a run that goes on count if their checkpoints are there."""
+        """In a resumed run, consider the evaluations of the steps before whose checkpoints still exist."""
         for row in rows if self.config.load_best_model_at_end else ():
             step = int(row["step"])
             if (checkpoint_path(self.output, step) / f"{_SAMPLES}.jsonl").is_file():
                 self.is_best(step, row)
 
     def is_best(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Whether the run keeps the checkpoint of this step as the best."""
+        """Whether the checkpoint of this step is to be kept as the best one."""
         return self.config.load_best_model_at_end and self.best.look(step, metrics)
 
     @property
@@ -180,11 +180,11 @@ class Heldout:
         return None if self.best.step is None else checkpoint_path(self.output, self.best.step)
 
     def best_samples(self) -> list[Sample]:
-        """Of the best evaluation, if there is one: `save_best` wrote them into its checkpoint."""
+        """The samples of the best evaluation, if there is one, which `save_best` wrote into its checkpoint."""
         return load_samples(self.best_checkpoint / _SAMPLES) if self.best_checkpoint else []
 
     def summary(self) -> dict[str, Any]:
-        """The best evaluation, as transformers names it, with the model that it scored; nothing without one."""
+        """The best evaluation by the names that transformers uses: its model and its metric. Empty if there is none."""
         if not (folder := self.best_checkpoint):
             return {}
         scored = folder if self.config.ema_decay is None else folder / "ema"
@@ -192,11 +192,11 @@ class Heldout:
 
 
 def save_best(samples: Sequence[Sample], checkpoint: Path) -> None:
-    """Put the samples of the best evaluation into its checkpoint."""
+    """Write the samples of the best evaluation into its checkpoint."""
     save_samples(samples, checkpoint / _SAMPLES)
 
 
 def entropy_bits(counts: Tensor) -> float:
-    """Entropy in bits of a histogram: of all plans' tokens, it falls when the plans become alike."""
+    """Entropy of a histogram in bits. For the tokens of all plans, it falls if the plans become alike."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * p.log2()).sum())

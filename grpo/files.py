@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process is killed or the power fails."""
+"""Writes files so that they are complete or absent, even if the process is killed or the power fails."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # of the repository
+ROOT = Path(__file__).resolve().parent.parent  # the root folder of the repository
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; at the end the file is on the disk, and takes `path`'s name."""
-    part = path.with_name(f".{path.stem}.part{path.suffix}")  # NumPy and matplotlib read the suffix
+    """Give a temporary path to write to. At the end the file is flushed to disk and renamed to `path`."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")  # NumPy and matplotlib need the suffix
     try:
         yield part
         sync(part)
@@ -24,7 +24,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

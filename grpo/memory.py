@@ -1,26 +1,31 @@
-"""How much of a GPU's memory a run takes, phase by phase, from its settings and the model's config.json alone.
+"""How much memory a step allocates on a GPU, computed from the settings and the model's config.json.
 
-The formulas count what PyTorch allocates. N tokens and M places (see model/sequences.py) of a micro-batch, D hidden,
-I intermediate, Q and K the widths of queries and of keys, e bytes of the dtype. Autograd keeps of a layer
+The formulas count what PyTorch allocates. N is the number of tokens of a micro-batch, and M the number of its places
+(see model/sequences.py). D is the hidden width, I the intermediate width, Q and K are the widths of queries and keys,
+and e is the number of bytes of the dtype.
 
-    e·N·(4·D + Q + 3·I) + e·M·(2·Q + 2·K)      both norms' inputs and outputs, attention's output, gate, up and their
-                                               product; at the places queries, keys, values and attention's output
+Autograd keeps for each layer the inputs and outputs of both norms, the output of attention, gate, up and their product
+for each token; and queries, keys, values and the output of attention for each place:
 
-with `gradient_checkpointing: selective` no norm's output, no product, one copy of attention's output, and queries, keys
-and values of the tokens instead of the places
+    e·N·(4·D + Q + 3·I) + e·M·(2·Q + 2·K)
+
+With `gradient_checkpointing: selective` it keeps neither the outputs of the norms nor the product, only one copy of the
+output of attention, and queries, keys and values for each token instead of each place:
 
     e·N·(2·D + Q + 2·K + 2·I) + e·M·Q
 
-and with `gradient_checkpointing: true` its two inputs, 2·e·N·D, and one whole layer at a time. Backward of a layer has
-in hand e·N·(2·D + 3·I) more. A pass without gradients holds at its widest e·N·(8·D + 4·I), and less where q, k, v and
-gate, up lie side by side. The update's peak is the largest of these moments: the loss (the head's gradient in float32,
-a chunk of logits), the first and the last layer's backward pass, the conversion of gradients to float32, and the sum
-over ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient as soon as it is there, through buckets.
+With `gradient_checkpointing: true` it keeps the two inputs of each layer, 2·e·N·D, and everything of one layer at a
+time. The backward pass of a layer needs e·N·(2·D + 3·I) in addition. A pass without gradients needs at most
+e·N·(8·D + 4·I), and less if q, k, v and gate, up are stored side by side.
 
-The plan's samples are equally long, so M has no padding in it. In a run, `attn_implementation: sdpa` pads shorter
-ones to the longest; the others do not, and take less.
+The peak of the update is the largest of these moments: the loss (with the head's gradient in float32 and a chunk of
+logits); the backward pass of the first and of the last layer; the conversion of the gradients to float32; and their sum
+over the ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient as soon as it is computed, in buckets.
 
-A CPU holds a float32 copy of a bfloat16 chunk of logits beside that, which a GPU does not.
+All samples of the plan have the same length, so M contains no padding. In a run, `attn_implementation: sdpa` pads
+shorter samples to the longest one. The other implementations do not, and need less.
+
+A CPU needs a float32 copy of a bfloat16 chunk of logits in addition; a GPU does not.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Shape:
-    """What the formulas need of a model: widths, layers, rows of both heads, bytes of the dtype."""
+    """The sizes of a model that the formulas need; `vocab` and `codes` are the numbers of text and image tokens."""
 
     layers: int
     hidden: int
@@ -51,7 +56,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any, itemsize: int) -> Shape:
-        """Of a Janus model's config."""
+        """The sizes in a Janus model's config."""
         text = config.text_config
         dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
@@ -61,8 +66,11 @@ class Shape:
 
 
 class Batch(NamedTuple):
-    """A micro-batch: tokens and places of the pass, how many text and image tokens are predicted, and how often the
-    images pass (twice where guided log-probs train)."""
+    """The sizes of a micro-batch.
+
+    `tokens` and `places` count the sequences of the forward pass, `texts` and `images` the tokens that are predicted.
+    `passes` is how many sequences a picture has: two if guided log-probs are trained.
+    """
 
     tokens: int
     places: int
@@ -74,25 +82,30 @@ class Batch(NamedTuple):
     def of(
         cls, prompts: int, group: int, plan_prompt: int, image_prompt: int, plan: int, image: int, guided: bool = False
     ) -> Batch:
-        """`group` samples of each prompt; `image_prompt` is without the plan, and shared as `plan_prompt` is."""
+        """`group` samples of each prompt. `image_prompt` does not count the plan; a group shares both prompts."""
         samples, picture = prompts * group, image_prompt + plan
         tokens = prompts * (plan_prompt + image_prompt) + samples * (plan - 1 + plan + image - 1)
         places = samples * (plan_prompt + plan - 1 + picture + image - 1)
-        if guided:  # rows without the prompt are all alike up to the picture
+        if guided:  # unconditional sequences share all tokens in front of the picture
             tokens, places = tokens + picture + samples * (image - 1), places + samples * (picture + image - 1)
         return cls(tokens, places, samples * plan, samples * image, 1 + guided)
 
     def part(self, tokens: int) -> Batch:
-        """So many tokens of it, in its own proportions."""
+        """A part with this many tokens, in the same proportions."""
         counts = (-(-count * tokens // self.tokens) for count in self[:-1])
         return Batch._make([*counts, self.passes])
 
 
 class Training(NamedTuple):
-    """What the optimizer holds, in bytes a trained weight, and over how many ranks ZeRO's stage divides it.
+    """What the optimizer holds, in bytes for each trained weight.
 
-    `accumulated` is what gradients between micro-batches take beside the weights' own; 0 where those add up. ZeRO
-    sends `bucket` gradients at a time, from `buffers` of them. `offloaded`: masters and moments are on the host.
+    Args:
+        masters, moments: bytes of the master weight and of both moments.
+        accumulated: bytes of a gradient that is accumulated beside the weight's own one; 0 if it is accumulated there.
+        ranks: number of ranks among which ZeRO divides them.
+        stage: ZeRO's stage, 0 without DeepSpeed.
+        bucket, buffers: ZeRO sends this many gradients at a time, from this many buffers.
+        offloaded: masters and moments are in host memory.
     """
 
     masters: int = 4
@@ -105,16 +118,16 @@ class Training(NamedTuple):
     offloaded: bool = False
 
     def share(self, trained: int) -> int:
-        """Masters and moments of one rank, wherever they are."""
+        """Bytes of one rank's masters and moments, on the GPU or on the host."""
         return trained * (self.masters + self.moments) // (self.ranks if self.stage >= 1 else 1)
 
     def held(self, trained: int) -> int:
-        """Those on the rank's GPU."""
+        """Bytes of these on the GPU."""
         return 0 if self.offloaded else self.share(trained)
 
 
 class Update(NamedTuple):
-    """The update's memory at its peak, beyond weights, masters and moments."""
+    """Bytes that the update needs at a moment, in addition to weights, masters and moments."""
 
     gradients: int
     activations: int
@@ -126,7 +139,7 @@ class Update(NamedTuple):
 
 
 def layer_bytes(shape: Shape, batch: Batch) -> int:
-    """What autograd keeps of one layer."""
+    """Bytes that autograd keeps for one layer."""
     each = 4 * shape.hidden + shape.queries + 3 * shape.intermediate
     return shape.bytes * (batch.tokens * each + batch.places * 2 * (shape.queries + shape.keys))
 
@@ -138,12 +151,12 @@ def selective_bytes(shape: Shape, batch: Batch) -> int:
 
 
 def reference_bytes(shape: Shape, batch: Batch) -> int:
-    """The most that a pass without gradients allocates; parts of q, k, v and of gate, up beside their whole."""
+    """The most that a pass without gradients allocates. q, k, v and gate, up count twice: as a whole and as parts."""
     return shape.bytes * batch.tokens * (8 * shape.hidden + 4 * shape.intermediate)
 
 
 def forward_bytes(shape: Shape, batch: Batch, recompute: bool | str) -> tuple[int, int]:
-    """What a forward pass keeps of the layers, and of what follows them up to the loss."""
+    """Bytes that a forward pass keeps for the layers, and for what follows them up to the loss."""
     stream = shape.bytes * batch.tokens * shape.hidden
     if recompute is True:
         kept = (2 * shape.layers - 1) * stream
@@ -154,8 +167,10 @@ def forward_bytes(shape: Shape, batch: Batch, recompute: bool | str) -> tuple[in
 
 
 def reference_tokens(shape: Shape, tokens: int, recompute: bool | str) -> int:
-    """How many tokens may pass without gradients where a micro-batch has `tokens`: no more than its forward pass, which
-    follows, keeps the memory of."""
+    """How many tokens a pass without gradients may have, if a micro-batch has `tokens`.
+
+    It is the number with which it needs no more memory than the micro-batch's forward pass, which comes later.
+    """
     one = Batch(1, 0, 0, 0)
     return tokens * max(1, forward_bytes(shape, one, recompute)[0] // reference_bytes(shape, one))
 
@@ -170,28 +185,29 @@ def update_peak(
     recompute: bool | str,
     embedding: int = 0,
 ) -> Update:
-    """The largest moment of an update.
+    """The moment of an update that needs the most memory.
 
     Args:
-        trained: weights of each parameter that trains.
-        head: weights of the heads that train.
-        recompute: `gradient_checkpointing`.
-        embedding: weights of the text's embedding, if it trains; their gradient comes after the last activation.
+        trained: number of weights of each trained parameter.
+        head: number of trained weights of the heads.
+        recompute: the setting gradient_checkpointing.
+        embedding: number of trained weights of the text embedding. Its gradient is computed last, when no activation
+            is left.
     """
     stream, layer = shape.bytes * batch.tokens * shape.hidden, layer_bytes(shape, batch)
     every = recompute is True
     backward = shape.bytes * batch.tokens * (2 * shape.hidden + 3 * shape.intermediate)
     kept, ends = forward_bytes(shape, batch, recompute)
-    # what the streams still hold after backward
+    # the streams hold their hidden states until after the backward pass
     hidden = shape.bytes * shape.hidden * (batch.texts + batch.images * batch.passes)
     rows = max(batch.texts * shape.vocab, batch.images * shape.codes)
     chunk = min(CHUNK_BYTES, shape.bytes * rows)
     weights, largest = sum(trained), max(trained, default=0)
     head_wide, head_own = 4 * head, shape.bytes * head
-    if training.stage:  # float32 sums of all, or of this rank's share
+    if training.stage:  # float32 sums of all gradients, or of this rank's share
         before = 4 * weights // (training.ranks if training.stage >= 2 else 1)
         own = shape.bytes * largest
-        # ZeRO-1 sends from float32 buckets; the others widen what they send
+        # ZeRO-1 has float32 buckets; stages 2 and 3 convert a bucket before they send it
         sent = training.bucket * training.buffers * (4 if training.stage == 1 else shape.bytes)
         sent += 4 * max(training.bucket, largest) * (training.stage >= 2 and shape.bytes < 4)
         wide = 0
@@ -200,7 +216,7 @@ def update_peak(
         before, sent = (wide or own) if micro_batches > 1 else 0, 0
     held, late = (before if wide or training.stage else 0), shape.bytes * embedding
     fresh = head_own
-    if before and not held:  # gradients add up where those of the micro-batch before are
+    if before and not held:  # gradients are added in place to those of the micro-batches before
         late = fresh = 0
     moments = [
         Update(before + head_wide, kept + ends, chunk),
@@ -219,7 +235,7 @@ def update_peak(
 
 
 def kv_tokens(prompts: int, group: int, prompt: int, limit: int, image: int, guided: bool) -> int:
-    """Slots that RolloutEngine asks of the KV cache where all samples are one chunk, with the pool's own eighth."""
+    """Slots of the KV cache that RolloutEngine asks for if all samples are one chunk; the pool adds an eighth."""
     samples, longest = prompts * group, prompt + limit + limit // 4
     pictures = samples * longest + guided * longest + samples * (1 + guided) * image
     tokens = max(prompts * (prompt - 1) + samples * limit, pictures)

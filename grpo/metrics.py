@@ -1,6 +1,6 @@
-"""What a step reports of its rollout, rewards and time. S samples of all ranks, R rewards, G samples of a prompt.
+"""The metrics of a step: rollout, rewards and time. Shapes: S samples of all ranks, R rewards, G samples of a prompt.
 
-Scores and plans are on the host; what is computed on the device comes there in one transfer, by `on_host`.
+Scores and plans are on the host. Metrics that are computed on the device come there in one transfer, by `on_host`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SIDE = 64  # pixels
 
 @record_function("metrics")
 def on_host(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scalars of the device as numbers; the one place of a step that waits for its end."""
+    """Scalars on the device as numbers. Only here a step waits for the device to finish."""
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
 
 
@@ -33,7 +33,7 @@ def on_host(metrics: Mapping[str, Tensor]) -> dict[str, float]:
 def reward_metrics(
     ensemble: RewardEnsemble, scores: Tensor, num_generations: int, task_types: Sequence[str]
 ) -> dict[str, float]:
-    """Of the whole step: scores [S, R] and task types [S] of all ranks, in rank order."""
+    """Metrics of the rewards, from the scores [S, R] and task types [S] of all ranks in rank order."""
     total = ensemble.total(scores)
     groups = total.view(-1, num_generations)
     by_task = mean_by_name(zip(task_types, total.tolist(), strict=True))
@@ -42,7 +42,7 @@ def reward_metrics(
     return {
         "reward": total.nanmean().item(),
         "reward_std": spread.mean().item(),
-        # not by the std: of eight times 0.35 it is not 0 but a rounding error
+        # not by the std, which rounding errors keep above 0: that of eight times 0.35 is not 0
         "frac_reward_zero_std": (largest == smallest).float().mean().item(),
         **ensemble.metrics(scores),
         **{f"reward_by_task/{task}": mean for task, mean in by_task.items() if mean is not None},
@@ -51,8 +51,8 @@ def reward_metrics(
 
 @record_function("metrics")
 def reward_costs(handle: RewardHandle, ranks: Ranks) -> dict[str, float]:
-    """Of each reward the longest time that it took a rank, what of it the longest wait leaves hidden, and the samples
-    that it skipped on all ranks."""
+    """For each reward: how long it took on the slowest rank, how much of that was hidden behind other work on the rank
+    that waited longest, and how many samples it skipped on all ranks."""
     everyone, costs = ranks.gather([handle.metrics]), {}
     for name in handle.names:
         worked, hidden, skipped = (
@@ -68,10 +68,14 @@ def reward_costs(handle: RewardHandle, ranks: Ranks) -> dict[str, float]:
 
 @record_function("metrics")
 def image_diversity(images: Tensor, num_generations: int, ranks: Ranks) -> dict[str, Tensor]:
-    """Mean distance of two pictures of a group, over all groups of all ranks, on the device.
+    """Mean distance between two pictures of a group, over all groups of all ranks, on the device.
 
-    The distance is the RMS difference of their values in [0, 1], averaged down to at most `_SIDE` pixels a side.
-    images [S, 3, H, W] are this rank's; a replay may have none, [S, 0, 0, 0].
+    The distance is the RMS difference of pixel values in [0, 1], after pooling to at most `_SIDE` pixels a side.
+
+    Args:
+        images: [S, 3, H, W] of this rank; empty if a replay has no pictures, [S, 0, 0, 0].
+        num_generations: G.
+        ranks: this process among the others.
     """
     if not images.numel():
         return {}
@@ -80,12 +84,12 @@ def image_diversity(images: Tensor, num_generations: int, ranks: Ranks) -> dict[
     groups = small.reshape(-1, num_generations, small[0].numel())
     # not by |a|² + |b|² - 2ab, which rounds small distances to nothing
     distances = torch.cdist(groups, groups, compute_mode="donot_use_mm_for_euclid_dist") / groups.shape[2] ** 0.5
-    mean = distances.sum() / (len(groups) * num_generations * (num_generations - 1))  # to itself it is 0
+    mean = distances.sum() / (len(groups) * num_generations * (num_generations - 1))  # the diagonal is 0
     return {"image_diversity": ranks.sum(mean) / ranks.size}
 
 
 def plan_diversity(plans: Sequence[Sequence[int]], num_generations: int) -> float:
-    """Mean distance of two plans of a group, over all groups: 1 - |A ∩ B| / |A ∪ B| of their sets of tokens."""
+    """Mean distance between two plans of a group, over all groups: 1 - |A ∩ B| / |A ∪ B| of their sets of tokens."""
     sets = [frozenset(plan) for plan in plans]
     groups = (sets[start : start + num_generations] for start in range(0, len(sets), num_generations))
     distances = [len(a ^ b) / max(1, len(a | b)) for group in groups for a, b in combinations(group, 2)]
@@ -94,7 +98,7 @@ def plan_diversity(plans: Sequence[Sequence[int]], num_generations: int) -> floa
 
 @record_function("metrics")
 def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool], num_generations: int) -> dict[str, float]:
-    """Of the plans of all ranks: mean length, share that was cut off, entropy of their tokens in bits, diversity."""
+    """Metrics of the plans of all ranks: mean length, share that was cut off, entropy of the tokens, diversity."""
     words = torch.tensor([word for plan in plans for word in plan])
     return {
         "plan_tokens": len(words) / len(plans),
@@ -105,7 +109,12 @@ def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool], num_
 
 
 class Phases:
-    """Seconds of named phases, added to those that the rollout measured itself: on a GPU, of the current stream."""
+    """Measures the seconds of named phases, on a GPU those of the current stream.
+
+    Args:
+        spans: phases that the rollout has measured already.
+        device: where the phases run.
+    """
 
     def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
         self.spans, self.device = list(spans), device
@@ -118,5 +127,5 @@ class Phases:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Waits for the device."""
+        """Seconds by phase. Waits for the device."""
         return seconds_of(self.spans)

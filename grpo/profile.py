@@ -1,10 +1,13 @@
 """Where a training step's time goes, phase by phase and stream by stream: `train.py --profile FILE.json`.
 
-Trainer, engine and rewards name their phases with `torch.profiler.record_function`. Every moment of a step belongs to
-one phase: to the first in `PHASES` whose kernels run, and where none runs to the phase that the host is in; then it is
-a gap. A kernel belongs to the phase that launched it (all kernels of a CUDA graph, to the phase that replayed it), and
-a phase is busy as long as its kernels run, also beside those of another phase. Without a GPU, the operators of PyTorch
-take the place of kernels. Times of a trace are in microseconds.
+Trainer, engine and rewards name their phases with `torch.profiler.record_function`. A kernel belongs to the phase that
+launched it, and all kernels of a CUDA graph belong to the phase that replayed the graph.
+
+Every moment of a step is charged to one phase. If kernels of several phases run, it is the first of these in `PHASES`.
+If no kernel runs, it is the phase that the host is in, and the moment counts as a gap. Busy time, by contrast, counts
+all kernels of a phase, also those that run while an earlier phase is still running.
+
+Without a GPU, PyTorch's operators take the place of kernels. Times in a trace are in microseconds.
 """
 
 from __future__ import annotations
@@ -34,20 +37,20 @@ from .distributed import Ranks
 from .files import whole
 from .trainer import Trainer
 
-STEP, IDLE = "step", "idle"  # around all phases; and what the results call the time that no phase covers
-# In the order of a step; rewards come after all of them, under their own names.
+STEP, IDLE = "step", "idle"  # the range around all phases; the name in the results for time outside of all phases
+# In the order of a step. Rewards come after them, under their own names.
 PHASES = ["data", "weights", "tokenizer", "prefill", "text decode", "image decode", "rows", "reference", "forward"]
 PHASES += ["loss", "backward", "optimizer", "communication", "metrics", "VQ", "reward wait"]
 # The parts of a step whose kernels are listed by name.
 LISTED = {phase: [phase] for phase in ("text decode", "image decode", "reference")}
 LISTED["update"] = ["forward", "loss", "backward", "optimizer"]
 WARM_UP = 2
-SHORT_US = {"cpu": 20.0, "cuda": 5.0}  # an operator or a kernel that takes less does little but start
-NAMES, LETTERS = 25, 120  # kernels in a list, and of their names, which template arguments make long
+SHORT_US = {"cpu": 20.0, "cuda": 5.0}  # below this, launching a kernel or an operator costs more than its work
+NAMES, LETTERS = 25, 120  # length of a list of kernels, and of a name, which template arguments can make very long
 
 
 class Range(NamedTuple):
-    """A stretch of the host's time in one phase."""
+    """A time span that the host spends in one phase."""
 
     name: str
     start: float
@@ -56,7 +59,7 @@ class Range(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A kernel or a copy (without a GPU, an operator): when and where it was called, and when and where it ran."""
+    """A kernel, a copy, or without a GPU an operator: when which thread called it, and when it ran on which stream."""
 
     called: float
     thread: int
@@ -68,7 +71,7 @@ class Launch(NamedTuple):
 
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """Python's full garbage collection would go through all that imports left, for 0.2 s, in whatever is timed then."""
+    """Keep garbage collections short: a full one would scan all imported objects, which adds 0.2 s to what is timed."""
     gc.collect()
     gc.freeze()
     try:
@@ -78,7 +81,7 @@ def short_collections() -> Iterator[None]:
 
 
 def trained_ms(trainer: Trainer, steps: int) -> list[float]:
-    """Milliseconds of each of so many steps, without the profiler."""
+    """Take `steps` steps without the profiler -> milliseconds of each."""
     ends = [time.perf_counter()]
     with short_collections():
         for _ in range(steps):
@@ -88,25 +91,25 @@ def trained_ms(trainer: Trainer, steps: int) -> list[float]:
 
 
 def profiled(trainer: Trainer, steps: int, trace: Path) -> dict[str, Any]:
-    """Profile so many steps -> their phases, kernels by name and streams; writes the Chrome trace (gzip)."""
+    """Profile `steps` steps and write their Chrome trace (gzip) -> their phases, kernels and streams."""
     on_gpu = trainer.ranks.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    threads = _ExperimentalConfig(profile_all_threads=True)  # those of rewards too
+    threads = _ExperimentalConfig(profile_all_threads=True)  # rewards have threads of their own
     with torch.profiler.profile(activities=activities, experimental_config=threads) as profiler:
-        for _ in range(1 + steps):  # the profiler's own beginning is in the first
+        for _ in range(1 + steps):  # the first step includes the start of the profiler, and is left out
             with record_function(STEP):
                 trainer._train_step()
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(plain))
         ranges, launches = read_trace(plain)
-        with plain.open("rb") as events, gzip.open(trace, "wb", compresslevel=1) as out:  # 9 takes half a minute
+        with plain.open("rb") as events, gzip.open(trace, "wb", compresslevel=1) as out:  # level 9 takes half a minute
             shutil.copyfileobj(events, out)
     return described(ranges, launches, steps, trainer.ranks.device.type)
 
 
 def read_trace(path: Path) -> tuple[list[Range], list[Launch]]:
-    """The phases of all steps but the first, and all launches."""
+    """Read a Chrome trace -> the phases of all steps but the first, and all launches."""
     of: dict[str, list[Any]] = defaultdict(list)
     for event in json.loads(path.read_bytes())["traceEvents"]:
         if event.get("ph") == "X":
@@ -128,7 +131,7 @@ def read_trace(path: Path) -> tuple[list[Range], list[Launch]]:
 
 
 def outermost(operators: Iterable[Any]) -> list[Any]:
-    """The events of operators that no other operator of their thread called."""
+    """The operators that were not called by another operator of the same thread."""
     ends: dict[int, float] = {}
     found = []
     for event in sorted(operators, key=lambda e: (e["ts"], -e["dur"])):
@@ -139,7 +142,7 @@ def outermost(operators: Iterable[Any]) -> list[Any]:
 
 
 def innermost(ranges: Iterable[Range]) -> list[Range]:
-    """Of one thread: at every time the innermost range, in order and without overlap."""
+    """Split the nested ranges of one thread into consecutive parts, each with the name of its innermost range."""
     edges = [(r.start, 1, -r.end, r) for r in ranges]
     edges += [(r.end, 0, 0.0, r) for _, _, _, r in edges]
     found: list[Range] = []
@@ -154,9 +157,10 @@ def innermost(ranges: Iterable[Range]) -> list[Range]:
 
 
 def attributed(ranges: Sequence[Range], launches: Iterable[Launch], main: int) -> list[tuple[str, Launch]]:
-    """Each launch with the phase in which it was called; those of no phase are left out.
+    """Each launch with the phase in which it was called. Launches outside of all phases are left out.
 
-    A thread that has no range at that time, such as autograd's, works for the thread `main`.
+    If the thread of a launch is in no phase at that time, the phase of the thread `main` counts: autograd, for example,
+    has a thread of its own.
     """
     of = {thread: innermost(r for r in ranges if r.thread == thread) for thread in {r.thread for r in ranges}}
     starts = {thread: [part.start for part in parts] for thread, parts in of.items()}
@@ -171,12 +175,12 @@ def attributed(ranges: Sequence[Range], launches: Iterable[Launch], main: int) -
 
 
 def rank(phase: str) -> int:
-    """The place of a phase in a step: each reward after all others, and what is idle last."""
+    """The place of a phase in `PHASES`. Rewards come after all of them, and idle time comes last."""
     return PHASES.index(phase) if phase in PHASES else len(PHASES) + (phase == STEP)
 
 
 def charged(host: Sequence[Range], busy: Sequence[tuple[str, Launch]]) -> dict[str, tuple[float, float]]:
-    """Phase -> its time, and its gaps. The times add up to that of `host`, whatever overlaps."""
+    """Phase -> its time, and how much of it is gaps. The times of all phases add up to the time of `host`."""
     edges = [(at, step, name, False) for name, run in busy for at, step in ((run.start, 1), (run.end, -1))]
     edges += [(at, step, part.name, True) for part in host for at, step in ((part.start, 1), (part.end, -1))]
     working: Counter[str] = Counter()
@@ -196,7 +200,7 @@ def charged(host: Sequence[Range], busy: Sequence[tuple[str, Launch]]) -> dict[s
 
 
 def described(ranges: Sequence[Range], launches: Sequence[Launch], steps: int, device: str) -> dict[str, Any]:
-    """What a result says of the profiled steps; numbers are of one step."""
+    """The part of a result that describes the profiled steps. All numbers are for one step."""
     whole_steps = [r for r in ranges if r.name == STEP]
     main = whole_steps[0].thread
     busy = attributed(ranges, launches, main)
@@ -239,7 +243,7 @@ def spread(ms: Sequence[float]) -> list[float]:
 
 
 def longest(launches: Iterable[Launch], steps: float) -> list[list[Any]]:
-    """[name, count a step, microseconds a step] of the kernels that take most of the time, the longest first."""
+    """[name, calls in a step, microseconds in a step] of the kernels that take the most time."""
     count, us = Counter[str](), defaultdict[str, float](float)
     for launch in launches:
         count[launch.name] += 1
@@ -249,7 +253,7 @@ def longest(launches: Iterable[Launch], steps: float) -> list[list[Any]]:
 
 
 def binds(row: dict[str, Any], device: str) -> str:
-    """What a phase is bound by, in a sentence, from its row."""
+    """What limits the speed of a phase, in a few words, from its row."""
     if row["phase"] == IDLE:
         return "host: what the program does between the phases"
     unit, ms = ("kernels" if device == "cuda" else "operators"), row["ms"]
@@ -264,7 +268,7 @@ def binds(row: dict[str, Any], device: str) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The phases that take at least 1 % of a step, within 100 columns."""
+    """The phases that take at least 1 % of a step, as text of 100 columns."""
     lines = [f"{'phase':<22}{'ms':>9}{'%':>7}   bound by"]
     for row in result["rows"]:
         if row["pct"] >= 1:
@@ -276,7 +280,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def step_times(trainer: Trainer, steps: int, warm_up: int = WARM_UP) -> dict[str, Any]:
-    """What a result says of steps without the profiler, after some that warm up."""
+    """The part of a result that describes steps without the profiler, after `warm_up` steps that are not timed."""
     trained_ms(trainer, warm_up)
     images = trainer.config.prompts_per_device * trainer.config.num_generations * trainer.ranks.size
     times = trained_ms(trainer, steps)
@@ -289,7 +293,7 @@ def step_times(trainer: Trainer, steps: int, warm_up: int = WARM_UP) -> dict[str
 
 
 def profile(config: Config, file: Path, steps: int = 3) -> None:
-    """Profile steps of a run instead of training: print a table, write `file` (JSON) and the trace beside it."""
+    """Profile steps of a run instead of training. Print a table, and write `file` (JSON) and a trace beside it."""
     ranks = Ranks.start(config.ddp_timeout)
     try:
         with ranks.naming_the_lost(), tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""One BiCoT-GRPO update: rollout and advantages in, new weights and metrics out.
+"""One BiCoT-GRPO update: from a rollout and its advantages to new weights and metrics.
 
-Shapes: S samples on this rank, R rewards.
+Shapes: S samples on this rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -28,19 +28,19 @@ from .off_policy import corrected
 from .optim import MasterAdamW
 from .token_weights import TokenWeights
 
-Ahead = list[list[TokenStream]]
+Ahead = list[list[TokenStream]]  # the streams of the first micro-batch, which `update` takes out
 
 
-def _rows(
+def _sequences(
     policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config, names: Sequence[str]
 ) -> list[Stream]:
-    """What passes for these streams: plans, pictures, and where guided log-probs train the pictures without prompts."""
+    """The sequences of these streams: plans, pictures, and for guided log-probs the pictures without their prompts."""
     prompts, plans, image_prompts, tokens = rollout.ids
     pictures = policy.image_ids(tokens)
-    rows: dict[str, list[Stream]] = {"text": [(prompts, plans)], "image": [(image_prompts, pictures)]}
+    streams: dict[str, list[Stream]] = {"text": [(prompts, plans)], "image": [(image_prompts, pictures)]}
     if _guided(config):
-        rows["image"].append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
-    return [row for name in names for row in rows[name]]
+        streams["image"].append(([encoder.unconditional_ids(len(prompt)) for prompt in image_prompts], pictures))
+    return [stream for name in names for stream in streams[name]]
 
 
 def _guided(config: Config) -> bool:
@@ -54,15 +54,15 @@ def token_streams(
     config: Config,
     names: Sequence[str] = STREAMS,
 ) -> list[TokenStream]:
-    """Forward the plans and the pictures of a micro-batch: the text stream and the image stream, or one of them."""
+    """Run the forward pass of a micro-batch -> the text stream (plans), the image stream (pictures), or both."""
     num_samples, num_tokens = rollout.image_tokens.shape
-    hidden = policy.hidden(*_rows(policy, rollout, encoder, config, names))
+    hidden = policy.hidden(*_sequences(policy, rollout, encoder, config, names))
     compared = config.importance_sampling_correction or config.off_policy_mask_threshold is not None
     streams = []
     if "text" in names:
         features, trained = hidden.pop(0), _text_tokens(rollout, config)
         own: slice | Tensor = slice(None)
-        if isinstance(trained, Tensor):  # a slice of all would copy the gradient
+        if isinstance(trained, Tensor):  # indexing with all tokens would copy the gradient
             own = upload(trained, policy.device)
             features = features[own]
         text = TokenStream(
@@ -78,7 +78,7 @@ def token_streams(
         streams.append(text)
     if "image" in names:
         features, *unconditional = map(policy.image_features, hidden)
-        for other in unconditional:  # the head is linear: the guided logits are the head on the guided features
+        for other in unconditional:  # the head is linear, so guided features give guided logits
             other = other.detach() if config.detach_uncond else other
             features = other + config.cfg_weight * (features - other)
         sampled = rollout.guided_logprobs if _guided(config) else rollout.image_logprobs
@@ -105,13 +105,13 @@ def reference_logprobs(
     config: Config,
     passes: list[RolloutChunk] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Log-probs of every token under the reference model (without its adapters), by stream, for each micro-batch.
+    """Log-probs of every token under the reference model, without adapters, by stream, for each micro-batch.
 
-    A stream without KL is left out: neither its rows nor its head are computed. The policy has a forward pass of its
-    own even where only adapters differ: one pass for both would have each row twice, and save no product.
+    A stream without KL is left out, so that it costs no forward pass. With LoRA, reference and policy share their
+    weights, but not a forward pass: a common one would contain each sequence twice and save no matrix product.
 
     Args:
-        passes: `reference_passes` over the same samples; None = one pass a micro-batch.
+        passes: `reference_passes` over the same samples; None = one forward pass for each micro-batch.
     """
     with reference.without_adapters():
         found = [
@@ -128,14 +128,17 @@ def reference_logprobs(
     for name in config.kl_streams:
         parts = torch.cat([one[name] for one in found]).split([count[name] for count in counts])
         for own, part in zip(each, parts, strict=True):
-            own[name] = part.clone()  # aligned, as Triton's kernels are compiled for
+            own[name] = part.clone()  # a copy is aligned, which Triton's kernels were compiled for
     return each
 
 
 def reference_passes(
     reference: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config
 ) -> list[RolloutChunk] | None:
-    """With `micro_batch_tokens`, what passes through the reference at a time: without gradients, more than trains."""
+    """With `micro_batch_tokens`, the parts of the rollout for the reference's forward passes; otherwise None.
+
+    A pass without gradients needs less memory, so its parts are larger than the micro-batches of training.
+    """
     if config.micro_batch_tokens is None:
         return None
     shape = Shape.of(reference.config, reference.dtype.itemsize)
@@ -146,7 +149,7 @@ def reference_passes(
 def micro_batches_of(
     policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config
 ) -> list[RolloutChunk]:
-    """The micro-batches of a rollout: by `micro_batch_tokens`, or else `split`."""
+    """The micro-batches of a rollout: at most `micro_batch_tokens` tokens each, or else as `split` makes them."""
     if config.micro_batch_tokens is None:
         return split(rollout, config)
     return _by_tokens(policy, rollout, encoder, config, STREAMS, int(config.micro_batch_tokens))
@@ -155,18 +158,21 @@ def micro_batches_of(
 def _by_tokens(
     policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config, names: Sequence[str], most: int
 ) -> list[RolloutChunk]:
-    counts = token_counts(_rows(policy, rollout.on_host(), encoder, config, names))
+    counts = token_counts(_sequences(policy, rollout.on_host(), encoder, config, names))
     starts = cut(*counts, config.num_generations, most)
     return [rollout[start:end] for start, end in pairwise([*starts, len(rollout)])]
 
 
 def cut(alone: Sequence[int], more: Sequence[int], group: int, most: int) -> list[int]:
-    """Where parts of at most so many tokens begin. A group that has more is cut between its samples; a sample is not.
+    """The samples at which parts of at most `most` tokens begin.
+
+    A group with more tokens is cut between its samples. A sample is never cut.
 
     Args:
-        alone: [S] tokens of a sample that begins a part.
-        more: [S] tokens that it adds after the sample above.
-        group: samples of one prompt.
+        alone: [S] number of tokens of each sample if a part begins with it.
+        more: [S] number of tokens that each sample adds if the sample before it is in the same part.
+        group: number of samples for each prompt.
+        most: maximum number of tokens in a part.
     """
     starts, tokens = list[int](), 0
     for first in range(0, len(alone), group):
@@ -183,16 +189,20 @@ def cut(alone: Sequence[int], more: Sequence[int], group: int, most: int) -> lis
 
 
 def split(rollout: RolloutChunk, config: Config) -> list[RolloutChunk]:
-    """The micro-batches of a rollout; their ids are on the host, so that no forward pass waits for the one before."""
+    """Cut a rollout into micro-batches of whole groups.
+
+    Their ids are on the host, so that preparing a forward pass does not wait for the GPU to finish the one before.
+    """
     size, rollout = config.micro_batch, rollout.on_host()
     return [rollout[start : start + size] for start in range(0, len(rollout), size)]
 
 
 def skips_groups(config: Config) -> bool:
-    """Whether `update` leaves out groups whose advantages are all 0, because nothing but the advantages trains.
+    """Whether `update` leaves out groups whose advantages are all 0.
 
-    Not with bnpo, whose normaliser counts the tokens of each micro-batch, with a function of token weights, which sees
-    the whole micro-batch, or with DeepSpeed, which wants as many micro-batches on each rank.
+    It does so if only the advantages cause gradients, which a KL or an entropy bonus would too. Three more settings
+    exclude it: bnpo, whose normaliser counts the tokens of each micro-batch; token weights, whose function sees the
+    whole micro-batch; and DeepSpeed, which needs the same number of micro-batches on each rank.
     """
     other = (
         config.kl_streams
@@ -203,10 +213,11 @@ def skips_groups(config: Config) -> bool:
 
 
 def begins_early(config: Config) -> bool:
-    """Whether `begin` may run before the scores are there.
+    """Whether `begin` may run before the scores are known.
 
-    Not with DeepSpeed, which wants a micro-batch in one call, with LoRA's dropout, from whose generator rewards might
-    draw, or where `skips_groups`, since the pass may be over a group that is left out.
+    It may not with DeepSpeed, which runs the forward and backward pass of a micro-batch in one call; with LoRA's
+    dropout, since rewards could draw from the same random generator meanwhile; or with `skips_groups`, since the
+    groups of this micro-batch may be left out.
     """
     return not (config.deepspeed or config.lora_dropout or skips_groups(config))
 
@@ -214,15 +225,15 @@ def begins_early(config: Config) -> bool:
 def _teaching(
     policy: Policy, micro_batches: list[RolloutChunk], advantages: Tensor, encoder: PromptEncoder, config: Config
 ) -> tuple[list[RolloutChunk], Tensor]:
-    """Micro-batches and advantages of the groups with an advantage other than 0."""
+    """The micro-batches and advantages without the groups whose advantages are all 0."""
     size = config.num_generations
     teaches = (advantages.view(-1, size) != 0).any(1).tolist()
     if all(teaches):
         return micro_batches, advantages
-    if not any(teaches):  # one sample, whose gradients of 0 the other ranks and AdamW's moments count on
+    if not any(teaches):  # keep one sample: other ranks and AdamW need gradients, even if they are 0
         return [micro_batches[0][:1]], advantages[:1]
     kept, first = list[RolloutChunk](), 0
-    for part in micro_batches:  # it may begin and end within a group
+    for part in micro_batches:  # a micro-batch may begin and end within a group
         edges = [0, *(at for at in range(1, len(part)) if (first + at) % size == 0), len(part)]
         kept += [part[start:end] for start, end in pairwise(edges) if teaches[(first + start) // size]]
         first += len(part)
@@ -232,7 +243,7 @@ def _teaching(
 
 @record_function("forward")
 def begin(policy: Policy, micro_batches: list[RolloutChunk], encoder: PromptEncoder, config: Config) -> Ahead:
-    """The first forward pass of `update`, which needs no advantages; rewards work beside it."""
+    """Run the first forward pass of `update` while the rewards are at work. It needs no advantages."""
     _train_mode(policy, config)
     return [token_streams(policy, micro_batches[0], encoder, config)]
 
@@ -248,17 +259,18 @@ def update(
     ranks: Ranks,
     ahead: Ahead | None = None,
 ) -> dict[str, Tensor]:
-    """`num_iterations` optimizer updates on one rollout.
+    """Make `num_iterations` optimizer updates on one rollout.
 
     Args:
-        micro_batches: `micro_batches_of` the rollout of this rank.
-        advantages: [S] of this rank's samples; on the CPU, where `skips_groups` reads them.
-        reference: `reference_logprobs` of the micro-batches, None where beta is 0 for both streams.
-        ahead: what `begin` returned, if it was called; it is taken out, so that no memory is held longer than needed.
+        micro_batches: `micro_batches_of` this rank's rollout.
+        advantages: [S] of this rank's samples, on the CPU.
+        reference: `reference_logprobs` of the micro-batches; None if beta is 0 for both streams.
+        ahead: what `begin` returned, if it was called. `update` empties it, to free its memory as early as possible.
 
     Returns:
-        Metrics as device scalars: means over the tokens of the whole step, of the last iteration. Where `skips_groups`,
-        over those of the groups that are left, and `samples_dropped`, the share of samples that are not.
+        Metrics of the last iteration as scalars on the device. They are means over the tokens of the whole step. With
+        `skips_groups` they are means over the groups that remain, and `samples_dropped` is the share of the samples
+        that were left out.
     """
     tokens = float(sum(sum(_counts(part, config)) for part in micro_batches))
     num_tokens = ranks.sum(torch.full((), tokens, device=policy.device))
@@ -279,11 +291,9 @@ def update(
         part, mine = micro_batches[i], each[i]
         with record_function("forward"):
             streams = ahead.pop() if ahead else token_streams(policy, part, encoder, config)
-        for s, stream in enumerate(streams):
-            before, ref = old[i], None if reference is None else reference[i].get(stream.name)
-            stream = replace(stream, ref_logprob=ref, old_logprob=None if before is None else before[s])
-            stream = replace(stream, **config.of_stream(stream.name))
-            streams[s] = replace(stream, token_weight=weigh(stream, mine)) if weigh else stream
+        streams = _with_options(streams, old[i], reference[i] if reference else {}, config)
+        if weigh:
+            streams = [replace(stream, token_weight=weigh(stream, mine)) for stream in streams]
         result = grpo_loss(
             corrected(streams, mine, config),
             mine,
@@ -299,7 +309,7 @@ def update(
             num_tokens=None if config.loss_type == "bnpo" else num_tokens,
             num_samples=num_samples,
         )
-        # bnpo averages over each micro-batch, and the micro-batches count alike
+        # bnpo's loss is a mean over each micro-batch, so the step's loss is the mean over micro-batches
         share = len(micro_batches) * ranks.size if config.loss_type == "bnpo" else 1
         return result.loss / share, result
 
@@ -316,33 +326,44 @@ def update(
     return {**meter.reduce(ranks), **dropped, "grad_norm": grad_norm}
 
 
+def _with_options(
+    streams: list[TokenStream], old: Sequence[Tensor] | None, reference: Mapping[str, Tensor], config: Config
+) -> list[TokenStream]:
+    """The streams with their log-probs before the update and under the reference model, and with their settings."""
+    before: Sequence[Tensor | None] = old or [None] * len(streams)
+    return [
+        replace(s, old_logprob=lpo, ref_logprob=reference.get(s.name), **config.of_stream(s.name))
+        for s, lpo in zip(streams, before, strict=True)
+    ]
+
+
 def _counts(part: RolloutChunk, config: Config) -> tuple[int, int]:
-    """Tokens of the text and of the image."""
+    """Number of text tokens that are trained, and of image tokens."""
     return len(part.plans.values[_text_tokens(part, config)]), part.image_tokens.numel()
 
 
 def _text_tokens(rollout: RolloutChunk, config: Config) -> slice | Tensor:
-    """Those of the plans that train: an index on the CPU, or all."""
+    """Which tokens of the plans are trained: indices on the CPU, or a slice of all."""
     if not config.mask_truncated_completions:
         return slice(None)
     return torch.repeat_interleave(~rollout.truncated, rollout.plans.lengths).nonzero()[:, 0]
 
 
 def _train_mode(policy: Policy, config: Config) -> None:
-    """In it alone, activations are recomputed and LoRA's dropout acts."""
+    """Switch on training mode if it is needed: for recomputing activations or for LoRA's dropout."""
     policy.model.train(config.gradient_checkpointing is True or config.lora_dropout > 0)
 
 
 class _Meter:
-    """Token-weighted means of the streams' metrics over micro-batches and ranks; maxima for the keys that say so.
+    """Reduces K metrics over micro-batches and ranks.
 
-    K metrics, the loss among them, which is a sum.
+    The loss is summed, `…/ratio_max` is a maximum, and all others are means over the tokens of their stream.
     """
 
     def __init__(self) -> None:
         self.keys: list[str] = []
-        self.values: list[Tensor] = []  # [K] of each micro-batch
-        self.tokens: list[list[float]] = []
+        self.values: list[Tensor] = []  # [K] for each micro-batch
+        self.tokens: list[list[float]] = []  # the weight of each value
 
     def add(self, metrics: dict[str, Tensor], tokens: dict[str, int], loss: Tensor) -> None:
         self.keys = ["loss", *metrics]

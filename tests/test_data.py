@@ -64,7 +64,7 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path: Path, row: object, mess
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
     file = PromptFile(path, skip_bad=True)
     assert [number for number, _ in file.rows] == [1, 3] and len(file.examples) == 2
-    assert file.said()[0].endswith("1 of 3 rows are left out:") and re.match(f".*{message}", file.said()[1])
+    assert file.said()[0].endswith("1 of 3 lines are left out:") and re.match(f".*{message}", file.said()[1])
 
 
 def test_keys_of_the_user_s_own_are_kept(tmp_path: Path) -> None:
@@ -93,14 +93,14 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     file.check(odd_ones_only)
     assert len(file.examples) == 30
     first, *listed, last = file.said()
-    assert first == f"{path}: 60 of 90 rows are left out:" and last == "  … and 40 more" and len(listed) == 20
+    assert first == f"{path}: 60 of 90 lines are left out:" and last == "  … and 40 more" and len(listed) == 20
     assert listed[:3] == [
         f"  {path}:1: prompt must be a non-empty string, got ''",
         f"  {path}:2: even",
         f"  {path}:4: prompt must be a non-empty string, got ''",
     ]
     numbers = iter(())
-    with pytest.raises(ValueError, match=r"p\.jsonl:3: even \(and 29 more\); no row is left"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:3: even \(and 29 more\); no line is left"):
         file.check(odd_ones_only)
 
 

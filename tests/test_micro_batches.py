@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bicot.grpo.config import STREAMS, Config
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.plan import settle
-from bicot.grpo.step import _rows, cut, micro_batches_of, reference_logprobs, reference_passes, update
+from bicot.grpo.step import _sequences, cut, micro_batches_of, reference_logprobs, reference_passes, update
 from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
 from bicot.model.prompts import PromptFormat
@@ -40,7 +40,7 @@ def samples() -> tuple[Policy, RolloutChunk]:
 
 
 def counts_of(policy: Policy, rollout: RolloutChunk, cfg: Config) -> tuple[list[int], list[int]]:
-    return token_counts(_rows(policy, rollout, policy.prompt_encoder(PromptFormat()), cfg, STREAMS))
+    return token_counts(_sequences(policy, rollout, policy.prompt_encoder(PromptFormat()), cfg, STREAMS))
 
 
 @given(
@@ -73,7 +73,7 @@ def test_tokens_are_counted_as_a_pass_lays_them_out(samples: tuple[Policy, Rollo
     cfg = config(policy_logits=policy_logits)
     alone, more = counts_of(policy, rollout, cfg)
     for start, end in [(0, 12), (0, 1), (2, 7), (3, 6), (11, 12)]:
-        rows = _rows(policy, rollout[start:end], policy.prompt_encoder(PromptFormat()), cfg, STREAMS)
+        rows = _sequences(policy, rollout[start:end], policy.prompt_encoder(PromptFormat()), cfg, STREAMS)
         ids, _, _ = policy.lay_out(sequences_of(rows))
         assert alone[start] + sum(more[start + 1 : end]) == len(ids)
 

@@ -12,18 +12,8 @@ from tiny import ROOT
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config
-from bicot.grpo.plan import (
-    GIB,
-    IMAGE_PROMPT,
-    PLAN_PROMPT,
-    advice,
-    changes,
-    dry_run,
-    load_model,
-    pinned,
-    plan_of,
-    settled,
-)
+from bicot.grpo.dry_run import advice, changes, dry_run
+from bicot.grpo.plan import GIB, IMAGE_PROMPT, PLAN_PROMPT, load_model, pinned, plan_of, settled
 
 SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},

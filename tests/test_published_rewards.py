@@ -129,7 +129,7 @@ def test_of_the_published_prompts_the_spoiled_ones_are_left_out(
     file.check(ensemble.check)
     assert file.examples == load_examples(PUBLISHED_PROMPTS)
     first, *listed = file.said()
-    assert first.endswith(": 3 of 7226 rows are left out:")
+    assert first.endswith(": 3 of 7226 lines are left out:")
     for line, words in zip(
         listed,
         (

@@ -381,7 +381,7 @@ def test_prompts_that_cannot_be_used_are_found_at_start(
     prompts.write_text("\n".join((long, good, pentagon, "{", good)))
     run(job, tmp_path / "out", *more, "--skip_bad_prompts", "true")
     first, *listed = capsys.readouterr().out.splitlines()[:4]
-    assert first == f"{prompts}: 3 of 5 rows are left out:"
+    assert first == f"{prompts}: 3 of 5 lines are left out:"
     for line, start in zip(listed, ("1: prompt too long", "3: reward 'choosy'", "4: Expecting"), strict=True):
         assert line.startswith(f"  {prompts}:{start}")
 

@@ -20,7 +20,8 @@ from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHARDED,
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
-from bicot.grpo.plan import changes, load_model, plan_of
+from bicot.grpo.dry_run import changes
+from bicot.grpo.plan import load_model, plan_of
 from bicot.grpo.trainer import train
 from bicot.grpo.zero import engine_config
 
