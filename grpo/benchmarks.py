@@ -1,4 +1,4 @@
-"""Prompt sets of benchmarks, and folders of pictures as their scorers read them.
+"""Reads the prompts of benchmarks, and writes pictures into folders as their scorers expect them.
 
     format          prompt files                         pictures in the output folder
     geneval         evaluation_metadata.jsonl            00000/samples/0000.png …; the line in 00000/metadata.jsonl
@@ -7,7 +7,7 @@
     dpg             text files, each a prompt            images/{name of the file}.png, four pictures as 2 × 2
     bicot           T2I-R1's JSONL schema                images/00000_00.png …
 
-What a scorer opens is said by its own code:
+What a scorer opens is taken from its code:
 
     geneval         djghosh13/geneval af4902f: README.md, evaluation/evaluate_images.py
     t2i_compbench   Karine-Huang/T2I-CompBench 1b70949: Readme.md, BLIPvqa_eval/BLIP_vqa.py,
@@ -38,13 +38,13 @@ from .data import parse_line
 from .files import whole
 
 SETTINGS = "settings.json"
-_PLANS = "plans"  # of a picture, in its PNG file
+_PLANS = "plans"  # name of the PNG text chunk with the plans of a picture
 _LONGEST_NAME = 255 - len("..part")  # bytes; `whole` writes to a longer name first
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, where it stands, the name of its pictures if it gives one, and what the scorer reads beside it."""
+    """A prompt, its place in the files, the name of its pictures if it gives one, and metadata for the scorer."""
 
     text: str
     where: str
@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Picture:
-    """A file, relative to the output folder, which shows samples of a prompt; both are numbers."""
+    """A picture file, relative to the output folder, with the index of its prompt and the numbers of its samples."""
 
     file: str
     prompt: int
@@ -64,15 +64,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark's prompts are read, and where its pictures are.
+    """How the prompts of a benchmark are read, and where its pictures are written.
 
     Args:
-        read: the prompts of one file.
-        suffix: of prompt files; None = a set is one file, not a folder of them.
-        file: the place of a picture.
-        num_generations: samples of a prompt, as published.
-        most: samples of a prompt that the scorer reads; None = all.
-        grid: one file shows all samples of a prompt.
+        read: yields the prompts of one file.
+        suffix: suffix of the files in a folder of prompts; None = the prompts are always in one file.
+        file: path of a picture in the output folder.
+        num_generations: published number of samples for each prompt.
+        most: maximum number of samples that the scorer reads for each prompt; None = no maximum.
+        grid: whether one file shows all samples of a prompt.
     """
 
     read: Callable[[Path], Iterator[Prompt]]
@@ -83,11 +83,11 @@ class Benchmark:
     grid: bool = False
 
     def load(self, paths: Sequence[Path]) -> list[Prompt]:
-        """The prompts of all files.
+        """Read the prompts of all files.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: a file or a line that is not of this format, as `file:line: what is wrong`.
+            FileNotFoundError: there is no such file.
+            ValueError: a file or a line does not have this format (`file:line: what is wrong`).
         """
         prompts: list[Prompt] = []
         for path in paths:
@@ -104,10 +104,10 @@ class Benchmark:
         return prompts
 
     def pictures(self, prompts: Sequence[Prompt], num_generations: int) -> list[Picture]:
-        """Every picture of the output folder, in order.
+        """All pictures of the output folder, in order.
 
         Raises:
-            ValueError: more samples than the scorer reads, or a file name that is too long or stands for two prompts.
+            ValueError: there are more samples than the scorer reads, or a file name is too long or not unique.
         """
         if self.most and num_generations > self.most:
             raise ValueError(f"--num_generations {num_generations}: the scorer reads {self.most} of a prompt at most")
@@ -135,14 +135,14 @@ def _text_of(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines that are not empty, and where each stands."""
+    """The lines that are not empty, each with its place (`file:line`)."""
     for number, line in enumerate(_text_of(path).splitlines(), 1):
         if line.strip():
             yield f"{path}:{number}", line
 
 
 def _require(where: str, row: Any, keys: Mapping[str, type]) -> None:
-    """Raises ValueError if the row is no object, or one of the keys is not there or of another type."""
+    """Raises ValueError if the row is no object, or a key is missing or has another type."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     for key, kind in keys.items():
@@ -168,7 +168,7 @@ def _geneval(path: Path) -> Iterator[Prompt]:
 
 
 def _t2i_compbench(path: Path) -> Iterator[Prompt]:
-    """The scorers take what stands before the first "_" of a file name for the prompt."""
+    """The scorers read the prompt from the file name, up to the first "_"."""
     for where, line in _lines(path):
         prompt = line.split("\t")[0]  # as the published inference does
         for character in "/_\0":
@@ -215,7 +215,7 @@ BENCHMARKS = {
 
 
 def check(prompts: Sequence[Prompt], use: Callable[[Prompt], None]) -> None:
-    """Raises ValueError where `use` does, with the place of the prompt."""
+    """Call `use` for each prompt. If it raises ValueError, add the place of the prompt to the message."""
     for prompt in prompts:
         try:
             use(prompt)
@@ -224,7 +224,7 @@ def check(prompts: Sequence[Prompt], use: Callable[[Prompt], None]) -> None:
 
 
 def require_room(engine: RolloutEngine, sampling: Sampling, plan: bool, prompts: Sequence[Prompt]) -> None:
-    """Raises ValueError if the context has no room for a prompt with the longest plan, if there is one, and picture."""
+    """Raises ValueError if the context has no room for a prompt, the longest plan (if `plan`) and the picture."""
     longest, encoder = sampling.max_completion_length if plan else 0, engine.encoder
 
     def fits(prompt: Prompt) -> None:
@@ -236,7 +236,7 @@ def require_room(engine: RolloutEngine, sampling: Sampling, plan: bool, prompts:
 
 
 def fingerprint(model: str) -> str:
-    """Tells checkpoints apart: a digest of a folder's files, large ones read at 64 places; of a hub id, the id."""
+    """A digest that tells models apart. It reads large files only at 64 places. A hub id is its own fingerprint."""
     if not Path(model).is_dir():
         return model
     digest = hashlib.sha256()
@@ -252,10 +252,10 @@ def fingerprint(model: str) -> str:
 
 
 def missing(output: Path, pictures: Sequence[Picture], settings: Mapping[str, Any]) -> list[Picture]:
-    """The pictures that are not there yet.
+    """The pictures that do not exist yet.
 
     Raises:
-        ValueError: those that are there were drawn with other settings, or nothing says with which.
+        ValueError: the existing ones were drawn with other settings, or there is no record of their settings.
     """
     absent = [picture for picture in pictures if not (output / picture.file).is_file()]
     if len(absent) < len(pictures):
@@ -269,7 +269,7 @@ def missing(output: Path, pictures: Sequence[Picture], settings: Mapping[str, An
 
 
 def prepare(output: Path, prompts: Sequence[Prompt], pictures: Sequence[Picture], settings: Mapping[str, Any]) -> None:
-    """Make the folder ready for its pictures: what a killed process left half written goes, or would be scored."""
+    """Prepare the output folder. Delete half-written pictures of a killed process, which would be scored otherwise."""
     for part in output.rglob(".*.part.png"):
         part.unlink()
     with whole(output / SETTINGS) as file:
@@ -293,14 +293,16 @@ def draw(
     output: Path,
     plan: bool = True,
 ) -> Iterator[Picture]:
-    """Draw the pictures, with a plan or from the prompt alone, and write each; a sample is the same whatever others are
-    drawn."""
+    """Draw the pictures, with plans or from the prompts alone, and write and yield each one.
+
+    A sample does not depend on which other samples are drawn.
+    """
     count: dict[int, int] = {}
     for picture in pictures:
         count[picture.prompt] = count.get(picture.prompt, 0) + len(picture.samples)
     groups = [picture for picture in pictures if count[picture.prompt] == num_generations]
     single = [picture for picture in pictures if count[picture.prompt] < num_generations]
-    for size, part in ((num_generations, groups), (1, single)):  # a group's prompt is prefilled once
+    for size, part in ((num_generations, groups), (1, single)):  # groups share the prefill of their prompt
         starts = [(picture.prompt, picture.samples[0]) for picture in part if picture.samples[0] % size == 0]
         texts, firsts = [prompts[index].text for index, _ in starts], [first for _, first in starts]
         samples = (
@@ -318,7 +320,7 @@ def draw(
 
 
 def tile(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures [H, W, 3] in two columns, row by row; one is itself."""
+    """Arrange pictures [H, W, 3] in two columns, row by row. A single picture is returned as it is."""
     height, width, _ = images[0].shape
     canvas = np.zeros((-(-len(images) // 2) * height, min(2, len(images)) * width, 3), np.uint8)
     for i, image in enumerate(images):
@@ -327,6 +329,6 @@ def tile(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def load_picture(path: Path) -> tuple[np.ndarray, list[str]]:
-    """What `draw` wrote: pixels [H, W, 3] and the plans."""
+    """Read a picture that `draw` wrote -> pixels [H, W, 3], and the plans."""
     with Image.open(path) as image:
         return np.asarray(image), json.loads(image.info[_PLANS])

@@ -1,12 +1,13 @@
-"""Weights of tokens that another policy drew: the engine's rounding, or the updates since, set the two apart.
+"""Importance weights for tokens that were sampled off policy.
 
-For token t of sample s, of its plan or its picture, with log-probs lp_t now, lpo_t at the rollout's first update and
-lps_t as recorded while sampling, c_t multiplies the policy's term of the loss, but not the KL:
+Sampling and training differ by the rounding of the engine, and by the updates since the rollout. Token t belongs to the
+plan or the picture of sample s. Its log-prob is lp_t now, lpo_t at the first update on the rollout, and lps_t as it was
+recorded in sampling. Its weight c_t multiplies the policy's term of the loss, but not the KL:
 
-    d_t = lpo_t - lps_t, or in the modes sequence_*, for all tokens of s, Σ_t (lpo_t - lps_t)
+    d_t = lpo_t - lps_t; in the modes sequence_* it is Σ_t (lpo_t - lps_t) for all tokens of s
     c_t = min(exp(d_t), importance_sampling_clip_max)              token_truncate, sequence_truncate
-    c_t = exp(d_t), or 0 where that is above …_clip_max            token_mask, sequence_mask
-    c_t = 0 where A_s < 0 and mean_t(lps_t - lp_t) > off_policy_mask_threshold
+    c_t = exp(d_t), or 0 if that is above …_clip_max               token_mask, sequence_mask
+    c_t = 0 if A_s < 0 and mean_t(lps_t - lp_t) > off_policy_mask_threshold
 
 These are TRL's `vllm_importance_sampling_mode` and `off_policy_mask_threshold` (DeepSeek-V3.2, arXiv 2512.02556).
 """
@@ -25,7 +26,7 @@ from .config import Config
 
 @torch.no_grad()
 def corrected(streams: list[TokenStream], advantages: Tensor, config: Config) -> list[TokenStream]:
-    """The streams with c_t, which costs one more pass of the heads; as they are where the loss alone makes it."""
+    """The streams with c_t, which costs another pass of the heads, except in mode token_truncate: the loss has that."""
     mode, threshold = config.importance_sampling_mode, config.off_policy_mask_threshold
     if mode == "token_truncate" and threshold is None:
         return streams
@@ -34,7 +35,7 @@ def corrected(streams: list[TokenStream], advantages: Tensor, config: Config) ->
     old = [n if s.old_logprob is None else s.old_logprob for s, n in zip(streams, now, strict=True)]
 
     def sums(each: list[Tensor]) -> Tensor:
-        """[S] over the tokens of each sample in all streams."""
+        """Sums [S] over the tokens of each sample in all streams."""
         size = len(advantages)
         return torch.stack([sample_sums(x, s.sample, size) for x, s in zip(each, streams, strict=True)]).sum(0)
 
@@ -52,6 +53,6 @@ def corrected(streams: list[TokenStream], advantages: Tensor, config: Config) ->
         kl = kl / sums([torch.ones_like(n) for n in now]).clamp(min=1)
         kept = (advantages >= 0) | (kl <= threshold)
         weights = [w * kept[stream.sample] for w, stream in zip(weights, streams, strict=True)]
-    # the loss makes exp(lpo - sampling_logprob) of it, which is c_t, and not above its bound
+    # the loss computes exp(lpo - sampling_logprob), which then is c_t
     triples = zip(streams, old, weights, strict=True)
     return [replace(stream, sampling_logprob=before - weight.log()) for stream, before, weight in triples]

@@ -1,13 +1,14 @@
 """AdamW on float32 master weights.
 
-An update of lr 1e-6 to a bfloat16 weight of magnitude 1 rounds to nothing (its spacing there is 2^-7). So the optimizer
-owns float32 masters, gradients accumulate into them in float32, and the model's weights are the rounded masters.
-Weights of 32 bits or more are their own masters.
+With a learning rate of 1e-6, the update of a bfloat16 weight of magnitude 1 would round to nothing, since neighbouring
+values are 2^-7 apart there. So the optimizer has float32 master weights, accumulates gradients in float32, and rounds
+the masters into the model's weights. Weights of 32 bits or more are their own masters.
 
-`optim: adamw_8bit` has no masters: torchao's AdamW8bit keeps both moments in 8 bits and rounds bfloat16 weights up or
-down at random, so that their mean is the exact update. Weights, gradients and moments take 6 bytes a weight instead of
-18. The gradients of micro-batches add up in the weights' dtype, which rounds each sum: with random bfloat16 gradients,
-the sum of 2, 4, 16 and 64 has a relative error of 0.18, 0.27, 0.5 and 1.0 %, without a bias above 0.02 %.
+`optim: adamw_8bit` has no masters. torchao's AdamW8bit keeps both moments in 8 bits and rounds bfloat16 weights up or
+down at random, so that the update is exact on average. Weights, gradients and moments take 6 bytes for each weight
+instead of 18. Gradients of micro-batches are accumulated in the dtype of the weights, which rounds each sum. For random
+bfloat16 gradients, the sum of 2, 4, 16 and 64 has a relative error of 0.18, 0.27, 0.5 and 1.0 %, with a bias below
+0.02 %.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from .average import WeightAverage
 from .config import Config
 
 Result = TypeVar("Result")
-PART = 1 << 26  # weights whose gradients become float32 at a time: few kernels, and little that is there in both dtypes
+PART = 1 << 26  # number of gradients that become float32 together: few kernels, and little memory for both copies
 
 
 class MasterAdamW:
-    """AdamW with a schedule over parameters of any dtype.
+    """AdamW with a learning rate schedule, for parameters of any dtype.
 
     Args:
-        parameters: the trainable weights of the model.
-        config: learning rate, betas, epsilon, decay, clipping, schedule, and decay of the weights' average.
+        parameters: the trained weights of the model.
+        config: every setting.
     """
 
     average: WeightAverage | None = None
@@ -55,7 +56,7 @@ class MasterAdamW:
         }
         if self.rounds:
             self.adamw: torch.optim.Optimizer = adamw_8bit()(self.masters, **self.options, bf16_stochastic_round=True)
-            self.options["lr"] = torch.tensor(config.learning_rate)  # torchao's is a tensor
+            self.options["lr"] = torch.tensor(config.learning_rate)  # torchao's learning rate is a tensor
         else:
             self.adamw = torch.optim.AdamW(self.masters, **self.options, fused=True)
         self.seed = config.seed
@@ -66,7 +67,7 @@ class MasterAdamW:
         return float(self.schedule.get_last_lr()[0])
 
     def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
-        """Compute a micro-batch's loss and more, and collect the loss's gradients -> both, the loss detached."""
+        """Compute a micro-batch's loss and a result, and collect the gradients -> both, the loss detached."""
         loss, result = compute()
         with record_function("backward"):
             loss.backward()
@@ -75,7 +76,7 @@ class MasterAdamW:
 
     @record_function("optimizer")
     def collect(self) -> None:
-        """Add the gradients of one backward pass to the masters', in float32, and free them."""
+        """Add the gradients of a backward pass to those of the masters, in float32, and free them."""
         pairs = zip(self.parameters, self.masters, strict=True)
         for part in _parts([(p, m) for p, m in pairs if m is not p and p.grad is not None]):
             wide = [torch.empty_like(master) for _, master in part]
@@ -91,14 +92,14 @@ class MasterAdamW:
 
     @record_function("optimizer")
     def step(self, reduce: Callable[[Sequence[Tensor]], None]) -> Tensor:
-        """Reduce the gradients over the ranks, clip, update, and round the masters into the model -> gradient norm.
+        """Reduce the gradients over the ranks, clip them, and update the weights -> gradient norm.
 
         Raises:
-            FloatingPointError: a gradient is not finite; no weight has changed then.
+            FloatingPointError: a gradient is not finite. No weight has changed.
         """
         reduce(self.masters)
         grads = [master.grad for master in self.masters if master.grad is not None]
-        # in float32: eight bits of a bfloat16 norm would scale every gradient
+        # in float32: the rounding error of a bfloat16 norm would scale every gradient
         wide = torch.promote_types(grads[0].dtype, torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
         nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
@@ -115,13 +116,15 @@ class MasterAdamW:
         return norm
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the model has its averaged weights, if there are any."""
+        """Inside this context, the model has its averaged weights, if there are any."""
         return self.average.applied() if self.average else nullcontext()
 
     @contextmanager
     def _rounding(self) -> Iterator[None]:
-        """Inside, what is drawn (the stochastic rounding) is a function of the seed and the number of updates: the same
-        on all ranks, and in a run that goes on."""
+        """Inside this context, stochastic rounding depends on the seed and the number of updates only.
+
+        So they are the same on all ranks, and in a resumed run.
+        """
         updates = next((int(state["step"]) for state in self.adamw.state.values()), 0)
         device = self.masters[0].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -136,15 +139,15 @@ class MasterAdamW:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """AdamW's moments, the schedule, the masters that are not the model's own weights, and the average."""
+        """AdamW's moments, the schedule, the masters that are separate from the weights, and the average."""
         own = [None if m is p else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)]
         average = {"average": self.average.averages} if self.average else {}
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict(), "masters": own, **average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy a state, but not its learning rate, betas, epsilon and decay: those of the configuration hold."""
+        """Copy a state, except learning rate, betas, epsilon and weight decay, which come from the settings."""
         self.adamw.load_state_dict(state["adamw"])
-        for held in self.adamw.state.values():  # on a CPU, AdamW keeps the tensors that it is given
+        for held in self.adamw.state.values():  # on a CPU, AdamW would keep the given tensors
             held.update({k: _copy(v) for k, v in held.items() if isinstance(v, Tensor) and v.device.type == "cpu"})
         self._load_schedule(state["schedule"])
         with torch.no_grad():
@@ -160,7 +163,7 @@ class MasterAdamW:
         rate = self.options["lr"]
         for group in self.adamw.param_groups:
             before, now = group["initial_lr"], group["lr"]
-            if before != rate:  # where the schedule stands, with the new rate
+            if before != rate:  # the same point of the schedule, with the new rate
                 now = rate * now / before if before else 0 * rate
             group |= {**self.options, "lr": now, "initial_lr": rate}
         self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
@@ -168,7 +171,7 @@ class MasterAdamW:
 
 
 def _copy(value: Any) -> Tensor:
-    """Of torchao's tensors of 8 bits too, which have no `clone`."""
+    """A copy of a tensor. torchao's 8-bit tensors have no `clone`, so their parts are copied."""
     if not hasattr(value, "__tensor_flatten__"):
         return value.clone()
     names, rest = value.__tensor_flatten__()
@@ -177,7 +180,7 @@ def _copy(value: Any) -> Tensor:
 
 
 def _parts(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[Sequence[tuple[nn.Parameter, nn.Parameter]]]:
-    """Consecutive pairs: as many as PART weights, or one alone."""
+    """Divide the pairs, in order, into lists of at most PART weights, but of at least one pair."""
     start = weights = 0
     for i, (parameter, _) in enumerate(pairs):
         if weights and weights + parameter.numel() > PART:

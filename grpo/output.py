@@ -1,4 +1,4 @@
-"""The output folder of a run: one run at a time, and no earlier one is lost unless that was asked for."""
+"""The output folder of a run. It belongs to one run at a time, and an earlier run is deleted only on request."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from .config import Config
 from .files import whole
 
 METRICS, SUMMARY, RUN = "metrics.jsonl", "summary.json", "run.json"
-# what a run leaves besides its checkpoints
+# what a run writes besides its checkpoints
 _FILES = (METRICS, SUMMARY, RUN, "report.html", "before_after.png")
 _FOLDERS = ("samples",)
 
 
 class OutputInUse(RuntimeError):
-    """Another process holds the output folder."""
+    """Another process has locked the output folder."""
 
 
 @contextmanager
 def locked(output: Path, option: str = "--output_dir") -> Iterator[None]:
-    """Hold the folder for this process; it is made if need be. The system releases it however the process ends.
+    """Lock the folder for this process, and create it if needed. The lock ends with the process, however that ends.
 
     Raises:
-        OutputInUse: another process holds it.
+        OutputInUse: another process has locked it.
         OSError: it cannot be written.
     """
     require_writable(output, "output_dir")
@@ -50,7 +50,7 @@ def locked(output: Path, option: str = "--output_dir") -> Iterator[None]:
         try:
             yield
         finally:
-            if not any(other != path for other in output.iterdir()):  # refused before anything was written
+            if not any(other != path for other in output.iterdir()):  # the run was refused before it wrote anything
                 path.unlink()
                 output.rmdir()
 
@@ -70,13 +70,13 @@ def holds_run(output: Path) -> bool:
 
 
 def make_room(output: Path, config: Config) -> list[str]:
-    """Prepare the folder for a new run -> what was done with an earlier one, in lines for the user.
+    """Prepare the folder for a new run -> lines for the user that say what was done with an earlier one.
 
     Raises:
-        FileExistsError: it holds an earlier run, and nothing says what should become of it.
+        FileExistsError: the folder holds an earlier run, and no setting says what to do with it.
     """
     if config.resume == "auto" and not list_checkpoints(output) and not (output / SUMMARY).exists():
-        return go_back(output, 0)  # it ended before its first checkpoint, and begins again
+        return go_back(output, 0)  # the run ended before its first checkpoint: begin again
     said = []
     if holds_run(output):
         kept = [*(output / name for name in (*_FILES, *_FOLDERS)), *list_checkpoints(output)]
@@ -99,10 +99,10 @@ def make_room(output: Path, config: Config) -> list[str]:
 
 
 def go_back(output: Path, step: int) -> list[str]:
-    """Prepare the folder for going on after `step` -> what was done, in lines for the user.
+    """Prepare the folder for going on after `step` -> lines for the user that say what was done.
 
-    Metrics after `step` are dropped, since they are written again; later checkpoints are moved aside, since they would
-    count as newer than those to come.
+    Metrics after `step` are dropped, since the run writes them again. Later checkpoints are moved away, since they
+    would count as newer than those that the run will write.
     """
     said = []
     if later := [path for path in list_checkpoints(output) if step_of(path) > step]:
@@ -123,11 +123,12 @@ def go_back(output: Path, step: int) -> list[str]:
 
 
 def read_metrics(path: Path) -> tuple[list[tuple[str, dict[str, float]]], bool]:
-    """The lines of metrics.jsonl with their values, and whether a last line that a full disk or a kill left torn is not
-    among them.
+    """Read metrics.jsonl -> its lines with their values, and whether an incomplete last line was left out.
+
+    A full disk or a killed process can leave the last line incomplete.
 
     Raises:
-        ValueError: any other line that is not a step's metrics, as `file:line: what is wrong`.
+        ValueError: another line does not hold the metrics of a step (`file:line: what is wrong`).
     """
     rows: list[tuple[str, dict[str, float]]] = []
     lines = path.read_text(errors="replace").split("\n")
@@ -139,7 +140,7 @@ def read_metrics(path: Path) -> tuple[list[tuple[str, dict[str, float]]], bool]:
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("not an object with a step")
         except ValueError as error:
-            if number == len(lines):  # no newline ends it
+            if number == len(lines):  # the last line, without a newline
                 return rows, True
             raise ValueError(f"{path}:{number}: {error}") from None
         rows.append((line, row))
@@ -147,7 +148,7 @@ def read_metrics(path: Path) -> tuple[list[tuple[str, dict[str, float]]], bool]:
 
 
 def _free_name(path: Path) -> Path:
-    """`path`-1, or the first number that is free."""
+    """`path`-1, or the first free number."""
     number = 1
     while path.with_name(f"{path.name}-{number}").exists():
         number += 1

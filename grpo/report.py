@@ -1,4 +1,4 @@
-"""What a person looks at: grids of pictures with their prompts, plans and rewards, and one self-contained HTML page."""
+"""Grids of pictures with their prompts, plans and rewards, and report.html, a page that needs no other file."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .curves import bars, curves
 from .files import whole
 from .samples import Sample, heldout_metrics, load_samples, reward_rows
 
-if TYPE_CHECKING:  # who trains without pictures need not have it
+if TYPE_CHECKING:  # matplotlib is optional
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from .config import Config
 
 GRID_COLUMNS = 8
-_PITCH, _PICTURE = 2.3, 2.1  # inches from picture to picture, and of one
+_PITCH, _PICTURE = 2.3, 2.1  # inches: distance between pictures, and width of a picture
 _TITLE_LINE, _LINE = 0.2, 0.14
 _MOST_PIXELS = 30_000  # matplotlib draws at most 65,536
-_SMALL = 128  # pixels, of a picture whose pixels are to be seen
+_SMALL = 128  # a picture with fewer pixels is shown without smoothing
 _FONT = "DejaVu Sans"  # ships with matplotlib
-_NO_TEXT = ("Last Resort", "cm")  # fonts of boxes, and of symbols at other characters' codes
+_NO_TEXT = ("Last Resort", "cm")  # fonts that show boxes or other symbols in place of characters
 _PHASES = tuple(f"seconds/{name}" for name in ("plan", "draw", "decode", "reward", "wait", "reference", "train"))
 _RECENT = 40  # steps
 _STYLE = """
@@ -60,7 +60,7 @@ STYLE = CHART_STYLE + _STYLE
 
 @contextmanager
 def no_failure(what: str) -> Iterator[None]:
-    """A picture that cannot be drawn must not end a run: its error is printed in one line."""
+    """Print an error in one line instead of raising it: a picture that cannot be drawn must not end a run."""
     try:
         yield
     except Exception as error:
@@ -68,12 +68,12 @@ def no_failure(what: str) -> Iterator[None]:
 
 
 def pick(samples: Sequence[Sample], count: int = GRID_COLUMNS) -> list[Sample]:
-    """`count` samples, taken evenly from every task type, the same ones for the same list."""
+    """Pick `count` samples, evenly from all task types. The same list gives the same samples."""
     return [samples[i] for i in pick_places([sample.task_type for sample in samples], count)]
 
 
 def pick_places(task_types: Sequence[str], count: int = GRID_COLUMNS) -> list[int]:
-    """Where in a list of samples of these task types those are that `pick` takes."""
+    """The indices of the samples that `pick` picks, from the task types of all samples."""
     tasks: dict[str, list[int]] = {}
     for place, task in enumerate(task_types):
         tasks.setdefault(task, []).append(place)
@@ -87,7 +87,7 @@ def pick_places(task_types: Sequence[str], count: int = GRID_COLUMNS) -> list[in
 
 
 def grid_figure(rows: Mapping[str, Sequence[Sample]]) -> Figure:
-    """Pictures in rows of at most GRID_COLUMNS below each title, with prompt, reward and plan under each picture."""
+    """A figure with a block of pictures below each title. Prompt, reward and plan are under each picture."""
     from matplotlib.figure import Figure
 
     columns = min(GRID_COLUMNS, max(len(samples) for samples in rows.values()))
@@ -127,7 +127,7 @@ def grid_figure(rows: Mapping[str, Sequence[Sample]]) -> Figure:
 
 
 def _caption(sample: Sample) -> tuple[str, str]:
-    """(prompt and reward, plan), wrapped to the width of a picture."""
+    """Prompt with reward, and plan, both wrapped to the width of a picture."""
     reward = "" if math.isnan(sample.reward) else f"reward {sample.reward:.2f}"
     return "\n".join(filter(None, (_wrap(sample.prompt, 31, 6), reward))), _wrap(
         sample.plan, 34, 12
@@ -144,7 +144,7 @@ def _wrap(text: str, width: int, lines: int) -> str:
 
 
 def _write(area: Axes, text: str, size: int, weight: str = "normal") -> None:
-    """From the upper left corner, as it is: a dollar sign is a dollar sign. What is too wide ends with the area."""
+    """Write text at the upper left corner of an area, which clips it. A dollar sign does not start a formula."""
     text, families = _legible(text, weight)
     area.text(
         0, 1, text, size=size, weight=weight, family=families, va="top", transform=area.transAxes, parse_math=False,
@@ -153,7 +153,7 @@ def _write(area: Axes, text: str, size: int, weight: str = "normal") -> None:
 
 
 def _legible(text: str, weight: str) -> tuple[str, list[str]]:
-    """The text with … for what no font here has, and the fonts that have the rest."""
+    """Replace characters that no installed font has by … -> the text, and the font families for it."""
     found = {character: _family_with(character, weight) for character in set(text) - {"\n"}}
     missing = re.escape("".join(character for character, family in found.items() if family is None))
     if missing:
@@ -174,10 +174,10 @@ def _say_no_font() -> None:
 
 @functools.cache
 def _family_with(character: str, weight: str) -> str | None:
-    """The font family that has it in this weight, matplotlib's own if that does; None if none does."""
+    """A font family that has the character in this weight, if possible matplotlib's own; None if there is none."""
     from matplotlib.font_manager import fontManager
 
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it tells the weights that each font lacks
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it would log every missing weight
     families = sorted({font.name for font in fontManager.ttflist if not font.name.startswith(_NO_TEXT)} - {_FONT})
     return next((family for family in (_FONT, *families) if ord(character) in _characters(family, weight)), None)
 
@@ -211,7 +211,7 @@ def write_report(
 ) -> None:
     """Write before_after.png and report.html from metrics.jsonl and the samples in `output`.
 
-    `names` are single rewards that the table shows. A part that cannot be drawn is left out, and said in one line.
+    `names` are rewards that the table shows one by one. A part that cannot be drawn is left out; a line says so.
     """
     lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
     if heldout:
@@ -225,7 +225,7 @@ def write_report(
 
 
 def saved_samples(output: Path, last: int) -> list[Path]:
-    """The samples of training steps up to `last`, in order."""
+    """The files with samples of training steps up to step `last`, in order."""
     paths = sorted((output / "samples").glob("step-*.jsonl"))
     return [path for path in paths if (step := path.stem.removeprefix("step-")).isdecimal() and int(step) <= last]
 
@@ -250,7 +250,7 @@ def parts_of(
     names: Sequence[str],
     links: str = "",
 ) -> Iterator[str]:
-    """What a page shows of a run, as elements of HTML: tables, alarms, curves, links, pictures, settings."""
+    """The parts of a run's page as HTML elements: tables, alarms, curves, links, pictures, settings."""
     evaluated = (
         [{"step": 0, **heldout_metrics(heldout.get("before", ()))}, *metrics] if _keys(metrics, "heldout/") else []
     )
@@ -296,7 +296,7 @@ def _reward_table(heldout: Mapping[str, Sequence[Sample]], names: Sequence[str])
 
 
 def _pictures(picked: Mapping[str, Sequence[Sample]]) -> str:
-    """A card for each prompt: its text, and under it a picture for each tag, with reward and plan."""
+    """A card for each prompt, with its text and a picture for each tag, such as before and after."""
     cards: dict[tuple[int, str], list[str]] = {}
     for tag, samples in picked.items():
         for i, sample in enumerate(samples):
@@ -345,7 +345,7 @@ def _table(summary: Mapping[str, Any]) -> str:
 
 
 def _reward_times(metrics: Sequence[Mapping[str, float]]) -> str:
-    """Mean over the steps for each reward, and the share that the rollout hid."""
+    """A table with the mean time of each reward in a step, and the share that was hidden behind other work."""
     times = {}
     for key in _keys(metrics, "rewards/", "/milliseconds"):
         ms, hidden = (sum(row.get(k, 0.0) for row in metrics) / len(metrics) for k in (key, f"{key}_hidden"))

@@ -1,11 +1,11 @@
-"""Rollouts as files: what a step trains on, written by each rank, and read again in the place of an engine.
+"""Rollouts as files. Each rank writes what a step trains on, and a replay reads it instead of drawing samples.
 
     DIR/step-000001-rank-0.safetensors
 
-holds the samples of one rank, in order: prompts, plans and image prompts (ids, and where each row begins), image
-tokens [S, T], the log-probs of sampling, whether a plan was cut off [S], scores [S, R] (NaN = none), pictures
-[S, 3, H, W] uint8 if they were asked for; and, as JSON in the file's header, the texts of the plans, the examples, and
-the names of the rewards.
+holds the samples of one rank in order: prompts, plans and image prompts (ids, and the offset of each sequence), image
+tokens [S, T], the log-probs of sampling, whether a plan was cut off [S], scores [S, R] (NaN = none), and on request the
+pictures [S, 3, H, W] as uint8. The file's header has, as JSON, the texts of the plans, the examples, and the names of
+the rewards.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _TENSORS = ("truncated", "image_tokens", "image_logprobs", "guided_logprobs")
 
 @dataclass(frozen=True)
 class SavedRollout:
-    """A rank's samples of one step with their scores.
+    """The samples of one rank in one step, with their scores.
 
     Args:
-        rollout: `images` is empty, [S, 0, 0, 0], where none were kept.
-        examples: [S], with the plan of each.
+        rollout: the samples. Without pictures its `images` is empty, [S, 0, 0, 0].
+        examples: [S] the example of each sample, with its plan.
         scores: [S, R] float32 on the CPU, NaN = none.
         trained, monitored: names of the R rewards, in this order.
-        ranks: how many have a file of this step.
+        ranks: number of ranks, each of which has a file for this step.
     """
 
     rollout: RolloutChunk
@@ -56,12 +56,12 @@ class SavedRollout:
 
 
 def path_of(folder: Path, step: int, rank: int) -> Path:
-    """The file of a step, counted from 1."""
+    """The file of a rank and a step, which is counted from 1."""
     return folder / f"step-{step:06d}-rank-{rank}.safetensors"
 
 
 def save_rollout(path: Path, saved: SavedRollout, images: bool) -> None:
-    """Write the file, whole or not at all; with the pictures if `images`."""
+    """Write the file, with the pictures if `images` is true. If this is interrupted, there is no file."""
     rollout, tensors = saved.rollout, {"scores": saved.scores}
     for name in _PACKED:
         packed = getattr(rollout, name)
@@ -83,18 +83,18 @@ def save_rollout(path: Path, saved: SavedRollout, images: bool) -> None:
 
 
 def load_rollout(path: Path, device: torch.device) -> SavedRollout:
-    """What `save_rollout` wrote; the tensors that train are on the device.
+    """Read what `save_rollout` wrote. The tensors that are trained on are put on the device.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is no such file.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no rollout.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; --save_rollouts writes the rollout of each step and rank")
     try:
         with safe_open(path, "pt") as file:
             header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, `file` is no dict
         packed: dict[str, Any] = {n: Packed(tensors[n].to(device), tensors[f"{n}.offsets"]) for n in _PACKED}
         plain = {name: tensors[name].to(device) for name in _TENSORS}
         texts, rows = header["plan_texts"], header["examples"]
@@ -110,16 +110,16 @@ def load_rollout(path: Path, device: torch.device) -> SavedRollout:
 
 
 class Replay:
-    """Rollouts of `folder` in the place of an engine and rewards.
+    """Saved rollouts of a folder, instead of an engine and rewards.
 
     Args:
-        steps: those that a run will ask for, counted from 1.
-        samples: of a rank and step.
-        weights: of the rewards that train; None = all 1.
+        steps: the steps that the run will ask for, counted from 1.
+        samples: number of samples of a rank in a step.
+        weights: weights of the rewards that are trained on; None = all 1.
 
     Raises:
         FileNotFoundError: the file of a step is missing.
-        ValueError: the first one is no rollout, or of another number of ranks, samples or weights.
+        ValueError: the first file holds no rollout, or has another number of ranks, samples or rewards.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Replay:
         self.ensemble = RewardEnsemble(next(named), weights, next(named))
 
     def load(self, step: int) -> SavedRollout:
-        """This rank's samples of a step."""
+        """Read this rank's samples of a step."""
         path = path_of(self.folder, step, self.ranks.rank)
         saved = load_rollout(path, self.ranks.device)
         found, asked = (saved.ranks, len(saved.examples)), (self.ranks.size, self.samples)
@@ -149,7 +149,7 @@ class Replay:
         return saved
 
     def roll_out(self, step: int) -> tuple[RolloutChunk, list[Example], RewardHandle]:
-        """What `rollout.roll_out` gave in that step; rewards take no time."""
+        """What `rollout.roll_out` returned in that step. The scores are ready at once."""
         saved = self.load(step)
         jobs: list[Callable[[], Scored]] = [partial(Scored, values, 0.0, 0.0, 0) for values in saved.scores.unbind(1)]
         handle = RewardHandle([*saved.trained, *saved.monitored], torch.device("cpu"), [jobs])
@@ -158,7 +158,7 @@ class Replay:
 
 @dataclass
 class _Named:
-    """A reward that has scored already."""
+    """The name of a reward whose scores are in files."""
 
     name: str
 

@@ -1,4 +1,4 @@
-"""A picture with what it was made from and what it scored: on the disk, and in means over many. Needs no torch."""
+"""Samples as records: a picture, its prompt and plan, and its scores. Saves, loads and averages them without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .files import whole
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with what it was made from. `image` is [H, W, 3] uint8; `reward` NaN = none applies."""
+    """A picture [H, W, 3] uint8 with its prompt, plan and scores. The reward is NaN if none applies."""
 
     prompt: str
     task_type: str
@@ -27,7 +27,7 @@ class Sample:
 
 
 def save_samples(samples: Sequence[Sample], path: Path) -> None:
-    """Write `path`.npz (the pictures), then `path`.jsonl (the rest, in the same order), without which there is none."""
+    """Write the pictures to `path`.npz, and then the rest to `path`.jsonl. Without the second there are no samples."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{k: v for k, v in asdict(sample).items() if k != "image"} for sample in samples]
     path.with_suffix(".jsonl").unlink(missing_ok=True)
@@ -38,7 +38,7 @@ def save_samples(samples: Sequence[Sample], path: Path) -> None:
 
 
 def load_samples(path: Path) -> list[Sample]:
-    """What `save_samples` wrote; nothing where it did not write."""
+    """Read what `save_samples` wrote; an empty list if it wrote nothing."""
     if not path.with_suffix(".jsonl").is_file():
         return []
     images = np.load(path.with_suffix(".npz"))["images"]
@@ -47,7 +47,7 @@ def load_samples(path: Path) -> list[Sample]:
 
 
 def mean_by_name(rewards: Iterable[tuple[str, float]]) -> dict[str, float | None]:
-    """Mean of the rewards that share a name, NaN left out; None where nothing else is there."""
+    """Mean of the rewards by name, without NaN; None if a name has no other values."""
     groups: dict[str, list[float]] = defaultdict(list)
     for name, reward in rewards:
         groups[name] += [] if math.isnan(reward) else [reward]
@@ -55,17 +55,17 @@ def mean_by_name(rewards: Iterable[tuple[str, float]]) -> dict[str, float | None
 
 
 def mean_by_task(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Mean reward of each task type, samples without a reward left out."""
+    """Mean reward by task type, without the samples that have no reward."""
     return mean_by_name((sample.task_type, sample.reward) for sample in samples)
 
 
 def mean_reward(samples: Sequence[Sample]) -> float | None:
-    """Mean reward of all samples that have one; None where none has."""
+    """Mean reward of all samples that have one; None if none has."""
     return mean_by_name(("", sample.reward) for sample in samples).get("")
 
 
 def heldout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
-    """Of an evaluation, what its step reports: mean reward, by task type, and mean of each reward where it applies."""
+    """Metrics of an evaluation: mean reward, the same by task type, and the mean of each reward where it applies."""
     scores = mean_by_name(pair for sample in samples for pair in sample.scores.items())
     means = {
         "heldout/reward": mean_reward(samples),
@@ -78,7 +78,7 @@ def heldout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
 def reward_rows(
     before: Sequence[Sample], after: Sequence[Sample], names: Sequence[str] = ()
 ) -> list[tuple[str, float | None, float | None]]:
-    """(task type, mean reward before, after), the mean of all, and single rewards; none without samples from before."""
+    """(name, mean before, mean after) of task types, all, and the rewards `names`; none without samples before."""
     if not before:
         return []
     first, last = mean_by_task(before), mean_by_task(after)
@@ -89,7 +89,7 @@ def reward_rows(
 
 
 def heldout_table(before: Sequence[Sample], after: Sequence[Sample], names: Sequence[str] = ()) -> str:
-    """Held-out mean reward before → after, by task type and overall, and of single rewards."""
+    """The rows of `reward_rows` as text."""
     rows = reward_rows(before, after, names)
     if not rows:
         return "no held-out prompts (eval_file): no reward before and after"

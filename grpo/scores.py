@@ -26,7 +26,7 @@ _AT_ONCE = 64  # pictures
 
 
 def plan_agreement(example: Example) -> dict[str, float]:
-    """Precision and recall of what the plan says against the annotations (rewards/plan.py); NaN of nothing."""
+    """Precision and recall of what the plan states, against the annotations (rewards/plan.py). NaN = not defined."""
     wanted, stated = asked(example), said(example)
     both = len(wanted & stated)
     return {
@@ -43,7 +43,7 @@ def score(
     device: torch.device,
     ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """Score the pictures of all prompts, each rank its share -> a row for each, in order, on every rank."""
+    """Score all pictures, each rank a part of them -> a record for each, in order, on every rank."""
     found: list[tuple[int, dict[str, Any]]] = []
     mine = range(ranks.rank, len(pictures), ranks.size)
     for start in range(0, len(mine), _AT_ONCE):
@@ -72,10 +72,7 @@ def score(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation: its prompts [P], their task types [P], and by reward the means [P] over a prompt's samples.
-
-    A prompt that a reward does not apply to has NaN.
-    """
+    """Scores of P prompts: for each reward the means [P] over a prompt's samples, NaN where it does not apply."""
 
     prompts: list[str]
     tasks: list[str]
@@ -83,7 +80,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, samples: Sequence[Mapping[str, Any]], num_generations: int) -> Evaluation:
-        """Of the rows that `score` returns, so many for each prompt."""
+        """The means of the records of `score`, which has `num_generations` for each prompt."""
         groups = [samples[i : i + num_generations] for i in range(0, len(samples), num_generations)]
         means = {}
         for name in samples[0]["scores"]:
@@ -93,7 +90,7 @@ class Evaluation:
 
     @classmethod
     def load(cls, output: Path) -> Evaluation:
-        """Of an output folder.
+        """Read the scores in an output folder.
 
         Raises:
             ValueError: it has no scores.
@@ -104,25 +101,25 @@ class Evaluation:
         return cls.of([json.loads(line) for line in (output / SAMPLES).read_text().splitlines()], number)
 
     def require_prompts(self, prompts: Sequence[str], output: Path) -> None:
-        """Raises ValueError if these are others."""
+        """Raises ValueError if the evaluation is of other prompts than these."""
         if self.prompts != list(prompts):
             pairs = zip(self.prompts, prompts, strict=False)
             place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self.prompts), len(prompts)))
             raise ValueError(f"--compare {output}: it has other prompts, from prompt {place + 1} on")
 
     def rows(self) -> list[Row]:
-        """Each reward's mean by task type, and of all."""
+        """The mean of each reward by task type and over all prompts."""
         return [row for name, values in self.means.items() for row in _by_task(name, self.tasks, values)]
 
     def minus(self, other: Evaluation) -> list[Row]:
-        """The differences of both's rewards, prompt by prompt, averaged likewise."""
+        """The mean difference of each reward, prompt by prompt, by task type and over all prompts."""
         names = [name for name in self.means if name in other.means]
         return [row for name in names for row in _by_task(name, self.tasks, self.means[name] - other.means[name])]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A mean over prompts that have the reward, and its interval, which takes two prompts or more."""
+    """A mean over the prompts to which a reward applies, and its interval, which is NaN for a single prompt."""
 
     reward: str
     task_type: str
@@ -149,7 +146,7 @@ def _by_task(name: str, tasks: Sequence[str], values: np.ndarray) -> list[Row]:
 def bootstrap(
     values: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of independent values; NaN of fewer than two."""
+    """Percentile bootstrap interval of the mean of independent values; NaN for fewer than two."""
     if len(values) < 2:
         return math.nan, math.nan
     generator, block = np.random.default_rng(0), max(1, 10**7 // len(values))
@@ -162,13 +159,13 @@ def bootstrap(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Means with their intervals, as text."""
+    """Means and their intervals as text."""
     lines = [f"{'reward':<18}{'task type':<16}{'prompts':>8}{'mean':>9}   {LEVEL:.0%} interval"]
     return "\n".join(lines + [f"{_head(row)}{row.mean:>9.3f}   {_interval(row, '.3f')}" for row in rows])
 
 
 def difference_table(rows: Sequence[Row]) -> str:
-    """Differences with their intervals, and whether they exclude 0, as text."""
+    """Differences and their intervals as text, and whether the intervals exclude 0."""
     lines = [f"{'reward':<18}{'task type':<16}{'prompts':>8}{'change':>9}   {LEVEL:.0%} interval"]
     for row in rows:
         verdict = "excludes 0" if row.excludes_zero else "includes 0"
@@ -188,7 +185,7 @@ def _interval(row: Row, form: str) -> str:
 def save_scores(
     output: Path, samples: Sequence[Mapping[str, Any]], num_generations: int, rows: Sequence[Row], more: dict[str, Any]
 ) -> None:
-    """Write every sample's scores, then the means, as JSON."""
+    """Write the scores of all samples, and then the means, as JSON."""
     with whole(output / SAMPLES) as part:
         part.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
     what = {"num_generations": num_generations, "level": LEVEL, "rows": as_json(rows), **more}
@@ -197,12 +194,12 @@ def save_scores(
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """JSON has no NaN."""
+    """The rows as JSON objects. NaN becomes null, since JSON has no NaN."""
     return [{k: None if v != v else v for k, v in asdict(row).items()} for row in rows]
 
 
 def chart(path: Path, evaluations: Mapping[str, Sequence[Row]]) -> None:
-    """Bars by task type with their intervals: a plot for each reward, a colour for each evaluation."""
+    """Draw a bar chart of the means and intervals by task type, with a plot for each reward."""
     from matplotlib.figure import Figure
 
     every = [row for rows in evaluations.values() for row in rows]

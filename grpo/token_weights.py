@@ -1,4 +1,4 @@
-"""Weights of single tokens in the loss, by a function of your own: `token_weights: package.module:function`."""
+"""Gives each token a weight in the loss, by a function of the user's: `token_weights: package.module:function`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ..rewards.config import find_object
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the function sees: N tokens of one stream of a micro-batch, in the order of their samples.
+    """The argument of the function: N tokens of one stream of a micro-batch, in the order of their samples.
 
     Args:
         name: "text" or "image".
         targets: [N] int64, the tokens.
-        logprobs: [N] of the tokens under the policy, before this update.
-        entropies: [N] of the policy there, in nats.
-        ref_logprobs: [N] under the reference model; None where the stream's beta is 0.
-        positions: [N] int64, of each token within its plan or picture.
-        sample: [N] int64, each token's sample of the micro-batch, which has `num_generations` of a prompt in a row.
-        advantages: [N], of each token's sample.
+        logprobs: [N] log-probs of the tokens under the policy, before this update.
+        entropies: [N] entropies of the policy's distributions, in nats.
+        ref_logprobs: [N] log-probs under the reference model; None if the stream's beta is 0.
+        positions: [N] int64, the position of each token within its plan or picture.
+        sample: [N] int64, the index of each token's sample in the micro-batch. Consecutive `num_generations` samples
+            have the same prompt.
+        advantages: [N], the advantage of each token's sample.
     """
 
     name: str
@@ -38,10 +39,10 @@ class Tokens:
 
 
 class TokenWeights:
-    """The function of that name: `function(tokens: Tokens) -> weights [N]`. Booleans are weights of 1 and 0.
+    """The function with this name: `function(tokens: Tokens) -> weights [N]`. Booleans count as 1 and 0.
 
     Raises:
-        ValueError: the name leads to nothing, or to something that takes no `Tokens`.
+        ValueError: there is no such function, or it does not take one argument.
     """
 
     def __init__(self, name: str) -> None:
@@ -55,10 +56,10 @@ class TokenWeights:
 
     @torch.no_grad()
     def __call__(self, stream: TokenStream, advantages: Tensor) -> Tensor:
-        """The weights of a stream [N], by one more pass of its head; `advantages` [S].
+        """The weights [N] of a stream's tokens, which costs another pass of its head. `advantages` are [S].
 
         Raises:
-            ValueError: the function returned no tensor [N] of finite numbers.
+            ValueError: the function did not return a tensor [N] of finite numbers.
         """
         N, sample = len(stream.targets), stream.sample
         if not N:

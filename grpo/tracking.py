@@ -1,4 +1,4 @@
-"""Where numbers go while a run lasts: metrics.jsonl always, a progress bar, and the trackers that are asked for."""
+"""Records the metrics during a run: in metrics.jsonl, on a progress bar, and with trackers such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """torch's own writer; needs the package `tensorboard`."""
+    """PyTorch's own writer, which needs the package `tensorboard`."""
 
     def __init__(self, config: Config) -> None:
         self.writer = _need("torch.utils.tensorboard", "tensorboard").SummaryWriter(config.output_dir)
@@ -45,7 +45,7 @@ class TensorBoard:
 
 
 class WandbLike:
-    """wandb, or trackio, which has its interface."""
+    """wandb, or trackio, which has the same interface."""
 
     def __init__(self, config: Config, module: str) -> None:
         self.module = _need(module, module)
@@ -60,7 +60,7 @@ class WandbLike:
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Raise ImportError for a tracker that is not installed."""
+    """Raises ImportError if a tracker is not installed."""
     for name in names:
         _need("torch.utils.tensorboard" if name == "tensorboard" else name, name)
 
@@ -73,11 +73,11 @@ def _need(module: str, package: str) -> Any:
 
 
 class Log:
-    """The main rank's record of a run.
+    """Writes the metrics of a run, on the main rank.
 
     Args:
-        config: of the run.
-        first_step: steps done already (a resumed run).
+        config: every setting.
+        first_step: number of steps that a resumed run has done already.
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
@@ -91,11 +91,11 @@ class Log:
         self.around.enter_context(_above(self.bar))
 
     def write(self, step: int, metrics: dict[str, float], grid: Path | None = None) -> None:
-        """Record one step: a JSON line {"step": …, metric: value, …}, trackers, and the bar. What is not finite is left
-        out: JSON has no word for it.
+        """Record one step: as a JSON line {"step": …, metric: value, …}, with the trackers, and on the bar.
 
-        The line is on the disk before the step's checkpoint is written. A crash inside this call can leave a part of
-        it, which the next run drops; trackers keep their own files, and may lose or repeat steps.
+        Values that are not finite are left out, since JSON cannot express them. The line is on the disk before the
+        step's checkpoint is written. A crash inside this call can leave a part of the line, which a resumed run drops.
+        Trackers keep their own files and may lose or repeat steps.
         """
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
@@ -115,14 +115,14 @@ class Log:
 
 
 class _AboveTheBar:
-    """A stream whose lines stand above the bar, which another stream may show."""
+    """A stream that prints its lines above the progress bar, which may be on another stream."""
 
     def __init__(self, stream: TextIO, bar: tqdm) -> None:
         self.stream, self.bar, self.begun = stream, bar, ""
 
     def write(self, text: str) -> int:
         *lines, self.begun = (self.begun + text).split("\n")
-        # of another bar only the last state: a state before it ends with the way back up
+        # of another progress bar show only the last state; the states before it end by moving the cursor up
         shown = [line.rpartition("\r")[2] for line in lines if line and not line.endswith("\x1b[A")]
         if shown:
             with tqdm.external_write_mode(file=self.bar.fp):
@@ -140,13 +140,13 @@ class _AboveTheBar:
 
 @contextmanager
 def _above(bar: tqdm) -> Iterator[None]:
-    """What libraries and rewards print, log or warn stands in lines of its own, and the bar goes on below."""
+    """Inside this context, whatever is printed, logged or warned appears in lines above the progress bar."""
     output, errors = (_AboveTheBar(stream, bar) for stream in (sys.stdout, sys.stderr))
     with ExitStack() as stack:
         stack.callback(output.end)
         stack.callback(errors.end)
         for name in (None, *logging.root.manager.loggerDict):
-            for handler in logging.getLogger(name).handlers:  # it holds its stream since it was made
+            for handler in logging.getLogger(name).handlers:  # a handler keeps the stream that it was created with
                 for stream, above in ((sys.stdout, output), (sys.stderr, errors)):
                     if isinstance(handler, logging.StreamHandler) and vars(handler).get("stream") is stream:
                         stack.callback(handler.setStream, stream)
@@ -157,7 +157,7 @@ def _above(bar: tqdm) -> Iterator[None]:
 
 
 def _summary(metrics: dict[str, float]) -> str:
-    """reward, KL and entropy: what fits beside the bar; all the rest is in metrics.jsonl."""
+    """Reward, KL and entropy as text beside the progress bar."""
     reward = f"reward {metrics['reward']:.3f}" if "reward" in metrics else "no reward applies"
     kl = f" kl {metrics['kl']:.4f}" if "kl" in metrics else ""
     entropy = f" entropy {metrics['entropy']:.2f}" if "entropy" in metrics else ""

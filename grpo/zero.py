@@ -1,7 +1,8 @@
-"""DeepSpeed's ZeRO in the place of MasterAdamW: its engine holds masters, gradients and moments in shares, one a rank.
+"""DeepSpeed's ZeRO instead of MasterAdamW: its engine divides masters, gradients and moments among the ranks.
 
-A DeepSpeed JSON says how. Settings that bicot has too must agree with it, or be "auto" there. Checkpoints hold the
-gathered state that MasterAdamW writes, so a run goes on with any stage and number of ranks, or without DeepSpeed.
+A DeepSpeed JSON file says how. If bicot has a setting too, the file must agree with it or say "auto". Checkpoints hold
+the same full state that MasterAdamW writes, so a run can go on with another stage, another number of ranks, or without
+DeepSpeed.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from .distributed import Ranks
 from .optim import MasterAdamW, Result
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_BUCKET = 1 << 26  # gradients of one message, 256 MiB in float32; DeepSpeed's own 5e8 take 4 GB
+_BUCKET = 1 << 26  # number of gradients in a message, 256 MiB in float32; DeepSpeed's default of 5e8 takes 4 GB
 
 
 def read_settings(file: str) -> dict[str, Any]:
-    """The JSON, with a ZeRO stage of 1, 2 or 3.
+    """Read a DeepSpeed JSON file, which must have a ZeRO stage of 1, 2 or 3.
 
     Raises:
-        ValueError: it has none, or is no such JSON.
+        ValueError: the file is no such JSON.
     """
     try:
         settings = json.loads(Path(file).read_text())
@@ -51,16 +52,16 @@ def read_settings(file: str) -> dict[str, Any]:
 
 
 def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
-    """What `config.deepspeed` means with the other settings, for `deepspeed.initialize`; None without DeepSpeed.
+    """The DeepSpeed file completed with the other settings, for `deepspeed.initialize`; None without DeepSpeed.
 
     Raises:
-        ValueError: the file cannot be read, or disagrees with a setting (both are named).
+        ValueError: the file cannot be read, or contradicts a setting. Both are named.
     """
     if config.deepspeed is None:
         return None
     file = config.deepspeed
     settings = read_settings(file)
-    # the reference would read its heads outside of the engine, where ZeRO-3 has shards of them
+    # the reference pass reads the heads outside of the engine, where ZeRO-3 has only shards of them
     if config.lora_r and settings["zero_optimization"]["stage"] == 3:
         raise ValueError(f"lora_r={config.lora_r} does not go with {file}: ZeRO-3; take configs/zero2.json")
     if "scheduler" in settings:
@@ -74,7 +75,7 @@ def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
         "bf16.enabled": ("dtype bfloat16", config.dtype == "bfloat16"),
         "fp16.enabled": ("dtype float16", False),
         "optimizer.type": ("bicot's optimizer", "AdamW"),
-        "optimizer.params.torch_adam": ("bicot's use of PyTorch's AdamW", True),  # DeepSpeed's must be compiled first
+        "optimizer.params.torch_adam": ("bicot's use of PyTorch's AdamW", True),  # DeepSpeed's own must be compiled
         "optimizer.params.lr": ("learning_rate", config.learning_rate),
         "optimizer.params.betas": ("[adam_beta1, adam_beta2]", [config.adam_beta1, config.adam_beta2]),
         "optimizer.params.eps": ("adam_epsilon", config.adam_epsilon),
@@ -88,7 +89,7 @@ def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
         section[last] = value
     defaults = {
         "optimizer.params.fused": True,
-        "bf16.check_grad_overflow": True,  # a step whose gradient is not finite changes nothing
+        "bf16.check_grad_overflow": True,  # skip the update if a gradient is not finite
         "data_types.grad_accum_dtype": "fp32",
         "communication_data_type": "fp32",
         "steps_per_print": 1 << 31,
@@ -100,7 +101,7 @@ def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
 
 
 def _section(settings: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    """The dictionary that holds a dotted key, made where it is not there, and the key's last part."""
+    """The dictionary that holds a dotted key, which is created if needed, and the last part of the key."""
     *names, last = key.split(".")
     for name in names:
         settings = settings.setdefault(name, {})
@@ -108,7 +109,7 @@ def _section(settings: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
-    """What is still "auto" is DeepSpeed's default."""
+    """Leave out the values that are still "auto", so that DeepSpeed's defaults hold."""
     return {
         key: _without_auto(value) if isinstance(value, dict) else value
         for key, value in settings.items()
@@ -132,12 +133,12 @@ def require_deepspeed() -> ModuleType:
 
 
 class ZeroAdamW(MasterAdamW):
-    """MasterAdamW, by a DeepSpeed engine. All ranks call each method together.
+    """MasterAdamW on a DeepSpeed engine. All ranks must call each method together.
 
     Args:
-        policy: its trainable parameters are the engine's from now on; ZeRO-3 shards all of them.
+        policy: the engine takes over its trained parameters; ZeRO-3 shards all parameters.
         config: every setting.
-        engine_settings: `engine_config`'s.
+        engine_settings: what `engine_config` returned.
         ranks: this process among the others.
 
     Raises:
@@ -149,14 +150,14 @@ class ZeroAdamW(MasterAdamW):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # DeepSpeed calls deprecated functions in each step
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-        if ranks.device.type == "cpu":  # its shared-memory collectives would be compiled first; gloo's do
+        if ranks.device.type == "cpu":  # DeepSpeed would compile collectives of its own first
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if not dist.is_initialized():  # a single process
+        if not dist.is_initialized():  # in a single process
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         groups = deepspeed.utils.groups
-        if groups._WORLD_GROUP is None:  # its clone of the group would have PyTorch's timeout
+        if groups._WORLD_GROUP is None:  # DeepSpeed's own clone of the group would have PyTorch's default timeout
             groups._WORLD_GROUP = dist.new_group(range(ranks.size), timedelta(seconds=ranks.timeout))
         self.ranks = ranks
         self.parameters = policy.trainable_parameters()
@@ -173,35 +174,35 @@ class ZeroAdamW(MasterAdamW):
     def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
         results: list[Result] = []
 
-        def loss_alone() -> Tensor:  # DeepSpeed's hooks rebuild what a forward pass returns: give them one tensor
+        def loss_alone() -> Tensor:  # return one tensor: DeepSpeed's hooks rebuild what a forward pass returns
             loss, result = compute()
             results.append(result)
             return loss
 
         loss = self.engine(loss_alone)
-        # the engine averages over the ranks, and bicot's loss is already a share of one sum
+        # the engine averages over the ranks, but bicot's loss must be summed
         with record_function("backward"):
             self.engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # counts the micro-batch
+            self.engine.step()  # only counts the micro-batch
         return loss.detach(), results[0]
 
     @record_function("optimizer")
     def step(self, reduce: Callable[..., None]) -> Tensor:
-        """Clip, update, and round the masters into the model -> gradient norm; the engine reduces by itself."""
+        """Clip the gradients and update the weights -> gradient norm. The engine reduces the gradients itself."""
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device)
         self._require_finite(norm if self.engine.was_step_applied() else norm.new_tensor(torch.inf))
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """MasterAdamW's state, in memory of the host; on rank 0 alone."""
+        """The state of MasterAdamW in host memory. Only rank 0 gets its tensors."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         def keep(full: Tensor) -> Tensor | None:
             return full.cpu() if self.ranks.main else None
 
-        steps = self.adamw.state.get(self._shares()[0], {}).get("step")  # None before the first one
+        steps = self.adamw.state.get(self._shares()[0], {}).get("step")  # None before the first step
         narrow = [p.dtype.itemsize < 4 for p in self.parameters]
         masters = [
             keep(safe_get_full_fp32_param(p)) if rounded else None
@@ -230,7 +231,7 @@ class ZeroAdamW(MasterAdamW):
             for share in self._shares():
                 empty = {name: torch.zeros_like(share) for name in _MOMENTS}
                 self.adamw.state[share] = {"step": moments[0]["step"].clone(), **empty}
-            if self.engine.zero_optimization_stage() < 3:  # parameters find their moments after the first step only
+            if self.engine.zero_optimization_stage() < 3:  # before the first step, parameters have no moments
                 self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         for i, (parameter, master) in enumerate(zip(self.parameters, state["masters"], strict=True)):
             if master is not None:
@@ -239,12 +240,13 @@ class ZeroAdamW(MasterAdamW):
                 self._set(parameter, moments[i][name], name)
 
     def _shares(self) -> list[Tensor]:
-        """The flat float32 masters of this rank, by which AdamW knows its moments."""
-        sharded = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 lends AdamW one a time
+        """The flat float32 masters of this rank, which are the keys of AdamW's moments."""
+        # ZeRO-3 has a list of its own, since it gives AdamW one share at a time
+        sharded = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
         return sharded or [share for group in self.adamw.param_groups for share in group["params"]]
 
     def _set(self, parameter: Any, value: Tensor, moment: str | None = None) -> None:
-        """Write this rank's share of a master, or of a moment."""
+        """Write this rank's share of a master, or of one of its moments."""
         from deepspeed import utils
 
         extra = () if moment is None else (moment,)
@@ -252,14 +254,14 @@ class ZeroAdamW(MasterAdamW):
         if not hasattr(parameter, "ds_id"):
             getattr(utils, f"safe_set_full_{what}")(parameter, value.to(self.ranks.device), *extra)
             return
-        share = parameter.ds_tensor.numel()  # the last rank's is padded
+        share = parameter.ds_tensor.numel()  # the last rank's share is padded
         padded = F.pad(value.flatten(), (0, share * self.ranks.size - value.numel()))
         own = padded[share * self.ranks.rank :][:share].to(self.ranks.device)
         getattr(utils, f"safe_set_local_{what}")(parameter, own, *extra)
 
 
 class _Call(nn.Module):
-    """A model whose forward pass is a function of the caller's: inside, ZeRO-3 has whole what the function reads."""
+    """A module whose forward pass calls a function. Inside, ZeRO-3 gathers the weights that it reads."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -116,7 +116,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--train_file"):
         load_examples(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="no prompts"):
         load_examples(tmp_path / "empty.jsonl")
 
 

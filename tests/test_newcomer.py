@@ -106,8 +106,8 @@ TRAIN = {
     "another bicot.json": ("--model_name_or_path W/other_settings", "bicot.json says no prompts and sampling"),
     "no prompt file": ("--train_file W/none", "no prompt file at W/none; give one in T2I-R1's JSONL schema"),
     "a folder as prompt file": ("--train_file W/empty", "no prompt file at W/empty"),
-    "a prompt file of no bytes": ("--train_file W/zero", "W/zero has no rows"),
-    "a torn row": ("--train_file W/torn.jsonl", "W/torn.jsonl:2: .*; mend it, or leave such rows out with --skip_bad"),
+    "a prompt file of no bytes": ("--train_file W/zero", "W/zero has no prompts"),
+    "a torn row": ("--train_file W/torn.jsonl", "W/torn.jsonl:2: .*; mend it, or leave such lines out with --skip_bad"),
     "an odd held-out row": ("--eval_file W/odd.jsonl", "W/odd.jsonl:2: prompt must be a non-empty string, got 3"),
     "no held-out file": ("--eval_file W/none", "no prompt file at W/none"),
     "no instruction": (
