@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -34,6 +34,7 @@ _DEATH_SECONDS = 2.0  # when a rank ends, its connection breaks up to this long 
 
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class RankLost(RuntimeError):
@@ -202,7 +203,7 @@ class Ranks:
         if self.size == 1:
             return
         grads = [p.grad for p in parameters if p.grad is not None]
-        for bucket in _buckets(grads):
+        for bucket in buckets(grads, lambda grad: grad.nbytes, BUCKET_BYTES):
             if len(bucket) == 1 and bucket[0].is_contiguous():
                 dist.all_reduce(bucket[0])
                 continue
@@ -231,14 +232,16 @@ class Ranks:
         return [value for part in parts for value in part]
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide the tensors, in order, into lists of at most BUCKET_BYTES, but of at least one tensor."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        if bucket and sum(other.nbytes for other in bucket) + tensor.nbytes > BUCKET_BYTES:
+def buckets(items: Iterable[Item], size: Callable[[Item], int], most: int) -> Iterator[list[Item]]:
+    """Divide the items, in order, into lists of total size `most` at most, but of at least one item."""
+    bucket: list[Item] = []
+    total = 0
+    for item in items:
+        if bucket and total + size(item) > most:
             yield bucket
-            bucket = []
-        bucket.append(tensor)
+            bucket, total = [], 0
+        bucket.append(item)
+        total += size(item)
     if bucket:
         yield bucket
 

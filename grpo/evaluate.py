@@ -194,9 +194,3 @@ class Heldout:
 def save_best(samples: Sequence[Sample], checkpoint: Path) -> None:
     """Write the samples of the best evaluation into its checkpoint."""
     save_samples(samples, checkpoint / _SAMPLES)
-
-
-def entropy_bits(counts: Tensor) -> float:
-    """Entropy of a histogram in bits. For the tokens of all plans, it falls if the plans become alike."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * p.log2()).sum())

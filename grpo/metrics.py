@@ -17,7 +17,6 @@ from torch.profiler import record_function
 from ..model.chunk import Clock, Span, seconds_of
 from ..rewards.ensemble import RewardEnsemble, RewardHandle
 from .distributed import Ranks
-from .evaluate import entropy_bits
 from .samples import mean_by_name
 
 _SIDE = 64  # pixels
@@ -98,12 +97,14 @@ def plan_diversity(plans: Sequence[Sequence[int]], num_generations: int) -> floa
 
 @record_function("metrics")
 def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool], num_generations: int) -> dict[str, float]:
-    """Metrics of the plans of all ranks: mean length, share that was cut off, entropy of the tokens, diversity."""
-    words = torch.tensor([word for plan in plans for word in plan])
+    """Metrics of the plans of all ranks: mean length, share that was cut off, entropy of tokens in bits, diversity."""
+    tokens = torch.tensor([token for plan in plans for token in plan])
+    shares = torch.bincount(tokens).float()
+    shares = shares[shares > 0] / len(tokens)
     return {
-        "plan_tokens": len(words) / len(plans),
+        "plan_tokens": len(tokens) / len(plans),
         "plan_truncated": sum(truncated) / len(plans),
-        "plan_entropy": entropy_bits(torch.bincount(words).float()),
+        "plan_entropy": float(-(shares * shares.log2()).sum()),  # falls if the plans become alike
         "plan_diversity": plan_diversity(plans, num_generations),
     }
 

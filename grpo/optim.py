@@ -24,6 +24,7 @@ from transformers import get_scheduler
 
 from .average import WeightAverage
 from .config import Config
+from .distributed import buckets
 
 Result = TypeVar("Result")
 PART = 1 << 26  # number of gradients that become float32 together: few kernels, and little memory for both copies
@@ -78,7 +79,8 @@ class MasterAdamW:
     def collect(self) -> None:
         """Add the gradients of a backward pass to those of the masters, in float32, and free them."""
         pairs = zip(self.parameters, self.masters, strict=True)
-        for part in _parts([(p, m) for p, m in pairs if m is not p and p.grad is not None]):
+        given = [(p, m) for p, m in pairs if m is not p and p.grad is not None]
+        for part in buckets(given, lambda pair: pair[0].numel(), PART):
             wide = [torch.empty_like(master) for _, master in part]
             torch._foreach_copy_(wide, [p.grad for p, _ in part if p.grad is not None])
             sums = [
@@ -177,18 +179,6 @@ def _copy(value: Any) -> Tensor:
     names, rest = value.__tensor_flatten__()
     parts = {name: getattr(value, name).clone() for name in names}
     return type(value).__tensor_unflatten__(parts, rest, value.shape, value.stride())
-
-
-def _parts(pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> Iterator[Sequence[tuple[nn.Parameter, nn.Parameter]]]:
-    """Divide the pairs, in order, into lists of at most PART weights, but of at least one pair."""
-    start = weights = 0
-    for i, (parameter, _) in enumerate(pairs):
-        if weights and weights + parameter.numel() > PART:
-            yield pairs[start:i]
-            start, weights = i, 0
-        weights += parameter.numel()
-    if pairs:
-        yield pairs[start:]
 
 
 def adamw_8bit() -> Any:

@@ -143,9 +143,7 @@ def _by_task(name: str, tasks: Sequence[str], values: np.ndarray) -> list[Row]:
     return rows
 
 
-def bootstrap(
-    values: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(values: np.ndarray, level: float = LEVEL, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of independent values; NaN for fewer than two."""
     if len(values) < 2:
         return math.nan, math.nan
