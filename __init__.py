@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .kernels.grpo_loss import TokenStream, grpo_loss
     from .model.engine import RolloutEngine
-    from .model.policy import Policy, load_policy
+    from .model.generation import Policy
+    from .model.policy import load_policy
 
 __version__ = "0.1.0"
 __all__ = ["Policy", "RolloutEngine", "TokenStream", "grpo_loss", "load_policy"]
 _MODULES = {
-    "Policy": "model.policy",
+    "Policy": "model.generation",
     "RolloutEngine": "model.engine",
     "TokenStream": "kernels.grpo_loss",
     "grpo_loss": "kernels.grpo_loss",

@@ -40,8 +40,7 @@ from bicot.grpo.files import whole
 from bicot.grpo.output import require_writable
 from bicot.grpo.report import draw_grid
 from bicot.model.adapters import adapter_base
-from bicot.model.generation import Generation, generate
-from bicot.model.policy import load_policy
+from bicot.model.generation import Generation, Policy
 from bicot.model.prompts import read_reasoning_prompt
 from bicot.model.settings import RolloutSettings, Sampling
 from bicot.rewards.base import Example
@@ -150,13 +149,13 @@ def draw(args: argparse.Namespace, examples: list[Example], settings: RolloutSet
     ensemble = rewards_of(args) if args.best_of else None
     if ensemble:
         require_scores(ensemble, examples)
-    policy = load_policy(args.model, dtype=getattr(torch, args.dtype), device=args.device)
+    policy = Policy.from_pretrained(args.model, dtype=getattr(torch, args.dtype), device=args.device)
     policy.settings = settings
     if ensemble:
         yield from best_of(policy, ensemble, examples, args.best_of, args.seed, args.plan, settings.sampling)
         return
     prompts = [example.prompt for example in examples]
-    for picture in generate(policy, prompts, args.num_generations or 4, args.seed, args.plan, settings.sampling):
+    for picture in policy.stream(prompts, args.num_generations or 4, args.seed, args.plan, settings.sampling):
         yield [Ranked(picture, math.nan, {})]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..grpo.data import load_examples
 from ..grpo.rollout import roll_out
-from ..model.policy import Policy
+from ..model.generation import Policy
 from ..rewards.config import RewardConfig
 from .harness import finish, hardware
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bicot import Policy, RolloutEngine, TokenStream, grpo_loss, load_policy
+from bicot import Policy, RolloutEngine, TokenStream, grpo_loss
 from bicot.grpo.files import ROOT
 from bicot.model.chunk import RolloutChunk
 
@@ -56,5 +56,6 @@ def train(policy: Policy, steps: int) -> Iterator[tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    for number, (reward, loss) in enumerate(train(load_policy(ROOT / "toy" / "assets", dtype=torch.float32), 20), 1):
+    toy = Policy.from_pretrained(ROOT / "toy" / "assets", dtype=torch.float32)
+    for number, (reward, loss) in enumerate(train(toy, 20), 1):
         print(f"step {number}: reward {reward:.4f}, loss {loss:.4f}")

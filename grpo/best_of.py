@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..model.generation import Generation, first_samples, pictures_of, plans_of
-from ..model.policy import Policy
+from ..model.generation import Generation, Policy, first_samples, pictures_of, plans_of
 from ..model.settings import Sampling
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble

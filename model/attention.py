@@ -12,17 +12,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .sequences import Block
-
 Implementation = Literal["sdpa", "varlen", "flash_attn", "xformers", "auto"]
-Attend = Callable[[Tensor, Tensor, Tensor, "Block", float | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where S sequences lie: M places, sequence by sequence; M = S·L with padding, Σ lengths without.
+
+    Args:
+        shape: (S, L), L the longest.
+        lengths: of the sequences.
+        offsets: [S + 1] int32, where each sequence begins without padding.
+    """
+
+    shape: tuple[int, int]
+    lengths: tuple[int, ...]
+    offsets: Tensor
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Places, float | None], Tensor]
 # what each implementation imports, and how to install that
 _NEEDS = {
     "varlen": ("torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
@@ -38,35 +52,35 @@ class Attention:
     name: str = "sdpa"
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
-    q, k, v = (x.view(*block.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float | None) -> Tensor:
+    q, k, v = (x.view(*places.shape, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    starts, longest = block.offsets, block.shape[1]
+    starts, longest = places.offsets, places.shape[1]
     each = (q, _for_each_query(k, q), _for_each_query(v, q), starts, starts, longest, longest)
     out = varlen_attn(*each, scale=scale, window_size=(-1, 0))  # causal: no key after the query
     assert isinstance(out, Tensor)
     return out
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    starts, longest = block.offsets, block.shape[1]
+    starts, longest = places.offsets, places.shape[1]
     each = (q, k, v, starts, starts, longest, longest)
     return flash_attn_varlen_func(*each, softmax_scale=scale, causal=True, deterministic=True)
 
 
-def _xformers(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
+def _xformers(q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float | None) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     each = (x[None] for x in (q, _for_each_query(k, q), _for_each_query(v, q)))
-    return memory_efficient_attention(*each, attn_bias=_mask(block.lengths, q.device), scale=scale)[0]
+    return memory_efficient_attention(*each, attn_bias=_mask(places.lengths, q.device), scale=scale)[0]
 
 
 @lru_cache(maxsize=2)
@@ -87,14 +101,14 @@ IMPLEMENTATIONS: dict[str, Attend] = {
 }  # fmt: skip
 
 
-def attend(name: str, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:
-    """Attention at all places of a block: q [M, Hq, E], k and v [M, Hkv, E] -> [M, Hq, E].
+def attend(name: str, q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float | None) -> Tensor:
+    """Attention at all places of the sequences: q [M, Hq, E], k and v [M, Hkv, E] -> [M, Hq, E].
 
     Args:
         name: the implementation, which `resolve` has accepted, and which the block is laid out for.
         scale: factor of the scores; None = E^-1/2.
     """
-    return IMPLEMENTATIONS[name](q, k, v, block, scale)
+    return IMPLEMENTATIONS[name](q, k, v, places, scale)
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:

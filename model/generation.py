@@ -1,4 +1,4 @@
-"""What `Policy.generate` returns: pictures with their plans, tokens and log-probabilities.
+"""`from bicot import Policy`: a policy that draws pictures, with their plans, tokens and log-probabilities.
 
 A picture's random numbers depend on its own seed alone: picture k of `generate(..., n, seed)` is the picture of
 `generate(..., 1, seed + k)`. Shapes: T image tokens, L tokens of a plan.
@@ -7,19 +7,21 @@ A picture's random numbers depend on its own seed alone: picture k of `generate(
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from . import policy
+from .chunk import RolloutChunk
+from .engine import RolloutEngine
 from .settings import Sampling
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from .chunk import RolloutChunk
-    from .policy import Policy
 
 SEEDS = 2**31  # a seed is the engine's number of a sample
 
@@ -73,14 +75,70 @@ def first_samples(prompts: Sequence[str], n: int, seed: int) -> list[int]:
     return [seed] * len(prompts)
 
 
-def generate(
-    policy: Policy, prompts: Sequence[str], n: int, seed: int, plan: str | Sequence[str], sampling: Sampling
-) -> Iterator[Generation]:
-    """Yield `n` pictures of each prompt, in order, as soon as they are drawn; see `Policy.generate`."""
-    first, plans, done = first_samples(prompts, n, seed), plans_of(plan, prompts), 0
-    for chunk in policy.engine.generate(prompts, n, sampling, 0, first, plans):
-        yield from pictures_of(chunk, prompts, n, seed, done)
-        done += len(chunk)
+class Policy(policy.Policy):
+    """A policy that draws pictures: `Policy.from_pretrained(path).generate("a red circle", n=4)`.
+
+    `settings` are the prompt texts and the sampling that `generate` uses, at first those of the checkpoint.
+    """
+
+    _engine: RolloutEngine | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Policy:
+        """`load_policy`, where None = a GPU and bfloat16 if there is one, else the CPU and float32."""
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        usual = torch.bfloat16 if where.type == "cuda" else torch.float32
+        loaded = policy.load_policy(path, dtype=dtype or usual, device=where)
+        drawing = cls(loaded.model, loaded.tokenizer)
+        drawing.adapters, drawing.settings = loaded.adapters, loaded.settings
+        return drawing
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The engine that `generate` uses. It is kept with its CUDA graphs and KV cache until `settings` change."""
+        if self._engine is None or self._engine.encoder.format != self.settings.prompts:
+            self._engine = RolloutEngine(self, self.prompt_encoder(self.settings.prompts))
+        return self._engine
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        seed: int = 0,
+        plan: str | Sequence[str] = "auto",
+        **sampling: Any,
+    ) -> list[Generation]:
+        """Plan and draw `n` pictures of each prompt, in order.
+
+        Args:
+            prompts: one prompt, or a list.
+            n: pictures of each prompt.
+            seed: of the first picture of each prompt; the others have the following seeds.
+            plan: "auto" = the model writes a plan for each picture; "off" = it draws without a plan; any other text is
+                the plan of all pictures. A list has "off" or the text of a plan for each prompt.
+            sampling: fields of `Sampling`, such as cfg_weight, temperature, top_k, image_temperature and
+                max_completion_length; the value in `settings` if None or left out.
+
+        Raises:
+            ValueError: an empty prompt, or one that is too long; a number out of range.
+            TypeError: an argument that `Sampling` does not have.
+        """
+        given = {name: value for name, value in sampling.items() if value is not None}
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        drawn = self.stream(prompts, n, seed, plan, replace(self.settings.sampling, **given))
+        return list(drawn) if prompts else []
+
+    def stream(
+        self, prompts: Sequence[str], n: int, seed: int, plan: str | Sequence[str], sampling: Sampling
+    ) -> Iterator[Generation]:
+        """Yield the pictures of `generate` as soon as they are drawn."""
+        first, plans, done = first_samples(prompts, n, seed), plans_of(plan, prompts), 0
+        for chunk in self.engine.generate(prompts, n, sampling, 0, first, plans):
+            yield from pictures_of(chunk, prompts, n, seed, done)
+            done += len(chunk)
 
 
 def pictures_of(chunk: RolloutChunk, prompts: Sequence[str], n: int, seed: int, done: int = 0) -> list[Generation]:

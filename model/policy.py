@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,13 +22,9 @@ from . import body
 from .adapters import adapter_base, load_lora, merged
 from .attention import Attention
 from .convert import ORIGINAL, load_original, original_config, original_tokenizer
-from .generation import Generation, generate
 from .prompts import PromptEncoder, PromptFormat
 from .sequences import Layout, Stream, fastest, lay_out, sequences_of, take
 from .settings import RolloutSettings, save_for_transformers
-
-if TYPE_CHECKING:
-    from .engine import RolloutEngine
 
 # The published recipe trains the language model and its head, and freezes everything else.
 PUBLISHED_FREEZE = (
@@ -56,7 +52,7 @@ class Policy:
         model: the transformers module; no parameter is copied.
         tokenizer: its tokenizer, with `boi_token` among its special tokens.
 
-    `settings` are the prompt texts and the sampling that `generate` uses, as the checkpoint has them.
+    `settings` are the prompt texts and the sampling of the checkpoint.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:  # transformers annotates both too loosely to check against
@@ -67,58 +63,10 @@ class Policy:
         self.attention = Attention()
         self.selective = False
         self.settings = RolloutSettings()
-        self._engine: RolloutEngine | None = None
         body.install(self.decoder)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
             if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"the tokenizer defines no {name}; a Janus tokenizer has bos, eos, pad and boi tokens")
-
-    @staticmethod
-    def from_pretrained(
-        path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> Policy:
-        """`load_policy`, where None = a GPU and bfloat16 if there is one, else the CPU and float32."""
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        usual = torch.bfloat16 if where.type == "cuda" else torch.float32
-        return load_policy(path, dtype=dtype or usual, device=where)
-
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        n: int = 1,
-        seed: int = 0,
-        plan: str | Sequence[str] = "auto",
-        **sampling: Any,
-    ) -> list[Generation]:
-        """Plan and draw `n` pictures of each prompt, in order.
-
-        Args:
-            prompts: one prompt, or a list.
-            n: pictures of each prompt.
-            seed: of the first picture of each prompt; the others have the following seeds.
-            plan: "auto" = the model writes a plan for each picture; "off" = it draws without a plan; any other text is
-                the plan of all pictures. A list has "off" or the text of a plan for each prompt.
-            sampling: fields of `Sampling`, such as cfg_weight, temperature, top_k, image_temperature and
-                max_completion_length; the value in `settings` if None or left out.
-
-        Raises:
-            ValueError: an empty prompt, or one that is too long; a number out of range.
-            TypeError: an argument that `Sampling` does not have.
-        """
-        given = {name: value for name, value in sampling.items() if value is not None}
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        drawn = generate(self, prompts, n, seed, plan, replace(self.settings.sampling, **given))
-        return list(drawn) if prompts else []
-
-    @property
-    def engine(self) -> RolloutEngine:
-        """The engine that `generate` uses. It is kept with its CUDA graphs and KV cache until `settings` change."""
-        from .engine import RolloutEngine  # here, because engine.py imports this module
-
-        if self._engine is None or self._engine.encoder.format != self.settings.prompts:
-            self._engine = RolloutEngine(self, self.prompt_encoder(self.settings.prompts))
-        return self._engine
 
     @property
     def device(self) -> torch.device:

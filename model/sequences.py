@@ -23,22 +23,17 @@ from torch import Tensor
 
 from ..kernels.host import upload
 from ..kernels.rope_rows import rope_gather, rope_spread
-from .attention import attend, available
+from .attention import Places, attend, available
 from .recompute import Keep, keep_all
 
 Stream = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]  # prompts and completions
 
 
 @dataclass(frozen=True)
-class Block:
-    """S sequences as attention sees them: M places, sequence by sequence; M = S·L with padding, Σ lengths without.
-
-    A token that several sequences share has a place in each of them.
+class Block(Places):
+    """Sequences as attention sees them. A token that several sequences share has a place in each of them.
 
     Args:
-        shape: (S, L), L the longest.
-        lengths: of the sequences.
-        offsets: [S + 1] int32, where each sequence begins without padding.
         tokens: the block's n tokens among the N of the pass.
         token_at: [M] which of the n tokens is at each place; any at padding.
         starts: [n + 1] where the places of each token begin in `places`.
@@ -46,9 +41,6 @@ class Block:
         first: [n] the first place of each token.
     """
 
-    shape: tuple[int, int]
-    lengths: tuple[int, ...]
-    offsets: Tensor
     tokens: slice
     token_at: Tensor
     starts: Tensor

@@ -95,9 +95,7 @@ class GroundingReward:
             cached_file(path, "tokenizer.json")  # without the file AutoTokenizer invents a vocabulary
             tokenizer = AutoTokenizer.from_pretrained(path)
             if tokenizer.convert_tokens_to_ids(list(DELIMITERS)) != list(DELIMITERS.values()):
-                raise ValueError(
-                    f"{str(path)!r} does not have the vocabulary of an uncased BERT: {DELIMITERS}"
-                )
+                raise ValueError(f"{str(path)!r} does not have the vocabulary of an uncased BERT: {DELIMITERS}")
             model = load_complete(GroundingDinoForObjectDetection, path, dtype=torch.float32)
             preprocess = _preprocess(path)
         return cls(model, tokenizer, preprocess, dtype=dtype, threshold=threshold, t2i_r1_compat=t2i_r1_compat)

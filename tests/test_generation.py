@@ -16,7 +16,7 @@ from tiny import ROOT, TOY, tiny_policy
 import bicot
 from bicot import Policy
 from bicot.model.adapters import add_lora
-from bicot.model.generation import Generation, generate
+from bicot.model.generation import Generation
 from bicot.model.policy import PUBLISHED_FREEZE
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
@@ -96,7 +96,7 @@ def test_pictures_come_while_others_are_still_to_draw(toy: Policy, monkeypatch: 
     drawn, engine = [], toy.engine
     monkeypatch.setattr(engine, "max_rows", 4)
     monkeypatch.setattr(engine, "_draw", lambda *a: (drawn.append(len(a[0])), type(engine)._draw(engine, *a))[1])
-    pictures = generate(toy, PROMPTS, 3, 0, "auto", toy.settings.sampling)
+    pictures = toy.stream(PROMPTS, 3, 0, "auto", toy.settings.sampling)
     next(pictures)
     assert drawn == [2]
     assert len(list(pictures)) == 5 and drawn == [2, 2, 2]
