@@ -22,7 +22,7 @@ _PATHS = ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_pat
 
 
 class Parser(ArgumentParser):
-    """A wrong setting is one line that says what it may be, or names the nearest right one."""
+    """An argument parser whose errors are one line, with what a value may be or the nearest name of a setting."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = one_line(message)
@@ -107,7 +107,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, Any]:
 
 
 def _problem_of(file: str) -> str | None:
-    """Why a configuration file cannot be read, in one line, or None. If it does not exist, the nearest of bicot's."""
+    """Why a configuration file cannot be read, in one line; None if it can. For a missing file, name the nearest."""
     if file and not Path(file).is_file():
         ours = {path.stem: path for path in (ROOT / "configs").glob("*.yaml")}
         near = difflib.get_close_matches(Path(file).stem.lower().replace("_", "-"), ours, n=1)

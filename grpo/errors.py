@@ -1,4 +1,4 @@
-"""How the command line shows an error or a signal."""
+"""How a program shows errors and signals on the command line."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .output import OutputInUse
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong option is one line that names the nearest right one."""
+    """An argument parser whose errors are one line, which names the nearest option for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {with_nearest(message, self._option_string_actions)}\n")
 
 
 def with_nearest(message: str, options: Iterable[str]) -> str:
-    """A parser's message in one line, with the nearest of `options` to each that it does not know."""
+    """A parser's error message in one line. For each unknown option it adds the nearest of `options`."""
     message, known = one_line(message), sorted({option.removeprefix("--") for option in options})
     unrecognized = "unrecognized" in message
     group = re.search(r"Group '([\w.]+)'", message)
@@ -39,15 +39,17 @@ def with_nearest(message: str, options: Iterable[str]) -> str:
 
 
 def one_line(error: object) -> str:
-    """What a message says, without its line ends."""
+    """A message with its line breaks and repeated spaces replaced by single spaces."""
     return " ".join(str(error).split())
 
 
 @contextmanager
 def one_line_errors(words: Sequence[str], go_on: str = "") -> Iterator[None]:
-    """An error that its message explains ends the program with that line and exit status 1; with `--debug` among the
-    words of the command line, and for any other exception, Python shows where it came from. SIGTERM and SIGINT end it
-    with one line too: `go_on` says how to continue."""
+    """Inside this context, expected errors end the program with their message in one line, and exit status 1.
+
+    Other exceptions keep Python's traceback, and with `--debug` among the words of the command line all do. SIGTERM and
+    SIGINT end the program with one line, too. `go_on` is added to it, and says how to continue.
+    """
     signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
@@ -62,13 +64,13 @@ def one_line_errors(words: Sequence[str], go_on: str = "") -> Iterator[None]:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """A handler that ends what runs, as Ctrl-C does, and says which signal it was."""
+    """A signal handler that raises KeyboardInterrupt, as Ctrl-C does, with the name of the signal."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them: the step in progress is finished and saved."""
+    """Inside this context, SIGTERM and SIGINT are only collected, so that a step can be finished and saved first."""
     received: list[int] = []
     first = 0.0
 
@@ -76,7 +78,7 @@ def stop_signals() -> Iterator[list[int]]:
         nonlocal first
         if not received:
             first = time.monotonic()
-        elif time.monotonic() - first > 1:  # a second one means now; torchrun repeats a Ctrl-C at once
+        elif time.monotonic() - first > 1:  # a second signal ends at once, unless torchrun has only repeated a Ctrl-C
             interrupt(number, frame)
         received.append(number)
 

@@ -1,4 +1,4 @@
-"""A trained model as the Hugging Face Hub has it: a model card beside the weights, and the upload (--push_to_hub)."""
+"""Writes the model card of a trained model, and uploads the model to the Hugging Face Hub (--push_to_hub)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .config import Config
 from .files import whole
 from .output import METRICS, read_metrics
 
-# what going on with the run needs, and the model does not
+# files that a resumed run needs but the model does not
 LEFT_OUT = ("trainer_state.pt", "manifest.json", "heldout.*", "reference/*")
-_SHOWN = ("reward", "kl", "entropy", "image_diversity", "plan_diversity")  # of the last step's metrics
-# told elsewhere in the card; paths of this machine are nobody's business
+# metrics of the last step that the card shows
+_SHOWN = ("reward", "kl", "entropy", "image_diversity", "plan_diversity")
+# settings that the table of settings leaves out: the card shows them elsewhere, or they are private paths
 _SEEN = {
     "model_name_or_path",
     "train_file",
@@ -89,10 +90,10 @@ Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().numpy()).sav
 
 
 def require_hub(config: Config) -> str | None:
-    """The repository that the run will push to, made if need be; None where it pushes nothing.
+    """The repository that the run will push to, created if needed; None without push_to_hub.
 
     Raises:
-        OSError: the hub does not answer, or does not let this user write there.
+        OSError: the hub does not answer, or this user may not write to the repository.
     """
     if not config.push_to_hub:
         return None
@@ -102,7 +103,7 @@ def require_hub(config: Config) -> str | None:
         api.whoami()
         repo = api.create_repo(name, private=config.hub_private_repo, exist_ok=True).repo_id
         api.auth_check(repo, write=True)
-    except Exception as error:  # of the HTTP library too, whichever huggingface_hub has
+    except Exception as error:  # including those of the HTTP library, which depends on the version of huggingface_hub
         raise OSError(
             f"push_to_hub: {api.endpoint} does not let this run write to {name!r}: {_line(error)}; log in with "
             "`hf auth login` (a token with write access), give another hub_model_id, or leave out push_to_hub"
@@ -111,7 +112,7 @@ def require_hub(config: Config) -> str | None:
 
 
 def push(folder: Path, repo: str, step: int) -> None:
-    """Upload a checkpoint; where that fails, nothing is lost, and the command for later is printed."""
+    """Upload a checkpoint. If that fails, print the command that uploads it later."""
     try:
         done = HfApi().upload_folder(
             repo_id=repo,
@@ -134,8 +135,8 @@ def write_card(
     Args:
         folder: the checkpoint.
         run: the settings that a checkpoint remembers.
-        summary: of the run.
-        repo: where the checkpoint will be pushed.
+        summary: the summary of the run.
+        repo: the repository that the checkpoint will be pushed to.
     """
     base, adapters = config.model_name_or_path, (folder / "adapter_config.json").is_file()
     on_hub = not Path(base).exists()
@@ -173,7 +174,7 @@ def write_card(
 
 
 def _code(path: str, base: str, adapters: bool, settings: RolloutSettings) -> str:
-    """How transformers plans and draws a picture."""
+    """Python code that plans and draws a picture with transformers."""
     sampling = settings.sampling
     how = f"max_new_tokens={sampling.max_completion_length}, do_sample={sampling.temperature > 0}"
     if sampling.temperature:
@@ -189,7 +190,7 @@ def _code(path: str, base: str, adapters: bool, settings: RolloutSettings) -> st
 
 
 def _results(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Held-out rewards, and what the last step measured."""
+    """The held-out rewards, and metrics of the last step."""
     rows, _ = read_metrics(Path(config.output_dir) / METRICS)
     metrics = rows[-1][1] if rows else {}
     names = [*_SHOWN, *(key for key in metrics if key.startswith("rewards/") and key.endswith("/mean"))]
@@ -199,7 +200,7 @@ def _results(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, floa
 
 
 def _rows(cells: list[Any]) -> str:
-    """Lines of a Markdown table."""
+    """The rows of a Markdown table."""
 
     def show(cell: Any) -> str:
         text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
@@ -209,11 +210,11 @@ def _rows(cells: list[Any]) -> str:
 
 
 def _license(base: str) -> dict[str, str]:
-    """The base model's license, as its own card names it."""
+    """The license that the base model's card names."""
     card = Path(base) / "README.md"
     try:
         data = ModelCard.load(card if card.parent.is_dir() else base).data.to_dict()
-    except Exception:  # it has no card, or the hub does not answer: then the license is the reader's to find
+    except Exception:  # there is no card, or the hub does not answer: leave the license out
         return {}
     return {key: data[key] for key in ("license", "license_name", "license_link") if key in data}
 

@@ -49,11 +49,9 @@ REWARDS = {"hps": (986e6, 0.0), "git": (395e6, 0.0), "grounding": (172e6, 1.0), 
 _NO_TOKENIZER = SimpleNamespace(  # the sizes of a model do not depend on its tokenizer
     bos_token_id=0, eos_token_id=1, pad_token_id=2, convert_tokens_to_ids=lambda _: 3
 )
-AUTO: dict[str, Any] = {
-    "gradient_checkpointing": False,
-    "micro_batch_tokens": None,
-}  # what "auto" is without a GPU
-COUNTED = {"scene", "scene_relation", *REWARDS}
+# what "auto" is without a GPU
+AUTO: dict[str, Any] = {"gradient_checkpointing": False, "micro_batch_tokens": None}
+COUNTED = {"scene", "scene_relation", *REWARDS}  # rewards whose memory is known
 
 
 @dataclass(frozen=True)

@@ -129,13 +129,12 @@ def grid_figure(rows: Mapping[str, Sequence[Sample]]) -> Figure:
 def _caption(sample: Sample) -> tuple[str, str]:
     """Prompt with reward, and plan, both wrapped to the width of a picture."""
     reward = "" if math.isnan(sample.reward) else f"reward {sample.reward:.2f}"
-    return "\n".join(filter(None, (_wrap(sample.prompt, 31, 6), reward))), _wrap(
-        sample.plan, 34, 12
-    )  # 50 words, as asked for, fit
+    head = "\n".join(filter(None, (_wrap(sample.prompt, 31, 6), reward)))
+    return head, _wrap(sample.plan, 34, 12)  # the 50 words that the planning instruction asks for fit
 
 
 def _wrap(text: str, width: int, lines: int) -> str:
-    """At most so many lines, the cut marked; what is wide (Chinese, Japanese, Korean, emoji) takes two columns."""
+    """Wrap to at most `lines` lines, and mark a cut. Wide characters (Chinese, Japanese, Korean, emoji) count twice."""
     marked = "".join(c + "\0" * (unicodedata.east_asian_width(c) in "WF") for c in " ".join(text.split()))
     found = textwrap.wrap(marked, width)
     if len(found) > lines:

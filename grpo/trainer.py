@@ -351,7 +351,7 @@ class Trainer:
         passes = reference_passes(self.reference, rollout, self.encoder, self.config)
         with self.with_reference():
             if self.config.reference_device:
-                self.reference.freeze()  # makes the weights, which were copied one by one, contiguous
+                self.reference.freeze()  # joins the weights again, which were copied one by one
             return reference_logprobs(self.reference, micro_batches, self.encoder, self.config, passes)
 
     def _evaluate(self) -> list[Sample]:
