@@ -49,7 +49,6 @@ Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
 
 # Of `relative_error`. bfloat16: eight bits, and logits that a head rounds to them before the softmax.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-IN_PLACE = "overwrites the logits with their gradient"
 FLUSH_BYTES, FLUSHES = 2**28, 16  # several times the L2 cache of any GPU; together about a millisecond on a large one
 SMALL_BYTES, TURNS = 2**26, 5  # inputs of at most so many bytes, which an L2 cache might hold, are there so many times
 GPU_STATE = {  # of `hardware`, and what nvidia-smi calls it
@@ -129,14 +128,24 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def with_gradients(run: Callable[[Any], Outputs]) -> Callable[[Sequence[Tensor]], Outputs]:
-    """`run` and its backward pass: its outputs, and the gradients of all its inputs for the sum of the outputs' squares
-    halved, which are as large as the outputs."""
+def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0, std: float = 1) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).mul_(std).to(dtype)
 
-    def both(inputs: Sequence[Tensor]) -> Outputs:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        outputs = [x for x in run(leaves) if x is not None]
-        return [*outputs, *torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs])]
+
+def with_gradients(
+    run: Callable[[Any], Outputs], *, trained: int, weights: Sequence[float] | None = None
+) -> Callable[[Any], Outputs]:
+    """`run` and its backward pass: its outputs, and the gradients of its first `trained` inputs for the sum of the
+    first outputs times their weights; None: for the sum of the outputs' squares halved."""
+
+    def both(inputs: Sequence[Any]) -> Outputs:
+        leaves = [x.detach().requires_grad_() for x in inputs[:trained]]
+        given = [x.view_as(x) for x in leaves]  # what overwrites its input refuses a leaf
+        outputs: list[Any] = list(run((*given, *inputs[trained:])))
+        ups = [torch.full_like(out, w) for out, w in zip(outputs, weights or (), strict=False)]
+        ups = ups or [out.detach() for out in outputs]
+        return [*outputs, *torch.autograd.grad(outputs[: len(ups)], given, ups)]
 
     return both
 
@@ -149,31 +158,29 @@ def against_eager(
     eager: Callable[[Any], Outputs],
     impl: Impl,
     *,
-    notes: tuple[str, str] = ("", "transformers"),
+    notes: tuple[str, str] = ("", ""),
     fresh: Callable[[Any], Any] | None = None,
-    backward: bool = False,
+    wrap: Any = torch.no_grad(),  # noqa: B008
     more: Mapping[str, Provider] | None = None,
-    floor: int = 0,
+    bytes: int = 0,
+    flops: int = 0,
 ) -> Case:
     """A kernel of ours, the formula in PyTorch (in float64 the truth), and that compiled.
 
     Args:
         notes: on ours and on eager.
         fresh: makes a copy for ours, which overwrites its input.
-        backward: with the backward pass; the inputs are tensors that all have a gradient.
+        wrap: makes of ours and of eager what is timed, such as `with_gradients`.
         more: other providers, complete.
-        floor: bytes.
     """
-    wrap = with_gradients if backward else torch.no_grad()
     exact = partial(tree_map, lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x)
     providers = {
         "ours": Provider(wrap(ours), "; ".join(filter(None, [f'impl="{impl}"', notes[0]])), fresh),
         "eager": Provider(wrap(eager), notes[1]),
         "torch.compile": Provider(wrap(compiled(eager)), "of eager"),
     }
-    return Case(
-        labels, dtype, inputs, lambda x: expect(wrap(eager)(exact(x))), {**providers, **(more or {})}, bytes=floor
-    )
+    truth = lambda x: expect(wrap(eager)(exact(x)))  # noqa: E731
+    return Case(labels, dtype, inputs, truth, {**providers, **(more or {})}, bytes=bytes, flops=flops)
 
 
 def gpu_only(tensor: Tensor) -> None:
@@ -345,7 +352,7 @@ def finish(result: Mapping[str, Any], output: Path | None) -> int:
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:
-    """The options that all benches have. `doc`: "name: what", a blank, its command, then how."""
+    """The options that all benches have."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
@@ -355,12 +362,15 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
 
 
 def start(parser: argparse.ArgumentParser, doc: str | None, module: str) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line's arguments, and what begins every result."""
+    """The command line's arguments, and what begins every result.
+
+    `doc`: "name: what", a blank, `python -m` with the module's command if it is a module's, then how.
+    """
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
     torch.set_num_threads(arguments.threads)
-    first, _, _, *how = (doc or "").strip().splitlines()
+    first, *how = [line for line in (doc or "").strip().splitlines() if line and not line.startswith("python -m")]
     name, _, what = first.partition(": ")
     words = ["python -m", f"bicot.bench.{module}", "--device", arguments.device]
     for option, value in vars(arguments).items():
@@ -421,12 +431,12 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         result["rows"].append(row | {"error": float(f"{error:.1e}"), "note": case.providers[name].note})
 
 
-def main(doc: str | None, cases: Callable[[str, bool], list[Case]]) -> int:
-    """Run a bench of cases from its command line -> the exit status."""
+def main(doc: str | None, cases: Callable[[str, bool], list[Case]], module: str = "") -> int:
+    """Run a bench of cases from its command line -> the exit status. `doc`: as of `start`."""
     begin, parser = time.perf_counter(), command_line(doc)
     parser.add_argument("--repeats", type=int, help="timed runs of each provider (15 on a CPU, 50 on a GPU)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no case that would outlast them begins")
-    arguments, result = start(parser, doc, f"bench_{(doc or '').partition(':')[0]}")
+    arguments, result = start(parser, doc, module or f"bench_{(doc or '').partition(':')[0]}")
     device, tiny = arguments.device, arguments.tiny
     if tiny:
         torch.compiler.set_stance("force_eager")  # compiling would take far longer than all that runs

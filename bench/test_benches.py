@@ -6,21 +6,18 @@ Not part of plain `pytest`. Select with -k, for example `pytest bench -k "group_
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from bicot.bench import bench_rewards, bench_rollout, kernels
 from bicot.bench.harness import Case, Outputs, Unavailable
-from bicot.bench.report import KERNELS, label
+from bicot.bench.report import label
 
-CASES = [
-    (bench, case)
-    for bench in KERNELS
-    for case in importlib.import_module(f"bicot.bench.bench_{bench}").cases("cpu", False)
-]
+BENCHES = {"rollout": bench_rollout.cases, "rewards": bench_rewards.cases, **kernels.OPS}
+CASES = [(bench, case) for bench, cases in BENCHES.items() for case in cases("cpu", False)]
 
 
 def group(bench: str, case: Case) -> str:

@@ -85,7 +85,8 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
     def bench(name: str, seconds: int, *options: str, module: str = "", ends: bool = True) -> Step:
         """`ends`: it takes the option --seconds."""
         given = ["--device", device, *["--tiny"] * tiny, *options, "--output", str(results / f"{name}_{device}.json")]
-        return Step(name, seconds, partial(_module, module or f"bench_{name}", given, ends))
+        own = module or (f"bench_{name}" if name in ("step", "train", "rollout", "rewards") else "kernels")
+        return Step(name, seconds, partial(_module, own, [*[name] * (own == "kernels"), *given], ends))
 
     def profile(seconds: int, count: int) -> Step:
         options = ["--shape", "Janus-Pro-1B"] * gpu + ["--steps", str(count)]

@@ -24,10 +24,23 @@ from packaging.utils import canonicalize_name
 from tiny import ROOT
 from torch import Tensor
 
-from bicot.bench import bench_rewards, harness, models, report, reward_models, toy_seeds, walk
+from bicot.bench import (
+    bench_rewards,
+    bench_rollout,
+    bench_train,
+    harness,
+    kernels,
+    loss_kernels,
+    models,
+    report,
+    reward_models,
+    toy_seeds,
+    walk,
+)
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
 from bicot.grpo.samples import Sample, save_samples
 
+BENCHES = {"rollout": bench_rollout.cases, "rewards": bench_rewards.cases, **kernels.OPS}
 DOC = "rms_norm: twice.\n\npython -m x\nFloor: none."
 GPU_SH = ["bash", str(ROOT / "bench" / "gpu.sh")]
 
@@ -210,14 +223,13 @@ def test_times_are_interleaved_and_warmed_up() -> None:
 
 @needs_triton
 @pytest.mark.triton
-@pytest.mark.parametrize("bench", report.KERNELS)
+@pytest.mark.parametrize("bench", BENCHES)
 def test_triton_providers_are_right(bench: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and the peers' Triton kernels, in the interpreter too: their calls are those of the GPU bench."""
-    module = importlib.import_module(f"bicot.bench.bench_{bench}")
-    for name, replacement in (("kernel", lambda device: "triton"), ("gpu_only", lambda tensor: None)):
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, replacement)
-    for case in module.cases("cuda" if CUDA else "cpu", True):
+    for module in (kernels, loss_kernels):
+        monkeypatch.setattr(module, "kernel", lambda device: "triton")
+    monkeypatch.setattr(loss_kernels, "gpu_only", lambda tensor: None)
+    for case in BENCHES[bench]("cuda" if CUDA else "cpu", True):
         inputs = case.inputs()
         error_of = case.truth(inputs)
         for name, provider in case.providers.items():
@@ -288,7 +300,7 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
     for bench in ["train", *report.KERNELS]:
         result = results[bench]
         assert result["bench"] == bench and set(result["ceilings"]) <= {"copy_gbps", "gemm_tflops"}
-        cases = importlib.import_module(f"bicot.bench.bench_{bench}").cases("cpu", True)
+        cases = {"train": bench_train.cases, **BENCHES}[bench]("cpu", True)
         listed = {(report.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
         assert listed == {(report.label(case.labels), name) for case in cases for name in case.providers}
         baselines = {"ours", {"rollout": "generate", "rewards": "the decoder alone"}.get(bench, "torch.compile")}

@@ -37,7 +37,7 @@ RUN_BY = {
     "python evaluate.py --prompts held": "test_benchmarks.py::test_own_scores_and_the_difference_of_two_checkpoints",
     "python -m bicot.view": "test_view.py::test_the_command",
     "python -m bicot.rewards.check": "test_published_rewards.py::test_check_shows_what_works",
-    "python -m bicot.bench.bench_grpo_loss": "test_bench.py",
+    "python -m bicot.bench.kernels grpo_loss": "test_bench.py",
     "python -m bicot.bench.step_profile": "test_profile.py::test_the_phases_cover_a_toy_step",
     "python -m bicot.bench.bench_step --vary": "test_baseline.py::test_steps_along_an_axis",
     "python -m bicot.bench.compare": "test_compare.py::test_the_command",
