@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from transformers import SchedulerType
 
-if TYPE_CHECKING:
-    from .config import Config
-
+Config: TypeAlias = Any  # the class of config.py, which imports this file
 TRACKERS = ("tensorboard", "trackio", "wandb")
 SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
 STREAMS = ("text", "image")
