@@ -1,183 +1,201 @@
 """rewards: the published scorers on a batch of pictures, ours against one picture at a time; and beside a decoding GPU.
 
 python -m bicot.bench.bench_rewards [--device cpu|cuda] [--output FILE.json]
-Random weights at true widths, of all layers on a GPU; eight pictures share a prompt and two phrases to look for.
-Eager is what T2I-R1's code does, on transformers' modules: PIL, one picture, one question, and all logits. A run beside
-the decoder is one of all its steps: ours scores in threads and streams of their own, eager after it. Floor: the FLOPs
-of the models at their published sizes. Hidden is the share of the rewards' time after the decoder that ours does not
-add to the decoder's. Checked: scores against eager's without PIL, as a share of their spread.
+Random weights at true widths, of all layers on a GPU; eight pictures share a prompt and two phrases to look for. Eager
+scores one picture at a time, as T2I-R1's code does, with our forward passes. A run beside the decoder is one of all its
+steps: ours scores in threads and streams of their own, eager after it. Floor: the FLOPs of the models at their
+published sizes. Hidden is the share of the rewards' time after the decoder that ours does not add to the decoder's.
+Checked: scores against eager's, as a share of their spread.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ..rewards.base import Example
-from ..rewards.ensemble import RewardEnsemble, RewardHandle
-from ..rewards.orm import AFTER, BEFORE
+from ..rewards.ensemble import RewardEnsemble
+from ..rewards.git_vqa import GitReward
+from ..rewards.grounding import GroundingReward
+from ..rewards.hps import HPSReward
+from ..rewards.orm import OrmReward
+from ..rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from ..rewards.worker import Placement
 from . import bench_rollout
 from .harness import Case, Outputs, Provider, main, short
-from .reward_models import CPU, TINY, TRUE, Made, Scale, git, grounding, hps, orm
 
-# A score that belongs to another picture is off by one spread or so. PIL rounds to 8 bits, half precision everything.
-TOLERANCE = 0.15
-PUBLISHED_TEMPERATURE = 0.3  # of the ORM's answers
+hf: Any = transformers  # its types reject what its classes take
+TOLERANCE = 0.15  # a score that belongs to another picture is off by one spread or so; half precision rounds everything
 GROUP = 8
 PROMPTS = [("a red apple and a blue bench", ("red apple", "blue bench")), ("a cat and two dogs", ("cat", "dog"))]
+WORDS = ["a", "red", "apple", "and", "blue", "bench", "cat", "two", "dogs", "dog", "yes", "no", "image", "prompt"]
 
 
-def hps_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
-    ids = x.reward.tokenizer([example.prompt], return_tensors="pt").input_ids.to(pixels.device)
-    image = x.model.visual_projection(x.model.vision_model(pixels).pooler_output)
-    text = x.model.text_projection(x.model.text_model(ids).pooler_output)
-    return F.cosine_similarity(image.float(), text.float())[0]
+class Scale(NamedTuple):
+    """How much of a published model is run: the share of each stack of layers, of a picture's edge, of the widths."""
+
+    layers: float
+    pixels: float
+    widths: float
+
+    def deep(self, layers: int, least: int = 1) -> int:
+        return max(least, int(layers * self.layers))
+
+    def wide(self, width: int, multiple: int) -> int:
+        return max(multiple, int(width * self.widths))
 
 
-def git_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
-    scores, words = [], x.reward.tokenizer
-    for phrase in example.attr_nouns:
-        ids = [words.cls_token_id, *words(f"{phrase}?", add_special_tokens=False).input_ids]
-        logits = x.model(pixel_values=pixels, input_ids=torch.tensor([ids], device=pixels.device)).logits[0, -1]
-        yes, no = logits.float().softmax(-1)[[x.reward.yes, x.reward.no]]
-        scores.append(yes / (yes + no))
-    return torch.stack(scores).mean()
+TRUE, CPU, TINY = Scale(1, 1, 1), Scale(1 / 24, 1, 1), Scale(0, 1 / 8, 0)
 
 
-def grounding_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
-    """The sum of the phrases' mean scores: with random weights the best are all 1."""
-    text = x.reward.tokenizer(" . ".join(example.nouns) + ".", return_offsets_mapping=True, return_tensors="pt")
-    chances = x.model(pixels, input_ids=text.input_ids.to(pixels.device)).logits[0].sigmoid()
-    begin, means = 0, []
-    for noun in example.nouns:
-        end = begin + len(noun)
-        tokens = [t for t, (left, right) in enumerate(text.offset_mapping[0].tolist()) if left < end and right > begin]
-        means.append(chances[:, tokens].mean())
-        begin = end + len(" . ")
-    return torch.stack(means).sum()
+def tokenizer(size: int, special: Sequence[str], template: str) -> PreTrainedTokenizerFast:
+    """Word by word; ids that no word has are not drawn. The first special token is the padding, the last the end."""
+    vocab = {word: i for i, word in enumerate([*special[:-1], "[UNK]", *WORDS, "?", "."])}
+    core = Tokenizer(models.WordLevel(vocab | {special[-1]: size - 1}, unk_token="[UNK]"))
+    core.normalizer, core.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    ids = [(token, core.token_to_id(token)) for token in special]
+    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    named = {"pad_token": special[0], "unk_token": "[UNK]", "cls_token": special[1], "eos_token": special[-1]}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **named)
 
 
-def orm_by_one(x: Made, pixels: Tensor, example: Example) -> Tensor:
-    """The answer is drawn at the published temperature, one word and its end; the score is of the first."""
-    shapes = torch.tensor([pixels.shape[-2:]] * 2)  # as one of two pictures it is not cut into parts
-    seen = x.model.get_image_features(pixels.expand(2, 1, -1, -1, -1), shapes, batch_num_images=[2]).pooler_output[0]
-    ids = x.reward.tokenizer([BEFORE, AFTER.format(example.prompt)], add_special_tokens=False).input_ids
-    before, after = (x.model.get_input_embeddings()(torch.tensor(row, device=pixels.device)) for row in ids)
-    drawn = x.model.generate(
-        inputs_embeds=torch.cat((before, seen, after))[None],
-        do_sample=True,
-        temperature=PUBLISHED_TEMPERATURE,
-        top_k=0,
-        max_new_tokens=2,
-        output_scores=True,
-        return_dict_in_generate=True,
+def random(kind: Any, config: Any, device: str, dtype: torch.dtype) -> Any:
+    """Weights that keep the size of what they multiply: initialised as usual, scores hardly depend on the picture."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # at no moment twice the memory
+    try:
+        with torch.device(device):
+            model = kind(config)
+        model.to(device)  # GroundingDINO makes a parameter with torch.Tensor(...), always on the CPU
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=1.5 * weight[0].numel() ** -0.5)
+    return model.eval().requires_grad_(False)
+
+
+def hps(scale: Scale, device: str, dtype: torch.dtype) -> HPSReward:
+    def tower(width: int, head: int, layers: int, inner: int) -> dict[str, Any]:
+        width = scale.wide(width, head)
+        sizes = dict(hidden_size=width, num_attention_heads=width // head, intermediate_size=scale.wide(inner, head))
+        return dict(sizes, num_hidden_layers=scale.deep(layers), hidden_act="gelu", projection_dim=1024)
+
+    words = 49408
+    text = tower(1024, 64, 24, 4096) | dict(vocab_size=words, bos_token_id=words - 2, eos_token_id=words - 1)
+    vision = tower(1280, 80, 32, 5120) | dict(patch_size=14, image_size=14 * int(16 * scale.pixels))
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+    made = tokenizer(words, ["<pad>", "<start>", "<end>"], "<start> $A <end>")
+    return HPSReward(random(hf.CLIPModel, config, device, dtype), made)
+
+
+def git(scale: Scale, device: str, dtype: torch.dtype) -> GitReward:
+    def width(full: int) -> dict[str, int]:
+        size = scale.wide(full, 64)
+        return dict(hidden_size=size, num_attention_heads=size // 64, intermediate_size=4 * size)
+
+    edge = 14 * int(30 * scale.pixels)
+    vision = width(1024) | dict(num_hidden_layers=scale.deep(24), image_size=edge, patch_size=14)
+    config = hf.GitConfig(vision_config=vision, num_hidden_layers=scale.deep(6), **width(768))
+    made = tokenizer(config.vocab_size, ["[PAD]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]")
+    model = random(hf.GitForCausalLM, config, device, dtype)
+    return GitReward(model, made, Preprocess(edge, CLIP_MEAN, CLIP_STD))
+
+
+def grounding(scale: Scale, device: str, dtype: torch.dtype) -> GroundingReward:
+    stages = dict(window_size=7, image_size=224, out_features=["stage2", "stage3", "stage4"])
+    config = hf.GroundingDinoConfig(
+        backbone_config=hf.SwinConfig(depths=[scale.deep(depth) for depth in (2, 2, 6, 2)], **stages),
+        text_config=hf.BertConfig(num_hidden_layers=scale.deep(12)),
+        encoder_layers=scale.deep(6, 2),
+        decoder_layers=scale.deep(6, 2),
+        num_queries=900 if scale.pixels == 1 else 20,
     )
-    chances = drawn.scores[0][0].float().mul(PUBLISHED_TEMPERATURE).softmax(-1)
-    yes, no = chances[x.reward.tokenizer.convert_tokens_to_ids(["yes", "no"])]
-    return yes / (yes + no)
+    made = tokenizer(30522, ["[PAD]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]")
+    fit = Preprocess(int(800 * scale.pixels), IMAGENET_MEAN, IMAGENET_STD, "bilinear", "keep", 1333)
+    return GroundingReward(random(hf.GroundingDinoForObjectDetection, config, device, dtype), made, fit)
 
 
-class Judging(NamedTuple):
-    made: Made
-    images: Tensor
-    examples: list[Example]
-    by_one: Callable[[Made, Tensor, Example], Tensor]
+def orm(scale: Scale, device: str, dtype: torch.dtype) -> OrmReward:
+    def sizes(width: int, head: int, inner: int, layers: int) -> dict[str, int]:
+        width = scale.wide(width, head)
+        found = dict(hidden_size=width, intermediate_size=scale.wide(inner, head), num_hidden_layers=scale.deep(layers))
+        return found | dict(num_attention_heads=width // head)
+
+    heads = dict(num_key_value_heads=4 if scale.widths == 1 else 1, max_position_embeddings=32768)
+    text = hf.Qwen2Config(vocab_size=152064, **sizes(3584, 128, 18944, 28), **heads)
+    picture = dict(image_size=int(384 * scale.pixels), patch_size=14, vision_use_head=False)
+    vision = hf.SiglipVisionConfig(**sizes(1152, 72, 4304, 26), **picture)
+    config = hf.LlavaOnevisionConfig(vision_config=vision, text_config=text, vision_feature_layer=-1)
+    made = tokenizer(text.vocab_size, ["<pad>", "<|im_end|>"], "$A")
+    return OrmReward(random(hf.LlavaOnevisionForConditionalGeneration, config, device, dtype), made)
 
 
-# name -> makes the reward, scores one picture as published, GFLOP of a picture at the published size
-REWARDS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor], int]] = {
-    "hps": (hps, hps_by_one, 334),
-    "git": (git, git_by_one, 716),
-    "grounding": (grounding, grounding_by_one, 506),
-    "orm": (orm, orm_by_one, 11100),
+# name -> makes the reward, GFLOP of a picture at the published size
+REWARDS: dict[str, tuple[Callable[..., Any], int]] = {
+    "hps": (hps, 334),
+    "git": (git, 716),
+    "grounding": (grounding, 506),
+    "orm": (orm, 11100),
 }
 
 
-def judging(name: str, scale: Scale, samples: int, device: str, dtype: torch.dtype) -> Judging:
-    make, by_one, _ = REWARDS[name]
-    return Judging(make(scale, device, dtype), pictures(samples, device), prompts(samples), by_one)
-
-
-def pictures(samples: int, device: str) -> Tensor:
-    """[S, 3, 384, 384] of soft colours, each picture with its tint."""
+def batch(samples: int, device: str) -> tuple[Tensor, list[Example]]:
+    """Pictures [S, 3, 384, 384] of soft colours, each with its tint, and their prompts."""
     generator = torch.Generator().manual_seed(1)
-    tint, noise = torch.rand(samples, 3, 1, 1, generator=generator), torch.rand(samples, 3, 6, 6, generator=generator)
-    return F.interpolate((tint * noise).to(device), (384, 384), mode="bilinear")
-
-
-def prompts(samples: int) -> list[Example]:
+    tint, noise = (torch.rand(samples, 3, *size, generator=generator) for size in ((1, 1), (6, 6)))
+    images = F.interpolate((tint * noise).to(device), (384, 384), mode="bilinear")
     made = [Example(prompt, "color", nouns=phrases, attr_nouns=phrases) for prompt, phrases in PROMPTS]
-    return [made[s // GROUP % len(made)] for s in range(samples)]
+    return images, [made[s // GROUP % len(made)] for s in range(samples)]
 
 
-@torch.no_grad()
-def ours(x: Judging) -> Outputs:
-    return (x.made.reward.score(x.images, x.examples),)
+def scored(x: Any) -> Outputs:
+    reward, images, examples = x
+    return (reward.score(images, examples),)
 
 
-@torch.no_grad()
-def found(x: Judging) -> Outputs:
-    """What grounding_by_one gives."""
-    names = [list(example.nouns) for example in x.examples]
-    return (
-        torch.stack([scores.mean(1).sum() for _, scores in x.made.reward.detect(x.images, names)]).to(x.images.device),
-    )
+def found(x: Any) -> Outputs:
+    """What grounding is checked by, the sum of the phrases' mean scores: with random weights the best are all 1."""
+    reward, images, examples = x
+    each = reward.detect(images, [list(example.nouns) for example in examples])
+    return (torch.stack([scores.mean(1).sum() for _, scores in each]).to(images.device),)
 
 
-@torch.no_grad()
-def one_at_a_time(x: Judging, through_pil: bool = True) -> Outputs:
-    scores, dtype = [], x.made.model.dtype
-    processor = x.made.processor() if through_pil else None
-    for image, example in zip(x.images.split(1), x.examples, strict=True):
-        if processor:
-            from PIL import Image
-
-            array = image[0].mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
-            pixels = processor(Image.fromarray(array), return_tensors="pt").pixel_values
-        else:
-            pixels = x.made.reward.preprocess(image)
-        scores.append(x.by_one(x.made, pixels.to(image.device, dtype), example))
-    return (torch.stack(scores),)
+def one_at_a_time(run: Callable[[Any], Outputs], x: Any) -> Outputs:
+    reward, images, examples = x
+    each: Any = [run((reward, image, [example]))[0] for image, example in zip(images.split(1), examples, strict=True)]
+    return (torch.cat(each),)
 
 
-def with_pil(x: Judging) -> Judging:
-    """ImportError where PIL is not installed, also if only what it would do is checked."""
-    importlib.import_module("PIL.Image")
-    return x
-
-
-def truth(x: Judging) -> Callable[[Outputs], float]:
-    (expected,) = one_at_a_time(x, through_pil=False)
-    assert expected is not None
-    return partial(of_spread, expected=expected)
-
-
-def of_spread(outputs: Outputs, expected: Tensor) -> float:
-    return float((outputs[0] - expected).abs().amax() / expected.std())  # type: ignore[operator]
+def of_spread(expected: Any, outputs: Outputs) -> float:
+    return float((outputs[0] - expected).abs().amax() / expected.std())
 
 
 def case(name: str, scale: Scale, samples: int, device: str, dtype: torch.dtype) -> Case:
-    labels = {"reward": name, "pictures": samples, "dtype": short(dtype)}
-    labels |= {"layers": "one layer in 24"} if scale is CPU else {}
-    eager = "one picture at a time through PIL, as the published T2I-R1 code scores"
-    providers = {"ours": Provider(ours), "eager": Provider(one_at_a_time, eager, with_pil)}
-    if name == "grounding":  # selects proposals, which the rounding of PIL changes where weights are random
-        providers["ours"] = Provider(ours, checked=found)
-        providers["eager"] = Provider(one_at_a_time, eager, with_pil, partial(one_at_a_time, through_pil=False))
+    checked = found if name == "grounding" else scored
+    make, gflop = REWARDS[name]
+    note = "one picture at a time, as the published T2I-R1 code scores"
     return Case(
-        labels,
+        {"reward": name, "pictures": samples, "dtype": short(dtype)}
+        | ({"layers": "one layer in 24"} if scale is CPU else {}),
         dtype,
-        partial(judging, name, scale, samples, device, dtype),
-        truth,
-        providers,
-        flops=samples * REWARDS[name][2] * 10**9 if scale is TRUE else 0,
+        lambda: (make(scale, device, dtype), *batch(samples, device)),
+        lambda x: partial(of_spread, one_at_a_time(checked, x)[0]),
+        {
+            "ours": Provider(scored, checked=checked),
+            "eager": Provider(partial(one_at_a_time, scored), note, checked=partial(one_at_a_time, checked)),
+        },
+        flops=samples * gflop * 10**9 if scale is TRUE else 0,
         makes=("images", samples),
         tolerance=TOLERANCE,
         seconds=4 if device == "cuda" else 8,
@@ -188,17 +206,9 @@ class Decoding(NamedTuple):
     """A stretch of the image stage, and pictures of the chunk before it to be scored."""
 
     decode: bench_rollout.Inputs
-    images: Tensor
-    examples: list[Example]
+    given: tuple[Tensor, list[Example]]
     threads: RewardEnsemble
     serial: RewardEnsemble
-    running: list[RewardHandle]
-
-    def settle(self) -> Decoding:
-        """No reward is at work any more."""
-        while self.running:
-            self.running.pop().result()
-        return self
 
     def draw(self) -> None:
         """The decoder's steps, on the engine's stream."""
@@ -212,70 +222,54 @@ class Decoding(NamedTuple):
             bench_rollout.ours(self.decode)
         current.wait_stream(stream)
 
+    def beside(self) -> Outputs:
+        handle = self.threads.submit(*self.given)
+        self.draw()
+        return (handle.result(),)
 
-def decoding(
-    scale: Scale, model: str, stage: Any, samples: int, steps: int, device: str, dtype: torch.dtype
-) -> Decoding:
-    rewards = [
-        REWARDS[name][0](scale, device, torch.float32 if name == "grounding" else dtype)[0]
-        for name in ("hps", "git", "grounding")
-    ]
-    drawn = (stage.length - steps) // 2
-    rows = bench_rollout.inputs(model, dtype, device, "auto", stage, samples, drawn, steps)
-    places = {reward.name: Placement(micro_batch=samples) for reward in rewards}
-    threads = RewardEnsemble(rewards, placements=places, device=device, schedule="threads")
-    serial = RewardEnsemble(rewards, placements=places, device=device, schedule="serial")
-    return Decoding(rows, pictures(samples, device), prompts(samples), threads, serial, [])
+    def after(self) -> Outputs:
+        self.draw()
+        return (self.serial.submit(*self.given).result(),)
 
-
-def beside(x: Decoding) -> Outputs:
-    handle = x.threads.submit(x.images, x.examples)
-    x.draw()
-    return (handle.result(),)
-
-
-def after(x: Decoding) -> Outputs:
-    x.draw()
-    return (x.serial.submit(x.images, x.examples).result(),)
-
-
-def alone(x: Decoding) -> Outputs:
-    x.draw()
-    return (None,)
-
-
-def slowed(x: Decoding) -> Outputs:
-    x.running.append(x.threads.submit(x.images, x.examples))
-    x.draw()
-    return (None,)
+    def alone(self) -> Outputs:
+        self.draw()
+        return (None,)
 
 
 def hidden(ms: Mapping[str, float]) -> dict[str, float]:
     """The share of the rewards' time that the decoder's covers; nothing where a provider is missing."""
     if not {"ours", "eager", "the decoder alone"} <= ms.keys():
         return {}
-    alone = ms["the decoder alone"]
-    return {"hidden_pct": round(100 * (ms["eager"] - ms["ours"]) / (ms["eager"] - alone), 1)}
+    return {"hidden_pct": round(100 * (ms["eager"] - ms["ours"]) / (ms["eager"] - ms["the decoder alone"]), 1)}
 
 
 def overlap(scale: Scale, model: str, stage: Any, samples: int, steps: int, device: str, dtype: torch.dtype) -> Case:
     """What the rewards cost where they can hide: the time of ours beyond `the decoder alone`."""
 
-    def expect(x: Decoding) -> Callable[[Outputs], float]:
-        expected = x.serial.submit(x.images, x.examples).result()
+    def inputs() -> Decoding:
+        names = {"hps": dtype, "git": dtype, "grounding": torch.float32}
+        rewards = [REWARDS[name][0](scale, device, each) for name, each in names.items()]
+        places = {reward.name: Placement(micro_batch=samples) for reward in rewards}
+        ways: Any = [
+            RewardEnsemble(rewards, placements=places, device=device, schedule=way) for way in ("threads", "serial")
+        ]
+        drawn = (stage.length - steps) // 2
+        rows = bench_rollout.inputs(model, dtype, device, "auto", stage, samples, drawn, steps)
+        return Decoding(rows, batch(samples, device), *ways)
+
+    def truth(x: Decoding) -> Callable[[Outputs], float]:
+        expected = x.serial.submit(*x.given).result()
         return lambda outputs: 0.0 if outputs[0] is None else float((outputs[0] - expected).abs().nan_to_num().amax())
 
-    note = "of the decoder's steps, while the rewards work"
     return Case(
         {"reward": "hps, git and grounding beside the decoder", "model": model, "pictures": samples, "steps": steps},
         dtype,
-        partial(decoding, scale, model, stage, samples, steps, device, dtype),
-        expect,
+        inputs,
+        truth,
         {
-            "ours": Provider(beside, prepare=Decoding.settle),
-            "eager": Provider(after, "rewards after the decoder", prepare=Decoding.settle),
-            "the decoder alone": Provider(alone, prepare=Decoding.settle),
-            "the decoder beside": Provider(slowed, note, prepare=Decoding.settle),
+            "ours": Provider(Decoding.beside),
+            "eager": Provider(Decoding.after, "rewards after the decoder"),
+            "the decoder alone": Provider(Decoding.alone),
         },
         seconds=10,
         compared=hidden,
@@ -290,8 +284,8 @@ def cases(device: str, tiny: bool) -> list[Case]:
     if device == "cpu":
         counts = {"hps": 8, "git": 4, "grounding": 2, "orm": 2}
         return [case(name, CPU, count, device, torch.float32) for name, count in counts.items()]
-    true = [case(name, TRUE, 16, device, torch.float16) for name in ("hps", "git")]
-    true += [case("grounding", TRUE, 16, device, torch.float32), case("orm", TRUE, 16, device, torch.bfloat16)]
+    dtypes = {"hps": torch.float16, "git": torch.float16, "grounding": torch.float32, "orm": torch.bfloat16}
+    true = [case(name, TRUE, 16, device, dtype) for name, dtype in dtypes.items()]
     return [overlap(TRUE, "Janus-Pro-1B", bench_rollout.IMAGE, 32, 288, device, torch.bfloat16), *true]
 
 

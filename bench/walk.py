@@ -133,8 +133,8 @@ def _module(name: str, arguments: Sequence[str], ends: bool, limit: float | None
 
 def _preload() -> None:
     """No module that runs as a bench may be among these."""
-    for module in ("models", "reward_models"):
-        importlib.import_module(f"bicot.bench.{module}")
+    for module in ("bench.models", "rewards.git_vqa", "rewards.grounding", "rewards.hps", "rewards.orm"):
+        importlib.import_module(f"bicot.{module}")
 
 
 def walk(todo: Sequence[Step], begin: float | None = None) -> list[str]:
