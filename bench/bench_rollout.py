@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..kernels.dispatch import has_dependent_launch
 from ..model.engine import KVDtype, RolloutEngine
 from ..model.policy import Policy
 from ..model.prompts import PromptFormat
@@ -89,11 +90,19 @@ class Inputs(NamedTuple):
 
 
 def inputs(
-    model: str, dtype: torch.dtype, device: str, kv: KVDtype, stage: Stage, samples: int, drawn: int, steps: int
+    model: str,
+    dtype: torch.dtype,
+    device: str,
+    kv: KVDtype,
+    stage: Stage,
+    samples: int,
+    drawn: int,
+    steps: int,
+    early: bool = False,
 ) -> Inputs:
     policy = policy_of(model, dtype, device, steps)
     engine = RolloutEngine(policy, policy.prompt_encoder(PromptFormat()), kv_dtype=kv, kv_bytes=2**50)
-    pool, own = engine.pool, drawn + steps
+    pool, own, engine.graphs.dependent_launches = engine.pool, drawn + steps, early
     needed = int(stage.tokens(samples, own))
     pool.reserve(needed)
     if pool.capacity < needed:
@@ -209,22 +218,31 @@ def floor_bytes(model: str, itemsize: int, stage: Stage, samples: int, written: 
 
 
 def case(
-    model: str, dtype: torch.dtype, device: str, stage: Stage, rows: int, steps: int, kv: KVDtype = "auto"
+    model: str,
+    dtype: torch.dtype,
+    device: str,
+    stage: Stage,
+    rows: int,
+    steps: int,
+    kv: KVDtype = "auto",
+    early: bool = False,
 ) -> Case:
-    """The `steps` in the middle of a stage; with fp8 ours alone, since transformers has no such cache."""
+    """The `steps` in the middle of a stage; with fp8, which transformers' caches have not, and with `early` launches
+    of kernels ours alone."""
     image, fp8 = stage.name == "image", kv == "fp8"
     samples, drawn = rows // 2 if image else rows, (stage.length - steps) // 2
     labels = {"model": model, "stage": stage.name, "rows": rows, "context": stage.prompt + drawn, "steps": steps}
     labels |= {"dtype": short(dtype)} | ({"kv": "fp8 KV"} if fp8 else {})
+    labels |= {"launches": "dependent launches"} if early else {}
     providers = {"ours": Provider(ours, checked=partial(ours, greedy=True))}
-    if not fp8:
+    if not fp8 and not early:
         note = "transformers' decoder with a DynamicCache, as the published T2I-R1 code draws"
         providers["generate"] = Provider(generate, "transformers'", prefilled, partial(generate, greedy=True))
         providers["eager"] = Provider(loop, note, prefilled, partial(loop, greedy=True))
     return Case(
         labels,
         dtype,
-        partial(inputs, model, dtype, device, kv, stage, samples, drawn, steps),
+        partial(inputs, model, dtype, device, kv, stage, samples, drawn, steps, early),
         truth,
         providers,
         bytes=floor_bytes(model, dtype.itemsize, stage, samples, drawn + (steps + 1) / 2, fp8),
@@ -249,6 +267,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
     for model in ("Janus-Pro-1B", "Janus-Pro-7B"):
         of = partial(case, model, torch.bfloat16, device, steps=16)
         found += [of(IMAGE, 32), of(TEXT, 16)]  # of a published step
+        found += [of(IMAGE, 32, early=True)] if has_dependent_launch(torch.device(device)) else []
         found += [of(IMAGE, rows) for rows in (2, 256)]
         found += [of(IMAGE, 256, kv="fp8"), of(TEXT, 128)]
     return found

@@ -19,7 +19,7 @@ from ..grpo.files import whole
 
 UNITS = {"gbps": "GB/s", "tflops": "TFLOP/s"}
 HERE = Path(__file__).resolve().parent
-SHOWN, DECODE_SHOWN = 6, 12  # kernels by name: of a part of a step, and of a decode step
+SHOWN = 6  # kernels by name of a part of a step
 NO_FLOOR = {
     "communication": "the links between ranks are not measured",
     "weights": "a copy, which could be avoided",
@@ -105,8 +105,10 @@ def tables(result: Result) -> str:
     measured = f"Ceilings: {', '.join(ceilings(result))}." if "ceilings" in result else ""
     parts = [head(result, result["title"], measured)]
     for each in result["tables"]:
-        title = f"{each['title']}, `{each['command']}`:\n\n" if "title" in each else ""
-        parts.append(f"{title}{table(each['header'], each['rows'])}\n\n{bullets(each['notes'])}")
+        named = filter(None, [each.get("title"), "command" in each and f"`{each['command']}`"])
+        title = f"{', '.join(named)}:\n\n" if "title" in each else ""
+        notes = f"\n{bullets(each['notes'])}" if each["notes"] else ""
+        parts.append(f"{title}{table(each['header'], each['rows'])}\n{notes}")
     return "\n".join(parts)
 
 
@@ -219,21 +221,6 @@ def step_profile(result: Result) -> str:
     return f"{head(result, more=said)}\n{table(header, rows)}\n\n{by_name}{bullets(streams)}"
 
 
-def decode_kernels(result: Result) -> str:
-    parts = [head(result, more=f"Ceiling: {ceilings(result)[0]}.")]
-    for row in result["rows"]:
-        parts.append(
-            f"{label(row['case'])}: {number(row['ms'][1])} ms a step, {row['floor_pct']:.0f} % of the floor's rate "
-            f"({number(row['floor_gb'])} GB); {row['launches']:.0f} launches, kernels {number(row['busy_us'])} µs, "
-            f"gaps {number(row['gap_us'])} µs"
-            + (f"; {number(ms[1])} ms with dependent launches" if (ms := row.get("dependent_launches_ms")) else "")
-            + ".\n"
-        )
-        lines = [[f"`{name}`", number(count), number(us)] for name, count, us in row["kernels"][:DECODE_SHOWN]]
-        parts.append(table(["of a step", "count", "µs"], lines) + "\n")
-    return "\n".join(parts)
-
-
 def bars(result: Result) -> tuple[str, dict[str, dict[str, float]]]:
     """What is drawn of a step: a unit, and the phases of each bar."""
     if result["bench"] == "step":
@@ -276,7 +263,6 @@ PARTS: dict[str, Callable[[Result], str]] = {
     "tables": tables,
     "step": step,
     "step_profile": step_profile,
-    "decode_kernels": decode_kernels,
     **dict.fromkeys(["train", *KERNELS], kernel),
 }
 DRAWN = ("step", "step_profile")

@@ -1,6 +1,6 @@
 """Benches and tests one after the other, each in a process of its own: `gpu.sh` and `run.sh` are this file.
 
-    bash bench/gpu.sh --quick OUTDIR    within 170 s on a GPU: a smoke test, a step's profile, decode kernels by name
+    bash bench/gpu.sh --quick OUTDIR    within 170 s on a GPU: a smoke test, a step's profile, decode steps
     bash bench/gpu.sh OUTDIR            within 9 minutes: test and profile, whole steps against the published algorithm,
                                         Janus-Pro-7B, training variants, rewards, each kernel against its peers
     bash bench/gpu.sh --tests OUTDIR    within 9.5 minutes: all tests for a GPU -> OUTDIR/tests.json
@@ -94,7 +94,7 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
 
     smoke = program("smoke", 80, sys.executable, "-m", "pytest", "-q", "tests/test_smoke.py", **DETERMINISTIC)
     if mode == "quick":
-        return [smoke, profile(60, 1), bench("decode_kernels", 25, module="decode_kernels", ends=False)]
+        return [smoke, profile(60, 1), bench("rollout", 25)]
     if mode == "tests":
         options = ["--output", str(out / "tests.json"), *(["--seconds", "550"] if gpu else ["--collect-only"])]
         tests = program("tests", 560, sys.executable, "-m", "bicot.bench.gpu_tests", *options, **DETERMINISTIC)

@@ -44,6 +44,9 @@ def _slices(samples: Sequence[_Sample], most: int) -> list[Sequence[_Sample]]:
     return [samples[start : start + most] for start in range(0, len(samples), most)]
 
 
+_NO_LOGPROBS = torch.empty(0)  # of a plan that is given
+
+
 @dataclass
 class _Sample:
     """A sample that is being made: its prompt first, then its plan, then the prompt of its picture."""
@@ -53,7 +56,7 @@ class _Sample:
     prompt_ids: list[int]  # one list for the whole group
     image_prompt: int  # tokens that the picture's prompt takes in the KV cache; an upper bound until there is a plan
     plan: list[int] = field(default_factory=list)
-    plan_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))
+    plan_logprobs: Tensor = _NO_LOGPROBS
     text: str = ""
     image_ids: list[int] = field(default_factory=list)
 

@@ -47,7 +47,7 @@ class StepGraphs:
     Args:
         stream: captures the steps. The kernels of a graph keep this stream's priority wherever the graph is replayed.
         dependent_launches: launch captured kernels as `dispatch.dependent_launches` says. Off until a GPU has shown
-            that this saves time (python -m bicot.bench.decode_kernels compares).
+            that this saves time (python -m bicot.bench.bench_rollout compares).
     """
 
     def __init__(self, stream: torch.cuda.Stream | None, dependent_launches: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bicot.bench import bench_rollout, decode_kernels, models, power, report, step_profile
+from bicot.bench import models, power, report, step_profile
 from bicot.grpo import profile
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.profile import IDLE, STEP, Launch, Range, attributed, charged, innermost, longest, read_trace
@@ -208,19 +208,6 @@ def test_floors_count_what_a_step_reads_and_trains(profiled: tuple[Any, Path, st
     trained = sum(p.numel() for p in policy.trainable_parameters())
     assert work["optimizer"][0] == 32 * trained, "float32 weights are their own masters"
     assert work["VQ"][1] > 0 and work["VQ"][1] % samples == 0
-
-
-def test_the_kernels_of_a_decode_step() -> None:
-    spans = [(0, 10), (2, 5), (14, 20), (20, 21)]
-    assert decode_kernels.gap_us([Launch(0, 1, start, end, "stream 7", "k") for start, end in spans]) == 4
-    row = decode_kernels.measure("tiny", torch.float32, bench_rollout.TINY_IMAGE, 6, 4, "cpu", True, False)
-    counts = {name: count for name, count, _ in row["kernels"]}
-    assert counts["bicot::decode_attention"] == 2 and counts["bicot::cfg_sample"] == 1, "of a step, and two layers"
-    rounding = 0.05 + 0.005 * len(row["kernels"])
-    assert row["busy_us"] + rounding >= sum(us for *_, us in row["kernels"]) > 0 < row["gap_us"]
-    written = (12 - 4) // 2 + (4 + 1) / 2
-    floor = bench_rollout.floor_bytes("tiny", 4, bench_rollout.TINY_IMAGE, 3, written, False)
-    assert row["ms"] == sorted(row["ms"]) and row["floor_gb"] == pytest.approx(floor / 1e9, rel=1e-3)
 
 
 @pytest.mark.parametrize(
