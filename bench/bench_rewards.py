@@ -120,6 +120,9 @@ def grounding(scale: Scale, device: str, dtype: torch.dtype) -> GroundingReward:
         encoder_layers=scale.deep(6, 2),
         decoder_layers=scale.deep(6, 2),
         num_queries=900 if scale.pixels == 1 else 20,
+        d_model=scale.wide(256, 32),
+        encoder_ffn_dim=scale.wide(2048, 32),
+        decoder_ffn_dim=scale.wide(2048, 32),
     )
     made = tokenizer(30522, ["[PAD]", "[CLS]", "[SEP]"], "[CLS] $A [SEP]")
     fit = Preprocess(int(800 * scale.pixels), IMAGENET_MEAN, IMAGENET_STD, "bilinear", "keep", 1333)
