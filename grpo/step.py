@@ -55,45 +55,56 @@ def token_streams(
     names: Sequence[str] = STREAMS,
 ) -> list[TokenStream]:
     """Run the forward pass of a micro-batch -> the text stream (plans), the image stream (pictures), or both."""
-    num_samples, num_tokens = rollout.image_tokens.shape
     hidden = policy.hidden(*_sequences(policy, rollout, encoder, config, names))
-    compared = config.importance_sampling_correction or config.off_policy_mask_threshold is not None
     streams = []
     if "text" in names:
-        features, trained = hidden.pop(0), _text_tokens(rollout, config)
-        own: slice | Tensor = slice(None)
-        if isinstance(trained, Tensor):  # indexing with all tokens would copy the gradient
-            own = upload(trained, policy.device)
-            features = features[own]
-        text = TokenStream(
-            targets=upload(rollout.plans.values[trained], policy.device),
-            sample=upload(torch.repeat_interleave(rollout.plans.lengths)[trained], policy.device),
-            hidden=features,
-            weight=policy.text_head.weight,
-            bias=policy.text_head.bias,
-            sampling_logprob=rollout.plan_logprobs.values[own] if compared else None,
-            temperature=config.temperature,
-            name="text",
-        )
-        streams.append(text)
+        streams.append(_text_stream(policy, rollout, config, hidden.pop(0)))
     if "image" in names:
-        features, *unconditional = map(policy.image_features, hidden)
-        for other in unconditional:  # the head is linear, so guided features give guided logits
-            other = other.detach() if config.detach_uncond else other
-            features = other + config.cfg_weight * (features - other)
-        sampled = rollout.guided_logprobs if _guided(config) else rollout.image_logprobs
-        image = TokenStream(
-            targets=rollout.image_tokens.flatten(),
-            sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
-            hidden=features,
-            weight=policy.image_head.weight,
-            bias=policy.image_head.bias,
-            sampling_logprob=sampled.flatten() if compared else None,
-            temperature=config.image_temperature,
-            name="image",
-        )
-        streams.append(image)
+        streams.append(_image_stream(policy, rollout, config, *hidden))
     return streams
+
+
+def _text_stream(policy: Policy, rollout: RolloutChunk, config: Config, hidden: Tensor) -> TokenStream:
+    trained = _text_tokens(rollout, config)
+    on_device: slice | Tensor = slice(None)
+    if isinstance(trained, Tensor):  # indexing with all tokens would copy the gradient
+        on_device = upload(trained, policy.device)
+        hidden = hidden[on_device]
+    return TokenStream(
+        targets=upload(rollout.plans.values[trained], policy.device),
+        sample=upload(torch.repeat_interleave(rollout.plans.lengths)[trained], policy.device),
+        hidden=hidden,
+        weight=policy.text_head.weight,
+        bias=policy.text_head.bias,
+        sampling_logprob=rollout.plan_logprobs.values[on_device] if _needs_sampling_logprobs(config) else None,
+        temperature=config.temperature,
+        name="text",
+    )
+
+
+def _image_stream(
+    policy: Policy, rollout: RolloutChunk, config: Config, hidden: Tensor, unconditional: Tensor | None = None
+) -> TokenStream:
+    num_samples, num_tokens = rollout.image_tokens.shape
+    features, sampled = policy.image_features(hidden), rollout.image_logprobs
+    if unconditional is not None:  # the head is linear, so guided features give guided logits
+        other = policy.image_features(unconditional)
+        other = other.detach() if config.detach_uncond else other
+        features, sampled = other + config.cfg_weight * (features - other), rollout.guided_logprobs
+    return TokenStream(
+        targets=rollout.image_tokens.flatten(),
+        sample=torch.arange(num_samples, device=policy.device).repeat_interleave(num_tokens),
+        hidden=features,
+        weight=policy.image_head.weight,
+        bias=policy.image_head.bias,
+        sampling_logprob=sampled.flatten() if _needs_sampling_logprobs(config) else None,
+        temperature=config.image_temperature,
+        name="image",
+    )
+
+
+def _needs_sampling_logprobs(config: Config) -> bool:
+    return config.importance_sampling_correction or config.off_policy_mask_threshold is not None
 
 
 @record_function("reference")
@@ -222,23 +233,23 @@ def begins_early(config: Config) -> bool:
     return not (config.deepspeed or config.lora_dropout or skips_groups(config))
 
 
-def _teaching(
+def _groups_that_train(
     policy: Policy, micro_batches: list[RolloutChunk], advantages: Tensor, encoder: PromptEncoder, config: Config
 ) -> tuple[list[RolloutChunk], Tensor]:
     """The micro-batches and advantages without the groups whose advantages are all 0."""
     size = config.num_generations
-    teaches = (advantages.view(-1, size) != 0).any(1).tolist()
-    if all(teaches):
+    trains = (advantages.view(-1, size) != 0).any(1).tolist()
+    if all(trains):
         return micro_batches, advantages
-    if not any(teaches):  # keep one sample: other ranks and AdamW need gradients, even if they are 0
+    if not any(trains):  # keep one sample: other ranks and AdamW need gradients, even if they are 0
         return [micro_batches[0][:1]], advantages[:1]
     kept, first = list[RolloutChunk](), 0
     for part in micro_batches:  # a micro-batch may begin and end within a group
         edges = [0, *(at for at in range(1, len(part)) if (first + at) % size == 0), len(part)]
-        kept += [part[start:end] for start, end in pairwise(edges) if teaches[(first + start) // size]]
+        kept += [part[start:end] for start, end in pairwise(edges) if trains[(first + start) // size]]
         first += len(part)
     joined = RolloutChunk.cat(kept)
-    return micro_batches_of(policy, joined, encoder, config), advantages.view(-1, size)[teaches].flatten()
+    return micro_batches_of(policy, joined, encoder, config), advantages.view(-1, size)[trains].flatten()
 
 
 @record_function("forward")
@@ -277,7 +288,7 @@ def update(
     num_samples, dropped = len(advantages) * ranks.size, {}
     if skips_groups(config):
         before = len(advantages)
-        micro_batches, advantages = _teaching(policy, micro_batches, advantages, encoder, config)
+        micro_batches, advantages = _groups_that_train(policy, micro_batches, advantages, encoder, config)
         share = torch.full((), (before - len(advantages)) / num_samples, device=policy.device)
         dropped = {"samples_dropped": ranks.sum(share)}
     counts = [_counts(part, config) for part in micro_batches]

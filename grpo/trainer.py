@@ -180,6 +180,7 @@ class Trainer:
             after = self.heldout.keep("after", self.heldout.best_samples() or samples or self._evaluate())
         else:
             after = self.heldout.kept("after")
+        self._agree([])  # rank 0 may host the store, so it must not end before the others have read from it
         if not self.ranks.main:
             return {}
         images = self.step * config.prompts_per_device * config.num_generations * self.ranks.size
