@@ -1,16 +1,15 @@
-"""rewards: the published scorers on a batch of pictures, ours against one picture at a time; and beside a decoding GPU.
+"""rewards: the published scorers on a batch of pictures, ours against one picture at a time.
 
 python -m bicot.bench.bench_rewards [--device cpu|cuda] [--output FILE.json]
 Random weights at true widths, of all layers on a GPU; eight pictures share a prompt and two phrases to look for. Eager
-scores one picture at a time, as T2I-R1's code does, with our forward passes. A run beside the decoder is one of all its
-steps: ours scores in threads and streams of their own, eager after it. Floor: the FLOPs of the models at their
-published sizes. Hidden is the share of the rewards' time after the decoder that ours does not add to the decoder's.
-Checked: scores against eager's, as a share of their spread.
+scores one picture at a time, as T2I-R1's code does, with our forward passes. Floor: the FLOPs of the models at their
+published sizes. Checked: scores against eager's, as a share of their spread. What of their time is hidden in a step is
+in a run's profile (train.py --profile).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,14 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ..rewards.base import Example
-from ..rewards.ensemble import RewardEnsemble
 from ..rewards.git_vqa import GitReward
 from ..rewards.grounding import GroundingReward
 from ..rewards.hps import HPSReward
 from ..rewards.orm import OrmReward
 from ..rewards.preprocess import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from ..rewards.worker import Placement
-from . import bench_rollout
 from .harness import Case, Outputs, Provider, main, short
 
 hf: Any = transformers  # its types reject what its classes take
@@ -205,91 +201,15 @@ def case(name: str, scale: Scale, samples: int, device: str, dtype: torch.dtype)
     )
 
 
-class Decoding(NamedTuple):
-    """A stretch of the image stage, and pictures of the chunk before it to be scored."""
-
-    decode: bench_rollout.Inputs
-    given: tuple[Tensor, list[Example]]
-    threads: RewardEnsemble
-    serial: RewardEnsemble
-
-    def draw(self) -> None:
-        """The decoder's steps, on the engine's stream."""
-        stream = self.decode.engine.decode_stream
-        if stream is None:
-            bench_rollout.ours(self.decode)
-            return
-        current = torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            bench_rollout.ours(self.decode)
-        current.wait_stream(stream)
-
-    def beside(self) -> Outputs:
-        handle = self.threads.submit(*self.given)
-        self.draw()
-        return (handle.result(),)
-
-    def after(self) -> Outputs:
-        self.draw()
-        return (self.serial.submit(*self.given).result(),)
-
-    def alone(self) -> Outputs:
-        self.draw()
-        return (None,)
-
-
-def hidden(ms: Mapping[str, float]) -> dict[str, float]:
-    """The share of the rewards' time that the decoder's covers; nothing where a provider is missing."""
-    if not {"ours", "eager", "the decoder alone"} <= ms.keys():
-        return {}
-    return {"hidden_pct": round(100 * (ms["eager"] - ms["ours"]) / (ms["eager"] - ms["the decoder alone"]), 1)}
-
-
-def overlap(scale: Scale, model: str, stage: Any, samples: int, steps: int, device: str, dtype: torch.dtype) -> Case:
-    """What the rewards cost where they can hide: the time of ours beyond `the decoder alone`."""
-
-    def inputs() -> Decoding:
-        names = {"hps": dtype, "git": dtype, "grounding": torch.float32}
-        rewards = [REWARDS[name][0](scale, device, each) for name, each in names.items()]
-        places = {reward.name: Placement(micro_batch=samples) for reward in rewards}
-        ways: Any = [
-            RewardEnsemble(rewards, placements=places, device=device, schedule=way) for way in ("threads", "serial")
-        ]
-        drawn = (stage.length - steps) // 2
-        rows = bench_rollout.inputs(model, dtype, device, "auto", stage, samples, drawn, steps)
-        return Decoding(rows, batch(samples, device), *ways)
-
-    def truth(x: Decoding) -> Callable[[Outputs], float]:
-        expected = x.serial.submit(*x.given).result()
-        return lambda outputs: 0.0 if outputs[0] is None else float((outputs[0] - expected).abs().nan_to_num().amax())
-
-    return Case(
-        {"reward": "hps, git and grounding beside the decoder", "model": model, "pictures": samples, "steps": steps},
-        dtype,
-        inputs,
-        truth,
-        {
-            "ours": Provider(Decoding.beside),
-            "eager": Provider(Decoding.after, "rewards after the decoder"),
-            "the decoder alone": Provider(Decoding.alone),
-        },
-        seconds=10,
-        compared=hidden,
-    )
-
-
 def cases(device: str, tiny: bool) -> list[Case]:
     """On a GPU the pictures of a published step; on a CPU fewer, and one layer in 24."""
     if tiny:
-        small = [case(name, TINY, 3, device, torch.float32) for name in REWARDS]
-        return [*small, overlap(TINY, "tiny", bench_rollout.TINY_IMAGE, 3, 4, device, torch.float32)]
+        return [case(name, TINY, 3, device, torch.float32) for name in REWARDS]
     if device == "cpu":
         counts = {"hps": 8, "git": 4, "grounding": 2, "orm": 2}
         return [case(name, CPU, count, device, torch.float32) for name, count in counts.items()]
     dtypes = {"hps": torch.float16, "git": torch.float16, "grounding": torch.float32, "orm": torch.bfloat16}
-    true = [case(name, TRUE, 16, device, dtype) for name, dtype in dtypes.items()]
-    return [overlap(TRUE, "Janus-Pro-1B", bench_rollout.IMAGE, 32, 288, device, torch.bfloat16), *true]
+    return [case(name, TRUE, 16, device, dtype) for name, dtype in dtypes.items()]
 
 
 if __name__ == "__main__":

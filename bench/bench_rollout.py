@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,22 +171,6 @@ def loop(given: tuple[Inputs, DynamicCache], *, greedy: bool = False) -> Outputs
     return (torch.cat(tokens, 1),)
 
 
-def generate(given: tuple[Inputs, DynamicCache], *, greedy: bool = False) -> Outputs:
-    x, cache = given
-    settings, tokenizer = x.policy.model.generation_config, x.policy.tokenizer
-    settings.eos_token_id, settings.guidance_scale = None, GUIDANCE
-    settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
-    settings.generation_kwargs = {"boi_token_id": tokenizer.boi_token_id}
-    options: dict[str, Any] = {} if greedy else {"top_k": x.stage.top_k}
-    context = x.rows[0].prefix_length + x.rows[0].length
-    settings.max_length = context + 1 + x.steps
-    ids = x.first_ids(len(x.rows), context + 1)  # of those that the cache holds, the number alone matters
-    options |= {"past_key_values": cache, "attention_mask": torch.ones_like(ids), "do_sample": not greedy}
-    if x.is_image:
-        return (x.policy.model.generate(ids[:, -1:], generation_mode="image", **options),)
-    return (x.policy.model.generate(ids, **options)[:, context + 1 :],)
-
-
 def truth(x: Inputs) -> Callable[[Outputs], float]:
     @torch.no_grad()
     def error_of(outputs: Outputs) -> float:
@@ -237,7 +221,6 @@ def case(
     providers = {"ours": Provider(ours, checked=partial(ours, greedy=True))}
     if not fp8 and not early:
         note = "transformers' decoder with a DynamicCache, as the published T2I-R1 code draws"
-        providers["generate"] = Provider(generate, "transformers'", prefilled, partial(generate, greedy=True))
         providers["eager"] = Provider(loop, note, prefilled, partial(loop, greedy=True))
     return Case(
         labels,

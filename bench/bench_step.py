@@ -237,14 +237,8 @@ def measure(
                     break
 
 
-def settings(
-    device: str, tiny: bool, model: str | None = None, image_tokens: int | None = None, images: int | None = None
-) -> list[Setting]:
-    """The toy twice on a CPU, the true shapes on a GPU; or what is asked for.
-
-    Raises:
-        ValueError: a step of so many images has no whole micro-batches.
-    """
+def settings(device: str, tiny: bool, model: str | None = None, image_tokens: int | None = None) -> list[Setting]:
+    """The toy twice on a CPU, the true shapes on a GPU; or what is asked for."""
     toy = toy_config(rewards=RewardConfig(["scene"]), eval_file=None, sample_steps=0)
     published = replace(toy, cfg_weight=5.0, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     real = published_config()
@@ -255,11 +249,6 @@ def settings(
     found = []
     for name in [model] if model else names:
         for config in ([published] if tiny else [toy, published]) if name == "toy" else [real]:
-            if images:
-                count, rest = divmod(images, config.micro_batch)
-                if rest or not count:
-                    raise ValueError(f"{images} images are no multiple of {config.micro_batch}, a micro-batch")
-                config = replace(config, gradient_accumulation_steps=count)
             tokens = 64 if name == "toy" else image_tokens or (16 if name == "tiny" else 576)
             prompts = config.prompts_per_device if name == "toy" else config.per_device_train_batch_size
             found.append(Setting(name, config, tokens, prompts))
@@ -271,20 +260,15 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="timed steps of each (7 on a CPU, 3 on a GPU)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="no further step that would outlast them")
     parser.add_argument("--model", choices=[*SHAPES], help="random weights, unless it is the toy")
-    parser.add_argument("--images", type=int, help="of a step of ours, in whole micro-batches")
-    parser.add_argument("--image-tokens", type=int, help="of a picture, a square; of the toy's always 64")
     parser.add_argument("--ours-alone", action="store_true", help="the baseline is checked against, but not timed")
     parser.add_argument("--vary", nargs="+", metavar="AXIS VALUE", help=f"ours alone, along one of {', '.join(AXES)}")
     begin = time.perf_counter()
     arguments, result = start(parser, __doc__, "bench_step")
     device, tiny, vary = arguments.device, arguments.tiny, arguments.vary or []
-    try:
-        chosen = settings(device, tiny, arguments.model, arguments.image_tokens, arguments.images)
-        if vary and (vary[0] not in AXES or not all(value.isdecimal() for value in vary[1:])):
-            raise ValueError(f"--vary {' '.join(vary)}: give one of {', '.join(AXES)} and numbers")
-        chosen = [chosen[0].varied(vary[0], int(value)) for value in vary[1:]] if vary else chosen
-    except ValueError as error:
-        parser.error(str(error))
+    chosen = settings(device, tiny, arguments.model)
+    if vary and (vary[0] not in AXES or not all(value.isdecimal() for value in vary[1:])):
+        parser.error(f"--vary {' '.join(vary)}: give one of {', '.join(AXES)} and numbers")
+    chosen = [chosen[0].varied(vary[0], int(value)) for value in vary[1:]] if vary else chosen
     if any(math.isqrt(setting.image_tokens) ** 2 != setting.image_tokens for setting in chosen):
         parser.error("image tokens: pictures are square")
     logging.disable_progress_bar()

@@ -87,7 +87,6 @@ class Case:
     A run of `steps` steps is reported by the step: times, the floor, and of what it `makes` how many (name, number).
     `tolerance` of the error is that of the dtype unless given.
     `seconds` limits the timed runs of all providers together, which are three each at the least.
-    `compared` makes of the providers' median milliseconds what only several of them tell; it joins the row of ours.
     """
 
     labels: dict[str, Any]
@@ -101,7 +100,6 @@ class Case:
     makes: tuple[str, float] | None = None
     tolerance: float | None = None
     seconds: float = 6
-    compared: Callable[[Mapping[str, float]], dict[str, float]] | None = None
 
     def check(self, provider: Provider, inputs: Any, error_of: Callable[[Outputs], float]) -> float:
         """The provider's error; AssertionError beyond the tolerance, and for NaN."""
@@ -417,7 +415,6 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         rate = round(gemm_tflops(device, case.dtype, tiny), 3)
         result["ceilings"].setdefault("gemm_tflops", {})[short(case.dtype)] = rate
         floor_ms, unit, work = case.flops / rate / 1e9, "tflops", case.flops / 1e9
-    medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         ms, (error, peak) = [t / case.steps for t in quantiles(values)], right[name]
         row: dict[str, Any] = {"case": case.labels, "provider": name, "ms": [round(t, 4) for t in ms]}
@@ -426,8 +423,6 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         row["peak_mib"] = None if peak is None else round(peak, 1)
         if case.makes:
             row |= {"makes": case.makes[0], "per_s": float(f"{1e3 * case.makes[1] / ms[1]:.4g}")}
-        if case.compared and name == "ours":
-            row |= case.compared(medians)
         result["rows"].append(row | {"error": float(f"{error:.1e}"), "note": case.providers[name].note})
 
 

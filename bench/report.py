@@ -115,7 +115,6 @@ def tables(result: Result) -> str:
 def achieved(row: Result) -> str:
     said = [f"{number(row['per_s'])} {row['makes']}/s"] if "makes" in row else []
     said += [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
-    said += [f"{row['hidden_pct']:.0f} % of the rewards hidden"] if "hidden_pct" in row else []
     return ", ".join(said)
 
 

@@ -113,9 +113,6 @@ def test_steps_rates_and_what_does_not_fit() -> None:
     ]
     assert 2 <= row["ms"][1] < 10, "of a step"
     assert row["makes"] == "images" and row["per_s"] == pytest.approx(5e3 / row["ms"][1], rel=0.02)
-    told = replace(case, compared=lambda ms: {"hidden_pct": 1e2 * len(ms)})
-    harness._measure(told, result, 5, "cpu", True)
-    assert result["rows"].pop()["hidden_pct"] == 100 and "hidden_pct" not in row
     wrong = replace(case, providers={"ours": replace(drawing, checked=None)})
     harness._measure(wrong, result, 5, "cpu", True)
     assert len(result["failed"]) == 1, "what is timed is checked unless something else is given"
@@ -129,12 +126,12 @@ def test_no_case_begins_that_would_end_too_late(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def cases(device: str, tiny: bool) -> list[Case]:
-        slow = {"ours": Provider(lambda x: [time.sleep(0.1) or x * 2])}
-        case = replace(double_cases(device, tiny)[0], providers=slow)  # takes 0.4 s: a check, a warm-up, two runs
+        slow = {"ours": Provider(lambda x: [time.sleep(0.25) or x * 2])}
+        case = replace(double_cases(device, tiny)[0], providers=slow)  # takes 1 s: a check, a warm-up, two runs
         return [replace(case, labels={"N": n}) for n in range(3)]
 
     monkeypatch.setattr(harness, "copy_gbps", lambda *_: 1.0)
-    for seconds, measured in (("0.5", 1), ("0", 0)):
+    for seconds, measured in (("1.5", 1), ("0", 0)):
         monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tiny", "--seconds", seconds])
         assert harness.main(DOC, cases) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -143,14 +140,6 @@ def test_no_case_begins_that_would_end_too_late(
             range(measured, 3), "no time was left"
         )
     torch.compiler.set_stance("default")
-
-
-def test_the_hidden_share_of_rewards() -> None:
-    ms = {"ours": 11.0, "eager": 14.0, "the decoder alone": 10.0}
-    assert bench_rewards.hidden(ms) == {"hidden_pct": 75.0}, "3 of the rewards' 4 ms"
-    assert bench_rewards.hidden({"ours": 11.0}) == {}
-    row = {"provider": "ours", "ms": [1, 1, 1], "floor_pct": None, "peak_mib": None, "error": 0, "hidden_pct": 75.0}
-    assert report.achieved(row) == "75 % of the rewards hidden"
 
 
 def test_a_time_budget_leaves_three_rounds() -> None:
@@ -297,8 +286,8 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
         cases = {"train": bench_train.cases, **BENCHES}[bench]("cpu", True)
         listed = {(report.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
         assert listed == {(report.label(case.labels), name) for case in cases for name in case.providers}
-        baselines = {"ours", {"rollout": "generate", "rewards": "the decoder alone"}.get(bench, "torch.compile")}
-        assert {*baselines, "eager"} <= {row["provider"] for row in result["rows"]}
+        compiled = set() if bench in ("rollout", "rewards") else {"torch.compile"}
+        assert {"ours", "eager"} | compiled <= {row["provider"] for row in result["rows"]}
     page = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "svg" not in page and [line for line in page.splitlines() if line.startswith("## ")] == [
         *(f"## {bench} on the CPU" for bench in ("step", "step", "step_profile", "train", *report.KERNELS)),

@@ -1,4 +1,4 @@
-"""Best of N: what cannot be ranked is named, and the bench judges pictures that it does not change."""
+"""Best of N: what cannot be ranked is named."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tiny import TOY
 from torch import Tensor
 
 from bicot import Policy
-from bicot.bench.best_of import FILLS, NUMBERS, N, fill_greedily, measure, table
 from bicot.grpo.best_of import best_of, require_scores
 from bicot.rewards.base import Example
 from bicot.rewards.config import FunctionReward
@@ -36,18 +35,3 @@ def test_pictures_without_a_score_come_last_and_are_named_where_none_has_one(toy
     assert sorted(one.picture.seed for one in ranked) == [0, 1, 2]
     with pytest.raises(ValueError, match="no reward applies to any picture of the prompt 'a square'"):
         list(best_of(toy, rewards, examples, *given))
-
-
-def test_filling_changes_no_picture_that_goes_on(toy: Policy) -> None:
-    before = toy.generate("two circles", n=3, image_temperature=4)
-    filled = fill_greedily(toy)
-    after = toy.generate("two circles", n=3, image_temperature=4)
-    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(before, after, strict=True))
-    half = toy.num_image_tokens // 2
-    assert [torch.equal(a.tokens[:half], row[:half]) for a, row in zip(after, filled[0], strict=True)] == [True] * 3
-    assert not torch.equal(after[0].tokens, filled[0][0])
-    best = measure(toy, 0, filled, 2)
-    assert [*best] == [*(f"best of {n}" for n in NUMBERS), *FILLS] and best[f"best of {N}"] == max(best.values())
-    found, mean = table({"a": [best, best], "b": [best]}), f"{best['best of 8']:.4f}"
-    assert found["header"][2:] == ["a", "b"] and [row[0] for row in found["rows"]] == [*best]
-    assert ["best of 8", "50", mean, mean] in found["rows"]
