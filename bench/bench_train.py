@@ -4,15 +4,14 @@ python -m bicot.bench.bench_train [--device cpu|cuda] [--output FILE.json]
 Random samples of a step: on a GPU of Janus-Pro-1B, 16 pictures of 576 tokens with plans of 80; on a CPU of the toy, and
 of two layers of Janus-Pro-1B's width with one prompt of two samples. The learning rate is 0, so that every update is
 given the same weights, and beta is 0, so that an update has no reference pass in it. Eager is the forward pass and loss
-of bench/baseline_t2i_r1.py: padded, text and image apart, by transformers' layers. The two others are that with each
-layer under torch.compile, or with Liger's norms, rotary embedding and MLP (on a GPU). "ours, varlen" and the like, on a
-GPU, are ours with each other attn_implementation that is installed. Peak MiB is beyond weights,
-masters and moments. Checked: log-probs and gradient norm against those of the batch that bench_step trains.
+of bench/baseline_t2i_r1.py: padded, text and image apart, by transformers' layers; torch.compile is that with each
+layer compiled. "ours, varlen" and the like, on a GPU, are ours with each other attn_implementation that is installed.
+Peak MiB is beyond weights, masters and moments. Checked: log-probs and gradient norm against those of the batch that
+bench_step trains.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,11 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.models.llama import modeling_llama
 
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
-from ..grpo.optim import MasterAdamW
 from ..grpo.step import reference_logprobs, split, update
 from ..kernels.group_advantages import group_advantages
 from ..model.attention import Attention, available
@@ -36,7 +33,7 @@ from ..model.policy import Policy
 from .baseline_t2i_r1 import Rollout, baseline_loss
 from .baseline_t2i_r1 import logprobs as baseline_logprobs
 from .bench_step import Contest, Setting, settings
-from .harness import Case, Outputs, Provider, Unavailable, expect, main, short
+from .harness import Case, Outputs, Provider, expect, main, short
 
 
 class Training(NamedTuple):
@@ -127,60 +124,28 @@ def with_attention(name: str, ours: Callable[[Training], Outputs], x: Training) 
             policy.attention = Attention()
 
 
-Layers = Callable[[Training], AbstractContextManager[tuple[Policy, MasterAdamW]]]  # a policy as a peer has it
-
-
-def plain(x: Training) -> AbstractContextManager[tuple[Policy, MasterAdamW]]:
-    return nullcontext((x.contest.policy, x.contest.optimizer))
-
-
 @contextmanager
-def compiled(x: Training) -> Iterator[tuple[Policy, MasterAdamW]]:
+def compiled(x: Training) -> Iterator[None]:
     """The layers' own forward passes compiled; ours calls the modules inside them."""
     layers = list(x.contest.policy.decoder.layers)
     for layer in layers:
         layer.compile(dynamic=True)
     try:
-        yield x.contest.policy, x.contest.optimizer
+        yield
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
 
 
-@lru_cache(maxsize=1)
-def with_liger(contest: Contest) -> tuple[Policy, MasterAdamW]:
-    """A copy of the policy whose norms and MLPs are Liger's."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-    policy = Policy(copy.deepcopy(contest.policy.model), contest.policy.tokenizer)
-    for norm in (module for module in policy.decoder.modules() if type(module).__name__ == "Norm"):
-        norm.__class__ = modeling_llama.LlamaRMSNorm  # as transformers built it
-    before = dict(vars(modeling_llama))
-    try:  # it would replace the classes for all models
-        apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=policy.decoder)
-    finally:
-        vars(modeling_llama).update(before)
-    return policy, MasterAdamW(policy.trainable_parameters(), contest.config)
-
-
-@contextmanager
-def liger(x: Training) -> Iterator[tuple[Policy, MasterAdamW]]:
-    if x.contest.policy.device.type == "cpu":
-        raise Unavailable("Liger's kernels need a GPU")
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
-
-    plain_rope = modeling_llama.apply_rotary_pos_emb
-    modeling_llama.apply_rotary_pos_emb = liger_rotary_pos_emb
-    try:
-        yield with_liger(x.contest)
-    finally:
-        modeling_llama.apply_rotary_pos_emb = plain_rope
+Layers = Callable[[Training], AbstractContextManager[None]]  # what transformers' layers are within
+PEERS: dict[str, Layers] = {"eager": lambda x: nullcontext(), "torch.compile": compiled}
 
 
 @torch.no_grad()
 def their_reference(layers: Layers, x: Training) -> Outputs:
-    with layers(x) as (policy, _):
-        policy.model.eval()
+    policy = x.contest.policy
+    policy.model.eval()
+    with layers(x):
         texts, pictures = [], []
         for part in map(Rollout.of, x.parts):
             logprobs, mask = baseline_logprobs(policy, part)
@@ -199,7 +164,8 @@ def _loss(policy: Policy, part: Rollout, rewards: Tensor, config: Config, num_to
 def their_update(layers: Layers, x: Training) -> Outputs:
     parts = list(map(Rollout.of, x.parts))
     total = sum(part.num_tokens for part in parts)
-    with layers(x) as (policy, optimizer):
+    policy, optimizer = x.contest.policy, x.contest.optimizer
+    with layers(x):
         for part, rewards in zip(parts, x.rewards.split(x.config.micro_batch), strict=True):
             optimizer.backward(partial(_loss, policy, part, rewards, x.config, total))
         norm = optimizer.step(x.contest.ranks.sum_gradients)
@@ -210,9 +176,6 @@ def their_update(layers: Layers, x: Training) -> Outputs:
 def truth(device: str, model: str, tiny: bool, x: Training) -> Callable[[Outputs], float]:
     shipped = inputs(device, model, tiny, x.contest.config)
     return expect([*refer(shipped)[:2], train(shipped)[2]])
-
-
-PEERS: dict[str, Layers] = {"eager": plain, "torch.compile": compiled, "Liger": liger}
 
 
 def cases(device: str, tiny: bool) -> list[Case]:

@@ -353,7 +353,6 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
     """The options that all benches have."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--tiny", action="store_true", help="few small shapes: walks the code, measures nothing")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     return parser
@@ -367,12 +366,11 @@ def start(parser: argparse.ArgumentParser, doc: str | None, module: str) -> tupl
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
-    torch.set_num_threads(arguments.threads)
     first, *how = [line for line in (doc or "").strip().splitlines() if line and not line.startswith("python -m")]
     name, _, what = first.partition(": ")
     words = ["python -m", f"bicot.bench.{module}", "--device", arguments.device]
     for option, value in vars(arguments).items():
-        said = option not in ("device", "threads", "tiny", "output", "repeats", "seconds", "steps")
+        said = option not in ("device", "tiny", "output", "repeats", "seconds", "steps")
         if said and value != parser.get_default(option):
             given = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{option.replace('_', '-')}", *map(str, given)]

@@ -114,7 +114,7 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
     ]
     ranks = importlib.import_module("torch").cuda.device_count() if gpu else 2
     together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    together += ["-m", "bicot.bench.bench_step", "--device", device, *["--tiny"] * tiny, "--threads", "1"]
+    together += ["-m", "bicot.bench.bench_step", "--device", device, *["--tiny"] * tiny]
     together += ["--output", str(results / f"step_ranks_{device}.json")]
     return [
         profile(0, 2 if gpu else 5),
