@@ -41,6 +41,7 @@ from bicot.grpo.output import require_writable
 from bicot.grpo.report import draw_grid
 from bicot.model.adapters import adapter_base
 from bicot.model.generation import Generation, Policy
+from bicot.model.policy import read_config
 from bicot.model.prompts import read_reasoning_prompt
 from bicot.model.settings import RolloutSettings, Sampling
 from bicot.rewards.base import Example
@@ -127,7 +128,9 @@ def parse_args(words: list[str]) -> argparse.Namespace:
 
 def settings_of(args: argparse.Namespace) -> RolloutSettings:
     """The checkpoint's settings, overridden by the options of the command line."""
-    saved = RolloutSettings.load(args.model, adapter_base(args.model) or args.model)
+    base = adapter_base(args.model)
+    read_config(base or args.model)  # before bicot.json: raises at once if there is no such model
+    saved = RolloutSettings.load(args.model, *([base] if base else []))
     texts = {
         name: getattr(args, name) for name in ("chat_template", "system_prompt") if getattr(args, name) is not None
     }
