@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,8 @@ from .output import METRICS, read_metrics
 LEFT_OUT = ("trainer_state.pt", "manifest.json", "heldout.*", "reference/*")
 # metrics of the last step that the card shows
 _SHOWN = ("reward", "kl", "entropy", "image_diversity", "plan_diversity")
+CURVES = ("reward", "kl", "entropy")  # of a run of FEWEST steps or more
+FEWEST = 10
 # settings that the table of settings leaves out: the card shows them elsewhere, or they are private paths
 _SEEN = {
     "model_name_or_path",
@@ -48,7 +50,7 @@ picture in words, then draws it token by token.
 
 | metric | value |
 | --- | --- |
-{results}
+{results}{curves}
 
 ## Settings that differ from the published ones
 
@@ -150,6 +152,9 @@ def write_card(
     pictures = Path(config.output_dir) / "before_after.png"
     if pictures.is_file():
         shutil.copyfile(pictures, folder / pictures.name)
+    rows = [row for _, row in read_metrics(Path(config.output_dir) / METRICS)[0]]
+    if drawn := len(rows) >= FEWEST:
+        _draw_curves(rows, folder / "curves.png")
     weights = cast(list[float] | None, config.reward_weights) or [1.0] * len(config.rewards.names)
     published = asdict(Config(rewards=config.rewards))
     changed = [(k, v, published[k]) for k, v in run.items() if k in published.keys() - _SEEN and v != published[k]]
@@ -164,7 +169,8 @@ def write_card(
         batch=run["prompts_per_step"],
         group=config.num_generations,
         pictures=f"\n\n![held-out prompts before and after training]({pictures.name})" if pictures.is_file() else "",
-        results=_rows(_results(config, summary)),
+        results=_rows(_results(rows, summary)),
+        curves="\n\n![reward, KL and entropy, step by step](curves.png)" if drawn else "",
         settings=_rows(changed),
         name_or_path=path,
         code=_code(path, base, adapters, RolloutSettings.load(folder)),
@@ -189,10 +195,23 @@ def _code(path: str, base: str, adapters: bool, settings: RolloutSettings) -> st
     )
 
 
-def _results(config: Config, summary: Mapping[str, Any]) -> list[tuple[str, float]]:
+def _draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw the metrics of CURVES that the run has, side by side."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in CURVES if any(name in row for row in rows)]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True))
+        axes.set(title=name, xlabel="step")
+    with whole(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+
+
+def _results(rows: Sequence[Mapping[str, float]], summary: Mapping[str, Any]) -> list[tuple[str, float]]:
     """The held-out rewards, and metrics of the last step."""
-    rows, _ = read_metrics(Path(config.output_dir) / METRICS)
-    metrics = rows[-1][1] if rows else {}
+    metrics = rows[-1] if rows else {}
     names = [*_SHOWN, *(key for key in metrics if key.startswith("rewards/") and key.endswith("/mean"))]
     heldout = [(f"held-out reward {when}", summary[f"heldout_reward_{when}"]) for when in ("before", "after")]
     last_step = [(f"{name}, last step", metrics[name]) for name in names if name in metrics]

@@ -20,6 +20,7 @@ import pytest
 import test_trainer
 import torch
 from huggingface_hub import ModelCard, constants
+from PIL import Image
 from test_trainer import job as job  # a fixture
 from test_trainer import run, words
 
@@ -178,14 +179,20 @@ def test_settings_of_a_model_on_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     assert RolloutSettings.load("me/another") == RolloutSettings()
 
 
-def test_a_license_is_the_base_models(job: Path, tmp_path: Path) -> None:
+def test_a_license_is_the_base_models_and_curves_are_drawn(job: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# base\n")
     config = parse_config(words(job, tmp_path, "--model_name_or_path", str(tmp_path / "base")))
-    (tmp_path / "metrics.jsonl").write_text("")
+    rows = [
+        {"step": step, "reward": step / 10, "text/kl": 0.0} | ({"kl": 0.1} if step > 3 else {}) for step in range(12)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     summary = {"steps": 0, "heldout_reward_before": None, "heldout_reward_after": None}
     write_card(tmp_path, config, asdict(config) | {"prompts_per_step": 4}, summary, None)
-    assert ModelCard.load(tmp_path / "README.md").data.license == "mit"
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and "](curves.png)" in card.text and "| reward, last step | 1.1 |" in card.text
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (960, 360), "reward and KL; this run has no entropy"
 
 
 @pytest.mark.parametrize("refused", ["whoami", "create", "auth-check", "closed port", "no token"])
