@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from forced import FORMAT, TOLERANCE, addresses, copied, engine_of, gap, greedy, image_hidden, numbers
-from tiny import ROOT, tiny_policy
+from tiny import ROOT, made_once, tiny_policy
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -446,10 +446,13 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank of tests/sharded_rollout.py saw in each case."""
     pytest.importorskip("deepspeed")
     pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("sharded")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(ROOT / "tests" / "sharded_rollout.py"), str(folder)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+
+    def make(folder: Path) -> None:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, str(ROOT / "tests" / "sharded_rollout.py"), str(folder)]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+
+    folder = made_once(tmp_path_factory, "sharded", make)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 

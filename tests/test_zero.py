@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainer import job as train_job  # noqa: F401, a fixture
-from tiny import ROOT
+from tiny import ROOT, made_once
 from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHARDED, SHRUNK, STAGES, STEPS, words
 
 from bicot.grpo.cli import parse_config
@@ -46,15 +46,17 @@ def job(train_job: Path) -> Path:  # noqa: F811
 @pytest.fixture(scope="module")
 def runs(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have left their runs, and one rank its own, `one <dtype>`."""
-    out = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(job)
-        for name, more in {"lora": LORA, **{dtype: {"dtype": dtype} for dtype in DTYPES}}.items():
-            train(parse_config(words(job, out / f"one {name}", **more, per_device_train_batch_size=2)))
-    for ranks in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
-        command = [sys.executable, *ranks, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
-    return out
+
+    def make(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(job)
+            for name, more in {"lora": LORA, **{dtype: {"dtype": dtype} for dtype in DTYPES}}.items():
+                train(parse_config(words(job, out / f"one {name}", **more, per_device_train_batch_size=2)))
+        for ranks in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
+            command = [sys.executable, *ranks, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
+
+    return made_once(tmp_path_factory, "zero_runs", make)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -17,9 +22,26 @@ from transformers import (
 
 from bicot.model.policy import PUBLISHED_FREEZE, Policy
 
+if TYPE_CHECKING:
+    import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy" / "assets"
 PUBLISHED_PROMPTS = ROOT.parent / "shared" / "data" / "t2i_r1_prompts.jsonl"
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that `make` fills, once for all processes of a test run. A process that asks later waits for it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with open(f"{folder}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not (done := folder / "made").exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what a process left that failed
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
