@@ -70,7 +70,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--reasoning_prompt_path", help=f"file with the planning instruction {saved}")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="data type of the weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--seed", type=int, default=0, help="seed of the first picture; the others count up from it")
+    add("--seed", type=int, default=0, help="random seed; generate.py: of the first picture, the others count up")
     add("--debug", action="store_true", help="show where an error came from")
 
 

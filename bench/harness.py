@@ -202,7 +202,7 @@ def expect(expected: Outputs) -> Callable[[Outputs], float]:
 
 
 def turns(case: Case, inputs: Any) -> list[Any]:
-    """Further copies of inputs that are tensors and small; none of others, such as a policy."""
+    """More copies of the inputs if they are small tensors. Other inputs, such as a policy, are not copied."""
     leaves = tree_leaves(inputs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     plain = all(leaf is None or isinstance(leaf, (Tensor, int, float)) for leaf in leaves)
@@ -254,7 +254,7 @@ def times_ms(
 
 
 def quantiles(times: Sequence[float]) -> list[float]:
-    """p20, p50 and p80; of one value three times that."""
+    """The quantiles p20, p50 and p80. A single value stands for all three."""
     if len(times) == 1:
         return [*times] * 3
     deciles = statistics.quantiles(times, n=10, method="inclusive")
@@ -266,7 +266,7 @@ def _best_ms(run: Callable[[], Tensor], device: str) -> float:
 
 
 def peak_mib(provider: Provider, inputs: Any, device: str) -> float | None:
-    """The most that one run allocates beyond what is there, in MiB."""
+    """Peak memory of one run, in MiB, without what was allocated before it."""
     if device != "cuda":
         return None
     given = provider.given(inputs)
@@ -295,7 +295,7 @@ def gemm_tflops(device: str, dtype: torch.dtype, tiny: bool) -> float:
 
 
 def hardware(device: str = "cpu") -> dict[str, Any]:
-    """Machine, clocks, versions and commit (BICOT_COMMIT names it where the files are no git repository)."""
+    """Machine, clocks, versions and commit. BICOT_COMMIT gives the commit if the files are not a git repository."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
@@ -317,7 +317,7 @@ def hardware(device: str = "cpu") -> dict[str, Any]:
 
 
 def gpu_state() -> dict[str, Any]:
-    """Of the current GPU: driver, MHz just after some work and at most, watts at most; None for what is not told."""
+    """The current GPU's driver, clocks (measured just after some work, and the maximum) and power limit, if known."""
     work = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     for _ in range(100 * FLUSHES):  # about a tenth of a second
         work.zero_()
@@ -359,7 +359,7 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
 
 
 def start(parser: argparse.ArgumentParser, doc: str | None, module: str) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The command line's arguments, and what begins every result.
+    """Parse the command line -> its arguments, and the fields that every result has.
 
     `doc`: "name: what", a blank, `python -m` with the module's command if it is a module's, then how.
     """

@@ -21,8 +21,8 @@ from .output import METRICS, read_metrics
 LEFT_OUT = ("trainer_state.pt", "manifest.json", "heldout.*", "reference/*")
 # metrics of the last step that the card shows
 _SHOWN = ("reward", "kl", "entropy", "image_diversity", "plan_diversity")
-CURVES = ("reward", "kl", "entropy")  # of a run of FEWEST steps or more
-FEWEST = 10
+# metrics whose curves it shows, if the run has at least that many steps
+_CURVES, _FEWEST = ("reward", "kl", "entropy"), 10
 # settings that the table of settings leaves out: the card shows them elsewhere, or they are private paths
 _SEEN = {
     "model_name_or_path",
@@ -153,7 +153,7 @@ def write_card(
     if pictures.is_file():
         shutil.copyfile(pictures, folder / pictures.name)
     rows = [row for _, row in read_metrics(Path(config.output_dir) / METRICS)[0]]
-    if drawn := len(rows) >= FEWEST:
+    if drawn := len(rows) >= _FEWEST:
         _draw_curves(rows, folder / "curves.png")
     weights = cast(list[float] | None, config.reward_weights) or [1.0] * len(config.rewards.names)
     published = asdict(Config(rewards=config.rewards))
@@ -196,10 +196,10 @@ def _code(path: str, base: str, adapters: bool, settings: RolloutSettings) -> st
 
 
 def _draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw the metrics of CURVES that the run has, side by side."""
+    """Draw the metrics of _CURVES that the run has, side by side."""
     from matplotlib.figure import Figure
 
-    names = [name for name in CURVES if any(name in row for row in rows)]
+    names = [name for name in _CURVES if any(name in row for row in rows)]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]

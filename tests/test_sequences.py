@@ -248,7 +248,7 @@ class _Launches(TorchDispatchMode):
 
 
 def test_launches_of_a_layer() -> None:
-    """Forward and backward of two blocks of rows: 40 at most, where transformers takes 97."""
+    """Forward and backward of two blocks of sequences: at most 40, where transformers takes 97."""
     counts = []
     for layers in (2, 3):
         policy = tiny_policy(layers=layers)
