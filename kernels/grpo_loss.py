@@ -19,7 +19,7 @@ Where lpo is absent it is lp.detach(): one update per rollout. A stream may have
 entropy_coef.
 
 A token's gradient depends on nothing but its own row and what is known of its sample, so loss and gradient come out of
-one pass (kernels/grpo_rows.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and
+one pass (kernels/fused_grpo.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and
 written once without. Two cases look at the logits twice, 8·N·V·D: ratios of sequences, which need all tokens of a
 sample first, and gradients in float16, which must be scaled (GradScaler) before they are rounded, so the backward pass
 makes them.
@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 
 from .dispatch import Impl, choose
+from .fused_grpo import ROWS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
 from .group_advantages import group_advantages
-from .grpo_rows import ROWS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
 from .token_stream import KLEstimator, Level, LossOptions, LossType, TokenStream, check_streams, check_tokens
 
 

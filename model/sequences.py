@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.host import upload
-from ..kernels.rope_rows import rope_gather, rope_spread
+from ..kernels.packed_rope import rope_gather, rope_spread
 from .attention import Places, attend, available
 from .recompute import Keep, keep_all
 

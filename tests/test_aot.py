@@ -8,7 +8,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import cfg_sample_triton, group_advantages, grpo_rows, token_logprobs
+from bicot.kernels import cfg_sample_triton, fused_grpo, group_advantages, token_logprobs
 from bicot.kernels.dispatch import tl, triton
 
 pytestmark = needs_compiler
@@ -70,8 +70,8 @@ INTEGERS = ("V", "stride", "grad_stride", "rows_stride")
 ROW_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "token_logprobs": (token_logprobs._forward_kernel, {}),
     "token_logprobs_backward": (token_logprobs._backward_kernel, {}),
-    "grpo_rows": (
-        grpo_rows._rows_kernel,
+    "fused_grpo": (
+        fused_grpo._rows_kernel,
         dict.fromkeys(("CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "HAS_WEIGHT", "GRADIENT"), True)
         | {"CISPO": False, "KL": 3},
     ),
@@ -118,7 +118,7 @@ def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
 
 def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
     """Where a slice of tokens begins is not compiled in."""
-    free = {p.name for p in grpo_rows._rows_kernel.params if p.do_not_specialize}
+    free = {p.name for p in fused_grpo._rows_kernel.params if p.do_not_specialize}
     assert free >= {"p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_token_weight", "p_rows", "rows_stride"}
 
 
@@ -163,7 +163,7 @@ def test_cfg_sample(guided: bool, element: str, arch: int) -> None:
 @pytest.mark.parametrize("V", [7, 16384, 16385])
 def test_no_warp_writes_gradients_before_all_have_read_the_row(V: int, arch: int) -> None:
     """In place, one that is ahead would overwrite the target's logit, or a short row that every warp holds whole."""
-    kernel, constants = ROW_KERNELS["grpo_rows"]
+    kernel, constants = ROW_KERNELS["fused_grpo"]
     config = token_logprobs.row_config(torch.empty(2, V, dtype=torch.bfloat16))
     options = {option: config.pop(option) for option in ("num_warps", "enable_fp_fusion")}
     signature, constants, divisible = _row_arguments(kernel, constants | config, "*bf16", V)

@@ -12,11 +12,11 @@ from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_com
 from bicot.kernels import (
     cfg_sample_triton,
     decode_attention,
+    packed_rope,
     prefill_attention,
     record_draw,
     rms_norm,
     rope_kv_write,
-    rope_rows,
     silu_mul,
 )
 from bicot.kernels.kv_pool import FP8
@@ -90,10 +90,10 @@ def test_rms_norm_backward(D: int, trains: bool, dtype: torch.dtype, arch: int) 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize(("Hq", "Hkv", "E"), [(16, 16, 128), (32, 8, 80)])
-def test_rope_rows(Hq: int, Hkv: int, E: int, gather: bool, dtype: torch.dtype, arch: int) -> None:
-    kernel = rope_rows._gather_kernel if gather else rope_rows._spread_kernel
+def test_packed_rope(Hq: int, Hkv: int, E: int, gather: bool, dtype: torch.dtype, arch: int) -> None:
+    kernel = packed_rope._gather_kernel if gather else packed_rope._spread_kernel
     constants = {"HQ": Hq, "HKV": Hkv, "HALF": E // 2}
-    code = compiled(kernel, TYPES[dtype], rope_rows.launch_config(E // 2), constants, arch)
+    code = compiled(kernel, TYPES[dtype], packed_rope.launch_config(E // 2), constants, arch)
     assert_clean(code)
     assert code.load_widths <= {8, 16} and code.store_widths == {16}
     assert code.shared == 0

@@ -1,5 +1,5 @@
 // Log-probability, entropy and log-sum-exp of each row of logits [N, V], and the gradient of the first two.
-#include "rows.h"
+#include "log_softmax.h"
 
 namespace bicot {
 namespace {

@@ -4,19 +4,19 @@
 #include <cmath>
 #include <cstring>
 
-#include "rows.h"
+#include "log_softmax.h"
 
 namespace bicot {
 namespace {
 
 enum Policy { kClipped, kCispo };
 
-// Run-time options, in the order that kernels/grpo_rows.py packs them.
+// Run-time options, in the order that kernels/fused_grpo.py packs them.
 struct Options {
   double temperature, beta, low, high, delta, clip_max, entropy_weight;
 };
 
-// What is kept of a token: the columns of the result, in the order of grpo_rows.ROWS.
+// What is kept of a token: the columns of the result, in the order of fused_grpo.ROWS.
 struct Token {
   double loss, logprob, entropy, ratio, kl, clipped_low, clipped_high, correction, grad_logprob;
 };

@@ -8,7 +8,7 @@ from oracle import BFLOAT16_ROUNDING, IMPLEMENTATIONS, INTERPRETED, KERNELS, ass
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bicot.kernels.rope_rows import _gather_op, _spread_op, rope_gather, rope_spread
+from bicot.kernels.packed_rope import _gather_op, _spread_op, rope_gather, rope_spread
 
 # One rounding, where the reference has it.
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: BFLOAT16_ROUNDING if INTERPRETED else 2**-12}
