@@ -1,21 +1,20 @@
-"""The linear layers of a decode step, with the norms, the activation and the residual sum that lie between them.
+"""The linear layers of a decode step, each with the norm, the activation or the residual sum beside it.
 
     y = x·Wᵀ
-    decode_linear:      out = y, times rsqrt(Σ squares / K + eps) if squares are given;
-                        with silu the rows of W are [gate; up], and out = silu(y_gate) · y_up
-    decode_linear_add:  residual += y;  out = residual · norm_weight;  squares = residual², summed over blocks of columns
+    decode_linear:      out = y, or y · rsqrt(Σ squares / K + eps) where squares are given.
+                        With silu the rows of W are [gate; up], and out = silu(y_gate) · y_up.
+    decode_linear_add:  residual += y,  out = residual · norm_weight,  squares = sums of residual²
 
-RMSNorm divides a whole row by one number, so the division can follow the product: decode_linear(*decode_linear_add(...))
-is the layer's product of the norm of the new residual. A layer is four such launches, a rotary embedding and an
-attention, where separate kernels are nine or ten. Sums are float32. Where PyTorch rounds the normed row twice, the
-product and the activation each once, this rounds residual, out and residual · norm_weight once each.
+RMSNorm divides a row by one number, so the division can follow the product: `decode_linear_add` begins the norm of the
+new residual, and the `decode_linear` that follows ends it. A layer is then four of these launches, the rotary embedding
+and the attention, where separate kernels are nine or ten. Sums are float32. The residual, residual · norm_weight and
+out are each rounded once; PyTorch also rounds y, the normed row and silu(y_gate).
 
-Shapes: R sequences, K inputs, N outputs (2·I with silu), B blocks of columns. x [R, K], weight [N, K], squares [R, B].
-Floor: the weights are read once, N·K elements; 2·R·N·K FLOPs. Meant for few sequences, where reading the weights takes
-longer than multiplying them.
+Shapes: R sequences, K inputs, N outputs (with silu N / 2), B blocks of columns. x [R, K], weight [N, K], squares
+[R, B]. Floor: the weights are read once, N·K elements; 2·R·N·K FLOPs. It is meant for few sequences, where reading the
+weights takes longer than multiplying them.
 
-Source: RMSNorm is arXiv 1910.07467; columns of a product split over its inputs are added by the last program to arrive,
-as in Stream-K (arXiv 2301.03598).
+Source: RMSNorm (arXiv 1910.07467). Programs that share a result add it up as in Stream-K (arXiv 2301.03598).
 """
 
 from __future__ import annotations
@@ -86,8 +85,8 @@ def _decode_linear_kernel(  # type: ignore[no-untyped-def]
     """One program: all sequences, COLUMNS outputs, and one of SPLITS shares of the inputs, DEPTH at a time.
 
     The last program of its columns to arrive adds the shares in their order, so the result does not depend on who is
-    last, and resets the counter, so that a CUDA graph can replay the launch. WIDE multiplies in float32: Triton's interpreter has no
-    products of bfloat16.
+    last. It resets the counter, so that a CUDA graph can replay the launch. WIDE multiplies in float32, because
+    Triton's interpreter has no products of bfloat16.
     """
     block, split, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     dtype: tl.constexpr = tl.float32 if WIDE else p_x.dtype.element_ty
@@ -103,7 +102,7 @@ def _decode_linear_kernel(  # type: ignore[no-untyped-def]
     m_w = (o_column < N)[:, None]
 
     if PDL:
-        # what no kernel writes is on its way from memory to L2 while the kernel in front still runs: 1 KiB of each output
+        # No kernel writes weights, so 1 KiB of each output's come to L2 while the kernel in front still runs.
         o_line = tl.minimum(begin + tl.arange(0, 8)[None, :] * (128 // p_weight.dtype.element_ty.itemsize), K - 1)
         p_line = tl.where(m_w, p_w, p_weight) + o_line
         tl.inline_asm_elementwise(
@@ -137,7 +136,7 @@ def _decode_linear_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch_config(R: int, itemsize: int = 2) -> dict[str, Any]:
-    """A multiprocessor has two programs, each with three tiles of 16 KiB of weights under way."""
+    """A multiprocessor holds up to three programs, each with three tiles of 16 KiB of weights under way."""
     rows = max(16, triton.next_power_of_2(R))
     return {"ROWS": rows, "COLUMNS": _COLUMNS, "DEPTH": 256 // itemsize, "num_warps": 4, "num_stages": 4}
 

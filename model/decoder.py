@@ -1,8 +1,9 @@
 """Janus's language model for decoding: a prefill of packed prompts, then decode steps of one token for each sequence.
 
-It reads `Weights` and writes a `KVPool`. A decode step launches nine or ten kernels a layer, and no shape depends on
-the length of a sequence, so the step can be a CUDA graph. The shapes of a prefill depend on its number of tokens alone,
-so it is padded to a few sizes, each with a graph. R sequences, D hidden, N packed prompt tokens.
+It reads `Weights` and writes a `KVPool`. A decode step launches nine or ten kernels a layer, or six with
+`fused_linear`. No shape depends on the length of a sequence, so the step can be a CUDA graph. The shapes of a prefill
+depend on its number of tokens alone, so it is padded to a few sizes, each with a graph. R sequences, D hidden, N packed
+prompt tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..kernels.decode_attention import decode_attention
+from ..kernels.decode_linear import MAX_SEQUENCES, decode_linear, decode_linear_add
 from ..kernels.host import upload
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.rms_norm import rms_norm
@@ -40,6 +42,10 @@ class Decoder:
         max_context: most tokens of a sequence.
         graphs: runs prefills, as CUDA graphs or eagerly.
 
+    Attributes:
+        fused_linear: decode up to 64 sequences with `decode_linear` in the place of cuBLAS, norms and activation. Off
+            until a GPU has shown that this saves time (python -m bicot.bench.bench_rollout compares).
+
     Raises:
         ValueError: a rotary embedding that changes with the length of a sequence.
     """
@@ -53,6 +59,8 @@ class Decoder:
         self.weights, self.pool, self.graphs = weights, pool, graphs
         self._tables: dict[int, Tensor] = {}  # number of tokens -> the input of its graph
         self.eps = config.rms_norm_eps
+        self.fused_linear = False
+        self._arrived = torch.zeros(-(-config.hidden_size // 64), dtype=torch.int32, device=policy.device)
         positions = torch.arange(max_context, device=policy.device)
         like = torch.empty(0, dtype=policy.dtype, device=policy.device)
         self.cos, self.sin = (t[0, :, : pool.dim // 2].contiguous() for t in rotary(like, positions[None]))
@@ -84,7 +92,22 @@ class Decoder:
             key_scales, value_scales = scales
             return decode_attention(query, keys, values, *segments, key_scales=key_scales, value_scales=value_scales)
 
-        return self._layers(x, positions, slots, attend)
+        fused = self.fused_linear and len(x) <= MAX_SEQUENCES and not self.weights.has_biases
+        return (self._fused_layers if fused else self._layers)(x, positions, slots, attend)
+
+    def _fused_layers(self, x: Tensor, positions: Tensor, slots: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        """`_layers` with norms, activations and residual sums inside the products."""
+        layers = self.weights.layers
+        normed, squares = rms_norm(x, layers[0].attention_norm.tensor, self.eps), None
+        for i, layer in enumerate(layers):
+            cache = self.pool.layer(i)
+            qkv = decode_linear(normed, layer.qkv.weight, squares, eps=self.eps)
+            attended = attend(rope_kv_write(qkv, self.cos, self.sin, positions, slots, *cache), *cache)
+            normed, squares = decode_linear_add(attended, layer.out.weight, x, layer.mlp_norm.tensor, self._arrived)
+            hidden = decode_linear(normed, layer.gate_up.weight, squares, eps=self.eps, silu=True)
+            following = layers[i + 1].attention_norm if i + 1 < len(layers) else self.weights.norm
+            normed, squares = decode_linear_add(hidden, layer.down.weight, x, following.tensor, self._arrived)
+        return rms_norm(x, self.weights.norm.tensor, self.eps)
 
     def _layers(
         self, x: Tensor, positions: Tensor, slots: Tensor, attend: Callable[..., Tensor], keys_only: bool = False

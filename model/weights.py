@@ -78,6 +78,12 @@ class Weights:
         self._sources.append(Joined(attribute, names))
         return self._sources[-1]
 
+    @property
+    def has_biases(self) -> bool:
+        """Whether a linear layer of a decoder layer has a bias."""
+        linears = (linear for x in self.layers for linear in (x.qkv, x.out, x.gate_up, x.down))
+        return any(linear.bias is not None for linear in linears)
+
     def image_features(self, hidden: Tensor) -> Tensor:
         """[R, D] hidden -> [R, D], the input of `image_head`."""
         return self._activation(self._image_projection(hidden))

@@ -12,6 +12,7 @@ from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_com
 from bicot.kernels import (
     cfg_sample_triton,
     decode_attention,
+    decode_linear,
     packed_rope,
     prefill_attention,
     record_draw,
@@ -249,3 +250,36 @@ def test_record_draw(running: bool, arch: int) -> None:
     )
     assert_clean(code)
     assert 16 in code.load_widths and 16 in code.store_widths
+
+
+def compile_linear(R: int, add: bool, arch: int, pdl: bool = False, dtype: torch.dtype = torch.bfloat16) -> Compiled:
+    """o and down of Janus-Pro-1B, or its gate and up."""
+    kernel, config = decode_linear._decode_linear_kernel, decode_linear.launch_config(R, dtype.itemsize)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    absent = ("p_squares",) if add else ("p_residual", "p_norm_weight", "p_new_squares", "p_parts", "p_arrived")
+    constants = {"SQUARES": 0 if add else 32, "SILU": not add, "ADD": add, "SPLITS": 4 if add else 1}
+    constants |= {"WIDE": False, "PDL": pdl, **config, **dict.fromkeys(absent)}
+    types = dict.fromkeys(("p_squares", "p_new_squares", "p_parts", "eps"), "*fp32") | {"eps": "fp32"}
+    types |= {"p_arrived": "*i32", "R": "i32", "N": "i32", "K": "i32"}
+    signature = {name: types.get(name, TYPES[dtype]) for name in kernel.arg_names if name not in constants}
+    return compile_kernel(kernel, signature, constants, divisible=signature.keys() - {"R", "eps"}, arch=arch, **options)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("R", [16, 32, 64])
+def test_decode_linear(R: int, add: bool, arch: int) -> None:
+    """Tiles are copied to shared memory 16 bytes at a time, several ahead of the tensor cores."""
+    code = compile_linear(R, add, arch)
+    assert_clean(code)
+    assert code.load_widths == {16} and code.widths("LDGSTS") == {16} and code.store_widths <= {4, 8, 16}
+    assert code.count("HMMA", "HGMMA") and code.registers <= 168
+    assert code.shared <= (76 if R <= 32 else 132) * 1024  # of 227 KiB: three programs, or one
+    assert "griddepcontrol" not in code.ptx and "prefetch" not in code.ptx
+
+
+def test_early_weights() -> None:
+    """A program that is launched early asks for weights, which no kernel writes, and waits before all else."""
+    before, after = compile_linear(32, True, 90, pdl=True).ptx.split("griddepcontrol.wait")
+    assert "prefetch.global.L2" in before and "ld.global" not in before and "cp.async" not in before
+    assert "cp.async" in after and "griddepcontrol.launch_dependents" in after

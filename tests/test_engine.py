@@ -153,6 +153,22 @@ def test_little_kv_memory_makes_smaller_chunks(policy: Policy) -> None:
         assert_same(RolloutChunk.cat(parts), whole[0])
 
 
+@pytest.mark.parametrize("options", MODELS)
+def test_fused_linear_layers_change_nothing(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six kernels a layer for as many sequences as they take, and cuBLAS for a model with biases."""
+    policy, sampling = tiny_policy(**options), Sampling(max_completion_length=12, cfg_weight=2.0)
+    calls = Counter[str]()
+    for name in ("decode_linear", "decode_linear_add"):
+        function = getattr(decoder, name)
+        counted = lambda *a, f=function, **k: (calls.update([f.__name__]), f(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(decoder, name, counted)
+    engine = RolloutEngine(policy, policy.prompt_encoder(FORMAT))
+    engine.decoder.fused_linear = True
+    fused = RolloutChunk.cat(list(engine.generate(PROMPTS, 4, sampling, seed=11)))
+    assert calls["decode_linear"] == calls["decode_linear_add"] and bool(calls) != options.get("biased", False)
+    assert_same(fused, rollout(policy, PROMPTS, 4, sampling))
+
+
 def test_a_cache_given_back_changes_nothing(policy: Policy) -> None:
     sampling, encoder = Sampling(max_completion_length=10, cfg_weight=2.0), policy.prompt_encoder(FORMAT)
     keeps, gives = (RolloutEngine(policy, encoder, kv_release=release) for release in (False, True))
