@@ -30,11 +30,11 @@ def unmerged(module: nn.Module, attribute: str) -> Any:
 
 
 def merged(module: nn.Module, name: str) -> Any:
-    """A parameter of `module` or of a submodule, with the active adapters merged in. Gradients flow into the adapters.
+    """Merge the active adapters into a parameter of `module` or of a submodule. Gradients flow into the adapters.
 
     Returns:
-        A tensor of the parameter's dtype, added up in float32 or wider. None for a bias that neither the module nor an
-        adapter has (with `lora_bias`, an adapter has a bias).
+        The sum in the parameter's dtype, computed in float32 or wider. None for a bias that neither the module nor an
+        adapter has. (An adapter has a bias with `lora_bias`.)
 
     Raises:
         ValueError: adapters that are not plain LoRA.
@@ -97,7 +97,7 @@ def add_lora(model: Any, r: int, alpha: int, dropout: float, targets: Sequence[s
 
 
 def load_lora(model: Any, folder: str | Path) -> Any:
-    """Add the adapters in a folder of PEFT's format, likewise."""
+    """Load the adapters in a folder of PEFT's format -> PEFT's model around `model`. Only the adapters train."""
     return require_peft().PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=False)
 
 

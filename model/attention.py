@@ -1,7 +1,7 @@
 """Causal attention of whole sequences, by one of several implementations.
 
 `sdpa` takes a rectangle in which each sequence is padded to the longest. The others take the sequences end to end,
-without padding. `auto` is the one that sequences.py measures to be the fastest on this device.
+without padding. For `auto`, sequences.py times those that can run on this device, and takes the fastest.
 
 Shapes: S sequences at M places, Hq query and Hkv key/value heads of E elements.
 """
@@ -23,12 +23,12 @@ Implementation = Literal["sdpa", "varlen", "flash_attn", "xformers", "auto"]
 
 @dataclass(frozen=True)
 class Places:
-    """Where S sequences lie: M places, sequence by sequence; M = S·L with padding, Σ lengths without.
+    """The M places of S sequences, one sequence after the other. M is S·L with padding, and Σ lengths without.
 
     Args:
-        shape: (S, L), L the longest.
-        lengths: of the sequences.
-        offsets: [S + 1] int32, where each sequence begins without padding.
+        shape: (S, L), where L is the length of the longest sequence.
+        lengths: length of each sequence.
+        offsets: [S + 1] int32, where each sequence begins if there is no padding.
     """
 
     shape: tuple[int, int]
@@ -37,7 +37,7 @@ class Places:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Places, float | None], Tensor]
-# what each implementation imports, and how to install that
+# the module that each implementation imports, and the command that installs it
 _NEEDS = {
     "varlen": ("torch.nn.attention.varlen", "pip install 'torch>=2.11'"),
     "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
@@ -102,10 +102,10 @@ IMPLEMENTATIONS: dict[str, Attend] = {
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float | None) -> Tensor:
-    """Attention at all places of the sequences: q [M, Hq, E], k and v [M, Hkv, E] -> [M, Hq, E].
+    """Compute attention at all places of the sequences: q [M, Hq, E], k and v [M, Hkv, E] -> [M, Hq, E].
 
     Args:
-        name: the implementation, which `resolve` has accepted, and which the block is laid out for.
+        name: an implementation that `resolve` has accepted, and that the sequences are laid out for.
         scale: factor of the scores; None = E^-1/2.
     """
     return IMPLEMENTATIONS[name](q, k, v, places, scale)

@@ -1,9 +1,9 @@
-"""The forward pass of training: packed tokens through the modules of transformers' Llama, in few kernel launches.
+"""Training's forward pass: packed tokens go through the modules of transformers' Llama, in few kernel launches.
 
 The linear layers are the model's own nn.Linear modules, so that adapters, ZeRO-3's hooks and each parameter's gradient
 work as in transformers. q, k, v (or gate, up) are one matrix product if they lie side by side in memory, as `join`
-leaves them, and have no hooks. Between the matrix products there is one kernel each: the residual add with the norm,
-the rotary embedding with the copy into attention's layout, and the activation. N tokens, D hidden.
+leaves them, and have no hooks. Between two matrix products runs a single kernel: the residual add fused with the norm,
+the rotary embedding fused with the copy into attention's layout, or the activation. N tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def join(decoder: Any) -> None:
 
 
 def forward(decoder: Any, x: Tensor, layout: Layout, selective: bool = False) -> Tensor:
-    """All layers: embeddings x [N, D] of the tokens -> [N, D] hidden states after the last norm.
+    """Run all layers: embeddings x [N, D] of the tokens -> [N, D] hidden states after the last norm.
 
     Layers with `gradient_checkpointing` in train mode recompute their activations, as in transformers. With
-    `selective`, the backward pass recomputes what takes no matrix product: norms, activations, and the inputs and
-    outputs of attention.
+    `selective`, the backward pass recomputes what takes no matrix product: norms, activation functions, the inputs of
+    attention, and the copy of its outputs to the tokens.
     """
     cos, sin = (t[0, :, : t.shape[-1] // 2].contiguous() for t in decoder.rotary_emb(x[None], layout.positions[None]))
     residual: Tensor | None = None
@@ -72,7 +72,7 @@ def forward(decoder: Any, x: Tensor, layout: Layout, selective: bool = False) ->
 def _layer(
     layer: Any, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, layout: Layout, keep: Keep
 ) -> tuple[Tensor, Tensor]:
-    """One layer -> the output of its MLP, and the residual stream that it is still to be added to."""
+    """Run one layer -> the output of its MLP, and the residual stream. The next layer adds the two."""
     attention, mlp = layer.self_attn, layer.mlp
     qkv, residual = _norm_linears(
         layer.input_layernorm, x, residual, [attention.q_proj, attention.k_proj, attention.v_proj], keep
@@ -89,27 +89,27 @@ def _layer(
 def _norm_linears(
     norm: Norm, x: Tensor, residual: Tensor | None, modules: Sequence[nn.Module], keep: Keep
 ) -> tuple[Tensor, Tensor]:
-    """Add x to the residual stream -> linear layers of the norm of the sum, and the sum."""
+    """Add x to the residual stream, and apply linear layers to the norm of the sum -> their outputs, and the sum."""
     normed, total = (norm(x), x) if residual is None else norm(x, residual)
     with keep([normed], _again(norm, total)):
         return linears(normed, modules), total
 
 
 def _linear(module: nn.Module, compute: Callable[..., Tensor], given: Sequence[Tensor], keep: Keep) -> Tensor:
-    """A linear layer of `compute(*given)`."""
+    """Apply a linear layer to `compute(*given)`."""
     x = compute(*given)
     with keep([x], _again(compute, *given)):
         return module(x)
 
 
 def _again(compute: Callable[..., Tensor], *given: Tensor) -> Callable[[], list[Tensor]]:
-    """A function that computes the same again, for the backward pass."""
+    """The function with which the backward pass computes the same tensor again."""
     detached = [x.detach() for x in given]
     return lambda: [compute(*detached)]
 
 
 def linears(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
-    """Several linear layers of x [N, D] -> their outputs side by side, [N, ΣD_out]."""
+    """Apply several linear layers to x [N, D] -> their outputs side by side, [N, ΣD_out]."""
     if all(map(_is_plain, modules)):  # first, because reading a weight makes ZeRO-3 gather it for the whole pass
         weights = [module.weight for module in modules]
         if (joined := side_by_side(weights)) is not None:  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A chunk of a rollout: consecutive samples with everything that was drawn for them, and how long each phase took.
+"""A chunk of a rollout has consecutive samples, everything that was drawn for them, and the time of each phase.
 
 Shapes: S samples of a chunk, T image tokens.
 """
@@ -27,12 +27,12 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """Waits for the phase to end."""
+        """How long the phase took. Waits for the phase to end."""
         return seconds_between(self.start, self.end)
 
 
 class Clock:
-    """Times phases on the current stream of a device, without waiting: the first phase begins at once."""
+    """Times phases on the current stream of a device without waiting for it. The first phase begins at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.start = device, now(device)
@@ -44,7 +44,7 @@ class Clock:
 
 
 def seconds_of(spans: Sequence[Span]) -> dict[str, float]:
-    """Total seconds by the name of the phase; waits for the device."""
+    """Total seconds of each phase, by its name. Waits for the device."""
     totals: dict[str, float] = {}
     for span in spans:
         totals[span.name] = totals.get(span.name, 0.0) + span.seconds
@@ -65,8 +65,8 @@ class RolloutChunk:
         image_tokens: [S, T] int64.
         image_logprobs, guided_logprobs: [S, T] float32, under the conditional and under the guided distribution.
         images: [S, 3, H, W] float32 in [0, 1].
-        spans: the phases "plan", "draw" and "decode". Chunks whose plans were written in one batch share one "plan",
-            which the first of them has.
+        spans: the phases "plan", "draw" and "decode". If the plans of several chunks were written in one batch, only
+            the first of these chunks has the phase "plan".
     """
 
     prompts: Packed
@@ -84,11 +84,6 @@ class RolloutChunk:
     def __len__(self) -> int:
         return len(self.plan_texts)
 
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each phase; waits for the device."""
-        return seconds_of(self.spans)
-
     @cached_property
     def ids(self) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[list[int]]]:
         """Prompts, plans, image prompts and image tokens as lists; image tokens are copied from the device once."""
@@ -96,7 +91,7 @@ class RolloutChunk:
         return *texts, self.image_tokens.tolist()  # type: ignore[return-value]
 
     def on_host(self) -> RolloutChunk:
-        """Itself, with `ids` computed: they are also there for every slice of it, which then waits for nothing."""
+        """The chunk itself, with `ids` computed. Slices of it then have their ids without waiting for the device."""
         _ = self.ids
         return self
 

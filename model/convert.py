@@ -1,9 +1,9 @@
-"""Read checkpoints in DeepSeek's own layout (`deepseek-ai/Janus-Pro-*`, the released T2I-R1) as transformers' Janus.
+"""Reads checkpoints in DeepSeek's own layout (`deepseek-ai/Janus-Pro-*`, the released T2I-R1) as transformers' Janus.
 
     python -m bicot.model.convert SRC DST      # SRC: folder or hub id; DST: a new folder in Hugging Face layout
 
-`load_policy` reads the original layout directly: `model_type` of its config.json is `multi_modality`. Every weight is
-renamed or dropped by a rule below; any other weight is an error. config.json only names the vision tower and the VQ
+`load_policy` reads this layout directly; the `model_type` of its config.json is `multi_modality`. The rules below
+rename or drop every known weight, and any other weight is an error. config.json only names the vision tower and the VQ
 model, so their sizes are here. Source: github.com/deepseek-ai/Janus, janus/models.
 """
 
@@ -57,7 +57,7 @@ VQ_MODELS: dict[str, dict[str, Any]] = {
 IMAGE_TOKENS = {"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"}
 PAD = "<\uff5c\u2581pad\u2581\uff5c>"  # the pad token of the original code
 
-# pattern of the full name -> the new name; three names for a fused q, k, v weight, one for each third of it
+# pattern of the full name -> the new name; a fused q, k, v weight has three new names, one for each third of it
 _BLOCK, _LAYER = r"vision_model\.vision_tower\.blocks\.(\d+)", r"model.vision_model.encoder.layers.\1"
 _RENAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"language_model\.lm_head\.(.+)", (r"lm_head.\1",)),
@@ -194,7 +194,8 @@ def load_original(path: str | Path, config: JanusConfig, tokenizer: Any, dtype: 
     dtype = dtype or weights["lm_head.weight"].dtype
     model: Any = JanusForConditionalGeneration.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     ids = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    drawing = {"boi_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKENS["boi_token"])}  # transformers' `generate`
+    # transformers' `generate` needs it to draw pictures
+    drawing = {"boi_token_id": tokenizer.convert_tokens_to_ids(IMAGE_TOKENS["boi_token"])}
     model.generation_config = GenerationConfig(do_sample=True, generation_kwargs=drawing, **ids)
     return model
 

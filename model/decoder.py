@@ -1,9 +1,9 @@
-"""Janus's language model for decoding: a prefill of packed prompts, then decode steps of one token for each sequence.
+"""Decodes with Janus's language model: a prefill of packed prompts, then decode steps of one token for each sequence.
 
-It reads `Weights` and writes a `KVPool`. A decode step launches nine or ten kernels a layer, or six with
-`fused_linear`. No shape depends on the length of a sequence, so the step can be a CUDA graph. The shapes of a prefill
-depend on its number of tokens alone, so it is padded to a few sizes, each with a graph. R sequences, D hidden, N packed
-prompt tokens.
+It reads `Weights` and writes the KV cache, a `KVPool`. A decode step launches nine or ten kernels per layer, or six
+with `fused_linear`. No shape depends on the length of a sequence, so the step can be a CUDA graph. The shapes of a
+prefill depend on its number of tokens alone, so it is padded to one of a few sizes, each with a graph. R sequences,
+D hidden, N packed prompt tokens.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from .kv import SCRATCH, KVPool
 from .policy import Policy
 from .weights import Weights
 
-PREFILL_TOKENS = 2048  # of one pass: enough to be bound by arithmetic, and it bounds the activations
-_BUCKET = 256  # tokens; a pass of fewer takes nearly as long, and larger buckets keep the graphs few
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the sequence
+PREFILL_TOKENS = 2048  # maximum of one pass: enough to be bound by arithmetic, and few enough to bound the activations
+_BUCKET = 256  # a prefill is padded to a multiple of this, so that few graphs suffice; a smaller one is hardly faster
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # types whose frequencies do not depend on the sequence
 
 
 class Decoder:
@@ -39,7 +39,7 @@ class Decoder:
         policy: gives the configuration and the rotary embedding.
         weights: of the policy.
         pool: the KV cache.
-        max_context: most tokens of a sequence.
+        max_context: maximum number of tokens in a sequence.
         graphs: runs prefills, as CUDA graphs or eagerly.
 
     Attributes:
@@ -54,7 +54,7 @@ class Decoder:
         config, rotary = policy.config.text_config, policy.decoder.rotary_emb
         if rotary.rope_type not in _STATIC_ROPE:
             raise ValueError(
-                f"rope_type {rotary.rope_type!r} changes with the length; the engine decodes {_STATIC_ROPE}"
+                f"rope_type {rotary.rope_type!r} changes with the length; the engine takes {', '.join(_STATIC_ROPE)}"
             )
         self.weights, self.pool, self.graphs = weights, pool, graphs
         self._tables: dict[int, Tensor] = {}  # number of tokens -> the input of its graph
@@ -79,8 +79,8 @@ class Decoder:
 
         Args:
             x: [R, D] the embeddings of the tokens; overwritten.
-            prefix_start, prefix_length, start, length: [R] int64, where each sequence lies in the pool, with its new
-                token.
+            prefix_start, prefix_length, start, length: [R] int64, the two segments of each sequence in the pool. The
+                second one includes the new token.
             positions, slots: [R] int64, of the new token in its sequence and in the pool.
 
         Returns:
@@ -112,9 +112,9 @@ class Decoder:
     def _layers(
         self, x: Tensor, positions: Tensor, slots: Tensor, attend: Callable[..., Tensor], keys_only: bool = False
     ) -> Tensor:
-        """All layers: x [N, D] (overwritten) at `positions`; their keys and values are written to `slots`.
+        """Run all layers on x [N, D] (overwritten) at `positions`, and write the keys and values to `slots`.
 
-        With `keys_only`, stop when those of the last layer are written.
+        With `keys_only`, stop after the keys and values of the last layer.
         """
         layers = self.weights.layers
         normed = rms_norm(x, layers[0].attention_norm.tensor, self.eps)
@@ -130,7 +130,7 @@ class Decoder:
 
     @record_function("prefill")
     def prefill(self, prompts: Sequence[Sequence[int]], starts: Sequence[int]) -> None:
-        """Write the keys and values of whole prompts to the pool: prompt i to the slots from starts[i] on."""
+        """Write the keys and values of whole prompts to the pool: those of prompt i to the slots from starts[i] on."""
         filled = [i for i, prompt in enumerate(prompts) if prompt]
         prompts, starts = [prompts[i] for i in filled], [starts[i] for i in filled]
         begin = tokens = 0
@@ -169,7 +169,7 @@ class Decoder:
     def _capture(self, size: int) -> None:
         key, step = self._graph(size)
         if self.graphs.lacks(key):
-            # all slots are the scratch slot: the run before a capture must overwrite no sequence
+            # all slots are the scratch slot, since a capture first runs the step, which must not overwrite a sequence
             self._tables[size] = torch.zeros(4, size, dtype=torch.int64, device=self.cos.device)
             self.graphs.capture(key, step)
 
@@ -177,12 +177,12 @@ class Decoder:
         return ("prefill", size), lambda: self._write(self._tables[size])
 
     def _bucket(self, tokens: int) -> int:
-        """The size of the pass that takes `tokens`: one graph serves all sizes up to its own."""
+        """The size that a pass of `tokens` is padded to. One graph serves all passes up to its size."""
         return -(-tokens // _BUCKET) * _BUCKET if self.graphs.enabled else tokens
 
     def _write(self, table: Tensor) -> None:
-        """Write the keys and values of packed tokens. `table`: [4, N], the id, position and slot of each token, and the
-        index of the first token of its prompt."""
+        """Write the keys and values of packed tokens. `table` [4, N] has the id, position and slot of each token, and
+        the index of the first token of its prompt."""
         ids, positions, slots, first = table
 
         def attend(query: Tensor, keys: Tensor, values: Tensor, *scales: Tensor | None) -> Tensor:

@@ -1,12 +1,12 @@
-"""The rollout engine: prompts in; plans, image tokens, their log-probabilities and the pictures out, chunk by chunk.
+"""The rollout engine takes prompts, and yields plans, image tokens, their log-probabilities and pictures, in chunks.
 
-Both stages read the policy's own parameters, so a rollout follows the latest optimizer step. A plan decodes one
-sequence for fewer than a hundred steps, a guided picture two sequences for T = 576 steps. A step reads all weights
+Both stages read the policy's own parameters, so a rollout follows the latest optimizer step. A plan takes one sequence
+and usually fewer than a hundred steps. A guided picture takes two sequences and T = 576 steps. A step reads all weights
 however many sequences it decodes, so the batches are as large as possible: all plans are written in one batch, if
 `max_rows` and the KV cache allow it, and then the pictures are drawn in chunks. (Drawing the first pictures while the
 last plans are written would save no steps, and each such step would read both heads.)
 
-Every random number depends on (seed, sample, stage, position) alone, so a sample's tokens do not depend on its chunk.
+Every random number depends on (seed, sample, stage, position) only, so a sample's tokens do not depend on its chunk.
 
 Shapes: S samples of a chunk, T image tokens.
 """
@@ -44,17 +44,17 @@ def _slices(samples: Sequence[_Sample], most: int) -> list[Sequence[_Sample]]:
     return [samples[start : start + most] for start in range(0, len(samples), most)]
 
 
-_NO_LOGPROBS = torch.empty(0)  # of a plan that is given
+_NO_LOGPROBS = torch.empty(0)  # for a plan that was given, not sampled
 
 
 @dataclass
 class _Sample:
-    """A sample that is being made: its prompt first, then its plan, then the prompt of its picture."""
+    """A sample of the rollout. It has its prompt first, then also its plan, and then the prompt of its picture."""
 
     number: int
     prompt: str
     prompt_ids: list[int]  # one list for the whole group
-    image_prompt: int  # tokens that the picture's prompt takes in the KV cache; an upper bound until there is a plan
+    image_prompt: int  # slots of the picture's prompt in the KV cache; an upper bound until there is a plan
     plan: list[int] = field(default_factory=list)
     plan_logprobs: Tensor = _NO_LOGPROBS
     text: str = ""
@@ -62,13 +62,13 @@ class _Sample:
 
 
 def _plan_slots(batch: Sequence[_Sample], limit: int) -> int:
-    """Slots of the KV cache for the plans of a batch: one prompt for each group, and `limit` tokens for each plan."""
+    """Number of slots for the plans of a batch: those of one prompt for each group, and `limit` for each plan."""
     prompts = {id(sample.prompt_ids): len(sample.prompt_ids) - 1 for sample in batch}
     return sum(prompts.values()) + len(batch) * limit
 
 
 def _image_slots(batch: Sequence[_Sample], length: int, sequences_per_sample: int) -> int:
-    """Slots of the KV cache for the pictures of a batch: their prompts, one shared unconditional prompt, the tokens."""
+    """Number of slots for the pictures of a batch: their prompts, one shared unconditional prompt, and their tokens."""
     lengths = [sample.image_prompt for sample in batch]
     shared = max(lengths) if sequences_per_sample == 2 else 0
     return sum(lengths) + shared + len(batch) * sequences_per_sample * length
@@ -83,12 +83,12 @@ class RolloutEngine:
     Args:
         policy: the model to sample from, with the weights that it has at each call of `generate`.
         encoder: writes the prompts of both stages.
-        max_rows: most sequences of one decode step. A sample is one sequence; in the guided image stage it is two.
-        max_context: most tokens of a sequence; None = the model's limit.
+        max_rows: maximum number of sequences in a decode step. A picture with guidance counts as two.
+        max_context: maximum number of tokens in a sequence; None = the model's limit.
         cuda_graphs: whether decode steps are CUDA graphs; "auto" = on a GPU, if Triton's kernels take the dtype.
         kv_dtype: "auto" = the policy's dtype; "fp8" = float8_e4m3fn with a scale for each token and head.
-        kv_bytes: most bytes of the KV cache; None = half of a GPU's free memory. It limits the size of a chunk.
-        kv_release: free the KV cache at the end of each rollout. Its CUDA graphs are then captured anew every time.
+        kv_bytes: maximum size of the KV cache; None = half of a GPU's free memory. It limits the size of a chunk.
+        kv_release: free the KV cache at the end of each rollout. CUDA graphs are then captured again in each rollout.
 
     Raises:
         ValueError: CUDA graphs without a GPU or without Triton's kernels, an fp8 cache on a GPU that cannot convert it,
@@ -117,7 +117,7 @@ class RolloutEngine:
         self.weights = Weights(policy)
         dtype = FP8 if kv_dtype == "fp8" else policy.dtype
         self.pool, self.kv_release = KVPool(policy.config.text_config, dtype, self.device, kv_bytes), kv_release
-        # a higher priority than rewards have, which work at the same time on streams of the default priority
+        # a higher priority than that of the rewards, which work at the same time on streams of the default priority
         self.decode_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self.picture_stream = torch.cuda.Stream(self.device, priority=-1) if on_gpu else None
         self.graphs = StepGraphs(self.decode_stream if graphs else None)
@@ -146,7 +146,7 @@ class RolloutEngine:
             group_size: G.
             sampling: temperatures, truncation and guidance.
             seed: of this rollout, 64 bits.
-            first_sample: number of the first sample; ranks that share a step have different ones. A list gives the
+            first_sample: number of the first sample. Ranks that share a step need different numbers. A list gives the
                 number of each prompt's first sample.
             plans: None = sample them; otherwise the text of each prompt's plan, where None = draw without a plan.
 
@@ -167,7 +167,7 @@ class RolloutEngine:
         image_slots = partial(
             _image_slots, length=self.policy.num_image_tokens, sequences_per_sample=sequences_per_sample
         )
-        # once, for plans of any length: a pool that grows later is allocated anew, and all graphs are captured again
+        # reserve once, for plans of any length: if the pool grows later, all graphs must be captured again
         self._reserve(
             [plan_slots(batch) for batch in _slices(samples if plans is None else [], self.max_rows)]
             + [image_slots(batch) for batch in _slices(samples, most_images)]
@@ -204,10 +204,10 @@ class RolloutEngine:
         first_sample: int | list[int],
         plans: Sequence[str | None] | None,
     ) -> list[_Sample]:
-        """The samples of a rollout, with the ids of their first prompts; ValueError as `generate`."""
+        """The samples of a rollout, with the ids of their first prompts. Raises ValueError as `generate` does."""
         prompt_ids = [[] if plans is not None else self.encoder.plan_ids(prompt, limit) for prompt in prompts]
-        # The picture's prompt is shorter than the plan's prompt and the plan together. Its text is encoded anew, which
-        # may take more tokens than were sampled: room for a quarter more.
+        # The text of the picture's prompt is shorter than the plan's prompt and the plan together. But encoding the
+        # plan's text may give more tokens than were sampled, so there is room for a quarter more.
         longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1
         first = first_sample
         if isinstance(first, int):
@@ -224,7 +224,7 @@ class RolloutEngine:
     def _on(
         self, stream: torch.cuda.Stream | None, after: torch.cuda.Stream | None = None
     ) -> AbstractContextManager[Any]:
-        """Inside, work goes to `stream`, which first waits for the work that `after` has now; no-op without a GPU."""
+        """Inside, work goes to `stream`, after the work that `after` has now. Without a GPU this does nothing."""
         if stream and after:
             stream.wait_stream(after)
         return torch.cuda.stream(stream) if stream else nullcontext()
@@ -238,7 +238,7 @@ class RolloutEngine:
             self.graphs.clear()
 
     def _prepare(self, samples: int, sequences_per_sample: int, sampling: Sampling, plan: bool) -> None:
-        """Make the stages, and capture the graphs of prefills and of the largest batch of these samples."""
+        """Make the stages, and capture the graphs that the samples need before the first step."""
         limit, length, most = sampling.max_completion_length, self.policy.num_image_tokens, self.max_rows
         if self.plan_stage is None or (plan and self.plan_stage.length != limit):
             self.graphs.clear()
@@ -335,7 +335,7 @@ class RolloutEngine:
     def _chunk(
         self, samples: Sequence[_Sample], drawn: tuple[Tensor, Tensor, Tensor], images: Tensor, spans: tuple[Span, ...]
     ) -> RolloutChunk:
-        """The chunk of a batch. The current stream waits until it is complete, and then may use and free it."""
+        """The chunk of a batch. The current stream waits until it is complete, so that it may use and free it."""
         if self.decode_stream and self.picture_stream:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self.decode_stream)

@@ -23,7 +23,7 @@ from .settings import Sampling
 if TYPE_CHECKING:
     from PIL import Image
 
-SEEDS = 2**31  # a seed is the engine's number of a sample
+SEEDS = 2**31  # number of seeds: a seed is the number of a sample in the engine
 
 
 @dataclass(frozen=True, eq=False)  # == of tensors is not a bool
@@ -33,7 +33,7 @@ class Generation:
     Args:
         prompt: as it was given.
         plan: its text; "" without a plan.
-        seed: draws this picture again, also with n=1.
+        seed: with n=1, this seed draws the picture again.
         image: RGB.
         tokens: [T] int64, the image tokens.
         image_logprobs: [T] float32, log-probabilities of the image tokens, conditional (without guidance).
@@ -78,7 +78,7 @@ def first_samples(prompts: Sequence[str], n: int, seed: int) -> list[int]:
 class Policy(policy.Policy):
     """A policy that draws pictures: `Policy.from_pretrained(path).generate("a red circle", n=4)`.
 
-    `settings` are the prompt texts and the sampling that `generate` uses, at first those of the checkpoint.
+    `settings` has the prompt texts and the sampling that `generate` uses. At first they are those of the checkpoint.
     """
 
     _engine: RolloutEngine | None = None
@@ -87,7 +87,7 @@ class Policy(policy.Policy):
     def from_pretrained(
         cls, path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Policy:
-        """`load_policy`, where None = a GPU and bfloat16 if there is one, else the CPU and float32."""
+        """Load a policy with `load_policy`: by default on a GPU in bfloat16, or without a GPU on the CPU in float32."""
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         usual = torch.bfloat16 if where.type == "cuda" else torch.float32
         loaded = policy.load_policy(path, dtype=dtype or usual, device=where)
@@ -115,8 +115,8 @@ class Policy(policy.Policy):
 
         Args:
             prompts: one prompt, or a list.
-            n: pictures of each prompt.
-            seed: of the first picture of each prompt; the others have the following seeds.
+            n: number of pictures of each prompt.
+            seed: seed of the first picture of each prompt; the others have the following seeds.
             plan: "auto" = the model writes a plan for each picture; "off" = it draws without a plan; any other text is
                 the plan of all pictures. A list has "off" or the text of a plan for each prompt.
             sampling: fields of `Sampling`, such as cfg_weight, temperature, top_k, image_temperature and

@@ -1,4 +1,4 @@
-"""CUDA graphs of prefills, decode steps and pictures: captured once for each shape, then replayed with one launch."""
+"""CUDA graphs of prefills, decode steps and pictures are captured once for each shape, and replayed with one launch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..kernels.dispatch import choose, dependent_launches
 
 
 def use_graphs(asked: bool | Literal["auto"], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether decode steps become CUDA graphs. "auto" = on a GPU that can run Triton's kernels; one that cannot warns.
+    """Whether decode steps become CUDA graphs. "auto" = if the GPU can run Triton's kernels; otherwise it warns.
 
     Where Triton is missing or does not take the dtype, plain PyTorch replaces its kernels. That waits for the device in
     the middle of a step, which a CUDA graph cannot contain.
@@ -46,13 +46,12 @@ class StepGraphs:
 
     Args:
         stream: captures the steps. The kernels of a graph keep this stream's priority wherever the graph is replayed.
-        dependent_launches: launch captured kernels as `dispatch.dependent_launches` says. Off until a GPU has shown
-            that this saves time (python -m bicot.bench.bench_rollout compares).
     """
 
-    def __init__(self, stream: torch.cuda.Stream | None, dependent_launches: bool = False) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.stream = stream
-        self.dependent_launches = dependent_launches
+        # off until a GPU has shown that it saves time (python -m bicot.bench.bench_rollout compares)
+        self.dependent_launches = False
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._memory: Any = None  # one pool for all: they never run at the same time
 
@@ -62,7 +61,7 @@ class StepGraphs:
 
     @property
     def missing(self) -> bool:
-        """Whether graphs are used and there are none yet: at first, and after `clear`."""
+        """Whether graphs are used, but there are none yet (at first, and after `clear`)."""
         return self.enabled and not self._graphs
 
     def clear(self) -> None:
@@ -80,11 +79,11 @@ class StepGraphs:
         """Capture the graph of `times` steps, if there is none yet.
 
         Args:
-            key: identifies the graph. It has everything that the host decides in `step`, so that steps with one key
-                launch the same kernels.
-            step: works on the device only, and never waits for it. It is run once before the capture, when it must
-                change no result.
-            times: how often the graph repeats the step. A launch costs the host the same for a long graph.
+            key: identifies the graph. It has everything that the host decides in `step`, so that steps with the same
+                key launch the same kernels.
+            step: works on the device only, and never waits for it. It runs once before the capture, and must not
+                change a result then.
+            times: how often the graph repeats the step. Launching a long graph costs the host as little as a short one.
         """
         if not self.lacks(key):
             return
@@ -93,7 +92,7 @@ class StepGraphs:
             self._graphs[key] = self._record(lambda: _repeat(step, times))
 
     def run(self, key: Hashable, step: Callable[[], None], times: int = 1) -> None:
-        """Run `step` `times` times: by the graph that was captured for the key, or eagerly."""
+        """Run `step` `times` times, by the graph that was captured for the key, or eagerly."""
         if self.enabled:
             return self._graphs[key].replay()
         _repeat(step, times)

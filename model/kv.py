@@ -1,7 +1,7 @@
-"""The KV cache: one pool of slots for all layers. A slot holds the keys and values of one token.
+"""The KV cache is one pool of slots for all layers. A slot holds the keys and values of one token.
 
-A sequence reads a prefix that others may share, and a contiguous segment of slots that is its own (see
-kernels/decode_attention.py). So keys and values never move when sequences share a prefix, end, or change batches.
+A sequence reads a prefix that others may share, and a segment of its own (see kernels/decode_attention.py). So keys and
+values are never copied when sequences share a prefix, end, or change batches.
 P slots, H key/value heads, E head dimensions.
 """
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ..kernels.kv_pool import FP8
 
-SHARE_OF_FREE = 0.5  # of a GPU's free memory; the optimizer's moments and the activations, which come later, need some
-SCRATCH = 0  # the slot that fillers of a batch write (see stages.py)
+SHARE_OF_FREE = 0.5  # of a GPU's free memory; the optimizer's moments and the activations are allocated later
+SCRATCH = 0  # the slot that fillers of a batch use (see stages.py)
 
 
 class KVPool:
-    """Keys and values of every layer; grows on demand up to its limit, and stays that large until `release`.
+    """Keys and values of every layer. It grows on demand up to its limit, and does not shrink until `release`.
 
     Args:
         config: the configuration of the language model.
         dtype: of keys and values; `torch.float8_e4m3fn` stores them with one float32 scale for each token and head.
-        max_bytes: the limit; None = half of the memory that is free on a GPU when the pool grows, no limit on a CPU.
+        max_bytes: the limit; None = half of the memory that is free on a GPU when the pool grows, or no limit on a CPU.
     """
 
     def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, max_bytes: int | None) -> None:
@@ -50,14 +50,14 @@ class KVPool:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit."""
+        """How many tokens fit."""
         return max(0, self.slots - SCRATCH - 1)
 
     def reserve(self, tokens: int) -> bool:
         """Free all segments and grow until `tokens` fit, or to the limit -> whether the pool has moved in memory.
 
-        A move makes all CUDA graphs invalid. So the pool grows to an eighth more than it needs, and a size that the
-        limit has refused is not tried again: free memory changes from step to step, and the pool should not.
+        A move makes all CUDA graphs invalid. So the pool grows to an eighth more than it needs. A size that the limit
+        has refused is not tried again, since free memory changes from step to step, and the pool should not.
         """
         self.reset()
         if tokens <= max(self.capacity, self._asked):
@@ -80,7 +80,7 @@ class KVPool:
             try:
                 self._allocate(slots)
                 return True
-            except torch.OutOfMemoryError:  # a smaller pool will do: the engine's chunks become smaller
+            except torch.OutOfMemoryError:  # a smaller pool suffices, since the engine then makes smaller chunks
                 slots //= 2
                 if not slots:
                     raise

@@ -1,4 +1,4 @@
-"""Merge LoRA adapters into the model that they belong to, and write it in Hugging Face layout.
+"""Merges LoRA adapters into their base model, and writes it in Hugging Face layout.
 
     python -m bicot.model.merge_lora ADAPTER OUT     # ADAPTER: a checkpoint of a LoRA run; OUT: a new folder
 

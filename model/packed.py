@@ -1,4 +1,4 @@
-"""Sequences of different lengths as one flat tensor and its offsets: how ragged text travels between modules."""
+"""Sequences of different lengths travel between modules as one flat tensor with offsets, without padding."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Packed:
 
     Args:
         values: [N], any dtype.
-        offsets: [S + 1] int64 on the CPU, because the host must know lengths to make shapes.
+        offsets: [S + 1] int64 on the CPU, because the host needs the lengths for the shapes of tensors.
     """
 
     values: Tensor
@@ -32,7 +32,7 @@ class Packed:
 
     @classmethod
     def cat(cls, several: Sequence[Packed]) -> Packed:
-        """The sequences of several, in order."""
+        """Join the sequences of several, in order."""
         return cls(
             torch.cat([packed.values for packed in several]),
             torch.cat([torch.zeros(1, dtype=torch.int64), *(packed.lengths for packed in several)]).cumsum(0),

@@ -1,4 +1,4 @@
-"""The policy: a Janus model with its tokenizer, its two heads, and its trainable parameters.
+"""The policy is a Janus model with its tokenizer, its two heads, and its trainable parameters.
 
 Shapes: S samples, T image tokens of a picture, D hidden, V a head's vocabulary.
 """
@@ -52,10 +52,10 @@ class Policy:
         model: the transformers module; no parameter is copied.
         tokenizer: its tokenizer, with `boi_token` among its special tokens.
 
-    `settings` are the prompt texts and the sampling of the checkpoint.
+    `settings` has the prompt texts and the sampling of the checkpoint.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:  # transformers annotates both too loosely to check against
+    def __init__(self, model: Any, tokenizer: Any) -> None:  # Any: transformers' annotations are too loose to check
         self.model = model
         self.tokenizer = tokenizer
         self.config = self.model.config
@@ -114,14 +114,14 @@ class Policy:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def freeze(self) -> Policy:
-        """Make this a reference model, without trainable parameters, and return it."""
+        """Make this a reference model, which has no trainable parameters, and return it."""
         self.model.requires_grad_(False)
         body.join(self.decoder)
         return self
 
     def recompute(self, what: bool | str) -> None:
-        """Set which activations the backward pass recomputes: True = those of layers in train mode; "selective" = those
-        that take no matrix product (see body.py)."""
+        """Set which activations the backward pass recomputes: True = all of them, in train mode; "selective" = those
+        that take no matrix product (see body.py); False = none."""
         self.selective = what == "selective"
         if what is True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -144,7 +144,7 @@ class Policy:
         return head.activation_fn(head.proj_out(hidden))
 
     def hidden(self, *streams: Stream) -> list[Tensor]:
-        """One forward pass over the sequences of all streams; a prefix that neighbours share is computed once.
+        """Run one forward pass over the sequences of all streams. A prefix that neighbours share is computed once.
 
         Args:
             streams: each has prompts and completions, as ids. Ids beyond the text vocabulary are image tokens, as
@@ -163,7 +163,7 @@ class Policy:
 
     @record_function("rows")
     def lay_out(self, blocks: Sequence[Sequence[Sequence[int]]]) -> tuple[list[int], list[list[list[int]]], Layout]:
-        """`sequences.lay_out` for the policy's device and attention. The first call decides what `auto` is."""
+        """Call `sequences.lay_out` for the policy's device and attention. The first call decides what `auto` is."""
         if self.attention.name == "auto":
             text = self.config.text_config
             shape = (text.num_attention_heads, text.num_key_value_heads, text.head_dim)
@@ -199,7 +199,7 @@ class Policy:
         """
         if self.adapters:
             self.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
-            (Path(folder) / "README.md").unlink(missing_ok=True)  # an empty form
+            (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)

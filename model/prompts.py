@@ -1,4 +1,4 @@
-"""The two chat prompts of BiCoT: "plan this image in words", then "draw it".
+"""The two chat prompts of BiCoT ask the model to plan the picture in words, and then to draw it.
 
 Stage 1 (semantic CoT):  [system] + user(reasoning_prompt.format(prompt)) + assistant, the model writes a plan.
 Stage 2 (token CoT):     user("{prompt}. {plan}") + assistant + <begin_of_image>, the model draws T image tokens.
@@ -7,8 +7,8 @@ Without a plan, stage 2 alone: user("{prompt}") + assistant + <begin_of_image>.
 The unconditional sequence of classifier-free guidance is as long as the conditional one: every token but the first
 (BOS) and the last (<begin_of_image>) becomes the pad token. Pad tokens are attended to.
 
-Text stays text: the name of a special token in a prompt, an instruction or a plan is encoded as ordinary characters.
-Special tokens are inserted by id, and the role tokens of the `janus` template by the template.
+The name of a special token in a prompt, an instruction or a plan is encoded as ordinary characters. Special tokens are
+inserted by id, and the role tokens of the `janus` template by the template.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class PromptFormat:
         return self._chat(self.reasoning_prompt.replace("{}", prompt), self.system_prompt)
 
     def image_parts(self, prompt: str, plan: str | None) -> list[str]:
-        """Stage 2, the request for the picture, likewise, without `<begin_of_image>`.
+        """Stage 2, the request for the picture, in the same form, without `<begin_of_image>`.
 
-        Without a plan (None) it is the raw prompt alone, as for the base model.
+        If `plan` is None, the request is the raw prompt alone, as for the base model.
         """
         return self._chat(prompt if plan is None else f"{prompt}. {plan}")
 
@@ -106,7 +106,7 @@ class PromptEncoder:
     Args:
         tokenizer: a Janus tokenizer, which defines BOS, EOS, pad and `boi_token`. It is asked to add no tokens itself.
         format: the texts.
-        max_context: most tokens of a sequence; a longer prompt is an error that names it.
+        max_context: maximum number of tokens in a sequence; a longer prompt is an error that names it.
     """
 
     tokenizer: Any  # a transformers tokenizer; its annotations are too loose to check against
@@ -122,7 +122,7 @@ class PromptEncoder:
         return self._encode(self.format.plan_parts(prompt), prompt, room)
 
     def image_ids(self, prompt: str, plan: str | None, room: int) -> list[int]:
-        """Ids of the stage-2 prompt, with `<begin_of_image>` last. ValueError likewise, for the picture."""
+        """Ids of the stage-2 prompt, with `<begin_of_image>` last. ValueError if it leaves less than `room` tokens."""
         return [*self._encode(self.format.image_parts(prompt, plan), prompt, room + 1), self.boi_token_id]
 
     def unconditional_ids(self, length: int) -> list[int]:

@@ -1,8 +1,8 @@
-"""Activations that the backward pass recomputes instead of keeping them, where that takes no matrix product.
+"""Lets the backward pass recompute activations instead of keeping them, where that takes no matrix product.
 
 PyTorch's activation checkpointing recomputes a whole block up to the last tensor that is missing, so a block between
-two matrix products would have to begin and end with copies of the residual stream. Here single tensors are named, and
-how each is computed.
+two matrix products would have to begin and end with copies of the residual stream. This module works on single tensors
+instead: the caller says which tensors not to keep, and how to compute them again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class _Again:
-    """Tensors that were not kept: computed when the first is needed, freed when all `uses` of them are over."""
+    """Tensors that were not kept. They are computed when the first is needed, and freed after the last of `uses`."""
 
     def __init__(self, compute: Callable[[], Sequence[Tensor]]) -> None:
         self.compute, self.uses = compute, 0
@@ -34,16 +34,16 @@ Keep = Callable[[Sequence[Tensor], Callable[[], Sequence[Tensor]]], AbstractCont
 
 
 def keep_all(*_: Any) -> AbstractContextManager[None]:
-    """Takes the place of `recomputed` where autograd is to keep what it needs."""
+    """Stands in for `recomputed` if autograd is to keep everything that it needs."""
     return nullcontext()
 
 
 @contextmanager
 def recomputed(tensors: Sequence[Tensor], compute: Callable[[], Sequence[Tensor]]) -> Iterator[None]:
-    """Inside, autograd keeps `compute`, which computes the tensors again, instead of `tensors` and views of them.
+    """Inside, autograd keeps the function `compute` instead of `tensors` and their views.
 
-    Each tensor has a storage of its own, and `compute` returns it with the same strides. `compute` must not hold a
-    reference to them.
+    `compute` returns the same tensors again, with the same strides, and must not hold a reference to them. Each tensor
+    has a storage of its own.
     """
     index_of = {tensor.untyped_storage().data_ptr(): i for i, tensor in enumerate(tensors)}
     again = _Again(compute)

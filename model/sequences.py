@@ -1,10 +1,11 @@
-"""Sequences of tokens in one forward pass: a prefix that a sequence shares with the one before it is computed once.
+"""Lays out sequences for one forward pass, in which a prefix that a sequence shares with the previous one counts once.
 
-The linear layers see N packed tokens: of each sequence the tokens that it does not share with the sequence before it,
-and no padding. Attention sees whole sequences, padded on the right to [S, L] or end to end, as its implementation wants
-them. So queries, keys and values are copied from the N tokens to the places of whole sequences, and outputs are copied
-back. In causal attention a token depends on earlier tokens alone, so results and gradients are those of sequences that
-are computed one by one. G samples of a prompt of P tokens cost P + Σ len(sample) tokens instead of G·P + Σ.
+The linear layers get N packed tokens without padding: from each sequence, the tokens that it does not share with the
+previous one. Attention gets whole sequences, either padded on the right to [S, L] or end to end, as its implementation
+needs them. So queries, keys and values are copied from the N tokens to the places of whole sequences, and outputs are
+copied back. In causal attention a token depends on earlier tokens only, so results and gradients are the same as for
+sequences that are computed one by one. G samples of a prompt of P tokens cost P + Σ len(sample) tokens instead of
+G·P + Σ len(sample).
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Block(Places):
     """Sequences as attention sees them. A token that several sequences share has a place in each of them.
 
     Args:
-        tokens: the block's n tokens among the N of the pass.
-        token_at: [M] which of the n tokens is at each place; any at padding.
+        tokens: which of the N tokens of the pass are the block's n tokens.
+        token_at: [M] which of the n tokens is at each place; at padding it is any of them.
         starts: [n + 1] where the places of each token begin in `places`.
-        places: the places of the first token in ascending order, then those of the second, and so on.
+        places: the places of the first token in ascending order, then those of the second token, and so on.
         first: [n] the first place of each token.
     """
 
@@ -63,7 +64,7 @@ def sequences_of(streams: Sequence[Stream]) -> list[list[list[int]]]:
 
 
 def token_counts(streams: Sequence[Stream]) -> tuple[list[int], list[int]]:
-    """How many tokens each sample adds to a pass over all streams: as its first sample, and after the sample before."""
+    """How many tokens each sample adds to a pass over all streams, as its first sample, and after the previous one."""
     samples = list(zip(*sequences_of(streams), strict=True))
     alone = [sum(map(len, sequences)) for sequences in samples]
     shared = [0, *(sum(map(_shared, *pair)) for pair in pairwise(samples))]
@@ -161,7 +162,7 @@ class _Take(torch.autograd.Function):
         starts, places = ctx.saved_tensors
         N, D = len(starts) - 1, grad.shape[1]
         width = math.gcd(D, 64)
-        # the rows play the queries of rope_gather, rotated by 0; there are no keys or values
+        # rope_gather adds the rows up as if they were queries, rotated by 0; there are no keys or values
         heads = grad.contiguous().view(len(grad), D // width, width)
         none, cos, sin = heads[:, :0], grad.new_ones(N, width // 2), grad.new_zeros(N, width // 2)
         return rope_gather(heads, none, none, cos, sin, starts, places, grad.new_empty(N, D)), None, None, None
@@ -193,7 +194,7 @@ def _spread(qkv: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, block: Block) 
 
 
 class _Collect(torch.autograd.Function):
-    """For each block [M, D] at its places -> [N, D] at the tokens, each copied from its first place."""
+    """Copy the outputs of each block, [M, D] at its places, to the tokens [N, D], each from its first place."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, *places: Tensor) -> Tensor:
@@ -221,7 +222,7 @@ def sequence_attention(
     layout: Layout,
     keep: Keep = keep_all,
 ) -> list[Tensor]:
-    """Rotary embedding and causal attention of every sequence.
+    """Apply the rotary embedding and causal attention to every sequence.
 
     Args:
         qkv: [N, (Hq + 2·Hkv)·E], the projections of the tokens.
@@ -232,7 +233,7 @@ def sequence_attention(
         keep: `keep_all`, or `recomputed` if the backward pass is to compute queries, keys and values again.
 
     Returns:
-        For each block [M, Hq·E] at its places; `collect` brings it back to the tokens.
+        For each block the outputs [M, Hq·E] at its places. `collect` copies them back to the tokens.
     """
     spread = _Spread.apply(qkv, cos, sin, kv_heads, layout)
     outputs = []
@@ -251,7 +252,7 @@ def collect(layout: Layout, *places: Tensor) -> Tensor:
 def fastest(
     blocks: Sequence[Sequence[Sequence[int]]], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
 ) -> str:
-    """The implementation that is the fastest for these sequences, forward and backward, of all that can run.
+    """Time all implementations that can run, forward and backward, on these sequences -> the fastest one.
 
     `shape`: number of query heads, number of key/value heads, elements of a head.
     """
@@ -272,7 +273,7 @@ def _seconds(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """Seconds of attention, with the copies to its places and back."""
+    """Seconds of one layer's attention, including the copies to the places and back."""
     ids, _, layout = lay_out(blocks, device, name)
     heads, kv_heads, width = shape
     qkv = torch.ones(len(ids), (heads + 2 * kv_heads) * width, device=device, dtype=dtype, requires_grad=True)

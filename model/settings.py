@@ -1,4 +1,4 @@
-"""How to prompt and sample a checkpoint: `bicot.json` beside its weights, and the files that transformers reads."""
+"""`bicot.json` beside a checkpoint's weights says how to prompt and sample it; other files say so to transformers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Sampling:
     """How the tokens of both stages are sampled.
 
     Args:
-        max_completion_length: most tokens of a plan, EOS included; a longer plan ends there.
+        max_completion_length: maximum number of tokens in a plan, EOS included; a longer plan is cut off.
         temperature, top_k, top_p: of the plan (temperature 0 = greedy, top_k 0 = all tokens).
         image_temperature, image_top_k, image_top_p: of the picture.
-        cfg_weight: classifier-free guidance w of the picture; 1 = none, which needs no unconditional sequences.
+        cfg_weight: weight of classifier-free guidance for the picture; 1 = no guidance and no unconditional sequences.
     """
 
     max_completion_length: int = 1024
@@ -77,8 +77,9 @@ class RolloutSettings:
 def save_for_transformers(folder: str | Path, config: Any, tokenizer: Any, sampling: Sampling) -> None:
     """Write generation_config.json and processor_config.json: plain transformers then draws the same pictures.
 
-    transformers has one set of sampling parameters; these are the picture's. It always computes the unconditional
-    sequences, but applies guidance only above a scale of 1. The float64 after 1 rounds to 1 in float32.
+    transformers has one set of sampling parameters, which becomes the picture's. It always computes the unconditional
+    sequences, but applies guidance only above a scale of 1. So a scale of 1 is written as the next float64 above 1,
+    which rounds to 1 in float32.
     """
     draws: dict[str, Any] = {"do_sample": sampling.image_temperature > 0}
     if draws["do_sample"]:

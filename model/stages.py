@@ -1,9 +1,10 @@
-"""The two stages of a rollout: a batch of sequences that decode together, one token a step.
+"""The two stages of a rollout decode a batch of sequences, one token of each per step.
 
-Every tensor that a step reads or writes keeps its address, so that a step can be one CUDA graph. Each sequence is
-described by nine integers on the device, so a finished one leaves the batch without copying its KV cache.
+A plan ends at EOS or at L tokens, and a picture after T tokens. Every tensor that a step reads or writes keeps its
+address, so that a step can be one CUDA graph. Each sequence is described by nine integers on the device, so a finished
+one is dropped without copying its KV cache.
 
-Shapes: R sequences of a step, S samples, L tokens of a sample (a plan's limit, or a picture's T), D hidden.
+Shapes: R sequences of a step, S samples, L maximum number of tokens of a sample (T for pictures), D hidden.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from .settings import Sampling
 # 0 for a filler, which only fills the batch up to the size of a graph.
 PREFIX_START, PREFIX_LENGTH, START, LENGTH, POSITION, SLOT, OUTPUT, COUNTER, ADVANCE = range(9)
 
-POLL = 8  # most steps that the host launches before it looks which plans have ended
+POLL = 8  # maximum number of steps that the host launches before it checks which plans have ended
 _BUCKETS = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 IMAGE_STAGE = 1 << 31  # added to the position, so that the two stages of a sample never share a counter
 
 
 class CachedSequence(NamedTuple):
-    """A sequence whose first tokens are in the KV cache: where they lie, and the number of its sample."""
+    """A sequence whose first tokens are in the KV cache: their slots, and the number of its sample."""
 
     prefix_start: int
     prefix_length: int
@@ -52,7 +53,7 @@ class Stage:
     Args:
         decoder: the forward pass.
         graphs: runs the step, as CUDA graphs or eagerly.
-        samples: most samples of a step.
+        samples: maximum number of samples in a step.
         sequences_per_sample: 1, or 2 if each sample has an unconditional sequence too.
         length: L.
     """
@@ -76,7 +77,7 @@ class Stage:
         self.logp_guided = torch.zeros(samples * length + 1, device=self.device)
 
     def bucket(self, samples: int) -> int:
-        """The size of the batch that decodes `samples`: one graph serves all sizes up to its own."""
+        """The size that a batch of `samples` is filled up to. One graph serves all batches up to its size."""
         if not self.graphs.enabled:
             return samples
         at = bisect_left(_BUCKETS, samples)
@@ -103,7 +104,7 @@ class Stage:
         self._fill(end, first + self.bucket(len(sequences)))
 
     def _fill(self, begin: int, end: int) -> None:
-        """Put fillers there: they read and write the scratch slot, and the last output, which nobody reads."""
+        """Put fillers at these indices. They use the scratch slot, and write to the last output, which nobody reads."""
         if begin == end:
             return
         fillers = self.state[:, begin:end]
@@ -115,7 +116,7 @@ class Stage:
         self.running[begin:end] = False
 
     def _hidden(self, count: int) -> Tensor:
-        """[R, D], the hidden states of this step's token of the first `count` sequences."""
+        """Run the step's forward pass for the first `count` sequences -> hidden states [R, D] of their tokens."""
         return self.decoder.step(self.x[:count], *self.state[: SLOT + 1, :count])
 
     def _record(self, draw: Draw, count: int, table: Tensor, **ends: Any) -> None:
@@ -124,15 +125,15 @@ class Stage:
         record_draw(draw, state, outputs, table, self.x[:count], grows=LENGTH, place=OUTPUT, **ends)
 
     def _drawn(self, output: Tensor, samples: int) -> Tensor:
-        """An output of the first samples, [S, L]."""
+        """Reshape an output to [S, L], for the first `samples`."""
         return output[: samples * self.length].view(samples, self.length)
 
 
 class PlanStage(Stage):
-    """Writes plans: each sample is one sequence. Sequences that have ended leave the batch.
+    """Writes plans. Each sample is one sequence, which ends at its EOS or after L tokens, and then leaves the batch.
 
-    Ids that the tokenizer does not have are never drawn. As with top-k and top-p, the log-probabilities are those of
-    the softmax over all V logits, which training computes too.
+    Ids that the tokenizer does not have are never drawn. The log-probabilities are those of the softmax over all V
+    logits nevertheless, as with top-k and top-p, because training computes these.
     """
 
     def __init__(self, decoder: Decoder, graphs: StepGraphs, samples: int, length: int) -> None:
@@ -201,7 +202,7 @@ class PlanStage(Stage):
         self._record(draw, count, self.weights.embed_text.tensor, running=self.running[:count], end=eos)
 
     def _keep(self, going: list[int]) -> None:
-        """Make the batch of the sequences with these indices alone."""
+        """Keep only the sequences with these indices in the batch."""
         index = upload(going, self.device)
         for tensor in (self.x, self.running):
             tensor[: len(going)] = tensor[index]

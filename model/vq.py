@@ -1,7 +1,7 @@
-"""Image tokens to pictures: the decoder half of Janus's VQ model, for a bounded number of pictures at a time.
+"""Turns image tokens into pictures with the decoder of Janus's VQ model, a bounded number of pictures at a time.
 
-It has a copy of the weights, because convolutions run fastest with weights in channels-last order, and because it needs
-all of them where the policy is sharded. S pictures, T tokens each.
+It has a copy of the weights, because convolutions are fastest with weights in channels-last order, and because it needs
+all weights even if the policy is sharded. S pictures, T tokens each.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 from .graphs import StepGraphs
 from .policy import Policy
 
-PICTURE_BYTES = 2**30  # of activations: little beside the KV cache, and enough to fill a GPU
-_LIVE_MAPS = 6  # most feature maps of full resolution that a residual block holds at once
+PICTURE_BYTES = 2**30  # maximum size of the activations: small beside the KV cache, and enough to fill a GPU
+_LIVE_MAPS = 6  # maximum number of feature maps of full resolution that a residual block holds at once
 
 
 class ImageDecoder:
@@ -62,7 +62,7 @@ class ImageDecoder:
         return self.model.decode(tokens).float().add_(1).div_(2).clamp_(0, 1)
 
     def _replay(self, tokens: Tensor) -> Tensor:
-        """The same by the CUDA graph for this number of pictures."""
+        """Do the same with the CUDA graph for this number of pictures."""
         key = tuple(tokens.shape)
         if self.graphs.lacks(key):
             self._static[key] = tokens.clone(), self._decode(tokens)

@@ -1,6 +1,6 @@
-"""The weights that the decode engine reads from a policy: one tensor for each matrix product, with the newest values.
+"""The weights that the rollout engine reads from a policy: one tensor for each matrix product, with the newest values.
 
-Decoding wants one matrix (q, k and v stacked; gate and up stacked) where the model has several modules. `refresh` finds
+Decoding needs one matrix (q, k and v stacked; gate and up stacked) where the model has several modules. `refresh` finds
 the cheapest way to follow training:
 
 shared   The parameters become views of one tensor. An optimizer or a checkpoint that writes a parameter then writes
@@ -35,8 +35,8 @@ class Weights:
     """The policy's decoder layers, embeddings, heads and picture decoder.
 
     Args:
-        policy: read now, and at every `refresh`. PEFT may adapt its model and DeepSpeed may shard it, before this or
-            later.
+        policy: read now, and again by every `refresh`. PEFT may add adapters to its model, and DeepSpeed may shard it,
+            before this or later.
 
     Raises:
         ValueError: a language model that is no Llama, or adapters that are not plain LoRA.
@@ -124,7 +124,7 @@ class Joined:
         self.attribute, self.names = attribute, names
         self.tensor: Any = None
         self.copied = False
-        # where `tensor` is shared: each module, its parameter, and the address of that
+        # if `tensor` is shared: each module, its parameter, and the parameter's address
         self._read: list[tuple[nn.Module, Tensor | None, int]] = []
 
     def refresh(self, known: dict[str, nn.Module]) -> bool:
@@ -167,7 +167,7 @@ class Joined:
         return same and (parameter is None or parameter.data_ptr() == address)
 
     def _shared(self, parameters: Sequence[Tensor]) -> Tensor | None:
-        """One view of all parameters, which are moved together if need be; None if they must not be moved."""
+        """One view of all parameters, which are moved together if needed; None if they must not be moved."""
         if any(not isinstance(p, nn.Parameter) or hasattr(p, "ds_id") for p in parameters):
             return None  # computed by PEFT; or sharded by ZeRO-3, which allocates and frees their storage
         shared = side_by_side(parameters)
@@ -177,7 +177,7 @@ class Joined:
 
 
 class Linear:
-    """One or more nn.Linear with the same input as one: weight [out, in], bias [out] or None, outputs side by side."""
+    """One or more nn.Linear modules with the same input, as one: weight [out, in], bias [out] or None."""
 
     def __init__(self, weights: Weights, *names: str) -> None:
         self._weight, self._bias = weights.read("weight", *names), weights.read("bias", *names)
@@ -215,8 +215,8 @@ def _module(name: str, known: dict[str, nn.Module]) -> nn.Module:
 
 
 def _state(module: nn.Module) -> list[tuple[int, int]] | None:
-    """The address and version of each parameter, to see whether one has changed. None if every refresh must copy:
-    a parameter trains, or is sharded by ZeRO-3, where either all ranks gather it or none."""
+    """The address and version of each parameter, which show whether one has changed. None if every refresh must copy,
+    because a parameter trains, or because ZeRO-3 has sharded it, where either all ranks gather it or none."""
     parameters = list(module.parameters())
     changing = any(p.requires_grad or hasattr(p, "ds_id") for p in parameters)
     return None if changing else [(p.data_ptr(), p._version) for p in parameters]
