@@ -1,4 +1,4 @@
-# A newcomer needs Python, git and make. `make ARGS="..." train` passes arguments on; so do test and bench.
+# It needs Python, git and make. `make ARGS="..." train` passes arguments on, and so do test and bench.
 PYTHON ?= python3
 STAMP := .venv/.stamp
 PACKAGES := kernels model rewards grpo toy bench examples docs
@@ -7,7 +7,7 @@ PACKAGES := kernels model rewards grpo toy bench examples docs
 
 setup: $(STAMP)
 
-# The repository root is the package: .venv/src/bicot gives it its name for tools that read files instead of importing.
+# The repository root is the package. Tools that read files instead of importing it find it as .venv/src/bicot.
 $(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
@@ -17,10 +17,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kern
 train: $(STAMP)
 	.venv/bin/python train.py $(ARGS)
 
-# A process of one thread for each core, up to four; ARGS="-n 0" runs the tests in one process.
+# The tests run in one process of one thread for each core, up to four; ARGS="-n 0" runs them in a single process.
 test: export OMP_NUM_THREADS ?= 1
 test: PYTEST := .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
-# Triton's interpreter replaces its compiler for a whole process, so its tests have their own; 5: none was selected.
+# Triton's interpreter replaces its compiler in a whole process, so its tests run apart. Status 5: no test was selected.
 test: $(STAMP)
 	$(PYTEST) $(ARGS)
 	TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS) || [ $$? = 5 ]
@@ -31,7 +31,7 @@ lint: $(STAMP)
 	.venv/bin/mypy $(PACKAGES:%=-p bicot.%)
 	PYTHONPATH=.venv/src .venv/bin/lint-imports
 
-# All of bench/results, RESULTS.md and the pictures; --tiny measures nothing, and goes elsewhere.
+# Writes bench/results, RESULTS.md and the pictures. With --tiny it measures nothing, and writes to build/tiny.
 bench: $(STAMP)
 	PYTHON=.venv/bin/python bash bench/run.sh $(ARGS) $(if $(findstring --tiny,$(ARGS)),build/tiny,bench)
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of a benchmark into the folders that its scorer reads, or score them with bicot's rewards.
+"""Draws the pictures of a benchmark into the folders that its scorer reads, or scores them with bicot's rewards.
 
     python evaluate.py --prompts evaluation_metadata.jsonl --format geneval --model MODEL --output DIR
     python evaluate.py --prompts color_val.txt --format t2i_compbench --model MODEL --output DIR
@@ -6,7 +6,7 @@
     python evaluate.py --prompts heldout.jsonl --format bicot --rewards.names scene --model MODEL --output DIR
     python evaluate.py … --model OTHER --output DIR2 --compare DIR          # compare two models, prompt by prompt
 
-If it is stopped, the same command goes on. The pictures depend neither on that nor on the number of ranks.
+If it is stopped, the same command continues. The pictures depend neither on that nor on the number of ranks.
 `grpo/benchmarks.py` lists the formats.
 """
 

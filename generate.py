@@ -1,4 +1,4 @@
-"""Prompts in, plans and pictures out, from any checkpoint: `python generate.py`, or `bicot-generate`.
+"""Plans and draws pictures of prompts with any checkpoint: `python generate.py`, or `bicot-generate`.
 
     python generate.py "a red circle left of a blue square"                              # the toy
     python generate.py "a red circle" --model outputs/toy/checkpoint-000150              # what you trained

@@ -1,6 +1,6 @@
-"""Install bicot. The repository root is the package; the C++ CPU kernels are built when a compiler is there.
+"""Installs bicot. The repository root is the package. The C++ kernels for CPUs are built if there is a compiler.
 
-pip install -e .            # or: make setup
+    pip install -e .            # or: make setup
 """
 
 import runpy
@@ -17,25 +17,25 @@ ROOT = Path(__file__).resolve().parent
 TEST = ["pytest", "pytest-xdist>=3.2,<4", "hypothesis", "pytest-benchmark", "tensorboard"]
 VIEW = ["werkzeug>=3.1,<4"]  # the live view's server; TensorBoard has it too
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
-# examples/trl_grpo.py overrides a private method of TRL and divides as 1.16 does; 2.0 is announced to remove options.
+# examples/trl_grpo.py overrides a private method of TRL and divides as 1.16 does; 2.0 will remove options
 TRL = ["trl>=1.16,<2; python_version >= '3.11'"]
 PEFT = ["peft>=0.18,<1"]
-# ZeRO's marks on parameters (ds_id, _hp_mapping) are its internals: another minor version is tried first
+# grpo/zero.py uses ZeRO's internals (such as ds_id and _hp_mapping), so other minor versions must be tested first
 DEEPSPEED = ["deepspeed>=0.19,<0.20; platform_system == 'Linux'"]
 LINT = ["ruff", "mypy", "import-linter", "types-PyYAML", "types-tqdm"]
 
 
 class BuildNative(build_ext):
-    """Build `kernels/csrc` with CMake. The extension is optional: a failure is one warning, never a failed install."""
+    """Builds `kernels/csrc` with CMake. The extension is optional, so a failure is a warning, not a failed install."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        # A plain shared library behind ctypes: it carries no Python version in its name.
+        # it is a plain shared library for ctypes, so its name has no Python version
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        # A fresh folder each time: a CMake cache would remember the tools of a deleted build environment.
+        # a new folder each time, since a CMake cache would remember the tools of a deleted build environment
         with tempfile.TemporaryDirectory() as build:
             configure = [
                 "cmake",
@@ -84,13 +84,13 @@ setup(
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],
-        "bench": [*TRL, "liger-kernel>=0.8.2; platform_system == 'Linux'"],  # the peers; Liger needs Triton
+        "bench": [*TRL, "liger-kernel>=0.8.2; platform_system == 'Linux'"],  # compared with; Liger needs Triton
         "peft": PEFT,  # LoRA
         "deepspeed": DEEPSPEED,  # ZeRO
-        # attn_implementation; the first needs --no-build-isolation
+        # for attn_implementation; flash-attn needs --no-build-isolation
         "flash-attn": ["flash-attn>=2.7,<3; platform_system == 'Linux'"],
         "xformers": ["xformers>=0.0.35,<0.1; platform_system == 'Linux'"],
-        # AdamW of 8 bits; not in dev: transformers imports it, and on a CPU that prints warnings in every run
+        # for optim=adamw_8bit; not in dev, since transformers imports it and then prints warnings on a CPU in every run
         "torchao": ["torchao>=0.18,<0.19"],
         "dev": TEST + VIEW + TRL + PEFT + DEEPSPEED + LINT,
     },

@@ -2,7 +2,7 @@
 
     python train.py                                                   # the toy, on CPU, in minutes
     python train.py --max_steps 3 --output_dir OUT                    # a short run
-    python train.py --output_dir OUT --resume auto                    # go on from OUT's newest checkpoint
+    python train.py --output_dir OUT --resume auto                    # continue from OUT's newest checkpoint
     python train.py --view                                            # curves and samples in a browser, live
     python train.py --profile outputs/profile.json                    # where a step's time goes, instead of training
     python train.py --config FILE --dry_run --gpus 8 --gpu_gib 80     # does it fit? needs no GPU and no weights

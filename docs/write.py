@@ -1,6 +1,6 @@
-"""Write configuration.md and kernels.md of this folder, and the picture of the house in CONTRIBUTING.md.
+"""Writes configuration.md and kernels.md of this folder, and the chart of imports in CONTRIBUTING.md.
 
-python -m bicot.docs.write
+    python -m bicot.docs.write
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bicot.grpo.config import Config
 from bicot.rewards.config import RewardConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-# One for each block of fields that a blank line ends in Config.
+# One title for each block of fields in Config. Blank lines separate the blocks.
 SECTIONS = ("The model", "Prompts", "Sampling", "Rewards and advantages", "Loss", "Optimizer", "The run")
 FOLDERS = ("docs", "examples", "bench", "grpo", "toy", "rewards", "model", "kernels")
 CONFIGURATION = """# Settings
@@ -37,9 +37,9 @@ KERNELS = """# Kernels
 
 Generated from the docstrings and from bench/results by `python -m bicot.docs.write`.
 
-Each file in [kernels/](../kernels) has one op, which knows nothing of the trainer. `impl="auto"` takes the Triton
-kernel on a GPU, the C++ kernel on a CPU, and plain PyTorch for tensors that neither takes. Asking for an implementation
-that cannot run is an error. The floor of an op is the time that its bytes or its FLOPs need at least.
+Each op has its own file in [kernels/](../kernels), and does not depend on the trainer. `impl="auto"` takes the Triton
+kernel on a GPU, the C++ kernel on a CPU, and plain PyTorch for tensors that neither supports. Asking for an
+implementation that cannot run is an error. The floor of an op is the least time that its bytes or its FLOPs need.
 
 "Measured" says how many times as long plain PyTorch and `torch.compile` take, in the least and the most favourable case
 of our bench on a CPU. All cases, other libraries and GPUs are in [bench/RESULTS.md](../bench/RESULTS.md).
@@ -47,7 +47,7 @@ of our bench on a CPU. All cases, other libraries and GPUs are in [bench/RESULTS
 
 
 def blocks(cls: type) -> list[list[str]]:
-    """Names of the fields of a dataclass, a list for each block between blank lines."""
+    """Names of the fields of a dataclass, one list for each block between blank lines."""
     found: list[list[str]] = []
     last = 0
     (definition,) = ast.parse(inspect.getsource(cls)).body
@@ -77,7 +77,7 @@ def table(cls: type, names: list[str], prefix: str = "") -> str:
 
 
 def configuration() -> str:
-    """configuration.md"""
+    """The text of configuration.md."""
     page = [CONFIGURATION]
     for title, names in zip(SECTIONS, blocks(Config), strict=True):
         page += [f"## {title}\n", table(Config, [name for name in names if name != "rewards"])]
@@ -87,7 +87,7 @@ def configuration() -> str:
 
 
 def measured(op: str) -> str:
-    """What the committed CPU result says of an op, or nothing where there is none."""
+    """What the committed CPU result says of an op; empty if there is none."""
     file = ROOT / "bench" / "results" / f"{op}_cpu.json"
     if not file.is_file():
         return ""
@@ -105,7 +105,7 @@ def measured(op: str) -> str:
 
 
 def kernels() -> str:
-    """kernels.md"""
+    """The text of kernels.md."""
     page = [KERNELS]
     for file in sorted((ROOT / "kernels").glob("*.py")):
         module = importlib.import_module(f"bicot.kernels.{file.stem}")
@@ -131,8 +131,8 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def house() -> str:
-    """Who imports from whom, as a Mermaid chart."""
+def imports_chart() -> str:
+    """Which folder imports from which, as a Mermaid chart."""
     scripts = [file for file in sorted(ROOT.glob("*.py")) if file.name not in ("setup.py", "__init__.py")]
     files = {script.stem: [script] for script in scripts} | {name: (ROOT / name).rglob("*.py") for name in FOLDERS}
     lines = ["```mermaid", "flowchart TD"]
@@ -143,10 +143,10 @@ def house() -> str:
 
 
 def contributing() -> str:
-    """CONTRIBUTING.md with the picture of today."""
+    """CONTRIBUTING.md with the current chart."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     before, _, rest = page.partition("```mermaid")
-    return before + house() + rest.partition("```")[2]
+    return before + imports_chart() + rest.partition("```")[2]
 
 
 def main() -> None:

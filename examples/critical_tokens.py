@@ -1,9 +1,10 @@
-"""Weigh a token by what depends on it and by how much it changed, in the spirit of GCPO (arXiv 2509.22485).
+"""Weighs tokens by their position and by how much they changed, in the spirit of GCPO (arXiv 2509.22485).
 
     python train.py --token_weights examples.critical_tokens:weights
 
-A token counts more the earlier it is drawn, because all later ones see it, and the farther its log-prob has moved from
-the reference (beta above 0). The weights of a stream have a mean of 1, so that its learning rate stays what it was.
+A token has a larger weight the earlier it is drawn, because all later tokens attend to it, and the farther its log-prob
+has moved from that of the reference model (beta above 0). The weights of a stream have a mean of 1, so that the scale
+of its gradient stays about the same.
 """
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bicot.grpo.token_weights import Tokens
 
-EARLY = 0.2  # of the longest plan or of the picture: there the weight of being early has fallen to 1/e
+EARLY = 0.2  # after this share of the longest plan, or of the picture, the weight of early tokens has fallen to 1/e
 
 
 def weights(tokens: Tokens) -> Tensor:

@@ -1,7 +1,9 @@
 """A GRPO loop of your own: the engine draws, a function scores, grpo_loss trains. No trainer, no settings file.
 
-python examples/custom_loop.py     # the toy learns to draw red: 0.02 becomes 0.12 in 20 steps, 14 s of one CPU core
-# one update a rollout, so no ratio to clip; for that or a KL give the streams old_logprob or ref_logprob
+    python examples/custom_loop.py     # the toy learns to draw red: 0.02 becomes 0.12 in 20 steps, 14 s of one CPU core
+
+It makes one update per rollout, so the ratio is 1 and nothing is clipped. For several updates give the streams
+`old_logprob`, and for a KL `ref_logprob`.
 """
 
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ def redness(images: Tensor) -> Tensor:
 
 
 def token_streams(policy: Policy, rollout: RolloutChunk) -> list[TokenStream]:
-    """One forward pass over plans and pictures: their tokens, with the hidden states and the head that predict them."""
+    """Run the forward pass over plans and pictures -> their tokens, with the hidden states that predict them."""
     prompts, plans, image_prompts, tokens = rollout.ids
     text, image = policy.hidden((prompts, plans), (image_prompts, policy.image_ids(tokens)))
     streams = []
@@ -41,7 +43,7 @@ def token_streams(policy: Policy, rollout: RolloutChunk) -> list[TokenStream]:
 
 
 def train(policy: Policy, steps: int) -> Iterator[tuple[float, float]]:
-    """The mean reward and the loss of each step."""
+    """Train, and yield the mean reward and the loss of each step."""
     engine = RolloutEngine(policy, policy.prompt_encoder(policy.settings.prompts))
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=4e-4, weight_decay=0.0)
     for step in range(steps):

@@ -1,10 +1,10 @@
-"""Train only the tokens of highest entropy (arXiv 2506.01939), as TRL's `top_entropy_quantile` does.
+"""Trains only the tokens of highest entropy (arXiv 2506.01939), as TRL's `top_entropy_quantile` does.
 
     python train.py --token_weights examples.entropy_selective:weights
 
-TRL takes one threshold over the tokens of all ranks; here each stream of a micro-batch on this rank has its own. TRL
-leaves the KL on all tokens, and divides the entropy bonus by the tokens that are left; here the others have no term at
-all, and what the loss divides by stays.
+TRL computes one threshold for the tokens of all ranks. Here each stream of each micro-batch has its own. In TRL, the
+other tokens keep their KL, and the entropy bonus is divided by the number of selected tokens. Here the other tokens
+have neither KL nor entropy bonus, and the loss is divided by the number of all tokens.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bicot.grpo.token_weights import Tokens
 
-TOP_ENTROPY_QUANTILE = {"text": 0.2, "image": 0.2}  # the share that trains; 1.0 = all tokens
+TOP_ENTROPY_QUANTILE = {"text": 0.2, "image": 0.2}  # share of the tokens that are trained; 1.0 = all
 
 
 def weights(tokens: Tokens) -> Tensor:

@@ -1,7 +1,7 @@
-"""A reward of your own that reads the plan and your own keys of the prompt file.
+"""A reward of your own can read the plan, and your own keys of the prompt file.
 
-{"prompt": "a kitchen", "task_type": "object", "must_mention": ["window", "kettle"]}      # a row of prompts.jsonl
-python train.py --train_file prompts.jsonl --rewards.names scene,examples.reward_plan:Mentions
+    {"prompt": "a kitchen", "task_type": "object", "must_mention": ["window", "kettle"]}      # a line of prompts.jsonl
+    python train.py --train_file prompts.jsonl --rewards.names scene,examples.reward_plan:Mentions
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from bicot.rewards.base import Example
 
 
 class Mentions:
-    """Share of the words under the row's key `must_mention` that the plan mentions; other rows have no such reward."""
+    """Share of the words in `must_mention` that the plan mentions. It does not apply to prompts without this key."""
 
     name = "mentions"
 

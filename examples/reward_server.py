@@ -1,7 +1,7 @@
-"""A server for any reward of bicot or your own; its protocol is in rewards/remote.py.
+"""Serves any reward, of bicot or your own, over HTTP. rewards/remote.py describes the protocol.
 
-python examples/reward_server.py orm --device cuda
-python train.py --rewards.names scene,judge --rewards.options.judge '{url: "http://127.0.0.1:8000", timeout: 60}'
+    python examples/reward_server.py orm --device cuda
+    python train.py --rewards.names scene,judge --rewards.options.judge '{url: "http://127.0.0.1:8000", timeout: 60}'
 """
 
 import argparse
@@ -23,7 +23,7 @@ from bicot.rewards.config import RewardConfig
 parser = argparse.ArgumentParser(description="Serve a reward over HTTP.")
 parser.add_argument("reward", help="scene, hps, …, or package.module:Class")
 parser.add_argument("--device", default="cpu")
-parser.add_argument("--port", type=int, default=8000, help="0 = one that is free")
+parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 = any free one")
 args = parser.parse_args()
 ensemble, one_at_a_time = RewardConfig(args.reward).build(device=args.device), threading.Lock()
 
@@ -35,12 +35,12 @@ def picture(png: str) -> Tensor:
 
 
 def scores(images: list[str], plans: list[str], examples: list[dict], **_: object) -> list[float | None]:
-    if not images:  # the question before a run
+    if not images:  # the request before a run
         return []
     asked = [replace(parse_example(row), plan=plan) for row, plan in zip(examples, plans, strict=True)]
     with one_at_a_time:
         found = ensemble.submit(torch.stack([picture(png) for png in images]), asked).result()[:, 0].tolist()
-    return [None if score != score else score for score in found]  # NaN: does not apply
+    return [None if score != score else score for score in found]  # NaN = the reward does not apply
 
 
 class Handler(BaseHTTPRequestHandler):

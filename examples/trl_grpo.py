@@ -1,11 +1,11 @@
-"""TRL's GRPOTrainer with bicot's loss: no logits in memory, forward and backward of the head in one pass.
+"""TRL's GRPOTrainer with bicot's loss, which keeps no logits: the head runs forward and backward in one pass.
 
     from bicot.examples.trl_grpo import BicotGRPOTrainer      # in place of trl.GRPOTrainer; TRL 1.16
 
-It is the same training: the same losses and weights, to float32 rounding, for `loss_type` grpo, dr_grpo, bnpo, dapo
-and cispo, the SETTINGS, `temperature`, `num_iterations`, gradient accumulation, `steps_per_generation`, truncated
-completions and tool masks. It passes nothing else on: no images, `entropy_coef`, `top_entropy_quantile`,
-`off_policy_mask_threshold`, mixture-of-experts loss or importance weights of vLLM. For a model that scales or caps its
+It trains as TRL does, with the same losses and weights up to float32 rounding, for `loss_type` grpo, dr_grpo, bnpo,
+dapo and cispo, the SETTINGS, `temperature`, `num_iterations`, gradient accumulation, `steps_per_generation`, truncated
+completions and tool masks. It does not support images, `entropy_coef`, `top_entropy_quantile`,
+`off_policy_mask_threshold`, a mixture-of-experts loss or importance weights of vLLM. If a model scales or caps its
 logits, give `TokenStream` the `logits`.
 """
 

@@ -1,4 +1,4 @@
-"""Alarms say in plain words what goes wrong in a run. They read its metrics, the lines of metrics.jsonl, and no more.
+"""Alarms say in plain words what goes wrong in a run. They read only its metrics, the lines of metrics.jsonl.
 
 An alarm is raised once, at the first step that shows the problem. It ends the run only if `stop_on_alarm` is set.
 Below, W is 20 steps, m is a mean over the last W steps, and m' is the mean over the W steps before them:

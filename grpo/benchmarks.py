@@ -7,7 +7,7 @@
     dpg             text files, each a prompt            images/{name of the file}.png, four pictures as 2 × 2
     bicot           T2I-R1's JSONL schema                images/00000_00.png …
 
-What a scorer opens is taken from its code:
+These files of each scorer's code say what it opens:
 
     geneval         djghosh13/geneval af4902f: README.md, evaluation/evaluate_images.py
     t2i_compbench   Karine-Huang/T2I-CompBench 1b70949: Readme.md, BLIPvqa_eval/BLIP_vqa.py,
@@ -269,7 +269,7 @@ def missing(output: Path, pictures: Sequence[Picture], settings: Mapping[str, An
 
 
 def prepare(output: Path, prompts: Sequence[Prompt], pictures: Sequence[Picture], settings: Mapping[str, Any]) -> None:
-    """Prepare the output folder. Delete half-written pictures of a killed process, which would be scored otherwise."""
+    """Prepare the output folder. Half-written pictures of a killed process are deleted, so that they are not scored."""
     for part in output.rglob(".*.part.png"):
         part.unlink()
     with whole(output / SETTINGS) as file:

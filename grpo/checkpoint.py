@@ -1,4 +1,4 @@
-"""Checkpoints: a model folder in Hugging Face layout, plus what a run needs to go on as if it had never stopped.
+"""A checkpoint is a model folder in Hugging Face layout, with all that a run needs to go on as if it had never stopped.
 
     output_dir/checkpoint-000050/   config.json, model.safetensors, tokenizer files …   (loads like any Janus model)
                                     (with LoRA: PEFT's adapter_config.json, adapter_model.safetensors)
@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 # settings that cannot change within a run
 FIXED = ("dtype", "freeze", "optim", "seed", "num_generations", "prompts_per_step")
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
-# settings that say where a run writes, how often, and when it ends: a checkpoint does not remember them
+# settings that a checkpoint does not remember: where a run writes, how often, and when it ends
 _OF_OUTPUT = {"output_dir", "overwrite_output_dir", "move_output_dir", "resume", "save_steps", "save_total_limit"}
 _OF_OUTPUT |= {"sample_steps", "profile", "report_to", "stop_after", "save_rollouts", "save_rollout_images", "replay"}
 _OF_OUTPUT |= {"push_to_hub", "hub_model_id", "hub_private_repo"}

@@ -1,4 +1,4 @@
-"""Settings from a YAML file, overridden by options of the command line."""
+"""Reads the settings from YAML files and from the options of the command line, which override them."""
 
 from __future__ import annotations
 

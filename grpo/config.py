@@ -45,8 +45,8 @@ class Config:
         distributed: how several ranks share the model. With ddp each rank holds all of it. With deepspeed (ZeRO) they
             divide master weights, gradients and weights as its JSON says. auto is deepspeed if `deepspeed` is set,
             otherwise ddp.
-        deepspeed: DeepSpeed's JSON file, such as configs/zero2.json. Values that are "auto" there are taken from these
-            settings.
+        deepspeed: DeepSpeed's JSON file, such as configs/zero2.json. These settings replace values that are "auto"
+            there.
         ddp_timeout: seconds that ranks wait for each other before the run ends. The time in which rank 0 writes files
             does not count.
         train_file: training prompts in T2I-R1's JSONL schema.
@@ -128,8 +128,9 @@ class Config:
         importance_sampling_mode: whether these weights are ratios of tokens or of sequences (plan and picture), and
             whether a weight above importance_sampling_clip_max becomes that bound (truncate) or 0 (mask).
         importance_sampling_clip_max: upper bound of these weights.
-        off_policy_mask_threshold: leave a sample with negative advantage out of the policy loss if the mean difference
-            between sampling and training log-probs of its tokens is above this threshold (DeepSeek-V3.2); null = none.
+        off_policy_mask_threshold: leave a sample with negative advantage out of the policy loss if the sampling
+            log-probs of its tokens are, on average, above the training log-probs by more than this (DeepSeek-V3.2);
+            null = never.
         mask_truncated_completions: do not train plans that are cut off at max_completion_length, and do not count their
             tokens in the loss. Their pictures are trained.
         optim: adamw_torch_fused keeps float32 master weights. adamw_8bit (torchao) keeps none, stores its moments in

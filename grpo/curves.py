@@ -1,4 +1,4 @@
-"""Curves and bars as SVG for an HTML page, in its light or dark colours, with a legend that shows the last values."""
+"""Draws curves and bars as SVG for an HTML page, in its light or dark colours. The legend shows the last values."""
 
 from __future__ import annotations
 

@@ -88,11 +88,6 @@ class PromptFile:
         return good
 
 
-def load_examples(path: str | Path, skip_bad: bool = False) -> list[Example]:
-    """The examples of a prompt file; see PromptFile."""
-    return PromptFile(path, skip_bad).examples
-
-
 def read_prompts(path: str) -> list[Example]:
     """Read prompts to draw from a file, or from standard input if `path` is "-".
 

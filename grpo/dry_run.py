@@ -74,7 +74,7 @@ def dry_run(config: Config, ranks: int, gpu_gib: float) -> str:
     said = f"{plan.table()}\n{auto_text(config, chosen)}{plan.line()}; "
     if plan.peak <= size:
         return f"{said}it fits {gpu_gib:g} GiB"
-    return f"{said}it does not fit {gpu_gib:g} GiB; one change makes it:\n{advice(config, model, ranks, size)}"
+    return f"{said}it does not fit {gpu_gib:g} GiB. The peak after one change:\n{advice(config, model, ranks, size)}"
 
 
 def require_memory(config: Config, force: bool) -> None:

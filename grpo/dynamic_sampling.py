@@ -1,10 +1,11 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): replace groups that teach nothing by groups of other prompts.
+"""Dynamic sampling (DAPO, arXiv 2503.14476) replaces groups that teach nothing by groups of other prompts.
 
-A step has a place for each of its groups. In each round, every place whose group has equal rewards draws the group of
-another prompt, and takes it if its rewards differ. A place that finds no such group keeps its first one.
+In each round, samples of another prompt are drawn for each group whose rewards are all equal. They replace the group if
+their rewards differ. A group that no round replaces stays.
 
-What place p draws in round r of a step is a function of (seed, step, r, p): the prompt that p would have if the seed
-were seed + r. So a resumed run draws the same groups on any number of ranks, and no rank waits for another.
+The prompt that is drawn for group p of a step in round r is a function of (seed, step, r, p): the prompt that group p
+would have if the seed were seed + r. So a resumed run draws the same groups on any number of ranks, and no rank waits
+for another.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def redraw(
     """Replace this rank's groups with equal rewards, in at most `config.dynamic_sampling` rounds.
 
     Args:
-        drawn: the samples of the step's own prompts, in their places.
-        draw: `rollout.roll_out`, to which only the prompts and `first_sample` must be given.
+        drawn: the samples of the step's own prompts.
+        draw: `rollout.roll_out` with all arguments but the prompts and `first_sample`.
         examples: all prompts of the run.
         weights: [R] weights of the rewards.
         step: the step, counted from 0.

@@ -1,7 +1,7 @@
-"""An entropy bonus that keeps the entropy of each stream from falling below a target.
+"""Adapts the entropy bonus, so that the entropy of each stream does not fall below a target.
 
-It is that of Skywork-OR1 (arXiv 2505.22312), and TRL's `use_adaptive_entropy`. H_k is the mean entropy of a stream's
-tokens in step k, in nats; target is `entropy_target`; and coef_0 = `entropy_coef`:
+The rule is that of Skywork-OR1 (arXiv 2505.22312) and of TRL's `use_adaptive_entropy`. H_k is the mean entropy of a
+stream's tokens in step k, in nats; target is `entropy_target`; and coef_0 = `entropy_coef`:
 
     coef_k+1 = min(coef_k + entropy_coef_delta, entropy_coef_max)    if H_k <= target
                max(coef_k - entropy_coef_delta, entropy_coef_min)    otherwise

@@ -1,4 +1,4 @@
-"""How a program shows errors and signals on the command line."""
+"""Shows errors and signals on the command line in one line."""
 
 from __future__ import annotations
 

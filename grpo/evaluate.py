@@ -31,7 +31,7 @@ def samples_of(
     ensemble: RewardEnsemble,
     places: Sequence[int] | None = None,
 ) -> list[Sample]:
-    """All samples of a scored rollout, or those at `places`, as records. `examples` [S] are those of the samples."""
+    """All samples of a scored rollout as records, or those with the indices `places`. `examples` has one per sample."""
     places, totals = range(len(examples)) if places is None else places, ensemble.total(scores).tolist()
     return [
         Sample(
@@ -54,9 +54,9 @@ def gather_samples(
     ensemble: RewardEnsemble,
     ranks: Ranks,
 ) -> list[Sample]:
-    """The samples at `places` in the rollouts of all ranks, in this order, on every rank.
+    """The samples with the indices `places` in the joined rollouts of all ranks, in this order, on every rank.
 
-    All ranks have the same number of samples. Only the samples at `places` are sent between ranks.
+    All ranks have the same number of samples. Only these samples are sent between ranks.
     """
     first = ranks.rank * len(examples)
     own = [place - first for place in places if first <= place < first + len(examples)]
@@ -89,7 +89,7 @@ def evaluate(
 
 
 class Best:
-    """The best evaluation so far. Of equal ones it is the first.
+    """The best evaluation so far, or the first of several equal ones.
 
     Args:
         metric: name of the metric of `heldout_metrics` to compare.

@@ -21,7 +21,7 @@ from .output import METRICS, read_metrics
 LEFT_OUT = ("trainer_state.pt", "manifest.json", "heldout.*", "reference/*")
 # metrics of the last step that the card shows
 _SHOWN = ("reward", "kl", "entropy", "image_diversity", "plan_diversity")
-# metrics whose curves it shows, if the run has at least that many steps
+# metrics whose curves the card shows, and how many steps a run must have for them
 _CURVES, _FEWEST = ("reward", "kl", "entropy"), 10
 # settings that the table of settings leaves out: the card shows them elsewhere, or they are private paths
 _SEEN = {

@@ -38,8 +38,6 @@ from ..kernels.linear_logprobs import CHUNK_BYTES
 from .distributed import BUCKET_BYTES
 from .optim import PART
 
-MIB = 2**20
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -151,7 +149,7 @@ def selective_bytes(shape: Shape, batch: Batch) -> int:
 
 
 def reference_bytes(shape: Shape, batch: Batch) -> int:
-    """The most that a pass without gradients allocates. q, k, v and gate, up count twice: as a whole and as parts."""
+    """The most that a pass without gradients allocates. q, k, v and gate, up count twice: joined, and as parts."""
     return shape.bytes * batch.tokens * (8 * shape.hidden + 4 * shape.intermediate)
 
 

@@ -1,6 +1,7 @@
-"""The metrics of a step: rollout, rewards and time. Shapes: S samples of all ranks, R rewards, G samples of a prompt.
+"""Computes the metrics of a step: rollout, rewards and time.
 
-Scores and plans are on the host. Metrics that are computed on the device come there in one transfer, by `on_host`.
+Scores and plans are on the host. Metrics that are computed on the device are copied to the host in one transfer, by
+`on_host`. Shapes: S samples of all ranks, R rewards, G samples of a prompt.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _SIDE = 64  # pixels
 
 @record_function("metrics")
 def on_host(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scalars on the device as numbers. Only here a step waits for the device to finish."""
+    """Copy scalars from the device, in one transfer that waits for the device."""
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True)) if metrics else {}
 
 
@@ -97,14 +98,14 @@ def plan_diversity(plans: Sequence[Sequence[int]], num_generations: int) -> floa
 
 @record_function("metrics")
 def plan_metrics(plans: Sequence[Sequence[int]], truncated: Sequence[bool], num_generations: int) -> dict[str, float]:
-    """Metrics of the plans of all ranks: mean length, share that was cut off, entropy of tokens in bits, diversity."""
+    """Metrics of the plans of all ranks: mean length, share that was cut off, entropy of their tokens, diversity."""
     tokens = torch.tensor([token for plan in plans for token in plan])
     shares = torch.bincount(tokens).float()
     shares = shares[shares > 0] / len(tokens)
     return {
         "plan_tokens": len(tokens) / len(plans),
         "plan_truncated": sum(truncated) / len(plans),
-        "plan_entropy": float(-(shares * shares.log2()).sum()),  # falls if the plans become alike
+        "plan_entropy": float(-(shares * shares.log2()).sum()),  # in bits; falls if the plans become alike
         "plan_diversity": plan_diversity(plans, num_generations),
     }
 

@@ -1,7 +1,7 @@
-"""Importance weights for tokens that were sampled off policy.
+"""Computes importance weights for tokens that were sampled off policy.
 
 Sampling and training differ by the rounding of the engine, and by the updates since the rollout. Token t belongs to the
-plan or the picture of sample s. Its log-prob is lp_t now, lpo_t at the first update on the rollout, and lps_t as it was
+plan or the picture of sample s. Its log-prob is lp_t now, lpo_t at the first update on the rollout, and lps_t as
 recorded in sampling. Its weight c_t multiplies the policy's term of the loss, but not the KL:
 
     d_t = lpo_t - lps_t; in the modes sequence_* it is Σ_t (lpo_t - lps_t) for all tokens of s
@@ -26,7 +26,8 @@ from .config import Config
 
 @torch.no_grad()
 def corrected(streams: list[TokenStream], advantages: Tensor, config: Config) -> list[TokenStream]:
-    """The streams with c_t, which costs another pass of the heads, except in mode token_truncate: the loss has that."""
+    """Add c_t to the streams. This costs another pass of the heads, except in mode token_truncate, which is the loss's
+    own."""
     mode, threshold = config.importance_sampling_mode, config.off_policy_mask_threshold
     if mode == "token_truncate" and threshold is None:
         return streams

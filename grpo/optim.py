@@ -173,7 +173,7 @@ class MasterAdamW:
 
 
 def _copy(value: Any) -> Tensor:
-    """A copy of a tensor. torchao's 8-bit tensors have no `clone`, so their parts are copied."""
+    """Copy a tensor. torchao's 8-bit tensors have no `clone`, so their parts are copied."""
     if not hasattr(value, "__tensor_flatten__"):
         return value.clone()
     names, rest = value.__tensor_flatten__()

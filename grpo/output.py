@@ -56,7 +56,7 @@ def locked(output: Path, option: str = "--output_dir") -> Iterator[None]:
 
 
 def require_writable(folder: Path, setting: str) -> None:
-    """OSError, which names the setting, if no file can be written into the folder, there or yet to be made."""
+    """Raises OSError, which names the setting, if no file can be written into the folder, which need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -1,4 +1,4 @@
-"""Which models a run loads: the policy, with adapters or without, and the reference model of the KL."""
+"""Loads the models of a run: the policy, with or without adapters, and the reference model of the KL."""
 
 from __future__ import annotations
 

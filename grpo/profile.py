@@ -1,4 +1,4 @@
-"""Where a training step's time goes, phase by phase and stream by stream: `train.py --profile FILE.json`.
+"""Measures where a training step's time goes, by phase and by stream: `train.py --profile FILE.json`.
 
 Trainer, engine and rewards name their phases with `torch.profiler.record_function`. A kernel belongs to the phase that
 launched it, and all kernels of a CUDA graph belong to the phase that replayed the graph.
@@ -46,7 +46,7 @@ LISTED = {phase: [phase] for phase in ("text decode", "image decode", "reference
 LISTED["update"] = ["forward", "loss", "backward", "optimizer"]
 WARM_UP = 2
 SHORT_US = {"cpu": 20.0, "cuda": 5.0}  # below this, launching a kernel or an operator costs more than its work
-NAMES, LETTERS = 25, 120  # length of a list of kernels, and of a name, which template arguments can make very long
+NAMES, LETTERS = 25, 120  # maximum length of a list of kernels, and of a name, which C++ templates can make very long
 
 
 class Range(NamedTuple):

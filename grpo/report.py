@@ -1,4 +1,4 @@
-"""Grids of pictures with their prompts, plans and rewards, and report.html, a page that needs no other file."""
+"""Draws grids of pictures with prompts, plans and rewards, and report.html, a page that needs no other file."""
 
 from __future__ import annotations
 

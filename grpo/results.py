@@ -1,4 +1,4 @@
-"""What a run writes about itself: run.json, alarms, and at the end summary.json, report.html and a model card."""
+"""Writes what a run says about itself: run.json, alarms, and at the end summary.json, report.html and a model card."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Rollouts as files. Each rank writes what a step trains on, and a replay reads it instead of drawing samples.
+"""Writes rollouts to files and reads them. Each rank writes what a step trains on, and a replay reads it again.
 
     DIR/step-000001-rank-0.safetensors
 
 holds the samples of one rank in order: prompts, plans and image prompts (ids, and the offset of each sequence), image
-tokens [S, T], the log-probs of sampling, whether a plan was cut off [S], scores [S, R] (NaN = none), and on request the
-pictures [S, 3, H, W] as uint8. The file's header has, as JSON, the texts of the plans, the examples, and the names of
-the rewards.
+tokens [S, T], the log-probs of sampling, whether a plan was cut off [S], scores [S, R] (NaN = no score), and on request
+the pictures [S, 3, H, W] as uint8. The file's header has, as JSON, the texts of the plans, the examples, and the names
+of the rewards.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class SavedRollout:
     Args:
         rollout: the samples. Without pictures its `images` is empty, [S, 0, 0, 0].
         examples: [S] the example of each sample, with its plan.
-        scores: [S, R] float32 on the CPU, NaN = none.
+        scores: [S, R] float32 on the CPU; NaN = no score.
         trained, monitored: names of the R rewards, in this order.
         ranks: number of ranks, each of which has a file for this step.
     """
@@ -110,7 +110,7 @@ def load_rollout(path: Path, device: torch.device) -> SavedRollout:
 
 
 class Replay:
-    """Saved rollouts of a folder, instead of an engine and rewards.
+    """Reads saved rollouts from a folder, instead of an engine and rewards.
 
     Args:
         steps: the steps that the run will ask for, counted from 1.
@@ -132,8 +132,9 @@ class Replay:
         first = self.load(steps[0] if steps else 1)
         if weights is not None and len(weights) != len(first.trained):
             raise ValueError(f"reward_weights has {len(weights)} entries, {folder} has rewards {first.trained}")
-        named = ([_Named(name) for name in names] for names in (first.trained, first.monitored))
-        self.ensemble = RewardEnsemble(next(named), weights, next(named))
+        self.ensemble = RewardEnsemble([])  # only names and weights, since the scores are in the files
+        self.ensemble.names = [*first.trained, *first.monitored]
+        self.ensemble.weights = torch.tensor([*(weights or [1.0] * len(first.trained)), *[0.0] * len(first.monitored)])
 
     def load(self, step: int) -> SavedRollout:
         """Read this rank's samples of a step."""
@@ -154,13 +155,3 @@ class Replay:
         jobs: list[Callable[[], Scored]] = [partial(Scored, values, 0.0, 0.0, 0) for values in saved.scores.unbind(1)]
         handle = RewardHandle([*saved.trained, *saved.monitored], torch.device("cpu"), [jobs])
         return saved.rollout, saved.examples, handle
-
-
-@dataclass
-class _Named:
-    """The name of a reward whose scores are in files."""
-
-    name: str
-
-    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
-        raise NotImplementedError(f"the scores of {self.name} are in files")

@@ -1,4 +1,4 @@
-"""Samples as records: a picture, its prompt and plan, and its scores. Saves, loads and averages them without torch."""
+"""Saves, loads and averages samples (a picture with its prompt, plan and scores) as records, without torch."""
 
 from __future__ import annotations
 

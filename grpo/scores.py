@@ -1,4 +1,4 @@
-"""Scores of an evaluation's pictures, by reward and task type, with bootstrap intervals over its prompts."""
+"""Scores the pictures of an evaluation, by reward and task type, with bootstrap intervals over its prompts."""
 
 from __future__ import annotations
 

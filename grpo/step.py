@@ -34,7 +34,7 @@ Ahead = list[list[TokenStream]]  # the streams of the first micro-batch, which `
 def _sequences(
     policy: Policy, rollout: RolloutChunk, encoder: PromptEncoder, config: Config, names: Sequence[str]
 ) -> list[Stream]:
-    """The sequences of these streams: plans, pictures, and for guided log-probs the pictures without their prompts."""
+    """The sequences of these streams: plans, pictures, and for guided log-probs also unconditional pictures."""
     prompts, plans, image_prompts, tokens = rollout.ids
     pictures = policy.image_ids(tokens)
     streams: dict[str, list[Stream]] = {"text": [(prompts, plans)], "image": [(image_prompts, pictures)]}
@@ -116,10 +116,11 @@ def reference_logprobs(
     config: Config,
     passes: list[RolloutChunk] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Log-probs of every token under the reference model, without adapters, by stream, for each micro-batch.
+    """Log-probs of every token under the reference model, from which the loss computes the KL, for each micro-batch.
 
-    A stream without KL is left out, so that it costs no forward pass. With LoRA, reference and policy share their
-    weights, but not a forward pass: a common one would contain each sequence twice and save no matrix product.
+    A stream without KL is left out, so that it costs no forward pass. With LoRA, the reference model is the policy
+    without adapters. Both could share a forward pass, but it would contain each sequence twice and save no matrix
+    product.
 
     Args:
         passes: `reference_passes` over the same samples; None = one forward pass for each micro-batch.

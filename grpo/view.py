@@ -309,7 +309,7 @@ def viewing(folder: str, port: int | None) -> Iterator[None]:
 
 
 def serve_for_parent() -> None:
-    """What the process that `viewing` starts runs."""
+    """Serve in the process that `viewing` starts."""
     os.nice(10)  # training has priority
     token = sys.stdin.readline().strip()
     threading.Thread(target=serve, args=(Path(sys.argv[1]), int(sys.argv[2]), token), daemon=True).start()

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO instead of MasterAdamW: its engine divides masters, gradients and moments among the ranks.
+"""Trains with DeepSpeed's ZeRO instead of MasterAdamW. It divides masters, gradients and moments among the ranks.
 
 A DeepSpeed JSON file says how. If bicot has a setting too, the file must agree with it or say "auto". Checkpoints hold
 the same full state that MasterAdamW writes, so a run can go on with another stage, another number of ranks, or without
@@ -118,7 +118,7 @@ def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def bucket_size(zero: dict[str, Any], largest: int) -> int:
-    """How many gradients go at a time: as the JSON says, or `_BUCKET`, but no more than the largest parameter has."""
+    """How many gradients are sent at a time: as the JSON says, or `_BUCKET`, but at most the largest parameter."""
     size = zero.get("reduce_bucket_size", "auto")
     return min(_BUCKET, largest) if size == "auto" else int(size)
 

@@ -1,4 +1,4 @@
-"""The interface of a reward: it has a name, and scores the pictures of a batch.
+"""The interface of a reward, which has a name and scores the pictures of a batch.
 
 Shapes: S samples, images [S, 3, H, W] float in [0, 1]. Scores are [S] float32, and NaN where the reward does not apply
 to the sample's prompt: such a sample gets no score from this reward, which is not a score of zero.
@@ -32,7 +32,7 @@ class NumeracyInfo:
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt with the annotations of T2I-R1's schema. Fields that its line of the file does not have are empty.
+    """One prompt with the annotations of T2I-R1's schema. A field is empty if the prompt's line does not have it.
 
     `metadata` holds all other keys of the line. `plan` is the plan of the sample that is scored; `applies` and `check`,
     which are called before a run, see an empty one.

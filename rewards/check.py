@@ -1,4 +1,4 @@
-"""Load every reward of a configuration, score sample pictures, and print which work, how fast, and what is missing.
+"""Loads every reward of a configuration, scores sample pictures, and prints which work, how fast, and what is missing.
 
     python -m bicot.rewards.check configs/janus-pro-7b.yaml
     python -m bicot.rewards.check my.yaml --device cpu --pictures 8
@@ -55,7 +55,7 @@ def pictures(count: int, device: str) -> Tensor:
 
 
 def try_reward(reward: Reward, place: Placement, count: int, device: str) -> list[str]:
-    """Score `count` pictures twice and time the second -> the cells of the reward's row, without name and load time."""
+    """Score `count` pictures twice, and time the second time -> the reward's row, without its name and load time."""
     ensemble = RewardEnsemble([reward], placements={reward.name: place}, device=device)
     images, planned = pictures(count, device), [replace(example, plan=example.prompt) for example in EXAMPLES]
     examples = [planned[i % len(EXAMPLES)] for i in range(count)]
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check the rewards of a configuration.")
     parser.add_argument("config", help="YAML file of a run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--pictures", type=int, default=len(EXAMPLES), help="how many to score")
+    parser.add_argument("--pictures", type=int, default=len(EXAMPLES), help="number of pictures to score")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which a reward does
     try:

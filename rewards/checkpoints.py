@@ -1,4 +1,4 @@
-"""Load published checkpoints completely, or raise an error that says what is missing and how to get it."""
+"""Loads published checkpoints completely, or raises an error that says what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def load_complete(
     unused: tuple[str, ...] = (),
     **options: Any,
 ) -> Any:
-    """Load a frozen model in eval mode by `cls.from_pretrained`, which alone would make missing weights random.
+    """Load a frozen model in eval mode, and check that all weights are there. `from_pretrained` would make them random.
 
     Args:
         cls: a model class of transformers.
         path: folder or hub id.
         dtype: of the weights.
-        strict: a superfluous weight is an error too.
+        strict: whether a superfluous weight is an error too.
         unused: prefixes of names that may be missing or superfluous.
         options: further arguments of `from_pretrained`.
 

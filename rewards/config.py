@@ -48,7 +48,7 @@ class RewardConfig:
         monitor: rewards that are scored and logged in every step, but do not train.
         heldout: rewards that score only the evaluations of eval_file, and so cost training steps nothing.
         options: options of each reward, by its name: device, micro_batch, offload, and the arguments of its class, such
-            as path and dtype; for a server url, timeout in seconds, and retries.
+            as path and dtype. A server has url, timeout (in seconds) and retries.
         schedule: threads = rewards work while the policy decodes, each in a thread and on CUDA streams of its own;
             serial = they work one after another when decoding has ended; auto = threads on a GPU, serial on a CPU.
         on_reward_error: raise = a reward that fails stops the run; skip = the sample that it failed on gets no score
@@ -64,7 +64,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         self.names, self.monitor, self.heldout = map(words_of, (self.names, self.monitor, self.heldout))
-        known = [*self.all, *BUILTIN]  # options in a file may be for rewards that are not chosen now
+        known = [*self.all, *BUILTIN]  # a file may have options of rewards that this run does not use
         for name, options in self.options.items():
             if name not in known and "url" not in options:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)
@@ -88,7 +88,7 @@ class RewardConfig:
         device: str | torch.device = "cpu",
         failures: str | Path | None = None,
     ) -> RewardEnsemble:
-        """Load the rewards of training steps. See RewardEnsemble for the arguments, load_reward for what can fail."""
+        """Load the rewards of training steps. RewardEnsemble explains the arguments, and load_reward the errors."""
         return self._build(self.names, weights, self.monitor, device, failures)
 
     def build_heldout(self, training: RewardEnsemble, device: torch.device, failures: Path) -> RewardEnsemble:
@@ -138,7 +138,7 @@ def find_object(what: str, path: str) -> Any:
     if not colon:
         raise ValueError(f"{what} {path!r} must be package.module:name")
     here = os.getcwd()
-    if here not in sys.path:  # a script has its own folder instead; last, so that it hides no installed module
+    if here not in sys.path:  # a script has only its own folder there; append, so that no installed module is hidden
         sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -1,9 +1,9 @@
-"""All rewards of a run behind one call: pictures in, a matrix [S, R] of scores out, while the policy goes on decoding.
+"""Scores pictures with all rewards of a run, while the policy goes on decoding. The scores are a matrix [S, R].
 
 With `threads` (the default on a GPU), each reward has a thread and CUDA streams of its own. `submit` gives the pictures
-to the threads and returns, and only `result` waits. The streams wait for the event that follows the pictures. They have
-the lowest priority and the engine's streams a higher one, so that decoding goes first when both have work. With
-`serial` (the default on a CPU, where all share the cores), the rewards run one after another in `result`.
+to the threads and returns; only `result` waits. The streams wait until the pictures are complete. They have the lowest
+priority and the engine's streams a higher one, so that decoding goes first when both have work. With `serial` (the
+default on a CPU, where all share the cores), the rewards run one after another in `result`.
 
 Shapes: S samples, R rewards (those that train first, then the monitored ones), images [S, 3, H, W] float32 in [0, 1].
 """
@@ -78,7 +78,7 @@ class RewardEnsemble:
         rewards: those that train.
         weights: one for each, default 1.
         monitors: scored as well, with weight 0.
-        placements: reward's name -> where it works; a reward that is missing has the default.
+        placements: name of a reward -> where it works; a reward that is missing there has the default.
         device: the run's device, where rewards work by default.
         schedule: "threads", "serial", or "auto" = threads on a GPU.
         on_reward_error: "raise" stops the run; "skip" leaves the sample without this score and counts it.

@@ -1,12 +1,12 @@
-"""GIT as a judge of attributes and objects: it is asked "red apple?" about a picture, and how sure is it of "yes"?
+"""The git reward asks GIT about attributes and objects, such as "red apple?", and scores how sure it is of "yes".
 
     score = mean over the prompt's questions of P(yes) / (P(yes) + P(no)) = mean of sigmoid(l_yes - l_no)
 
-l are the logits after the last token of a question. The questions are the prompt's attr_nouns, or else its nouns, each
-with a question mark. GIT is a prefix language model: its image tokens attend to each other and not to the text, so they
-pass the vision tower and the text decoder once. All questions of the picture follow them as one sequence, in which each
-question attends to the image, to the shared CLS token and to itself. So every question gets the answer that it would
-get alone. Sequences are padded to the longest. Of the head's 30,522 rows only "yes" and "no" are used.
+l_yes and l_no are the logits after the last token of a question. The questions are the prompt's attr_nouns, or else its
+nouns, each with a question mark. GIT is a prefix language model: its image tokens attend to each other and not to the
+text, so they pass the vision tower and the text decoder once. All questions of the picture follow them as one sequence,
+in which each question attends to the image, to the shared CLS token and to itself. So every question gets the same
+answer as alone. Sequences are padded to the longest. Only the rows of "yes" and "no" of the head's 30,522 are used.
 
 Shapes: A pictures with questions, N image tokens, L text tokens, Q questions, D hidden.
 
@@ -70,7 +70,7 @@ class GitReward:
     def from_pretrained(
         cls, path: str | Path = PUBLISHED, *, dtype: str | torch.dtype = "float32", t2i_r1_compat: bool = False
     ) -> GitReward:
-        """Load it.
+        """Load the reward.
 
         Args:
             path: folder or hub id in the published format.
@@ -171,13 +171,13 @@ class GitReward:
 
 
 def phrases(example: Example) -> tuple[str, ...]:
-    """What to ask about: the attr_nouns, or else the nouns; nothing for tasks that other rewards judge better."""
+    """What to ask about: the attr_nouns, or else the nouns. For tasks that other rewards judge better, nothing."""
     return () if example.task_type in SKIPPED else example.attr_nouns or example.nouns
 
 
 def clip_preprocess(settings: dict[str, Any]) -> Preprocess:
     """The preprocessing of a CLIPImageProcessor's preprocessor_config.json. Raises ValueError for any other."""
-    edges: set[Any] = set()  # must be one number; for square pictures, height and width mean the shortest edge
+    edges: set[Any] = set()  # must become one number: for square pictures, height and width mean the shortest edge
     for size in (settings.get("size"), settings.get("crop_size")):
         edges.update((size.values() or [None]) if isinstance(size, dict) else [size])
     plain = all(settings.get(f"do_{what}", True) for what in ("resize", "center_crop", "rescale", "normalize"))
@@ -189,6 +189,6 @@ def clip_preprocess(settings: dict[str, Any]) -> Preprocess:
 
 
 def _padded(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
-    """All lists as long as the longest, with zeros at the end."""
+    """Pad all lists with zeros to the length of the longest."""
     longest = max(map(len, lists))
     return [[*values, *[0] * (longest - len(values))] for values in lists]

@@ -44,7 +44,7 @@ class GroundingReward:
         tokenizer: BERT's, uncased.
         preprocess: prepares the pictures.
         dtype: of the matrix products (autocast): float32, bfloat16 or float16. Box coordinates are always float32.
-        threshold: a phrase is found if its score is above.
+        threshold: a phrase is found if its score is above this.
         t2i_r1_compat: score as T2I-R1's published code does, with its defects.
 
     Raises:
@@ -80,7 +80,7 @@ class GroundingReward:
         threshold: float = THRESHOLD,
         t2i_r1_compat: bool = False,
     ) -> GroundingReward:
-        """Load it.
+        """Load the reward.
 
         Args:
             path: folder or hub id in transformers' format.
@@ -105,7 +105,7 @@ class GroundingReward:
         return self.compat or bool(phrases(example))
 
     def check(self, example: Example) -> None:
-        """Raises ValueError as `score` does."""
+        """Raises ValueError for the same reasons as `score`."""
         if not self.compat:
             check_localities([example])
         if names := phrases(example, self.compat):
@@ -194,8 +194,9 @@ def unmarked(name: str) -> str:
     return fold(re.sub("[.,?]", " ", initials))
 
 
-# A token's position counts from 0 within its phrase, whose full stop belongs to it, and sines of positions are floats.
-# Releases of transformers differ (5.17 puts every full stop at 0 and rounds the sines), so two hooks correct both.
+# A token's position counts from 0 within its phrase, which includes the full stop, and sines of positions are floats.
+# Some releases of transformers compute other ones (5.17 puts every full stop at 0 and rounds the sines), so two hooks
+# correct both.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 

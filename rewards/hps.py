@@ -1,4 +1,4 @@
-"""HPS v2 and v2.1, the human preference score: the cosine of picture and prompt in a CLIP tuned on people's choices.
+"""The hps reward is the human preference score v2 or v2.1: the cosine of picture and prompt in a fine-tuned CLIP.
 
     score = cos(f_image, f_text) = <f_image, f_text> / (|f_image| |f_text|), in float32: 0.2 to 0.35 in practice
 
@@ -6,10 +6,10 @@ The published file holds the weights of an open_clip ViT-H-14. transformers' CLI
 k and v stacked, a projection is the transpose of a linear layer's weight, and the GELU is exact.
 
 Shapes: S samples, P prompts, E features (1,024). FLOPs at the published size (224 pixels, 257 tokens; at most 77 text
-tokens): 335 G an image, 0.6 G a text token, once for each prompt.
+tokens): 335 G for each image, and 0.6 G for each text token. A prompt is encoded once for all of its pictures.
 
 Pictures are resampled as in HPS v2's own code, on floats, where bicubic may overshoot. HPS v2's code also repairs texts
-with ftfy, such as curly quotes; this does not, and none of T2I-R1's 7,223 prompts needs it.
+with ftfy, for example curly quotes. This code does not, since none of T2I-R1's 7,223 prompts needs it.
 
 Source: Wu et al. 2023, "Human Preference Score v2" (arXiv 2306.09341); HPS_v2.1_compressed.pt of xswu/HPSv2 on the hub.
 """
@@ -36,7 +36,7 @@ from .preprocess import CLIP_MEAN, CLIP_STD, Preprocess
 
 PUBLISHED, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 TOKENIZER = "openai/clip-vit-large-patch14"
-VISION_HEAD, TEXT_HEAD = 80, 64  # widths of an attention head in a ViT-H-14; the shapes of weights do not tell them
+VISION_HEAD, TEXT_HEAD = 80, 64  # widths of an attention head in a ViT-H-14, which the shapes of weights do not tell
 RENAMED = [
     (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
     (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
@@ -80,13 +80,13 @@ class HPSReward:
                 f"the tokenizer's end of text is {tokenizer.eos_token_id}"
             )
         self.preprocess = Preprocess(config.vision_config.image_size, CLIP_MEAN, CLIP_STD, clip=False)
-        self._known: dict[str, Tensor] = {}  # text features of the last call: the next one has mostly the same prompts
+        self._known: dict[str, Tensor] = {}  # text features of the last call, since the next one often has its prompts
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path = PUBLISHED, *, dtype: str | torch.dtype = "float32", tokenizer: str | Path = TOKENIZER
     ) -> HPSReward:
-        """Load it.
+        """Load the reward.
 
         Args:
             path: a published .pt file, or its folder or hub id; or a folder that `save_pretrained` wrote.
@@ -114,7 +114,7 @@ class HPSReward:
             return cls(model, CLIPTokenizer.from_pretrained(folder))
 
     def applies(self, example: Example) -> bool:
-        """True for all prompts. Because of it, a score of NaN is an error."""
+        """True for all prompts. So a score of NaN is an error."""
         return True
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class HPSReward:
         return (F.normalize(pictures.float(), dim=-1) * texts).sum(-1)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and tokenizer in transformers' format, which loads faster, and is smaller in a smaller dtype."""
+        """Write model and tokenizer in transformers' format. It loads faster, and is smaller if the dtype is."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -96,7 +96,7 @@ def detections(
         phrases: P names; boxes of equal names are pooled.
         boxes: [Q, 4].
         scores: [P, Q], confidence that a box shows the object of a phrase.
-        threshold: a box counts if its score is above.
+        threshold: a box counts if its score is above this.
         compat: see the module's docstring.
     """
     rows_of: dict[str, list[int]] = {}  # name -> its rows of `scores`
@@ -112,15 +112,14 @@ def detections(
     return found
 
 
-def nms(boxes: Tensor, scores: Tensor, iou: float = 0.5) -> Tensor:
-    """Greedy non-maximum suppression: drop each box that overlaps a more confident box that is kept.
+def nms(boxes: Tensor, scores: Tensor) -> Tensor:
+    """Greedy non-maximum suppression: drop each box whose IoU with a more confident box that is kept is above 0.5.
 
     Boxes of equal scores are sorted by coordinates, so the order of the boxes does not matter.
 
     Args:
         boxes: [Q, 4], corners.
         scores: [Q].
-        iou: two boxes overlap if their intersection over union is above.
 
     Returns:
         indices [K] of the boxes that are kept, most confident first.
@@ -128,7 +127,7 @@ def nms(boxes: Tensor, scores: Tensor, iou: float = 0.5) -> Tensor:
     order = torch.arange(len(boxes), device=boxes.device)
     for key in (*boxes.unbind(1), -scores):
         order = order[key[order].argsort(stable=True)]
-    overlaps = (_iou(boxes[order], boxes[order]) > iou).tril(-1)  # [box, a more confident one]
+    overlaps = (_iou(boxes[order], boxes[order]) > 0.5).tril(-1)  # [box, a more confident one]
     # Each iteration decides at least the next most confident box for good, so the fixed point is the greedy result.
     keep = torch.ones_like(order, dtype=torch.bool)
     while True:
@@ -157,7 +156,7 @@ def spatial_score(found: Mapping[str, Tensor], info: SpatialInfo, compat: bool =
     if one != two:
         pair = [found[name][0] for name in (one, two) if name in found]
     elif compat:
-        return 0.0  # here the published code fails, and takes that for 0
+        return 0.0  # here the published code raises an error, and counts that as 0
     else:
         pair = list(found[one][:2]) if one in found else []
     held = 0.0
@@ -179,11 +178,11 @@ def counting_score(found: Mapping[str, Tensor], entries: Sequence[NumeracyInfo],
 
 
 def relation(locality: str, box1: Tensor, box2: Tensor, compat: bool = False) -> float:
-    """How well `box1` stands in relation `locality` to `box2`, in [0, 1]; both [4], corners.
+    """How well `box1` stands in relation `locality` to `box2`, in [0, 1]. Both boxes are corners [4].
 
     A direction holds if the vector between the centres is longest along its axis and has its sign. It scores 1, or
-    0.1/IoU where the boxes overlap with an IoU above 0.1. "near" scores 1 if the vector is shorter than NEAR_DISTANCE
-    along x or y, and NEAR_DISTANCE / the longer of the two otherwise.
+    0.1/IoU if the boxes overlap with an IoU above 0.1. "near" scores 1 if the vector is shorter than NEAR_DISTANCE
+    along x or y; otherwise NEAR_DISTANCE divided by the longer of the two.
 
     Raises:
         ValueError: an unknown locality (compat: the score is 0).

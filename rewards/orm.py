@@ -1,4 +1,4 @@
-"""T2I-R1's outcome reward model: a LLaVA-OneVision that was tuned to say whether a picture shows its prompt.
+"""The orm reward is T2I-R1's outcome reward model, a LLaVA-OneVision tuned to say whether a picture shows its prompt.
 
     score = sigmoid((l_yes - l_no) / temperature),   l = logits of the answer's first token
 
@@ -92,14 +92,14 @@ class OrmReward:
         yes, no = (model.lm_head.weight[vocabulary[word]].detach().float() for word in ("yes", "no"))
         self.model.register_buffer("yes_no", yes - no, persistent=False)
         self.preprocess = Preprocess(config.vision_config.image_size, (0.5,) * 3, (0.5,) * 3, fit="pad")
-        # None for each type of layer: otherwise Qwen2 makes masks, and waits for the device to do so
+        # None for each type of layer; otherwise Qwen2 makes masks, for which it waits for the device
         self.no_mask = dict.fromkeys(config.text_config.layer_types)
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path = PUBLISHED, *, dtype: str | torch.dtype = "bfloat16", temperature: float = 1.0
     ) -> OrmReward:
-        """Load it.
+        """Load the reward.
 
         Args:
             path: folder or hub id, in LLaVA-NeXT's format as published, or in transformers' format.
@@ -122,7 +122,7 @@ class OrmReward:
         return cls(model, tokenizer, temperature=temperature)
 
     def applies(self, example: Example) -> bool:
-        """True for all prompts. Because of it, a score of NaN is an error."""
+        """True for all prompts. So a score of NaN is an error."""
         return True
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The plan reward: does the plan say what the prompt asks for? It compares words with annotations, without a model.
+"""The plan reward scores whether the plan says what the prompt asks for. It compares words with annotations.
 
 The annotations are a set A of facts. What the plan says about the same things is a set P of facts:
 
@@ -110,7 +110,7 @@ def _stem(word: str) -> str:
 
 
 def spans(plan: Words, phrases: Sequence[Words]) -> Iterator[tuple[int, int, Words]]:
-    """Find the phrases in the plan -> start, end and phrase. Of several at one word the longest; none overlap."""
+    """Find the phrases in the plan -> start, end and phrase. They do not overlap; the longest one has precedence."""
     start = 0
     while start < len(plan):
         longest = max((p for p in phrases if plan[start : start + len(p)] == p), key=len, default=())
@@ -124,7 +124,7 @@ NO_ATTRIBUTES = set(words("a an the and or of in on with"))
 
 
 def _attributes(plan: Words, example: Example) -> set[Fact]:
-    """Contradictions: things with an attribute that belongs to another thing, or with another colour."""
+    """Find contradictions: things with an attribute that belongs to another thing, or with another colour."""
     nouns = sorted(map(words, example.nouns), key=len)
     own: dict[Words, set[str]] = {}  # thing -> its attributes
     phrases = list(map(words, example.attr_nouns))
@@ -133,7 +133,7 @@ def _attributes(plan: Words, example: Example) -> set[Fact]:
         own.setdefault(thing, set()).update(phrase[: len(phrase) - len(thing)])
     every = set().union(*own.values()) - NO_ATTRIBUTES
     facts: set[Fact] = set()
-    for start, _, thing in spans(plan, [*own, *phrases]):  # with the phrases, which may contain another thing
+    for start, _, thing in spans(plan, [*own, *phrases]):  # also the phrases, which may contain another thing
         right = own.get(thing, set())
         wrong = (every | COLOURS if right & COLOURS else every) - right
         if right and start and plan[start - 1] in wrong:
@@ -158,7 +158,7 @@ def _counts(plan: Words, example: Example, wanted: set[Fact]) -> set[Fact]:
 
 
 def relation(one: Words, locality: str, two: Words) -> Fact:
-    """The fact that `one` is `locality` `two`: equal for all ways to say it."""
+    """The fact that `one` is `locality` `two`. It is equal for all ways to say it."""
     kind = SYNONYMS.get(fold(locality), fold(locality))
     if kind in NEAR:
         return ("near", *sorted((one, two)))

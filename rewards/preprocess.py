@@ -6,10 +6,10 @@ picture that is exact in 8 bits, a pixel then differs from PIL's, before normali
 
     MAX_ERROR = (0.5 L + 0.5 + c) / 255.
 
-The rounding of the rows is half a level, and the weights of the columns, whose magnitudes sum to at most L = 1.27
-(bicubic, the maximum over pairs of sizes; bilinear 1), pass it on. The rounding of the result is another half a level.
-c = 0.06 is for positions in float32 at edges of up to 1,000 pixels. Measured: 1.11 / 255. Clipping only the result
-would differ by up to 31 / 255, where 0 and 1 meet.
+The rounding after the rows is half a level. The weights of the columns, whose magnitudes sum to at most L = 1.27
+(bicubic, the maximum over pairs of sizes; bilinear 1), multiply it. The rounding of the result is another half a level.
+c = 0.06 is for positions in float32 at edges of up to 1,000 pixels. The measured maximum is 1.11 / 255. Clipping only
+the result would differ by up to 31 / 255 at an edge between 0 and 1.
 
 Shapes: S pictures, [S, 3, H, W] float in [0, 1].
 """
@@ -35,12 +35,12 @@ class Preprocess:
     """The preprocessing of one model.
 
     Args:
-        size: pixels of the shortest edge after resampling.
-        mean, std: of each channel.
+        size: length of the shortest edge after resampling, in pixels.
+        mean, std: values of each channel.
         resample: bicubic or bilinear, both antialiased.
         fit: for pictures that are not square. "crop" = take the middle square of the resampled picture; "pad" = before
-            resampling, put the picture on a square of colour `mean`, rounded to 8 bits; "keep" = leave them.
-        max_size: with "keep", most pixels of the longest edge.
+            resampling, put the picture on a square of colour `mean`, rounded to 8 bits; "keep" = keep their shape.
+        max_size: with "keep", maximum length of the longest edge, in pixels.
         clip: clip resampled pixels to [0, 1], as PIL does; torchvision on float tensors does not.
     """
 

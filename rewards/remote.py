@@ -1,12 +1,13 @@
-"""A reward behind HTTP: pictures, prompts and plans go to a server, scores come back, all as JSON.
+"""A reward on an HTTP server, which gets pictures, prompts and plans as JSON, and returns scores.
 
     POST url    {"images": [PNG in base64, …], "prompts": [str, …], "plans": [str, …], "examples": [object, …]}
     200         {"scores": [number or null, …]}
 
-All lists have one entry for each sample. An example is its line of the prompt file, with the user's own keys. null
-means that the reward does not apply. Pictures have 8 bits a channel. Before a run there is one request without samples,
-to be answered with {"scores": []}. A failed connection, a timeout, 429 and 5xx are retried; any other error status
-means that the request is wrong. The user sees the body of an error. examples/reward_server.py is a server.
+All lists have one entry for each sample. An example is its line of the prompt file, with the user's own keys. A score
+of null means that the reward does not apply. Pictures have 8 bits per channel. Before a run there is one request
+without samples, which the server answers with {"scores": []}. A failed connection, a timeout, 429 and 5xx are retried.
+Any other error status means that the request is wrong. The user sees the body of an error. examples/reward_server.py
+is such a server.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ class HttpReward:
     """Gets its scores from a server. Proxies of the environment are not used.
 
     Args:
-        name: of the reward.
-        url: of the server.
-        timeout: most seconds to wait for a connection, and for an answer.
+        name: name of the reward.
+        url: address of the server.
+        timeout: maximum seconds to wait for a connection, and for an answer.
         retries: number of tries after the first one.
 
     Raises:

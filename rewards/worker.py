@@ -1,4 +1,8 @@
-"""Runs one reward: on its device, in its thread, on its CUDA streams, in micro-batches; handles its failures.
+"""Runs one reward in micro-batches, on its device, in its thread and on its CUDA streams, and handles its failures.
+
+If the reward raises an exception on a micro-batch, its samples are scored one by one, except after `Unavailable`. A
+sample on which it raises again stops the run with a RewardError that names reward, prompt and picture. With
+`on_reward_error: skip`, the sample gets no score from this reward (NaN), and is counted.
 
 Shapes: S samples of a chunk, images [S, 3, H, W] float32 in [0, 1].
 """
@@ -36,7 +40,7 @@ class Placement:
 
     Args:
         device: "cpu", "cuda:1", …; None = the run's device.
-        micro_batch: most pictures of one call of `score`.
+        micro_batch: maximum number of pictures in one call of `score`.
         offload: keep the weights in host memory, and copy them to the device for each chunk of pictures.
     """
 
@@ -70,12 +74,12 @@ class Worker:
     """Scores chunks in order: with `threads` in a thread and on streams of its own, otherwise when the scores are read.
 
     Args:
-        reward: its `model`, if it has one, is frozen and moved to the device.
+        reward: the reward. Its `model`, if it has one, is frozen and moved to the device.
         placement: where it works.
         device: the run's device.
-        threads: whether it works while the caller does.
-        on_error: what happens to a sample that it fails on.
-        failures: folder for the pictures of such samples; None = they are not kept.
+        threads: whether it works at the same time as the caller.
+        on_error: "raise" = an error of the reward stops the run; "skip" = the sample gets no score, and is counted.
+        failures: folder for the pictures that the reward failed on; None = they are not kept.
     """
 
     def __init__(
@@ -116,9 +120,9 @@ class Worker:
     def submit(
         self, images: Tensor, examples: Sequence[Example], ready: torch.cuda.Event | None
     ) -> Callable[[], Scored]:
-        """Start scoring -> a function that returns the scores: it waits for the thread, or without one does the work.
+        """Start scoring -> a function that returns the scores. It waits for the thread, or without one does the work.
 
-        `ready` is recorded when the pictures are complete.
+        `ready` is an event after which the pictures are complete.
         """
         job = functools.partial(self._run, images, list(examples), ready)
         return self.thread.submit(job).result if self.thread else functools.cache(job)
@@ -156,7 +160,7 @@ class Worker:
             ) from error
 
     def _score(self, images: Tensor, examples: list[Example], asked: list[int]) -> tuple[Tensor, list[int]]:
-        """Score the samples `asked` -> scores [S], NaN for all others, and the samples that the reward failed on."""
+        """Score the samples `asked` -> scores [S] (NaN for all others), and the samples that the reward failed on."""
         scores = torch.full((len(examples),), torch.nan, device=self.device)
         lost: list[int] = []
         for first in range(0, len(asked), self.micro_batch):
@@ -211,8 +215,8 @@ class Worker:
             raise RewardError(f"reward {self.reward.name!r} failed on {example.prompt!r}{kept}: {error}") from error
 
     def _streams(self, source: torch.device) -> Iterator[torch.cuda.Stream]:
-        """A stream on each GPU involved, because a copy between two uses the current stream of both. The reward's own
-        GPU is last, so that it becomes the current one."""
+        """A stream on the GPU of the pictures and on the reward's, because a copy between two GPUs uses the current
+        stream of both. The reward's own GPU is last, so that it becomes the current one."""
         for device in dict.fromkeys(d for d in (source, self.device) if d.type == "cuda"):
             if device not in self.streams:
                 self.streams[device] = torch.cuda.Stream(device, priority=0)  # the lowest; the engine decodes at -1
@@ -220,7 +224,7 @@ class Worker:
 
 
 def host_copies(model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor of a model on the CPU with its values, which are pinned if they are to be copied to a GPU."""
+    """The tensors of a model on the CPU, each with its values, which are pinned if they will be copied to a GPU."""
     tensors = list(chain(model.parameters(), model.buffers()))
     for tensor in tensors if device.type == "cuda" else ():
         tensor.data = tensor.data.pin_memory()  # one by one, so that the host never holds two copies of the model

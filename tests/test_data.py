@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import PUBLISHED_PROMPTS
 
-from bicot.grpo.data import PromptFile, load_examples, read_prompts, step_indices
+from bicot.grpo.data import PromptFile, read_prompts, step_indices
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 
 GOOD = {"prompt": "a cat", "task_type": "object"}
@@ -21,7 +21,7 @@ GOOD = {"prompt": "a cat", "task_type": "object"}
 
 @pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="the published prompts are not here")
 def test_published_file_loads_whole() -> None:
-    examples = load_examples(PUBLISHED_PROMPTS)
+    examples = PromptFile(PUBLISHED_PROMPTS).examples
     assert len(examples) == 7223
     assert Counter(e.task_type for e in examples)["spatial"] == 2195
     assert sum(e.spatial_info is not None for e in examples) == 2195 + 185
@@ -60,7 +60,7 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path: Path, row: object, mess
     lines = [json.dumps(GOOD).encode(), text if isinstance(text, bytes) else text.encode(), json.dumps(GOOD).encode()]
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(ValueError, match=message + ".*--skip_bad_prompts") as error:
-        load_examples(path)
+        PromptFile(path)
     assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
     file = PromptFile(path, skip_bad=True)
     assert [number for number, _ in file.rows] == [1, 3] and len(file.examples) == 2
@@ -82,7 +82,7 @@ def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     rows = [GOOD if i % 3 else {**GOOD, "prompt": ""} for i in range(90)]
     path.write_text("\n".join(json.dumps(row) for row in rows))
     with pytest.raises(ValueError, match=r"p\.jsonl:1: prompt must .* \(and 29 more\)"):
-        load_examples(path)
+        PromptFile(path)
     numbers = iter(range(60))
 
     def odd_ones_only(example: Example) -> None:
@@ -109,15 +109,15 @@ def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     path.write_text(
         "\r\n".join(json.dumps({**GOOD, "prompt": "a café"}, ensure_ascii=False) for _ in range(2)), "utf-8-sig"
     )
-    assert [example.prompt for example in load_examples(path)] == ["a café", "a café"]
+    assert [example.prompt for example in PromptFile(path).examples] == ["a café", "a café"]
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="--train_file"):
-        load_examples(tmp_path / "none.jsonl")
+        PromptFile(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no prompts"):
-        load_examples(tmp_path / "empty.jsonl")
+        PromptFile(tmp_path / "empty.jsonl")
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from tiny import PUBLISHED_PROMPTS
 from tiny_grounding import Box, greedy, plain_relation, plain_score
 from torch import Tensor
 
-from bicot.grpo.data import load_examples
+from bicot.grpo.data import PromptFile
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.layout import (
     DIRECTIONS,
@@ -72,7 +72,7 @@ def spatial(locality: str, task: str = "spatial") -> Example:
 def test_nms_is_the_textbook_loop(picture: list[tuple[Box, float]]) -> None:
     picture = sorted(picture)  # the loop keeps the order of the list among equal scores; nms has its own
     boxes, scores = tensors(picture)
-    kept = nms(boxes, scores, 0.5)
+    kept = nms(boxes, scores)
     ordered = sorted(picture, key=lambda item: (-item[1], *item[0][::-1]))
     want = [ordered[i][0] for i in greedy([box for box, _ in ordered], [score for _, score in ordered])]
     assert boxes[kept].tolist() == want
@@ -102,7 +102,7 @@ def test_a_chain_of_overlaps_keeps_every_second_box() -> None:
     """A box that is itself suppressed suppresses nothing; this takes as many passes as boxes."""
     left = torch.arange(30) * 0.3
     boxes = torch.stack((left, torch.zeros(30), left + 1, torch.ones(30)), dim=1)
-    kept = nms(boxes, torch.linspace(1, 0.5, 30), iou=0.5)
+    kept = nms(boxes, torch.linspace(1, 0.5, 30))
     assert kept.tolist() == list(range(0, 30, 2))
 
 
@@ -272,7 +272,7 @@ def test_centres_taken_for_corners_do_not_merge_duplicates() -> None:
 
 @pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="needs the published prompts")
 def test_every_published_row_can_be_satisfied_and_failed() -> None:
-    examples = load_examples(PUBLISHED_PROMPTS)
+    examples = PromptFile(PUBLISHED_PROMPTS).examples
     compat_most: Counter[tuple[str, float]] = Counter()
     for example in examples:
         found = detections(phrases(example), *perfect(example))

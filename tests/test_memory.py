@@ -12,9 +12,10 @@ import pytest
 from tiny import ROOT, TOY
 
 from bicot.bench.models import toy_config
-from bicot.grpo.memory import MIB, Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
+from bicot.grpo.memory import Batch, Shape, Training, kv_tokens, reference_bytes, update_peak
 from bicot.grpo.plan import load_model, plan_of
 
+MIB = 2**20
 JANUS_1B = Shape(24, 2048, 5632, 2048, 2048, 102400, 16384, 2)
 LAYER = [4 * 2048 * 2048, 3 * 2048 * 5632, 2 * 2048]
 TRAINED = [102400 * 2048, *LAYER * 24, 2048, 102400 * 2048]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import PUBLISHED_PROMPTS, TOY
 
-from bicot.grpo.data import load_examples
+from bicot.grpo.data import PromptFile
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.config import RewardConfig
 from bicot.rewards.plan import PlanReward, words
@@ -93,7 +93,7 @@ def test_it_trains_and_monitors(schedule: str) -> None:
 def test_a_prompt_says_what_it_asks_for(path: Path, share: float) -> None:
     if not path.exists():
         pytest.skip("the published prompts are not here")
-    examples = [replace(example, plan=example.prompt) for example in load_examples(path)]
+    examples = [replace(example, plan=example.prompt) for example in PromptFile(path).examples]
     assert all(map(PlanReward().applies, examples))
     scores = PlanReward().score(torch.zeros(1), examples)
     assert (scores == 1).float().mean() >= share and scores.mean() > 0.98  # the others' annotations have typing errors

@@ -21,7 +21,7 @@ from tiny_orm import make_orm
 from torch import Tensor
 
 from bicot.grpo.cli import parse_config
-from bicot.grpo.data import PromptFile, load_examples
+from bicot.grpo.data import PromptFile
 from bicot.grpo.trainer import train
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.check import EXAMPLES as CHECKED
@@ -98,7 +98,7 @@ def test_a_score_that_is_no_number_is_an_error(options: dict[str, dict[str, Any]
 @pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="the published prompts are not here")
 def test_every_published_prompt_has_a_score_that_depends_on_the_picture(options: dict[str, dict[str, Any]]) -> None:
     """HPS and GIT on every row, the ORM, which sees every row alike, on one in 40; layouts are in test_layout.py."""
-    examples = load_examples(PUBLISHED_PROMPTS)
+    examples = PromptFile(PUBLISHED_PROMPTS).examples
     ensemble = RewardConfig(["hps", "git"], options=options | {"hps": {**options["hps"], "micro_batch": 256}}).build()
     one, two = (image.expand(len(examples), -1, -1, -1) for image in pictures(2, 28))
     first, second = (ensemble.submit(images, examples).result() for images in (one, two))
@@ -127,7 +127,7 @@ def test_of_the_published_prompts_the_spoiled_ones_are_left_out(
     detector.model.config.max_text_len = 256  # as published; the tiny vocabulary reads letter by letter
     file = PromptFile(tmp_path / "all.jsonl", skip_bad=True)
     file.check(ensemble.check)
-    assert file.examples == load_examples(PUBLISHED_PROMPTS)
+    assert file.examples == PromptFile(PUBLISHED_PROMPTS).examples
     first, *listed = file.said()
     assert first.endswith(": 3 of 7226 lines are left out:")
     for line, words in zip(

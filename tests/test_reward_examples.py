@@ -14,7 +14,7 @@ from tiny import ROOT, TOY, tiny_policy
 
 from bicot.examples import custom_loop
 from bicot.grpo.cli import parse_config
-from bicot.grpo.data import load_examples
+from bicot.grpo.data import PromptFile
 from bicot.grpo.samples import load_samples
 from bicot.grpo.trainer import train
 from bicot.model.policy import load_policy
@@ -70,7 +70,8 @@ def test_a_reward_of_the_example_server(settings: list[str], tmp_path: Path, mon
         process.wait()
     (tmp_path / "served.py").write_text(SERVED)
     monkeypatch.syspath_prepend(tmp_path)
-    local, by_prompt = load_reward("served:Everything"), {e.prompt: e for e in load_examples(tmp_path / "train.jsonl")}
+    examples = PromptFile(tmp_path / "train.jsonl").examples
+    local, by_prompt = load_reward("served:Everything"), {e.prompt: e for e in examples}
     samples = load_samples(tmp_path / "out" / "samples" / "step-000001")
     for sample in samples:
         image = torch.from_numpy(sample.image).permute(2, 0, 1)[None] / 255

@@ -16,7 +16,7 @@ from tiny import TOY
 from transformers import AutoTokenizer, JanusForConditionalGeneration, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from bicot.grpo.data import load_examples, parse_example
+from bicot.grpo.data import PromptFile, parse_example
 from bicot.model.prompts import PromptEncoder, PromptFormat
 from bicot.model.settings import RolloutSettings
 from bicot.toy.recipe import SETTINGS, Recipe, make_tokenizer, make_toy
@@ -65,7 +65,7 @@ def test_prompts_are_disjoint_by_content_and_in_the_published_schema() -> None:
     assert not {p.content for p in train} & {p.content for p in heldout}
     for part, name in ((train, "train.jsonl"), (heldout, "heldout.jsonl")):
         assert [p.line for p in part] == [json.loads(line) for line in (TOY / name).read_text().splitlines()]
-        assert len(load_examples(TOY / name)) == len({p.line["prompt"] for p in part}) == len(part)
+        assert len(PromptFile(TOY / name).examples) == len({p.line["prompt"] for p in part}) == len(part)
     for task_type in ("object", "color", "numeracy", "spatial"):
         counts = [sum(p.content.task_type == task_type for p in part) for part in (train, heldout)]
         assert 0.12 < counts[1] / sum(counts) < 0.18

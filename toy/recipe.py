@@ -1,4 +1,4 @@
-"""The toy's model: a Janus of a million parameters that draws the scenes of `world.py`, trained from scratch.
+"""Makes the toy's model from scratch: a Janus of 1.3 million parameters that draws the scenes of `world.py`.
 
     python -m bicot.toy.recipe                # rewrites toy/assets; 4 to 6 minutes on two cores
 
@@ -51,7 +51,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of both models. `…_mistakes` and `no_prompt` are probabilities of an example."""
+    """The hyperparameters of both models. `…_mistakes` and `no_prompt` are probabilities for each example."""
 
     vq_steps: int = 400
     vq_batch: int = 16
@@ -149,9 +149,9 @@ def train_vq(model: JanusForConditionalGeneration, prompts: list[world.ToyPrompt
     """Train `model.model.vqmodel` on pictures of random scenes.
 
     The world has a few dozen kinds of patches, so a code is simply the mean latent of all patches with the same pixels.
-    This needs no initialisation, and leaves no code unused. Latents and codes have length 1, because `decode`
+    This needs no initialisation, and every kind of patch gets a code. Latents and codes have length 1, because `decode`
     normalises codes and `encode` does not. The group norms normalise each picture by its own statistics, so equal
-    patches get unequal latents; the contrastive term pulls these to their mean, and away from other means.
+    patches get unequal latents. The contrastive term pulls these to their mean, and away from other means.
     """
     vq = model.model.vqmodel
     for module in vq.modules():

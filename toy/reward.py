@@ -1,14 +1,15 @@
-"""The toy's reward: finds coloured shapes in the pixels of a picture, and compares them with the annotations.
+"""The toy's reward finds coloured shapes in the pixels of a picture, and compares them with the annotations.
 
 Each pixel gets the nearest colour of the palette. Connected components become objects (colour, shape, position), which
 are matched with the objects that the annotations require. A score is in [0, 1]:
 
     object, color   matched / max(required, detected); an object matches half by shape and half by colour
     numeracy        the same, times 1 - (count error) / required
-    spatial         required / max(required, detected) * (0.3 objects + 0.7 relation), the relation only if both exist
+    spatial         0.3 * the score as for object + 0.7 * relation * required / max(required, detected); relation is 1
+                    if two of the right objects stand in it, else 0
 
-So a superfluous object costs score in every task, and leaving out an object never pays. Every score is multiplied by
-the share of painted pixels that belong to an object, so stray paint costs score too.
+So a superfluous object lowers the score in every task, and leaving out an object never raises it. Every score is
+multiplied by the share of painted pixels that belong to an object, so stray paint lowers it too.
 S samples; images [S, 3, H, H] float in [0, 1], resampled to 32x32 if they have another size.
 """
 
@@ -27,7 +28,7 @@ from .world import BACKGROUND, COLOURS, DIRECTIONS, IMAGE_SIZE, SHAPES, Kind
 
 NAMES = tuple(COLOURS)
 PALETTE = (*COLOURS.values(), BACKGROUND)
-MAX_COLOUR_DISTANCE = 0.35  # of a pixel to its palette colour; beyond, it counts as paint without a colour
+MAX_COLOUR_DISTANCE = 0.35  # between a pixel and its palette colour; beyond this, it is paint without a colour
 MIN_AREA = 16  # pixels; a whole shape has 40 to 64
 OBJECTS_SHARE, RELATION_SHARE = 0.3, 0.7
 SYNONYMS = dict.fromkeys(("top", "over"), "above") | dict.fromkeys(
@@ -147,7 +148,7 @@ def _components(masks: Tensor) -> Tensor:
 
 
 def _measure(labels: Tensor) -> Tensor:
-    """Components of at least MIN_AREA pixels: [N, 8] float, (mask index, area, y, x, top, bottom, left, right)."""
+    """Measure components of at least MIN_AREA pixels -> [N, 8], (mask index, area, y, x, top, bottom, left, right)."""
     pixels = labels.shape[1]
     index, where = labels.nonzero(as_tuple=True)
     key = index * (pixels + 1) + labels[index, where]
@@ -218,8 +219,8 @@ def _score(picture: Picture, example: Example) -> float:
 
 
 def _best_match(required: list[Kind], objects: Sequence[Found]) -> float:
-    """The largest total credit of a matching: each object meets at most one requirement, and vice versa."""
-    best = {0: 0.0}  # set of requirements served, as bits -> credit
+    """The largest total credit of a matching. Each object meets at most one requirement, and vice versa."""
+    best = {0: 0.0}  # set of the requirements that are met, as bits -> credit
     for thing in objects:
         credits = [(1 << i, credit) for i, kind in enumerate(required) if (credit := thing.credit(kind))]
         for served, total in list(best.items()):

@@ -1,4 +1,4 @@
-"""The toy's world: scenes of coloured shapes on a 3x3 grid, with their pictures, plans and prompts.
+"""The toy's world has scenes of coloured shapes on a 3x3 grid, with their pictures, plans and prompts.
 
 A picture has 32x32 pixels. A shape fills one cell of 8x8 pixels, and cells begin every 12 pixels. With patches of 4x4
 pixels, every shape covers exactly 2x2 image tokens and is one token away from its neighbours. Prompts have four of
@@ -228,15 +228,15 @@ def word(content: Content, template: str, rng: random.Random) -> ToyPrompt:
     return ToyPrompt(content, {"prompt": template.format(phrase), **line})
 
 
-def make_prompts(seed: int, heldout_share: float = 0.15) -> tuple[list[ToyPrompt], list[ToyPrompt]]:
-    """Training prompts and held-out prompts, split by content: no training prompt words a held-out content."""
+def make_prompts(seed: int) -> tuple[list[ToyPrompt], list[ToyPrompt]]:
+    """Training prompts and held-out prompts. No training prompt has the content of a held-out one."""
     rng = random.Random(seed)
     train: list[ToyPrompt] = []
     heldout: list[ToyPrompt] = []
     for task_type in ("object", "color", "numeracy", "spatial"):
         contents = list(dict.fromkeys(contents_of(task_type, rng)))
         rng.shuffle(contents)
-        cut = max(1, round(heldout_share * len(contents)))
+        cut = round(0.15 * len(contents))
         for index, content in enumerate(contents):
             templates = rng.sample(TEMPLATES, 4 if task_type == "object" else 1)
             (heldout if index < cut else train).extend(word(content, t, rng) for t in templates)
