@@ -1,6 +1,6 @@
 """Installs bicot. The repository root is the package. The C++ kernels for CPUs are built if there is a compiler.
 
-    pip install -e .            # or: make setup
+pip install -e .            # or: make setup
 """
 
 import runpy

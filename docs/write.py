@@ -1,6 +1,6 @@
 """Writes configuration.md and kernels.md of this folder, and the chart of imports in CONTRIBUTING.md.
 
-    python -m bicot.docs.write
+python -m bicot.docs.write
 """
 
 from __future__ import annotations

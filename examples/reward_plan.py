@@ -1,7 +1,7 @@
 """A reward of your own can read the plan, and your own keys of the prompt file.
 
-    {"prompt": "a kitchen", "task_type": "object", "must_mention": ["window", "kettle"]}      # a line of prompts.jsonl
-    python train.py --train_file prompts.jsonl --rewards.names scene,examples.reward_plan:Mentions
+{"prompt": "a kitchen", "task_type": "object", "must_mention": ["window", "kettle"]}      # a line of prompts.jsonl
+python train.py --train_file prompts.jsonl --rewards.names scene,examples.reward_plan:Mentions
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Serves any reward, of bicot or your own, over HTTP. rewards/remote.py describes the protocol.
 
-    python examples/reward_server.py orm --device cuda
-    python train.py --rewards.names scene,judge --rewards.options.judge '{url: "http://127.0.0.1:8000", timeout: 60}'
+python examples/reward_server.py orm --device cuda
+python train.py --rewards.names scene,judge --rewards.options.judge '{url: "http://127.0.0.1:8000", timeout: 60}'
 """
 
 import argparse
