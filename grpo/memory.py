@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..kernels.linear_logprobs import CHUNK_BYTES
+from ..kernels.linear_logprobs import LOGITS_BYTES
 from .distributed import BUCKET_BYTES
 from .optim import PART
 
@@ -198,8 +198,7 @@ def update_peak(
     kept, ends = forward_bytes(shape, batch, recompute)
     # the streams hold their hidden states until after the backward pass
     hidden = shape.bytes * shape.hidden * (batch.texts + batch.images * batch.passes)
-    rows = max(batch.texts * shape.vocab, batch.images * shape.codes)
-    chunk = min(CHUNK_BYTES, shape.bytes * rows)
+    logits = min(LOGITS_BYTES, shape.bytes * max(batch.texts * shape.vocab, batch.images * shape.codes))
     weights, largest = sum(trained), max(trained, default=0)
     head_wide, head_own = 4 * head, shape.bytes * head
     if training.stage:  # float32 sums of all gradients, or of this rank's share
@@ -217,7 +216,7 @@ def update_peak(
     if before and not held:  # gradients are added in place to those of the micro-batches before
         late = fresh = 0
     moments = [
-        Update(before + head_wide, kept + ends, chunk),
+        Update(before + head_wide, kept + ends, logits),
         Update(before + head_wide + head_own + sent, kept + ends, 0),
         Update(before + fresh + sent, kept + hidden + backward + layer * every, 0),
         Update(held + own + sent - (0 if training.stage else late), layer + backward + hidden, 0),

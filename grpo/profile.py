@@ -39,7 +39,7 @@ from .trainer import Trainer
 
 STEP, IDLE = "step", "idle"  # the range around all phases; the name in the results for time outside of all phases
 # In the order of a step. Rewards come after them, under their own names.
-PHASES = ["data", "weights", "tokenizer", "prefill", "text decode", "image decode", "rows", "reference", "forward"]
+PHASES = ["data", "weights", "tokenizer", "prefill", "text decode", "image decode", "layout", "reference", "forward"]
 PHASES += ["loss", "backward", "optimizer", "communication", "metrics", "VQ", "reward wait"]
 # The parts of a step whose kernels are listed by name.
 LISTED = {phase: [phase] for phase in ("text decode", "image decode", "reference")}

@@ -1,7 +1,6 @@
-"""Which implementation of an op runs: Triton on a GPU, the C++ kernels on a CPU, plain PyTorch for what neither takes.
+"""Choice of the implementation of an op: Triton on a GPU, C++ on a CPU, plain PyTorch for tensors that neither takes.
 
-This is also the one place that imports Triton, which is optional. Without it, kernels are never compiled and
-`impl="triton"` is an error.
+Only this file imports Triton, which is optional. Without it, `impl="triton"` is an error.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-    # Triton decides when it decorates a kernel whether its interpreter runs it, so this is fixed at import too.
+    # fixed at import, as in Triton, which decides at decoration whether its interpreter runs a kernel
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:
 
     class _NoTriton:
-        """Stands in for `triton` in decorators alone."""
+        """Replaces `triton` in decorators."""
 
         @staticmethod
         def jit(kernel: Any = None, **_: Any) -> Any:
@@ -78,8 +77,8 @@ def _obstacle(impl: str, device: torch.device, dtype: torch.dtype, cpp: bool) ->
 def choose(impl: Impl, device: torch.device, dtype: torch.dtype, *, cpp: bool = True) -> str:
     """The implementation that runs: "triton", "native" or "torch".
 
-    "auto" is Triton on a GPU and C++ on a CPU where they take the dtype (float64 is for oracles, and PyTorch's) and are
-    installed; `native.available` warns once where a CPU has no C++ kernels. Without `cpp`, the op has no C++ kernel.
+    "auto" is Triton on a GPU and C++ on a CPU if they are installed and take the dtype, else PyTorch. If the C++
+    library is missing, `native.available` warns once. `cpp` says whether the op has a C++ kernel.
 
     Raises:
         ValueError: an unknown name, or an implementation that cannot take this device and dtype.
@@ -99,7 +98,7 @@ def choose(impl: Impl, device: torch.device, dtype: torch.dtype, *, cpp: bool = 
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a GPU the current one: Triton launches on the current GPU and stream, wherever the tensors are."""
+    """Make a GPU the current one, because Triton launches on the current GPU, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -114,10 +113,10 @@ def has_dependent_launch(device: torch.device) -> bool:
 
 @contextmanager
 def dependent_launches(on: bool = True) -> Iterator[None]:
-    """Inside, a kernel of this thread with an argument PDL is launched before the kernel in front of it has ended.
+    """Inside, a kernel of this thread with an argument PDL is launched before the previous kernel has ended.
 
-    It waits for that one before it reads or writes anything, so only the time that a launch takes is saved. Where
-    `has_dependent_launch` says no, nothing changes.
+    It waits for the previous kernel before it reads or writes, so only the launch overlaps. Without
+    `has_dependent_launch` nothing changes.
     """
     token = _dependent.set(on)
     try:
@@ -137,7 +136,7 @@ def launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, *
 def register(
     name: str, launcher: Callable[..., Any], fake: Callable[..., Any], mutates_args: Sequence[str] = ()
 ) -> Callable[..., Any]:
-    """The op `bicot::<name>`, forward only; `torch.library.custom_op` would cost 15 µs a call where this costs 2."""
+    """The op `bicot::<name>`, forward only. It costs 2 µs a call; `torch.library.custom_op` costs 15."""
     torch.library.define(f"bicot::{name}", torch.library.infer_schema(launcher, mutates_args=mutates_args))
     torch.library.impl(f"bicot::{name}", "default", launcher)
     torch.library.register_fake(f"bicot::{name}", fake)
@@ -145,11 +144,11 @@ def register(
 
 
 def wants_gradient(*inputs: Tensor) -> bool:
-    """Whether autograd records what is done with the inputs."""
+    """Whether autograd records operations on the inputs."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def forward_only(name: str, *inputs: Tensor) -> None:
-    """RuntimeError if an input of op `name` wants a gradient: without it, the gradient would silently be missing."""
+    """Raise RuntimeError if an input of op `name` wants a gradient, which would silently be missing."""
     if wants_gradient(*inputs):
         raise RuntimeError(f"{name} is forward only: call it under torch.no_grad()")

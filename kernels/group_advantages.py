@@ -3,19 +3,20 @@
 S samples come in groups of G (the samples of one prompt, contiguous); R rewards with weights w.
 
 sum_then_normalize:  c_sr = r_sr - mean_g(r_r);  x_s = Σ_r w_r c_sr;  A = x / (std + eps)
-normalize_then_sum:  z_sr = c_sr / (std_g(r_r) + eps);  x_s = Σ_r w_r z_sr;  A = x / (std(x) + eps), over the batch,
-                     whatever `scale` says
+normalize_then_sum:  z_sr = c_sr / (std_g(r_r) + eps);  x_s = Σ_r w_r z_sr;  A = x / (std(x) + eps), std over all S
+                     samples for every `scale`
 
-`std` is unbiased, over the group (`scale="group"`), over the batch (`"batch"`), or absent (`"none"`). NaN is a missing
-reward: it is left out of every mean and std and stands at its group's mean (in the spread of the batch: at the batch's
-mean where its whole group misses it), so it moves no sample for or against. A sample with no weighted reward at all
-takes no part and gets advantage 0. Rewards are data: no gradient flows.
+`std` is the unbiased standard deviation over the group (`scale="group"`) or over all S samples (`"batch"`); `"none"`
+does not divide. NaN is a missing reward. It is left out of every mean and std and counts as the mean of its group, so
+it moves no advantage. (In the std over all samples, a reward that a whole group misses counts as the mean of all
+samples.) A sample without any reward of nonzero weight is left out and gets advantage 0. No gradient flows through
+rewards.
 
-Centring before the sum keeps a missing reward unbiased and leaves no E[x²] - E[x]² to cancel. x then sums to 0 over its
-group; the reference centres it once more, against rounding.
+Rewards are centred before they are summed, so a missing one causes no bias, and no E[x²] - E[x]² can cancel. x then
+sums to 0 over its group; the reference centres it again against rounding.
 
 Shapes: rewards [S, R], weights [R], advantages [S]. A step has hundreds of samples, so only launches cost time: one,
-and the check that no reward is infinite, where plain PyTorch has 32 to 77.
+and the check that no reward is infinite; plain PyTorch has 32 to 77.
 
 Source: GRPO (arXiv 2402.03300); the two aggregations are those of TRL's `multi_objective_aggregation`.
 """
@@ -33,18 +34,18 @@ from .dispatch import Impl, choose, launch, tl, triton
 Scale = Literal["group", "batch", "none"]
 Combine = Literal["sum_then_normalize", "normalize_then_sum"]
 
-_MOST = 2**12  # rewards: with its padding, one program holds them in registers
+_MOST = 2**12  # rewards that one program, with padding, holds in registers
 
 
 def _center(x: Tensor, dim: int) -> Tensor:
-    """x minus its mean over `dim`, NaN left out. Equal values give exactly 0."""
-    # subtracting the smallest first makes equal values exact zeros, which a rounded mean would not
+    """x minus its mean over `dim` without NaN. Equal values give exactly 0."""
+    # the smallest is subtracted first, because the mean of equal values may be rounded
     x = x - x.nan_to_num(nan=torch.inf).amin(dim, keepdim=True)
     return x - x.nanmean(dim, keepdim=True)
 
 
 def _std(centered: Tensor, dim: int) -> Tensor:
-    """Unbiased standard deviation of centred values, NaN left out; 0 where there are fewer than two."""
+    """Unbiased standard deviation of centred values without NaN; 0 for fewer than two values."""
     count = centered.isfinite().sum(dim, keepdim=True)
     return (centered.square().nansum(dim, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
 
@@ -54,7 +55,7 @@ def group_advantages_ref(
 ) -> Tensor:
     """The formula above in plain PyTorch; float64 in, float64 out."""
     num_samples, num_rewards = rewards.shape
-    # a reward of weight 0 only watches: it neither moves a sample nor makes one count as scored
+    # a reward of weight 0 is only monitored: a sample with no other reward counts as unscored
     missing = rewards.isnan() | (weights == 0)
     unscored = missing.all(1).view(-1, group_size)
     centered = _center(rewards.view(-1, group_size, num_rewards), dim=1)
@@ -69,7 +70,7 @@ def group_advantages_ref(
         if scale == "group":
             advantages = x / (_std(x, dim=1) + eps)
         elif scale == "batch":
-            # TRL's batch scale is the spread of the rewards themselves, differences between prompts included
+            # as in TRL, the std of the rewards themselves, with the differences between prompts
             spread = _center(rewards, dim=0).view(-1, group_size, num_rewards)
             spread = spread.where(spread.isfinite(), spread.nanmean(1, keepdim=True)).nan_to_num(nan=0.0)
             total = (spread * weights).sum(-1).masked_fill(unscored, torch.nan).view(-1, 1)
@@ -81,7 +82,7 @@ def group_advantages_ref(
 
 @triton.jit
 def _mean_apart(b_x, m, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """b_x minus its mean over the axis where m, and 0 elsewhere. Equal values give exactly 0."""
+    """b_x minus its mean over the axis where m is true, else 0. Equal values give exactly 0."""
     b_x = tl.where(m, b_x - tl.min(tl.where(m, b_x, float("inf")), axis, keep_dims=True), 0)
     b_count = tl.maximum(tl.sum(m.to(tl.float32), axis, keep_dims=True), 1)
     return tl.where(m, b_x - tl.sum(b_x, axis, keep_dims=True) / b_count, 0)
@@ -89,7 +90,7 @@ def _mean_apart(b_x, m, axis: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _divisor(b_c, m, eps, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Standard deviation of centred values, plus eps; infinity for 0, because 0 / 0 is an advantage of 0."""
+    """Standard deviation of centred values plus eps, or infinity if that is 0: then x / divisor is 0, not 0 / 0."""
     b_count = tl.sum(m.to(tl.float32), axis, keep_dims=True)
     b_std = tl.sqrt(tl.sum(b_c * b_c, axis, keep_dims=True) / tl.maximum(b_count - 1, 1)) + eps
     return tl.where(b_std > 0, b_std, float("inf"))
@@ -113,7 +114,7 @@ def _group_advantages_kernel(  # type: ignore[no-untyped-def]
     b_x = tl.sum(b_c * b_w, 2)
     if NORMALIZE or SCALE == "batch":
         b_t = b_x
-        if not NORMALIZE:  # the spread of the rewards themselves, a missing one at its group's mean
+        if not NORMALIZE:  # std of the rewards themselves; a missing one counts as its group's mean
             b_l = _mean_apart(tl.reshape(b_r, [1, PB * GB, RB]), tl.reshape(m, [1, PB * GB, RB]), 1)
             b_l = tl.reshape(b_l, [PB, GB, RB])
             b_mean = tl.sum(b_l, 1, keep_dims=True) / tl.maximum(tl.sum(m.to(tl.float32), 1, keep_dims=True), 1)
@@ -129,7 +130,7 @@ def _group_advantages_kernel(  # type: ignore[no-untyped-def]
 
 def launch_config(num_groups: int, group_size: int, num_rewards: int) -> dict[str, int]:
     PB, GB, RB = (triton.next_power_of_2(n) for n in (num_groups, group_size, num_rewards))
-    # no fused multiply-add: it would turn w·c - w·c, which is 0, into its rounding error
+    # no fused multiply-add, which would turn w·c - w·c = 0 into a rounding error
     return {"PB": PB, "GB": GB, "RB": RB, "num_warps": min(16, max(1, PB * GB * RB // 256)), "enable_fp_fusion": False}
 
 
@@ -164,7 +165,7 @@ def group_advantages(
 
     Args:
         rewards: [S, R] or [S] float, NaN = missing.
-        group_size: G; S is a multiple of it. One sample alone has advantage 0.
+        group_size: G, a divisor of S. With G = 1 all advantages are 0.
         weights: [R], default all 1.
         scale: what the centred rewards are divided by.
         combine: how several rewards become one.
@@ -173,7 +174,7 @@ def group_advantages(
 
     Raises:
         ValueError: shapes or options that do not fit, an `impl` that cannot run, or an infinite reward (on a GPU, and
-            inside torch.compile, an assertion on the device, which costs no synchronisation).
+            inside torch.compile, an assertion on the device, for which the host does not wait).
     """
     rewards = rewards[:, None] if rewards.ndim == 1 else rewards
     if rewards.ndim != 2:

@@ -1,31 +1,32 @@
-"""The GRPO loss over several token streams that share their advantages and one normaliser.
+"""The GRPO loss over several token streams with common advantages and one normaliser.
 
 For token t of sample s with log-prob lp_t, old log-prob lpo_t and reference log-prob lpr_t:
 
-    ratio_t  = exp(lp_t - lpo_t)                    (importance_sampling_level sequence: exp(mean over the sample's
-               tokens), one for all of them; gspo is grpo with it)
+    ratio_t  = exp(lp_t - lpo_t)
+               (importance_sampling_level sequence: exp(mean of lp - lpo over the sample's tokens), the same for all
+               of them; gspo is grpo with these ratios)
     policy_t = min(min(ratio_t, delta)·A_s, clip(ratio_t, 1 - epsilon, 1 + epsilon_high)·A_s)
                (cispo: stop_gradient(min(ratio_t, epsilon_high))·A_s·lp_t)
     weight_t = min(exp(lpo_t - lps_t), importance_sampling_clip_max), lps the sampler's log-prob; 1 without it
     KL_t     = k1: lp - lpr      k2: (lp - lpr)²/2      k3: exp(lpr - lp) - (lpr - lp) - 1
-               (use_bias_correction_kl: times ratio_t, which makes it the policy's own KL off policy too)
+               (use_bias_correction_kl: times ratio_t, so that it estimates the policy's KL off policy too)
     loss     = Σ_t w_t·[n_t·(β·KL_t - weight_t·policy_t) - entropy_coef·H_t / tokens of the step]
 
-    w_t = the token's own weight (`token_weight`), 1 without it; n_t and the metrics ignore it
+    w_t = the token's own weight (`token_weight`), 1 without it; n_t and the metrics do not depend on it
     n_t = 1 / tokens of the step (dapo, cispo), 1 / tokens of this call (bnpo),
           1 / (tokens of s · samples) (grpo), 1 / (samples · max_completion_length) (dr_grpo)
 
-Where lpo is absent it is lp.detach(): one update per rollout. A stream may have its own β, epsilon, epsilon_high and
-entropy_coef.
+Without an old log-prob lpo = lp.detach(), as in one update per rollout. A stream may have its own β, epsilon,
+epsilon_high and entropy_coef.
 
-A token's gradient depends on nothing but its own row and what is known of its sample, so loss and gradient come out of
-one pass (kernels/fused_grpo.py): 6·N·V·D FLOP with hidden states and a head (4 with a frozen head), logits read and
-written once without. Two cases look at the logits twice, 8·N·V·D: ratios of sequences, which need all tokens of a
-sample first, and gradients in float16, which must be scaled (GradScaler) before they are rounded, so the backward pass
-makes them.
+The gradient of a token depends only on its logits and on numbers of its sample, so one pass computes loss and gradient
+(kernels/fused_grpo.py). Floor from hidden states and a head: 6·N·V·D FLOP (4·N·V·D with a frozen head); from logits:
+they are read and written once. Two cases compute the logits twice, 8·N·V·D: ratios of sequences, which need all tokens
+of a sample first, and gradients in float16, which the backward pass computes, because GradScaler's factor must be
+applied before they are rounded.
 
 Source: GRPO (arXiv 2402.03300), DAPO (2503.14476), Dr. GRPO (2503.20783), CISPO (2506.13585), GSPO (2507.18071), the
-two-sided bound delta (2505.07291), and T2I-R1 (2505.00703) for the joint loss over text and image tokens. Options bear
+two-sided bound delta (2505.07291), and T2I-R1 (2505.00703) for the joint loss over text and image tokens. Options have
 the names of TRL's GRPOConfig.
 """
 
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Impl, choose
-from .fused_grpo import ROWS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
+from .fused_grpo import RESULTS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
 from .group_advantages import group_advantages
 from .token_stream import KLEstimator, Level, LossOptions, LossType, TokenStream, check_streams, check_tokens
 
@@ -47,8 +48,7 @@ from .token_stream import KLEstimator, Level, LossOptions, LossType, TokenStream
 class GRPOLoss(NamedTuple):
     """loss: scalar; metrics: device scalars, means over each stream's tokens (0 for none); logprobs: [N] a stream.
 
-    The fused pass computes the gradients with the loss; its backward pass only scales them, in place, so a second one
-    through the same loss is an error.
+    The gradients are computed with the loss, and the backward pass scales them in place: a second one is an error.
     """
 
     loss: Tensor
@@ -67,7 +67,7 @@ def kl_divergence(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator) 
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Detached mean, 0 of nothing."""
+    """Detached mean; 0 without elements."""
     return x.detach().float().sum() / max(len(x), 1)
 
 
@@ -96,7 +96,7 @@ def grpo_loss_ref(
         weight, (logprob, entropy) = stream.token_weight, stat
         if weight is not None:
             weight = weight.detach().to(advantage)
-            # 0 * inf is NaN, backward too: a token of weight 0 takes no part
+            # 0 * inf is NaN, in the backward pass too: a token of weight 0 is left out
             logprob, entropy = (torch.where(weight == 0, x.detach(), x) for x in stat)
             log_ratio = log_ratio if options.sequence_ratios else logprob - old_logprob
         ratio = log_ratio.exp()
@@ -115,7 +115,7 @@ def grpo_loss_ref(
 def _policy_and_kl(
     stream: TokenStream, own: LossOptions, logprob: Tensor, old: Tensor, ratio: Tensor, advantage: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """beta·KL - weight·policy of each token, and their metrics."""
+    """beta·KL - weight·policy of each token, and the metrics of both."""
     metrics: dict[str, Tensor] = {}
     if own.cispo:
         policy = ratio.clamp(max=own.high).detach() * advantage * logprob
@@ -140,7 +140,7 @@ def _policy_and_kl(
 
 
 def _token_counts(streams: Sequence[TokenStream], advantages: Tensor) -> Tensor:
-    """[S] tokens of each sample, over all streams. Sums of ones are exact in any order."""
+    """[S] number of tokens of each sample in all streams. Sums of ones are exact in any order."""
     counts = advantages.new_zeros(len(advantages))
     for stream in streams:
         counts = counts.index_add(0, stream.sample, advantages.new_ones(len(stream.sample)))
@@ -148,7 +148,7 @@ def _token_counts(streams: Sequence[TokenStream], advantages: Tensor) -> Tensor:
 
 
 def sample_sums(x: Tensor, sample: Tensor, num_samples: int) -> Tensor:
-    """[S] sums of x [N] over each sample's tokens, in one order: `index_add` on a GPU adds in any."""
+    """[S] sums of x [N] over each sample's tokens, always in the same order, unlike `index_add` on a GPU."""
     own = sample == torch.arange(num_samples, device=sample.device)[:, None]
     return x.where(own, 0.0).sum(1)
 
@@ -156,7 +156,7 @@ def sample_sums(x: Tensor, sample: Tensor, num_samples: int) -> Tensor:
 def token_norm(
     streams: Sequence[TokenStream], advantages: Tensor, options: LossOptions, num_tokens: Tensor, num_samples: Tensor
 ) -> Tensor:
-    """n_t of each sample's tokens, [S]."""
+    """[S] the normaliser n_t of each sample's tokens."""
     if options.loss_type in ("grpo", "gspo"):
         return 1 / (_token_counts(streams, advantages).clamp(min=1) * num_samples)
     if options.loss_type == "dr_grpo":
@@ -175,7 +175,7 @@ def _fused_loss(
     inplace: bool,
     impl: str,
 ) -> GRPOLoss:
-    """Loss, gradients and metrics out of one pass over the logits of each stream."""
+    """Loss, gradients and metrics from one pass over the logits of each stream."""
     advantages = advantages.contiguous()
     norm = token_norm(streams, advantages, options, num_tokens, num_samples).contiguous()
     losses, logprobs = [], []
@@ -186,23 +186,23 @@ def _fused_loss(
         needed = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in given]
         inputs = [None if t is None else t.detach() for t in given]
         if stream.logits is None:
-            rows, *gradients = grpo_linear(*inputs, needed, impl, *terms.arguments())
+            results, *gradients = grpo_linear(*inputs, needed, impl, *terms.arguments())
         elif inplace and needed[0]:
-            rows, gradients = grpo_logits_(*inputs, impl, *terms.arguments()), inputs
+            results, gradients = grpo_logits_(*inputs, impl, *terms.arguments()), inputs
         else:
-            rows, *gradients = grpo_logits(*inputs, needed[0], impl, *terms.arguments())
-        loss = rows[0].sum()
+            results, *gradients = grpo_logits(*inputs, needed[0], impl, *terms.arguments())
+        loss = results[0].sum()
         if any(needed):
             leaves, known = ([x for x, need in zip(xs, needed, strict=True) if need] for xs in (given, gradients))
             loss = attach_gradients(loss, leaves, known, impl)
         losses.append(loss)
-        metrics |= _row_metrics(stream, rows, terms)
-        logprobs.append(rows[1])
+        metrics |= _stream_metrics(stream, results, terms)
+        logprobs.append(results[1])
     return GRPOLoss(torch.stack(losses).sum(), metrics, tuple(logprobs))
 
 
 def _terms(stream: TokenStream, own: LossOptions, advantages: Tensor, norm: Tensor, num_tokens: Tensor) -> Terms:
-    """What the fused pass takes of a stream and its options."""
+    """The arguments of the fused pass for a stream and its options."""
     return Terms(
         targets=stream.targets.contiguous(),
         sample=stream.sample.contiguous(),
@@ -229,10 +229,10 @@ def _float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach().float().contiguous()
 
 
-def _row_metrics(stream: TokenStream, rows: Tensor, terms: Terms) -> dict[str, Tensor]:
-    """The metrics of `grpo_loss_ref` from the fused pass."""
-    N = rows.shape[1]
-    mean = dict(zip(ROWS, (rows.sum(1) / max(N, 1)).unbind(), strict=True))
+def _stream_metrics(stream: TokenStream, results: Tensor, terms: Terms) -> dict[str, Tensor]:
+    """The metrics of `grpo_loss_ref`, from the results of the fused pass."""
+    N = results.shape[1]
+    mean = dict(zip(RESULTS, (results.sum(1) / max(N, 1)).unbind(), strict=True))
     named = {"entropy": mean["entropy"], "clip_ratio/high": mean["clipped_high"]}
     if terms.kl:
         named["kl"] = mean["kl"]
@@ -240,7 +240,7 @@ def _row_metrics(stream: TokenStream, rows: Tensor, terms: Terms) -> dict[str, T
         named["clip_ratio/low"] = mean["clipped_low"]
     if stream.sampling_logprob is not None:
         named["sampling_ratio"] = mean["correction"]
-    named["ratio_max"] = rows[ROWS.index("ratio")].amax() if N else rows.new_ones(())
+    named["ratio_max"] = results[RESULTS.index("ratio")].amax() if N else results.new_ones(())
     return {f"{stream.name}/{name}": value for name, value in named.items()}
 
 
@@ -268,29 +268,29 @@ def grpo_loss(
     """The GRPO loss of all streams together, ready for `.loss.backward()`.
 
     Args:
-        streams: token streams (text, image, …) whose `sample` ids index the advantages, with weights of single tokens
-            and coefficients of their own where they have them.
+        streams: token streams (text, image, …). Their `sample` ids index the advantages. A stream may have token
+            weights and its own coefficients.
         rewards_or_advantages: with `group_size`, rewards [S] or [S, R]; without, advantages [S].
         group_size: G, the samples of one prompt.
         beta: weight of the KL to the reference; 0 needs no reference log-probs.
         loss_type, importance_sampling_level, kl_estimator, use_bias_correction_kl: see the formulas at the top of this
-            file. TRL's default for the last is True; T2I-R1 has the plain k3.
-        epsilon, epsilon_high: clip range; `epsilon_high` defaults to `epsilon` (cispo: the bound on the weight, and
-            must be given).
+            file. TRL's default of the last is True; T2I-R1 has the plain k3.
+        epsilon, epsilon_high: clip range; `epsilon_high` defaults to `epsilon`. cispo needs `epsilon_high`, the bound
+            on its weights.
         delta: second upper bound of the ratio, or None.
         entropy_coef: weight of the mean token entropy, which is maximised.
         importance_sampling_clip_max: bound on the truncated importance weights.
-        max_completion_length: the constant of dr_grpo; needed there.
-        num_tokens, num_samples: of the whole step, where this call is one micro-batch of it; default: of this call.
-            A sample's tokens belong into one micro-batch.
-        inplace: the gradient overwrites the `logits` of the streams that give them, which nothing may need any more:
-            neither the caller nor autograd (a linear head does not). Sequence ratios, float16 and PyTorch ignore it.
+        max_completion_length: the constant of dr_grpo, which needs it.
+        num_tokens, num_samples: numbers of the whole step, if this call is one micro-batch of it; default: of this
+            call. All tokens of a sample belong to one micro-batch.
+        inplace: the gradient overwrites the `logits` that a stream gives. Neither the caller nor autograd may need them
+            any more (a linear head does not). Ratios of sequences, float16 and PyTorch ignore this option.
         impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
             run, chosen by the first stream. All streams have one device and dtype.
 
     Raises:
-        ValueError: names the option or the stream at fault. On CUDA a target or sample out of range is a device
-            assertion instead, which costs no sync.
+        ValueError: names the option or the stream at fault. On CUDA a target or sample out of range fails an assertion
+            on the device instead, for which the host does not wait.
         RuntimeError: `impl="native"` and the C++ library is missing.
     """
     options = LossOptions(
@@ -321,26 +321,25 @@ def grpo_loss(
 
 
 def _advantages(given: Tensor, group_size: int | None, features: Tensor, chosen: str) -> Tensor:
-    """[S], from rewards where there is a group_size; float32, or float64 in PyTorch."""
+    """[S] the advantages, computed from rewards if there is a group_size; float32, or float64 in PyTorch."""
     if group_size is not None:
         given = group_advantages(given, group_size)
     if given.ndim != 1:
         raise ValueError(f"advantages must be [S], got {tuple(given.shape)}; for rewards give group_size too")
     if given.device != features.device:
         raise ValueError(f"advantages are on {given.device}, the streams on {features.device}")
-    # counts of tokens need float32; the kernels take no more
+    # float32 at least, for exact counts of tokens; the kernels take no float64
     wide = torch.promote_types(given.dtype, torch.float32) if chosen == "torch" else torch.float32
     return given.detach().to(wide)
 
 
 def _needs_loss_scale(streams: Sequence[TokenStream]) -> bool:
-    """Whether gradients would underflow if they were rounded before GradScaler's scale, which comes with the backward
-    pass, reaches them: those of float16."""
+    """Whether gradients are in float16: they would underflow if they were rounded before GradScaler scales them."""
     inputs = [t for stream in streams for t in (stream.features, stream.weight, stream.bias) if t is not None]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     return wanted and inputs[0].dtype == torch.float16
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    """A 0-dim tensor beside `like`; a number is filled in on the device, because a copy would stop for the host."""
+    """A 0-dim tensor like `like`. A number is filled in on the device, because a copy would make the host wait."""
     return value.to(like) if isinstance(value, Tensor) else like.new_full((), value)

@@ -1,4 +1,4 @@
-"""What the host and a device exchange without waiting for each other: numbers, and points in time."""
+"""Copies to a device and times on a device, without making the host wait."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def upload(values: Tensor | Sequence[Any], device: torch.device) -> Tensor:
-    """Copy a tensor, or (nested lists of) numbers, to the device behind the work that it already has."""
+    """Copy a tensor or (nested lists of) numbers to the device, after the work that is already queued there."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
     if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()  # a copy from pageable memory would wait
+        tensor = tensor.pin_memory()  # a copy from pageable memory would make the host wait
     return tensor.to(device, non_blocking=True)
 
 

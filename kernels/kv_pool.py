@@ -1,6 +1,7 @@
-"""What the ops on a pool of keys and values share: its float8 form, which implementation takes it, and checks.
+"""Shared code of the ops on a pool of keys and values: float8 quantization, choice of the implementation, checks.
 
-keys and values are [P, Hkv, E], P slots of a token each; in float8_e4m3fn, each token's head has a float32 scale.
+keys and values are [P, Hkv, E], where each of P slots holds one token. A float8_e4m3fn pool also has one float32 scale
+for each token and head.
 """
 
 from __future__ import annotations
@@ -12,31 +13,32 @@ from .dispatch import Impl, choose
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-_TINY = torch.finfo(torch.float32).tiny  # a scale below it would be too coarse to divide by: such a head is stored as 0
+# A smaller scale is too coarse to divide by. It is replaced by 1, so that the head is stored as 0.
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def converts_fp8(device: torch.device) -> bool:
-    """Whether this is a GPU for which Triton compiles conversions from and to FP8."""
+    """Whether Triton compiles conversions from and to FP8 for this GPU."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., E] as float8_e4m3fn and its scales [...] float32, so that x is about stored · scale."""
+    """x [..., E] -> stored numbers in float8_e4m3fn and scales [...] in float32: x is about stored · scale."""
     amax = x.float().abs().amax(-1)
-    # a tensor, because a GPU would multiply by the rounded reciprocal of a Python number
+    # division by a tensor: by a Python number, a GPU would multiply by the rounded reciprocal
     scale = amax / amax.new_full((), FP8_MAX)
     scale = scale.where(scale >= _TINY, 1.0)
     return (x.float() / scale[..., None]).to(FP8), scale
 
 
 def choose_for_pool(impl: Impl, device: torch.device, dtype: torch.dtype, *, fp8: bool, native_fp8: bool) -> str:
-    """`choose` for an op on activations of `dtype` and a pool that is float8 or of their dtype.
+    """`choose` for an op on activations of `dtype` and a pool of that dtype or float8.
 
-    Triton converts float8 for compute capability 8.9 or more, the C++ of an op with `native_fp8`; "auto" takes PyTorch
-    where the fast implementation does not.
+    Triton takes a float8 pool from compute capability 8.9 on, C++ in ops with `native_fp8`. Without either, "auto" is
+    PyTorch.
 
     Raises:
-        ValueError, RuntimeError: as `choose`, and an implementation that cannot take a float8 pool here.
+        ValueError, RuntimeError: as `choose`, and for an implementation that cannot take a float8 pool here.
     """
     if fp8 and device.type == "cuda" and not converts_fp8(device):
         obstacle, refused = "this GPU converts no float8", "triton"

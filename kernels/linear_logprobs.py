@@ -2,13 +2,13 @@
 
     z = (h Wᵀ + b) / temperature;  logprob = z_target - logsumexp(z);  entropy = logsumexp(z) - Σ softmax(z)·z
 
-hidden [N, D], weight [V, D] (frozen or not), bias [V] or None, targets [N]. Tokens go through in chunks, so that no
-more than `CHUNK_BYTES` of logits exist at a time: the backward pass computes a chunk's logits again, turns them into
-their gradient in place, and multiplies. Floor: 2·N·V·D FLOP forward; backward 6·N·V·D, 2 of them the logits again (4
-with a frozen weight). `grpo_loss` needs no second look at the logits: 6·N·V·D in all.
+hidden [N, D], weight [V, D], bias [V] or None, targets [N]. The tokens are computed slice by slice, so that at most
+`LOGITS_BYTES` of logits exist at a time. The backward pass computes the logits of a slice again and overwrites them
+with their gradient. Floor: 2·N·V·D FLOP forward; 6·N·V·D backward, a third of it for the logits (4·N·V·D with a frozen
+weight). `grpo_loss` computes the logits once: 6·N·V·D in all.
 
-Logits have the dtype of the hidden states, as in the model's own forward. The weight's gradient is summed over the
-chunks in float32 and rounded once.
+Logits have the dtype of the hidden states, as in the model's own forward pass. The weight's gradient is summed over the
+slices in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from .dispatch import Impl, choose
 from .token_logprobs import TokenStats, check_targets, launch_backward, launch_forward, token_logprobs_ref
 
-CHUNK_BYTES = 96 * 2**20
+LOGITS_BYTES = 96 * 2**20  # of all logits that exist at a time
 
 
 def linear_logprobs_ref(
@@ -33,20 +33,19 @@ def linear_logprobs_ref(
     return token_logprobs_ref(F.linear(hidden, weight, bias), targets, temperature=temperature)
 
 
-def row_chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Even slices of the tokens, whose logits fit CHUNK_BYTES each; multiples of 16 tokens where that is possible."""
-    rows = len(hidden)
-    most = max(1, CHUNK_BYTES // (len(weight) * hidden.element_size()))
-    size = -(-rows // max(1, -(-rows // most)))  # as many chunks as needed, evenly filled
+def token_slices(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Even slices of the tokens, each with at most LOGITS_BYTES of logits; of 16·n tokens where that is possible."""
+    N = len(hidden)
+    most = max(1, LOGITS_BYTES // (len(weight) * hidden.element_size()))
+    size = -(-N // max(1, -(-N // most)))  # as few slices as possible, evenly filled
     size = min(most, -(-size // 16) * 16)
-    return (slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size)))
+    return (slice(start, min(start + size, N)) for start in range(0, N, max(1, size)))
 
 
 class HeadGradients:
-    """Gradients of hidden [N, D], weight [V, D] and bias [V] from those of the logits, chunk by chunk.
+    """Gradients of hidden [N, D], weight [V, D] and bias [V] from those of the logits, slice by slice.
 
-    Gradients that are not needed are skipped and returned as empty tensors: a frozen head has no weight GEMM. Sums over
-    tokens are float32.
+    Gradients that are not needed are not computed, and are returned as empty tensors. Sums over tokens are float32.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, needed: list[bool]) -> None:
@@ -55,19 +54,19 @@ class HeadGradients:
         self.grad_bias.zero_()
         self.first = True
 
-    def add(self, rows: slice, grad_logits: Tensor, active: Tensor | None = None) -> None:
-        """Add a chunk. `active`: its tokens whose gradient is not zero; the others skip the GEMMs."""
-        hidden = self.hidden[rows]
+    def add(self, tokens: slice, grad_logits: Tensor, active: Tensor | None = None) -> None:
+        """Add a slice. `active`: indices in it of the tokens with a gradient; the others skip the matrix products."""
+        hidden = self.hidden[tokens]
         if active is not None and len(active) < len(grad_logits):
             grad_logits, hidden = grad_logits[active], hidden[active]
         if self.needed[0]:
-            target = self.grad_hidden[rows]
+            target = self.grad_hidden[tokens]
             if len(grad_logits) == len(target):
                 torch.mm(grad_logits, self.weight, out=target)
             else:
                 target.zero_()[active] = grad_logits @ self.weight
         if self.needed[1]:
-            into, beta = self.grad_weight, 0 if self.first else 1  # the first chunk overwrites
+            into, beta = self.grad_weight, 0 if self.first else 1  # the first slice overwrites
             if grad_logits.is_cuda and grad_logits.dtype != torch.float32:
                 torch.addmm(into, grad_logits.T, hidden, out_dtype=torch.float32, beta=beta, out=into)
             else:
@@ -77,7 +76,7 @@ class HeadGradients:
             self.grad_bias += grad_logits.sum(0, dtype=torch.float32)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.first:  # no rows at all
+        if self.first:  # no tokens at all
             self.grad_weight.zero_()
         return self.grad_hidden, self.grad_weight, self.grad_bias
 
@@ -100,10 +99,10 @@ def _forward(
     """logprob, entropy (float32) and lse (float64, for the backward pass)."""
     check_targets(targets, len(weight))
     outputs = _fake_forward(hidden)
-    for rows in row_chunks(hidden, weight):
-        logits = F.linear(hidden[rows], weight, bias)
-        launch_forward(logits, targets[rows], temperature, impl, *(t[rows] for t in outputs))
-        del logits  # before the next chunk's are made
+    for tokens in token_slices(hidden, weight):
+        logits = F.linear(hidden[tokens], weight, bias)
+        launch_forward(logits, targets[tokens], temperature, impl, *(t[tokens] for t in outputs))
+        del logits  # before those of the next slice are made
     return outputs
 
 
@@ -128,12 +127,12 @@ def _backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradients = HeadGradients(hidden, weight, needed)
-    for rows in row_chunks(hidden, weight):
-        logits = F.linear(hidden[rows], weight, bias)
-        per_row = (grad_logprob[rows], grad_entropy[rows], logits, targets[rows], entropy[rows], lse[rows])
-        launch_backward(*per_row, temperature, impl, logits)
-        gradients.add(rows, logits)
-        del logits, per_row
+    for tokens in token_slices(hidden, weight):
+        logits = F.linear(hidden[tokens], weight, bias)
+        per_token = (grad_logprob[tokens], grad_entropy[tokens], logits, targets[tokens], entropy[tokens], lse[tokens])
+        launch_backward(*per_token, temperature, impl, logits)
+        gradients.add(tokens, logits)
+        del logits, per_token
     return gradients.result()
 
 
@@ -194,7 +193,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     impl: Impl = "auto",
 ) -> TokenStats:
-    """Log-prob and entropy of `targets` under the head's distribution, both differentiable; no [N, V] is kept.
+    """Log-prob and entropy of `targets` under the head's distribution, both differentiable, without logits [N, V].
 
     Args:
         hidden: [N, D] floating.
@@ -210,7 +209,7 @@ def linear_logprobs(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an `impl` that cannot run, or a target outside
-            [0, V) (on CUDA a device assertion, which costs no sync).
+            [0, V) (on CUDA an assertion on the device, for which the host does not wait).
         RuntimeError: `impl="native"` and the C++ library is missing.
     """
     check_head(hidden, weight, bias, targets, temperature)

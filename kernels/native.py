@@ -1,7 +1,6 @@
-"""Find and load the library of C++ CPU kernels (`kernels/csrc`), once, the first time a kernel asks for it.
+"""Find and load the library of C++ CPU kernels (`kernels/csrc`) when a kernel first needs it.
 
-The library has a plain C ABI and does not link torch, so one binary serves every
-torch version.
+The library has a plain C ABI and does not link torch, so one binary works with every torch version.
 """
 
 import ctypes
@@ -17,7 +16,7 @@ FIX = "install a C++ compiler and run `pip install -e .` again (or `pip install 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason there is none, with a warning."""
+    """The library and "", or None and the reason, with a warning."""
     if LIBRARY.exists():
         try:
             return ctypes.CDLL(str(LIBRARY)), ""
@@ -29,15 +28,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     return None, reason
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while tracing instead of tracing the loader
+@torch.compiler.assume_constant_result  # torch.compile calls it instead of tracing it
 def available() -> bool:
-    """Whether the C++ kernels can run here. The first call warns, naming the fix, when they cannot."""
+    """Whether the C++ kernels can run here. If not, the first call warns and names the fix."""
     return _load()[0] is not None
 
 
 @torch.compiler.assume_constant_result
 def require() -> None:
-    """Raise RuntimeError, naming the reason and the fix, when the library is missing."""
+    """Raise RuntimeError with the reason and the fix if the library is missing."""
     library, reason = _load()
     if library is None:
         raise RuntimeError(f"bicot's C++ kernels are not available: {reason}. Fix: {FIX}")
@@ -45,7 +44,7 @@ def require() -> None:
 
 @functools.cache
 def function(name: str, *argtypes: type) -> "ctypes._NamedFuncPointer":
-    """The C function `name`, typed to take `argtypes` and return nothing; RuntimeError without the library."""
+    """The C function `name`, which takes `argtypes` and returns nothing; RuntimeError without the library."""
     require()
     library, _ = _load()
     assert library is not None

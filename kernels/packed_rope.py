@@ -1,19 +1,20 @@
-"""Rotary embedding of packed tokens on their way into the rows that attention sees, and its adjoint.
+"""Rotary embedding of packed tokens, copied to their places in the input of attention; and the adjoint.
 
-A head x of a token, split in halves (a, b), becomes at each of the token's places, in float32 and rounded once,
+A token that several sequences share has a place in each of them. `rope_spread` rotates each query or key head x of a
+token, split in halves (a, b), and writes it to every place of the token. Values are copied.
 
-    rotate(x) = (a·cos - b·sin, b·cos + a·sin)
+    rotate(x) = (a·cos - b·sin, b·cos + a·sin)                         in float32, rounded once
 
-for queries and keys; values are copied. The adjoint sums over a token's places, in float32 and in a fixed order, then
-rotates back and rounds once:
+`rope_gather`, the adjoint, sums the gradients at the places of a token in a fixed order, then rotates back, all in
+float32, and rounds once:
 
     d_x = rotate⁻¹(Σ_places d_place),  rotate⁻¹(a, b) = (a·cos + b·sin, b·cos - a·sin)
 
 qkv holds Hq query heads, then Hkv key heads, then Hkv value heads of each token.
 
 Shapes: N tokens, M places, Hq query and Hkv key/value heads of E elements. qkv [N, (Hq + 2·Hkv)·E], cos and sin
-[N, E/2], queries [M, Hq, E], keys and values [M, Hkv, E]. Floor: (N + M)·(Hq + 2·Hkv)·E elements moved either way.
-Plain PyTorch rotates in eight launches, gathers in three, and adds in the tensors' dtype.
+[N, E/2], queries [M, Hq, E], keys and values [M, Hkv, E]. Floor: (N + M)·(Hq + 2·Hkv)·E elements moved, in both ops.
+Plain PyTorch rotates in eight launches, copies in three, and sums in the tensors' dtype.
 
 Source: RoFormer (arXiv 2104.09864) in the layout of transformers' `rotate_half`.
 """
@@ -38,7 +39,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_spread_ref(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int) -> list[Tensor]:
-    """The first formula above in plain PyTorch; float64 in, float64 out."""
+    """`rope_spread` in plain PyTorch; float64 in, float64 out."""
     E = 2 * cos.shape[1]
     wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.view(len(qkv), -1, E).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
@@ -50,7 +51,7 @@ def rope_spread_ref(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_
 def rope_gather_ref(
     queries: Tensor, keys: Tensor, values: Tensor, cos: Tensor, sin: Tensor, starts: Tensor, places: Tensor
 ) -> Tensor:
-    """The second formula above in plain PyTorch; float64 in, float64 out."""
+    """`rope_gather` in plain PyTorch; float64 in, float64 out."""
     wide = torch.promote_types(queries.dtype, torch.float32)
     token = torch.repeat_interleave(starts.diff())
     c, s = (table[:, None].to(wide) for table in (cos, sin))
@@ -65,15 +66,15 @@ def rope_gather_ref(
 
 @triton.jit
 def _heads(block, HQ: tl.constexpr, HKV: tl.constexpr, HB: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a block of heads -> kind (0 query, 1 key, 2 value), the heads [HB] within it, and how many it has."""
+    """For a block of HB heads -> role (0 query, 1 key, 2 value), indices of the heads in it, number of heads in it."""
     Q_BLOCKS: tl.constexpr = (HQ + HB - 1) // HB
     KV_BLOCKS: tl.constexpr = (HKV + HB - 1) // HB
-    kind, count, heads = 0, block, HQ
+    role, count, heads = 0, block, HQ
     if block >= Q_BLOCKS + KV_BLOCKS:
-        kind, count, heads = 2, block - Q_BLOCKS - KV_BLOCKS, HKV
+        role, count, heads = 2, block - Q_BLOCKS - KV_BLOCKS, HKV
     elif block >= Q_BLOCKS:
-        kind, count, heads = 1, block - Q_BLOCKS, HKV
-    return kind, count * HB + tl.arange(0, HB), heads
+        role, count, heads = 1, block - Q_BLOCKS, HKV
+    return role, count * HB + tl.arange(0, HB), heads
 
 
 @triton.jit
@@ -81,27 +82,27 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
     p_qkv, p_cos, p_sin, p_token_at, p_q, p_k, p_v,
     HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
-    """One program takes HB heads of one place, all of them queries, keys or values."""
+    """One program takes HB query heads, key heads or value heads of one place."""
     place = tl.program_id(0).to(tl.int64)
     token = tl.load(p_token_at + place)
-    kind, o_h, heads = _heads(tl.program_id(1), HQ, HKV, HB)
+    role, o_h, heads = _heads(tl.program_id(1), HQ, HKV, HB)
     o_e = tl.arange(0, EB)[None, :]
     m = (o_h < heads)[:, None] & (o_e < HALF)
-    first = tl.where(kind == 0, 0, tl.where(kind == 1, HQ, HQ + HKV))
+    first = tl.where(role == 0, 0, tl.where(role == 1, HQ, HQ + HKV))
     p_a = p_qkv + (token * (HQ + 2 * HKV) + first + o_h[:, None]) * (2 * HALF) + o_e
     b_a = tl.load(p_a, m, other=0).to(tl.float32)
     b_b = tl.load(p_a + HALF, m, other=0).to(tl.float32)
-    if kind < 2:
+    if role < 2:
         o_table = tl.broadcast_to(token * HALF + o_e, (HB, EB))
         b_cos = tl.load(p_cos + o_table, m, other=0).to(tl.float32)
         b_sin = tl.load(p_sin + o_table, m, other=0).to(tl.float32)
         b_a, b_b = b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin
     o_out = (place * heads + o_h[:, None]) * (2 * HALF) + o_e
     b_a, b_b = b_a.to(p_q.dtype.element_ty), b_b.to(p_q.dtype.element_ty)
-    if kind == 0:
+    if role == 0:
         tl.store(p_q + o_out, b_a, m)
         tl.store(p_q + o_out + HALF, b_b, m)
-    elif kind == 1:
+    elif role == 1:
         tl.store(p_k + o_out, b_a, m)
         tl.store(p_k + o_out + HALF, b_b, m)
     else:
@@ -114,9 +115,9 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     p_q, p_k, p_v, p_cos, p_sin, p_starts, p_places, p_qkv,
     HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr,
 ):  # fmt: skip
-    """One program takes HB heads of one token, all of them queries, keys or values."""
+    """One program takes HB query heads, key heads or value heads of one token."""
     token = tl.program_id(0).to(tl.int64)
-    kind, o_h, heads = _heads(tl.program_id(1), HQ, HKV, HB)
+    role, o_h, heads = _heads(tl.program_id(1), HQ, HKV, HB)
     o_e = tl.arange(0, EB)[None, :]
     m = (o_h < heads)[:, None] & (o_e < HALF)
     o_head = o_h[:, None] * (2 * HALF) + o_e
@@ -124,21 +125,21 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     b_b = tl.zeros((HB, EB), tl.float32)
     for i in range(tl.load(p_starts + token), tl.load(p_starts + token + 1)):
         o_in = tl.load(p_places + i) * heads * (2 * HALF) + o_head
-        if kind == 0:
+        if role == 0:
             b_a += tl.load(p_q + o_in, m, other=0).to(tl.float32)
             b_b += tl.load(p_q + o_in + HALF, m, other=0).to(tl.float32)
-        elif kind == 1:
+        elif role == 1:
             b_a += tl.load(p_k + o_in, m, other=0).to(tl.float32)
             b_b += tl.load(p_k + o_in + HALF, m, other=0).to(tl.float32)
         else:
             b_a += tl.load(p_v + o_in, m, other=0).to(tl.float32)
             b_b += tl.load(p_v + o_in + HALF, m, other=0).to(tl.float32)
-    if kind < 2:
+    if role < 2:
         o_table = tl.broadcast_to(token * HALF + o_e, (HB, EB))
         b_cos = tl.load(p_cos + o_table, m, other=0).to(tl.float32)
         b_sin = tl.load(p_sin + o_table, m, other=0).to(tl.float32)
         b_a, b_b = b_a * b_cos + b_b * b_sin, b_b * b_cos - b_a * b_sin
-    first = tl.where(kind == 0, 0, tl.where(kind == 1, HQ, HQ + HKV))
+    first = tl.where(role == 0, 0, tl.where(role == 1, HQ, HQ + HKV))
     p_a = p_qkv + (token * (HQ + 2 * HKV) + first) * (2 * HALF) + o_head
     tl.store(p_a, b_a.to(p_qkv.dtype.element_ty), m)
     tl.store(p_a + HALF, b_b.to(p_qkv.dtype.element_ty), m)
@@ -147,7 +148,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
 def _run(
     impl: str, name: str, kernel: Any, count: int, q_heads: int, kv_heads: int, half: int, *tensors: Tensor
 ) -> None:
-    """`count` places or tokens, by a Triton kernel or by the C++ function of that name."""
+    """Run the Triton kernel, or the C++ function `name`, for `count` places or tokens."""
     if impl == "native":
         types = (ctypes.c_void_p,) * len(tensors) + (ctypes.c_int64,) * 4 + (ctypes.c_int,)
         run = native.function(f"bicot_{name}_{NATIVE_DTYPES[tensors[0].dtype]}", *types)
@@ -194,14 +195,14 @@ _gather_op = register("rope_gather", _gather, lambda *_: None, ("out",))
 def rope_spread(
     qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, *, impl: Impl = "auto"
 ) -> list[Tensor]:
-    """Rotate the queries and keys of each token, and put its heads to every place where the token stands.
+    """Rotate the queries and keys of each token, and copy its heads to all places of the token.
 
     Not differentiable by itself: `rope_gather` is its adjoint.
 
     Args:
         qkv: [N, (Hq + 2·Hkv)·E] floating point.
         cos, sin: [N, E/2], dtype of qkv.
-        token_at: [M] int64 in [0, N), the token at each place; nothing looks whether it is.
+        token_at: [M] int64 in [0, N), the token at each place; not checked.
         kv_heads: Hkv.
         impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
             run.
@@ -240,15 +241,14 @@ def rope_gather(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """The adjoint of `rope_spread`: of the gradients at all places, those of the tokens.
+    """The adjoint of `rope_spread`: gradients at the places -> gradients of the tokens.
 
     Args:
         queries: [M, Hq, E] floating point.
         keys, values: [M, Hkv, E], dtype of queries.
         cos, sin: [N, E/2], dtype of queries.
-        starts: [N + 1] int64, where the places of each token begin in `places`.
-        places: int64 in [0, M), the places of each token, in the order in which they are added; nothing looks whether
-            they are.
+        starts: [N + 1] int64, the index in `places` where the places of each token begin.
+        places: int64 in [0, M), the places of each token, in the order in which they are added; not checked.
         out: [N, (Hq + 2·Hkv)·E], dtype of queries; overwritten.
         impl: as for `rope_spread`.
 

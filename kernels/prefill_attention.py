@@ -1,15 +1,15 @@
 """Causal attention of packed prompts over their keys and values in a pool of slots, forward only.
 
-Token n attends tokens first_n to n: those of its own prompt up to itself. Each has its key and value in its slot.
-Query head h reads key and value head h // (Hq // Hkv):
+Token n attends to tokens first_n to n, which are the tokens of its prompt up to itself. Key and value of a token are in
+its slot. Query head h reads key and value head h // (Hq // Hkv):
 
     out_nh = Σ_j p_nhj·v_j,   p_nh = softmax_j(q_nh·k_j / √E),   first_n <= j <= n
 
-The launches depend on N alone, not on the number of prompts or their lengths, so a CUDA graph can hold them.
+The launch depends only on N, not on the number or lengths of the prompts, so a CUDA graph can hold it.
 
 Shapes: N tokens, q [N, Hq, E], keys and values [P, Hkv, E], scales [P, Hkv] of a float8 pool, slots and first [N], the
-output [N, Hq·E]. Floor: 4·Hq·E FLOPs a pair of token and key. PyTorch needs the prompts padded to a rectangle, and
-gathers queries, keys and values into it.
+output [N, Hq·E]. Floor: 4·Hq·E FLOPs a pair of token and key. PyTorch first gathers queries, keys and values into a
+padded rectangle.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def prefill_attention_ref(
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
 ) -> Tensor:
-    """PyTorch's attention on a rectangle of prompts; the host has to know the longest, and waits for a GPU."""
+    """PyTorch's attention on a rectangle of prompts. The host reads the longest length from the device."""
     lengths = first.unique_consecutive(return_counts=True)[1]
-    columns = torch.arange(int(lengths.max()), device=q.device)
-    # right-padded: pads repeat a prompt's last token, which no token before attends, and are dropped again
-    packed = (lengths.cumsum(0) - lengths)[:, None] + torch.minimum(columns, lengths[:, None] - 1)
+    offsets = torch.arange(int(lengths.max()), device=q.device)
+    # padding repeats the last token of a prompt: no earlier token attends to it, and its output is dropped
+    packed = (lengths.cumsum(0) - lengths)[:, None] + torch.minimum(offsets, lengths[:, None] - 1)
     caches = (keys, key_scales), (values, value_scales)
     key, value = (_read(cache, scales, slots, q.dtype)[packed].transpose(1, 2) for cache, scales in caches)
     grouped = q.shape[1] != keys.shape[1]
     out = F.scaled_dot_product_attention(q[packed].transpose(1, 2), key, value, is_causal=True, enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(2)[columns < lengths[:, None]]
+    return out.transpose(1, 2).flatten(2)[offsets < lengths[:, None]]
 
 
 def _read(cache: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values at `slots`, out of a float8 pool as well."""
+    """Keys or values at `slots`; those of a float8 pool are scaled."""
     if scales is None:
         return cache[slots]
     return (cache[slots].float() * scales[slots][..., None]).to(dtype)
@@ -56,7 +56,7 @@ def _read(cache: Tensor, scales: Tensor | None, slots: Tensor, dtype: torch.dtyp
 
 @triton.jit
 def _load_tile(p_pool, p_scales, o_head, o_e, m_t, E: tl.constexpr, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """[T, EB] keys or values of one head, in the dtype of the queries."""
+    """[T, EB] keys or values of one head, as `dtype`."""
     b = tl.load(p_pool + o_head[:, None] * E + o_e[None, :], m_t[:, None] & (o_e < E)[None, :], other=0.0)
     if p_scales is not None:
         b = b.to(tl.float32) * tl.load(p_scales + o_head, m_t, other=0.0)[:, None]
@@ -69,9 +69,9 @@ def _prefill_attention_kernel(  # type: ignore[no-untyped-def]
     HQ: tl.constexpr, HKV: tl.constexpr, E: tl.constexpr, EB: tl.constexpr, M: tl.constexpr, T: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: M tokens of one query head, over the keys from the first of their prompts on, T at a time.
+    """One program: M tokens of one query head, T keys at a time, from the first token of their first prompt on.
 
-    WIDE multiplies in float32: Triton's interpreter has no products of bfloat16.
+    WIDE multiplies in float32, because Triton's interpreter cannot multiply bfloat16.
     """
     head = tl.program_id(1)
     kv = head // (HQ // HKV)
@@ -80,12 +80,12 @@ def _prefill_attention_kernel(  # type: ignore[no-untyped-def]
     o_e = tl.arange(0, EB)
     m_m = o_m < N
     m_q = m_m[:, None] & (o_e < E)[None, :]
-    o_row = o_m.to(tl.int64)[:, None]
-    b_q = tl.load(p_q + o_row * q_stride + head * E + o_e[None, :], m_q, other=0.0).to(dtype)
+    o_token = o_m.to(tl.int64)[:, None]
+    b_q = tl.load(p_q + o_token * q_stride + head * E + o_e[None, :], m_q, other=0.0).to(dtype)
     b_first = tl.load(p_first + o_m, m_m, other=N)
     begin = tl.load(p_first + tl.program_id(0) * M).to(tl.int32)
     end = tl.minimum(tl.program_id(0) * M + M, N)
-    # finite, so that no difference of two is NaN: a key that is not there has a score of -inf, and adds nothing
+    # finite, so that no difference is NaN; a key outside the prompt has the score -inf and adds nothing
     b_top = tl.full([M], -3.4e38, tl.float32)
     b_sum = tl.zeros([M], tl.float32)
     b_acc = tl.zeros([M, EB], tl.float32)
@@ -105,11 +105,11 @@ def _prefill_attention_kernel(  # type: ignore[no-untyped-def]
         b_acc = b_acc * b_rescale[:, None] + tl.dot(b_p.to(dtype), b_v, input_precision="ieee")
         b_top = b_new
     b_out = b_acc / tl.where(m_m, b_sum, 1)[:, None]
-    tl.store(p_out + o_row * (HQ * E) + head * E + o_e[None, :], b_out.to(p_out.dtype.element_ty), m_q)
+    tl.store(p_out + o_token * (HQ * E) + head * E + o_e[None, :], b_out.to(p_out.dtype.element_ty), m_q)
 
 
 def launch_config(E: int, itemsize: int) -> dict[str, Any]:
-    """Tiles that registers hold; of heads of 128 numbers of 16 bits, a multiprocessor has three programs or more."""
+    """Tiles that fit the registers. With heads of 128 16-bit numbers, a multiprocessor holds three programs or more."""
     EB = max(16, triton.next_power_of_2(E))
     if itemsize == 4:  # no tensor core
         return {"EB": EB, "M": 32, "T": 16, "num_warps": 8, "num_stages": 1}
@@ -130,11 +130,11 @@ def prefill_attention(
     """Causal attention of packed prompts, after their keys and values were written to the pool. Not differentiable.
 
     Args:
-        q: [N, Hq, E] floating point. Its rows may be strided, as a slice of q, k and v together is.
+        q: [N, Hq, E] floating point. It may be a slice of q, k and v together: stride(0) is free.
         keys, values: [P, Hkv, E], Hkv a divisor of Hq, of q's dtype, or float8_e4m3fn with scales.
-        slots: [N] int64, where each token's key and value lie.
-        first: [N] int64, for each token the number of its prompt's first one, in [0, N).
-        key_scales, value_scales: [P, Hkv] float32, what the numbers of a token's head are multiplied by.
+        slots: [N] int64, the slot of each token's key and value.
+        first: [N] int64 in [0, N), the index of the first token of each token's prompt.
+        key_scales, value_scales: [P, Hkv] float32, factors of the stored numbers of a float8 pool.
         impl: "triton" (CUDA), "torch", or "auto": Triton on a GPU, and else PyTorch.
 
     Returns:
@@ -155,7 +155,7 @@ def prefill_attention(
         if x.shape != (N,) or x.dtype != torch.int64 or not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous [{N}] int64, got {[*x.shape]} {x.dtype}")
     if N and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1) or not keys.is_contiguous()):
-        raise ValueError(f"only the rows of q may be strided, got strides {q.stride()} and {keys.stride()}")
+        raise ValueError(f"only the first dimension of q may be strided, got strides {q.stride()} and {keys.stride()}")
     if impl == "native":
         raise ValueError('impl="native" cannot run here: there is no C++ kernel; use impl="torch"')
     if not N:

@@ -1,16 +1,15 @@
-"""What a decode step does with the tokens it drew, in one launch: keep them, count them, and embed them for the next.
+"""The end of a decode step in one launch: write the drawn tokens, advance the sequences, embed the tokens.
 
-Sequence r of R belongs to sample r % B. With the draws token, logp_cond and logp_guided [B], for every sequence
+Sequence r of R belongs to sample r % B, for which token, logp_cond and logp_guided [B] were drawn. For every sample s
 
-    x_r = table[token_{r % B}]
-    numbers[i, r] += numbers[-1, r]                            for i from `grows` to the last but one
+    outputs[·][state[output, s]] = token_s, logp_cond_s, logp_guided_s;    running_s = False if token_s = end
 
-and for every sample s, before its numbers grow,
+and then for every sequence r
 
-    columns[·][numbers[place, s]] = the three draws;           running_s = False where token_s = end
+    state[i, r] += state[-1, r] for i from `grows` to K - 2;               x_r = table[token_{r % B}]
 
-Shapes: numbers [K, R] int64, columns three of [O], running [B] bool, table [V, D], x [R, D]. Floor: 2·R·D elements
-moved. PyTorch makes eight launches.
+Shapes: state [K, R] int64, three outputs of [O], running [B] bool, table [V, D], x [R, D]. Floor: 2·R·D elements moved.
+PyTorch needs eight launches.
 """
 
 from __future__ import annotations
@@ -25,55 +24,55 @@ from .dispatch import Impl, choose, launch, tl, triton
 
 @triton.jit
 def _record_draw_kernel(  # type: ignore[no-untyped-def]
-    p_token, p_cond, p_guided, p_numbers, stride, p_tokens, p_conds, p_guideds, p_running, end, p_table, p_x, B,
-    K: tl.constexpr, GROWS: tl.constexpr, PLACE: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
+    p_token, p_cond, p_guided, p_state, stride, p_tokens, p_conds, p_guideds, p_running, end, p_table, p_x, B,
+    K: tl.constexpr, GROWS: tl.constexpr, OUTPUT: tl.constexpr, D: tl.constexpr, DB: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
     """One program takes one sequence."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    sample = row % B
+    sequence = tl.program_id(0).to(tl.int64)
+    sample = sequence % B
     token = tl.load(p_token + sample)
     o_d = tl.arange(0, DB)
-    tl.store(p_x + row * D + o_d, tl.load(p_table + token * D + o_d, o_d < D), o_d < D)
-    p_number = p_numbers + row
-    if row < B:
-        place = tl.load(p_number + PLACE * stride)
-        tl.store(p_tokens + place, token)
-        tl.store(p_conds + place, tl.load(p_cond + row))
-        tl.store(p_guideds + place, tl.load(p_guided + row))
+    tl.store(p_x + sequence * D + o_d, tl.load(p_table + token * D + o_d, o_d < D), o_d < D)
+    p_own = p_state + sequence
+    if sequence < B:
+        output = tl.load(p_own + OUTPUT * stride)
+        tl.store(p_tokens + output, token)
+        tl.store(p_conds + output, tl.load(p_cond + sequence))
+        tl.store(p_guideds + output, tl.load(p_guided + sequence))
         if p_running is not None:
-            tl.store(p_running + row, False, token == end)
-    step = tl.load(p_number + (K - 1) * stride)
+            tl.store(p_running + sequence, False, token == end)
+    step = tl.load(p_own + (K - 1) * stride)
     for i in tl.static_range(GROWS, K - 1):
-        tl.store(p_number + i * stride, tl.load(p_number + i * stride) + step)
+        tl.store(p_own + i * stride, tl.load(p_own + i * stride) + step)
 
 
 def record_draw(
     draw: Sequence[Tensor],
-    numbers: Tensor,
-    columns: Sequence[Tensor],
+    state: Tensor,
+    outputs: Sequence[Tensor],
     table: Tensor,
     x: Tensor,
     *,
     grows: int,
-    place: int,
+    output: int,
     running: Tensor | None = None,
     end: int = -1,
     impl: Impl = "auto",
 ) -> None:
-    """Keep, count and embed what a step drew: `numbers`, `columns`, `running` and `x` are written in place.
+    """Write the draws of a step to `outputs`, advance `state`, and write the embedded tokens to `x`; all in place.
 
     Args:
         draw: token [B] int64, logp_cond and logp_guided [B].
-        numbers: [K, R] int64, R a multiple of B; its rows may be strided. The last row is what others grow by.
-        columns: tokens [O] int64 and two of [O] float32.
-        table: [V, D], dtype of x, what each token is to the model.
-        x: [R, D] contiguous.
-        grows: the first row of numbers that grows.
-        place: the row of numbers that says where a sample's draw goes in `columns`.
-        running: [B] bool, or None.
+        state: [K, R] int64, the integers that describe each sequence, R a multiple of B; stride(0) is free.
+        outputs: tokens [O] int64, two log-probabilities [O] float32.
+        table: [V, D], dtype of x, the embedding of each token.
+        x: [R, D] contiguous, the input of the next step.
+        grows: rows grows to K - 2 of state grow by row K - 1.
+        output: the row of state with the index of a sample's draw in `outputs`.
+        running: [B] bool, set to False for a sample that draws `end`; or None.
         end: the token that ends a sample.
         impl: "triton" (CUDA), "torch", or "auto": Triton on a GPU, and else PyTorch.
 
@@ -82,20 +81,20 @@ def record_draw(
     """
     token, *logprobs = draw
     B, (R, D) = len(token), x.shape
-    if numbers.shape[1] != R or R % B or table.shape[1] != D or table.dtype != x.dtype:
-        raise ValueError(f"{B} draws, numbers {[*numbers.shape]}, a table {[*table.shape]} and x {[*x.shape]} differ")
-    if numbers.stride(1) != 1 or not all(t.is_contiguous() for t in (*draw, *columns, table, x)):
-        raise ValueError("all but the rows of numbers must be contiguous")
+    if state.shape[1] != R or R % B or table.shape[1] != D or table.dtype != x.dtype:
+        raise ValueError(f"{B} draws, state {[*state.shape]}, a table {[*table.shape]} and x {[*x.shape]} differ")
+    if state.stride(1) != 1 or not all(t.is_contiguous() for t in (*draw, *outputs, table, x)):
+        raise ValueError("all tensors must be contiguous; only the first dimension of state may be strided")
     if choose(impl, x.device, x.dtype, cpp=False) != "triton":
-        at = numbers[place, :B]
-        for column, drawn in zip(columns, draw, strict=True):
-            column.index_copy_(0, at, drawn.to(column.dtype))
-        numbers[grows:-1] += numbers[-1]
+        at = state[output, :B]
+        for kept, drawn in zip(outputs, draw, strict=True):
+            kept.index_copy_(0, at, drawn.to(kept.dtype))
+        state[grows:-1] += state[-1]
         if running is not None:
             running &= token != end
         x.view(-1, B, D)[:] = F.embedding(token, table)
         return
     launch(
-        _record_draw_kernel, (R,), token, *logprobs, numbers, numbers.stride(0), *columns, running, end, table, x,
-        B, len(numbers), grows, place, D, triton.next_power_of_2(D), num_warps=4,
+        _record_draw_kernel, (R,), token, *logprobs, state, state.stride(0), *outputs, running, end, table, x,
+        B, len(state), grows, output, D, triton.next_power_of_2(D), num_warps=4,
     )  # fmt: skip

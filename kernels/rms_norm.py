@@ -8,12 +8,11 @@ With g = weight · d_out (rounded to x's dtype), the gradient of x, and of the r
 
     d_x = d_total + r · (g - y · mean(g · y)),  d_weight = Σ_N d_out · y        in float32, rounded once
 
-The forward pass rounds at the same points as transformers' LlamaRMSNorm after the model's own residual add. In the
-backward pass autograd would round d_x once more, before it adds d_total.
+The forward pass rounds at the same points as transformers' residual add and LlamaRMSNorm. The backward pass rounds d_x
+once; autograd rounds it before and after it adds d_total.
 
 Shapes: x, residual, out [N, D], weight [D]. Floor: 2·N·D elements moved, 4·N·D with a residual, about 5·N·D FLOPs;
-backward 3·N·D elements, 4·N·D with d_total. Plain PyTorch takes nine launches forward and about fourteen backward; a
-decode step has two norms a layer, and their rows fit a GPU's L2 cache.
+backward 3·N·D elements, 4·N·D with d_total. Plain PyTorch needs nine launches forward and about fourteen backward.
 
 Source: RMSNorm (arXiv 1910.07467), transformers' `LlamaRMSNorm`.
 """
@@ -31,7 +30,7 @@ from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, registe
 
 _NATIVE = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2 + (ctypes.c_double, ctypes.c_int)
 _NATIVE_BACKWARD = (ctypes.c_void_p,) * 6 + (ctypes.c_int64,) * 3 + (ctypes.c_double, ctypes.c_int)
-_NATIVE_ROWS = 64  # rows that share a partial sum of the weight's gradient
+_TOKENS_PER_SUM = 64  # consecutive tokens with one partial sum of the weight's gradient
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -49,18 +48,18 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64) * D
+    o_token = tl.program_id(0).to(tl.int64) * D
     o = tl.arange(0, BLOCK)
     m = o < D
-    b_x = tl.load(p_x + row + o, m, other=0).to(tl.float32)
+    b_x = tl.load(p_x + o_token + o, m, other=0).to(tl.float32)
     if HAS_RESIDUAL:
-        b_r = tl.load(p_residual + row + o, m, other=0).to(tl.float32)
+        b_r = tl.load(p_residual + o_token + o, m, other=0).to(tl.float32)
         b_sum = (b_r + b_x).to(p_total.dtype.element_ty)
-        tl.store(p_total + row + o, b_sum, m)
+        tl.store(p_total + o_token + o, b_sum, m)
         b_x = b_sum.to(tl.float32)
     b_y = (b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps)).to(p_out.dtype.element_ty)
     b_w = tl.load(p_weight + o, m, other=0).to(tl.float32)
-    tl.store(p_out + row + o, (b_w * b_y.to(tl.float32)).to(p_out.dtype.element_ty), m)
+    tl.store(p_out + o_token + o, (b_w * b_y.to(tl.float32)).to(p_out.dtype.element_ty), m)
 
 
 @triton.jit
@@ -68,15 +67,15 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     p_total, p_weight, p_dout, p_dtotal, p_dx, p_dweight, size, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, HAS_DTOTAL: tl.constexpr, HAS_DWEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every `num_programs`-th row, and adds up the weight's gradient over its rows."""
+    """Each program takes every `num_programs`-th token, and sums the weight's gradient over its tokens."""
     dtype = p_dx.dtype.element_ty
     o = tl.arange(0, BLOCK)
     m = o < D
     b_w = tl.load(p_weight + o, m, other=0).to(tl.float32)
     b_dweight = tl.zeros((BLOCK,), tl.float32)
-    for row in range(tl.program_id(0).to(tl.int64) * D, size, tl.num_programs(0) * D):
-        b_x = tl.load(p_total + row + o, m, other=0).to(tl.float32)
-        b_dout = tl.load(p_dout + row + o, m, other=0).to(tl.float32)
+    for o_token in range(tl.program_id(0).to(tl.int64) * D, size, tl.num_programs(0) * D):
+        b_x = tl.load(p_total + o_token + o, m, other=0).to(tl.float32)
+        b_dout = tl.load(p_dout + o_token + o, m, other=0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(b_x * b_x, 0) / D + eps)
         b_y = b_x * scale
         if HAS_DWEIGHT:
@@ -84,20 +83,20 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         b_g = (b_w * b_dout).to(dtype).to(tl.float32)
         b_dx = scale * (b_g - b_y * (tl.sum(b_g * b_y, 0) / D))
         if HAS_DTOTAL:
-            b_dx += tl.load(p_dtotal + row + o, m, other=0).to(tl.float32)
-        tl.store(p_dx + row + o, b_dx.to(dtype), m)
+            b_dx += tl.load(p_dtotal + o_token + o, m, other=0).to(tl.float32)
+        tl.store(p_dx + o_token + o, b_dx.to(dtype), m)
     if HAS_DWEIGHT:
         tl.store(p_dweight + tl.program_id(0).to(tl.int64) * D + o, b_dweight, m)
 
 
 def launch_config(D: int) -> dict[str, Any]:
-    """A row is one block, eight elements a thread as long as 16 warps hold it."""
+    """A token is one block, with eight elements a thread if 16 warps are enough."""
     block = triton.next_power_of_2(D)
     return {"BLOCK": block, "num_warps": min(16, max(1, block // 256)), "enable_fp_fusion": True}
 
 
 def _run(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, total: Tensor | None, impl: str) -> Tensor:
-    """`total`, which may be `residual`, receives the sum."""
+    """Write residual + x to `total`, which may be `residual`, and return the norm."""
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     N, D = x.shape
@@ -126,7 +125,7 @@ _op = register("rms_norm", _launch, _fake, ("residual",))
 
 
 def _launch_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, impl: str) -> tuple[Tensor, Tensor]:
-    """-> out and total; without a residual total is empty."""
+    """-> out, total (empty without a residual)."""
     total = x.new_empty(0 if residual is None else x.shape)
     return _run(x, weight, eps, residual, None if residual is None else total, impl), total
 
@@ -138,22 +137,22 @@ def _fake_add(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, im
 def _launch_backward(
     d_out: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, eps: float, trains: bool, impl: str
 ) -> tuple[Tensor, Tensor]:
-    """-> d_x, and d_weight, which is empty where the weight does not train."""
+    """-> d_x, d_weight (empty if the weight does not train)."""
     d_out, weight = d_out.contiguous(), weight.contiguous()
     d_total = None if d_total is None else d_total.contiguous()
     N, D = total.shape
     d_x = torch.empty_like(total)
     native_impl = impl == "native"
-    # one float32 sum a program, or so many rows; they are added up in a fixed order
-    parts = -(-N // _NATIVE_ROWS) if native_impl else min(N, 2 * _processors(total.device))
-    sums = total.new_empty(parts, D, dtype=torch.float32) if trains else None
+    # float32 sums, one for each program or for each _TOKENS_PER_SUM tokens, are added in a fixed order
+    num_sums = -(-N // _TOKENS_PER_SUM) if native_impl else min(N, 2 * _processors(total.device))
+    sums = total.new_empty(num_sums, D, dtype=torch.float32) if trains else None
     if native_impl:
         pointers = [None if t is None else t.data_ptr() for t in (total, weight, d_out, d_total, d_x, sums)]
         run = native.function(f"bicot_rms_norm_backward_{NATIVE_DTYPES[total.dtype]}", *_NATIVE_BACKWARD)
-        run(*pointers, N, D, _NATIVE_ROWS, eps, torch.get_num_threads())
+        run(*pointers, N, D, _TOKENS_PER_SUM, eps, torch.get_num_threads())
     elif N:
         launch(
-            _backward_kernel, (parts,), total, weight, d_out, d_total, d_x, sums, N * D, eps, D,
+            _backward_kernel, (num_sums,), total, weight, d_out, d_total, d_x, sums, N * D, eps, D,
             HAS_DTOTAL=d_total is not None, HAS_DWEIGHT=trains, **launch_config(D),
         )  # fmt: skip
     return d_x, weight.new_empty(0) if sums is None else sums.sum(0).to(weight.dtype)
@@ -170,7 +169,7 @@ _backward_op = register("rms_norm_backward", _launch_backward, _fake_backward)
 
 
 class _Norm(torch.autograd.Function):
-    """Not registered with the ops, which would cost three times as much of the host."""
+    """An autograd.Function, because autograd registered with the op costs the host three times as much."""
 
     @staticmethod
     def forward(
@@ -194,15 +193,15 @@ class _Norm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, *, impl: Impl = "auto") -> Tensor:
-    """LlamaRMSNorm of x, or of `residual + x`, which then takes the residual's place.
+    """LlamaRMSNorm of x, or of `residual + x`, which then overwrites the residual.
 
-    Differentiable without a residual; `add_rms_norm` is where both train.
+    Differentiable without a residual; with one, `add_rms_norm` is differentiable.
 
     Args:
         x: [N, D] floating point.
         weight: [D], dtype and device of x.
         eps: added to the mean square.
-        residual: [N, D] contiguous, dtype and device of x: `residual += x` in place, and the norm is of that sum.
+        residual: [N, D] contiguous, dtype and device of x: `residual += x` in place, then the norm of the sum.
         impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
             run.
 
@@ -257,7 +256,7 @@ def add_rms_norm(
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, impl: Impl) -> str:
-    """-> the implementation that runs."""
+    """Check the arguments -> the implementation that runs."""
     if x.ndim != 2 or weight.shape != x.shape[1:] or weight.dtype != x.dtype or weight.device != x.device:
         raise ValueError(f"x must be [N, D] and weight [D] alike in dtype and device, got {_of(x)} and {_of(weight)}")
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
@@ -266,7 +265,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, impl: Impl) -> st
 
 
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of the interpreter two."""
+    """Number of multiprocessors of a GPU; 2 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

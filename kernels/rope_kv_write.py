@@ -1,12 +1,12 @@
 """Rotary embedding of queries and keys, and the write of keys and values to the KV pool. Forward only.
 
-A head x of a token at position p, split in halves (a, b), becomes, in float32 and rounded once,
+A query or key head x of a token at position p, split in halves (a, b), becomes
 
-    rotate(x) = (a·cos_p - b·sin_p, b·cos_p + a·sin_p)
+    rotate(x) = (a·cos_p - b·sin_p, b·cos_p + a·sin_p)                 in float32, rounded once
 
-qkv holds Hq query heads, then Hkv key heads, then Hkv value heads of each token. Queries are rotated in place; a
-token's rotated keys and its values go to the pool at its slot. In a pool of float8_e4m3fn each head of each token has
-one scale, amax|x| / 448, and holds x / scale, rounded to nearest.
+qkv holds Hq query heads, then Hkv key heads, then Hkv value heads of each token. Queries are rotated in place; rotated
+keys and values are written to the token's slot of the pool. A pool of float8_e4m3fn stores x / scale, rounded to
+nearest, with one scale max|x| / 448 for each head of each token.
 
 Shapes: N tokens, Hq query and Hkv key/value heads of E elements, P slots, L positions. qkv [N, (Hq + 2·Hkv)·E], cos
 and sin [L, E/2], keys and values [P, Hkv, E], scales [P, Hkv]. Floor: 2·N·(Hq + 2·Hkv)·E elements moved, about
@@ -61,7 +61,7 @@ def rope_kv_write_ref(
 
 @triton.jit
 def _store_head(b_a, b_b, p_pool, p_scales, o_head, o_a, m_head, m_a, HALF: tl.constexpr, FP8: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Both halves [HB, EB] of some heads into the pool; with FP8 scaled, and their scales beside them."""
+    """Write both halves [HB, EB] of some heads to the pool; with FP8, scale them and write the scales."""
     if FP8:
         b_amax = tl.maximum(tl.max(tl.abs(b_a), 1), tl.max(tl.abs(b_b), 1))
         b_scale = tl.div_rn(b_amax, tl.full(b_amax.shape, 448, tl.float32))
@@ -80,14 +80,14 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
     HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr, FP8: tl.constexpr,
     PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """One program takes HB heads of one token, all of them queries, keys or values."""
+    """One program takes HB query heads, key heads or value heads of one token."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     Q_BLOCKS: tl.constexpr = (HQ + HB - 1) // HB
     KV_BLOCKS: tl.constexpr = (HKV + HB - 1) // HB
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_e = tl.arange(0, EB)[None, :]
-    first, count, heads = 0, block, HQ  # heads before this kind, blocks of this kind before this one, heads of its kind
+    first, count, heads = 0, block, HQ  # of queries, keys or values: first head, block in them, number of heads
     if block >= Q_BLOCKS + KV_BLOCKS:
         first, count, heads = HQ + HKV, block - Q_BLOCKS - KV_BLOCKS, HKV
     elif block >= Q_BLOCKS:
@@ -99,7 +99,7 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
     b_a = tl.load(p_a, m, other=0).to(tl.float32)
     b_b = tl.load(p_a + HALF, m, other=0).to(tl.float32)
     if block < Q_BLOCKS + KV_BLOCKS:
-        # each head reads cos and sin for itself, from L1, 16 bytes a thread; read once, they would need shared memory
+        # every head reads cos and sin again, from L1: to share them, heads would need shared memory
         o_table = tl.broadcast_to(tl.load(p_positions + token) * HALF + o_e, (HB, EB))
         b_cos = tl.load(p_cos + o_table, m, other=0).to(tl.float32)
         b_sin = tl.load(p_sin + o_table, m, other=0).to(tl.float32)
@@ -108,7 +108,7 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_a, b_a.to(p_qkv.dtype.element_ty), m)
         tl.store(p_a + HALF, b_b.to(p_qkv.dtype.element_ty), m)
     else:
-        # rounded first, so that the scale is that of what a pool of qkv's dtype would hold
+        # rounded first, so that the scale is computed from the numbers that a pool of qkv's dtype would store
         b_a = b_a.to(p_qkv.dtype.element_ty).to(tl.float32)
         b_b = b_b.to(p_qkv.dtype.element_ty).to(tl.float32)
         o_head = tl.load(p_slots + token) * HKV + o_h
@@ -119,7 +119,7 @@ def _rope_kv_write_kernel(  # type: ignore[no-untyped-def]
 
 
 def launch_config(half: int) -> dict[str, Any]:
-    """One warp takes 256 pairs, 16 bytes a thread of each half: as many heads as that makes."""
+    """One warp takes as many heads as have 256 pairs, so that a thread reads 16 bytes of each half."""
     EB = triton.next_power_of_2(half)
     return {"HB": max(1, min(16, 256 // EB)), "EB": EB, "num_warps": 1, "enable_fp_fusion": True}
 
@@ -196,15 +196,15 @@ def rope_kv_write(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Rotate queries in place; write rotated keys and the values to the pool. Not differentiable.
+    """Rotate queries in place; write rotated keys and values to the pool. Not differentiable.
 
     Args:
         qkv: [N, (Hq + 2·Hkv)·E] floating point; its queries are overwritten, and its keys may be.
         cos, sin: [L, E/2], dtype of qkv.
         positions: [N] int64 in [0, L).
-        slots: [N] int64 in [0, P), distinct; if tokens share a slot, any one's values may remain.
+        slots: [N] int64 in [0, P), distinct; if tokens share a slot, it keeps numbers of any of them.
         keys, values: [P, Hkv, E], dtype of qkv, or float8_e4m3fn with scales.
-        key_scales, value_scales: [P, Hkv] float32, one a token and head: amax / 448, or 1 where that is not a normal
+        key_scales, value_scales: [P, Hkv] float32, for each token and head: max|x| / 448, or 1 if that is not a normal
             number.
         impl: "triton" (CUDA; a float8 pool needs a GPU of compute capability 8.9), "native" (C++ on the CPU, float32
             or bfloat16 pools), "torch", or "auto", the first that can run.
@@ -216,8 +216,8 @@ def rope_kv_write(
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        IndexError: a position or slot out of range, from the C++ kernel before anything is written. On a GPU this is
-            not checked, because it would cost a launch.
+        IndexError: the C++ kernel found a position or slot out of range; nothing is written. A GPU does not check this,
+            because it would cost a launch.
         RuntimeError: qkv wants a gradient, or `impl="native"` and the C++ library is missing.
 
     Source: arXiv 2104.09864.

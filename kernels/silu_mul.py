@@ -3,9 +3,8 @@
     out = silu(gate) · up,  silu(g) = g · s,  s = 1 / (1 + exp(-g))
     d_gate = d_out · up · s · (1 + g · (1 - s)),  d_up = d_out · silu(gate)
 
-gate and up are the halves of one product, as a fused gate/up projection leaves them. Computed in float32; silu is
-rounded to the dtype before it is multiplied, as in `F.silu(gate) * up`. d_gate is rounded once, where autograd also
-rounds d_out · up.
+gate and up are the halves of the output of a fused gate/up projection. Computed in float32; silu is rounded to the
+dtype before it is multiplied, as in `F.silu(gate) * up`. d_gate is rounded once; autograd also rounds d_out · up.
 
 Shapes: gate_up [N, 2·I], out [N, I]. Floor: 3·N·I elements moved, about 5·N·I FLOPs; backward 5·N·I elements.
 
@@ -39,27 +38,27 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
 def _silu_mul_kernel(p_gate_up, p_out, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False):  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < SIZE
-    p_gate = p_gate_up + row * (2 * SIZE) + o
+    p_gate = p_gate_up + token * (2 * SIZE) + o
     b_gate = tl.load(p_gate, m, other=0).to(tl.float32)
     b_up = tl.load(p_gate + SIZE, m, other=0).to(tl.float32)
     b_e = tl.exp(-tl.abs(b_gate))  # never overflows
     b_silu = (tl.where(b_gate < 0, b_gate * b_e, b_gate) / (1 + b_e)).to(p_out.dtype.element_ty)
-    tl.store(p_out + row * SIZE + o, (b_silu.to(tl.float32) * b_up).to(p_out.dtype.element_ty), m)
+    tl.store(p_out + token * SIZE + o, (b_silu.to(tl.float32) * b_up).to(p_out.dtype.element_ty), m)
 
 
 @triton.jit
 def _backward_kernel(p_gate_up, p_dout, p_dgate_up, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     dtype = p_dgate_up.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     o = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m = o < SIZE
-    o_gate = row * (2 * SIZE) + o
+    o_gate = token * (2 * SIZE) + o
     b_gate = tl.load(p_gate_up + o_gate, m, other=0).to(tl.float32)
     b_up = tl.load(p_gate_up + o_gate + SIZE, m, other=0).to(tl.float32)
-    b_dout = tl.load(p_dout + row * SIZE + o, m, other=0).to(tl.float32)
+    b_dout = tl.load(p_dout + token * SIZE + o, m, other=0).to(tl.float32)
     b_e = tl.exp(-tl.abs(b_gate))
     b_s = tl.where(b_gate < 0, b_e, 1) / (1 + b_e)
     b_silu = b_gate * b_s
@@ -106,7 +105,7 @@ _backward_op = register("silu_mul_backward", _launch_backward, _fake_backward)
 
 
 class _SiluMul(torch.autograd.Function):
-    """Not registered with the op, which would cost three times as much of the host."""
+    """An autograd.Function, because autograd registered with the op costs the host three times as much."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, impl: str) -> Tensor:
@@ -120,7 +119,7 @@ class _SiluMul(torch.autograd.Function):
 
 
 def silu_mul(gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
-    """silu of the first half of the columns, times the second half. Differentiable.
+    """silu(gate) · up for gate_up = [gate, up]. Differentiable.
 
     Args:
         gate_up: [N, 2·I] floating point.

@@ -6,7 +6,7 @@ For one token, z = logits / temperature with lse = log Σ_j exp(z_j) and p_j = e
     entropy = -Σ_j p_j log p_j               d entropy / d logits_j = -p_j (log p_j + entropy) / temperature
 
 Shapes: logits [N, V], targets [N], logprob [N], entropy [N]; N packed tokens, V vocabulary.
-Floor: forward reads N·V logits once, backward reads them once more and writes as many; about 20 FLOPs a logit.
+Floor: forward reads N·V logits once; backward reads them once more and writes their gradient; about 20 FLOPs a logit.
 Source: the policy's log-probability in BiCoT-GRPO (arXiv 2505.00703, equation 1).
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from . import native
 from .dispatch import NATIVE_DTYPES, Impl, choose, launch, tl, triton
 
-NATIVE_ROWS = (
+NATIVE_LOGITS = (
     ctypes.c_void_p,
     ctypes.c_int64,
     ctypes.c_void_p,
@@ -30,9 +30,9 @@ NATIVE_ROWS = (
     ctypes.c_double,
     ctypes.c_int,
 )
-_FORWARD = NATIVE_ROWS + (ctypes.c_void_p,) * 3
-_BACKWARD = NATIVE_ROWS + (ctypes.c_void_p,) * 5 + (ctypes.c_int64,)
-_BLOCK = 4096  # columns a Triton program holds at a time: 16 a thread of 8 warps
+_FORWARD = NATIVE_LOGITS + (ctypes.c_void_p,) * 3
+_BACKWARD = NATIVE_LOGITS + (ctypes.c_void_p,) * 5 + (ctypes.c_int64,)
+_BLOCK = 4096  # logits that a Triton program holds at a time: 16 for each thread of 8 warps
 
 
 class TokenStats(NamedTuple):
@@ -51,13 +51,13 @@ def token_logprobs_ref(logits: Tensor, targets: Tensor, *, temperature: float = 
     return TokenStats(logp.gather(-1, targets[:, None]).squeeze(-1), entropy)
 
 
-# Triton. A row begins anywhere, but 16-byte accesses begin at multiples of 16 bytes: its `body` does, whatever V and
-# the strides are. What is left over, up to 7 elements before the body and 7 after it, is its `rim`.
+# A row of logits may begin at any address, but a 16-byte access begins at a multiple of 16 bytes. So a row is split
+# into its `body`, which is read 16 bytes at a time, and its `rim`: up to 7 elements before the body and 7 after it.
 
 
 @triton.jit
 def split_row(p_row, V, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """-> head, body: the elements before the first multiple of 16 bytes, and those that whole 16 bytes then hold."""
+    """-> head, body: how many elements lie before the first multiple of 16 bytes, and how many fill whole 16 bytes."""
     if ALIGNED:
         head, body = 0, V
     else:
@@ -78,7 +78,7 @@ def rim(V, head, body):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def online_stats(b_x, scale, maximum, total, weighted):  # type: ignore[no-untyped-def]
-    """One block more: with d = (x - maximum)·scale, the sums of 2^d and of d·2^d follow the running maximum."""
+    """Add a block to the running maximum, Σ 2^d and Σ d·2^d, where d = (x - maximum)·scale."""
     peak = tl.maximum(maximum, tl.max(b_x, 0))
     base = tl.where(peak == float("-inf"), 0.0, peak)  # only -inf so far: no mass, and x - peak would be NaN
     shift = tl.where(maximum == float("-inf"), 0.0, (maximum - base) * scale)
@@ -113,7 +113,7 @@ def row_stats(p_row, V, scale, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # t
 
 
 @triton.jit
-def softmax_part(b_x, high, low, scale, a, b):  # type: ignore[no-untyped-def]
+def softmax_term(b_x, high, low, scale, a, b):  # type: ignore[no-untyped-def]
     """p·(a + b·log2 p), the gradient but for the target's own term; log2 p = (x - high - low)·scale."""
     b_d = ((b_x - high) - low) * scale
     return tl.exp2(b_d) * (a + b * tl.maximum(b_d, -150.0))
@@ -121,9 +121,9 @@ def softmax_part(b_x, high, low, scale, a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def last_block(p_row, V, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What `row_stats` leaves in registers, for a pass that comes without one."""
+    """The block that `row_stats` returns, for a kernel that does not call it."""
     head, body = split_row(p_row, V, ALIGNED)
-    last = tl.maximum(tl.cdiv(body, BLOCK) - 1, 0)  # a short row has no whole 16 bytes, and its body no block
+    last = tl.maximum(tl.cdiv(body, BLOCK) - 1, 0)  # the body of a short row is empty
     return load_block(tl.multiple_of(p_row + head, 16), last * BLOCK, body, BLOCK)
 
 
@@ -131,9 +131,9 @@ def last_block(p_row, V, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: i
 def write_gradient(  # type: ignore[no-untyped-def]
     b_x, p_row, p_grad, target, V, high, low, scale, a, b, label, BLOCK: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """The whole row's gradient; `p_grad` may be `p_row`, and must lie like it between multiples of 16 bytes.
+    """Write the gradient of a row. `p_grad` may be `p_row`; both have the same offset from a multiple of 16 bytes.
 
-    From the last block, `b_x`, to the first: after a forward sweep it is in registers, and those before it in cache.
+    The last block, `b_x`, comes first: after a forward sweep it is in registers, and the blocks before it are in cache.
     """
     head, body = split_row(p_row, V, ALIGNED)
     p_body, p_grad_body = tl.multiple_of(p_row + head, 16), tl.multiple_of(p_grad + head, 16)
@@ -143,18 +143,18 @@ def write_gradient(  # type: ignore[no-untyped-def]
         if i > 0:
             b_x = load_block(p_body, begin, body, BLOCK)
         o_x = begin + tl.arange(0, BLOCK)
-        b_g = softmax_part(b_x, high, low, scale, a, b) + tl.where(head + o_x == target, label, 0.0)
+        b_g = softmax_term(b_x, high, low, scale, a, b) + tl.where(head + o_x == target, label, 0.0)
         tl.store(p_grad_body + o_x, b_g.to(p_grad.dtype.element_ty), mask=o_x < body)
     if not ALIGNED:
         o_rim, m_rim = rim(V, head, body)
         b_rim = tl.load(p_row + o_rim, mask=m_rim, other=float("-inf")).to(tl.float32)
-        b_g = softmax_part(b_rim, high, low, scale, a, b) + tl.where(o_rim == target, label, 0.0)
+        b_g = softmax_term(b_rim, high, low, scale, a, b) + tl.where(o_rim == target, label, 0.0)
         tl.store(p_grad + o_rim, b_g.to(p_grad.dtype.element_ty), mask=m_rim)
 
 
 @triton.jit
 def write_zeros(p_grad, V, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A whole row of zeros."""
+    """Fill the gradient of a row with zeros."""
     head, body = split_row(p_grad, V, ALIGNED)
     p_body = tl.multiple_of(p_grad + head, 16)
     for begin in range(0, body, BLOCK):
@@ -170,15 +170,15 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     p_logits, stride, p_targets, V, inv_temperature, p_logprob, p_entropy, p_lse,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    p_row = p_logits + row * stride
+    token = tl.program_id(0).to(tl.int64)
+    p_row = p_logits + token * stride
     maximum, total, weighted, _ = row_stats(p_row, V, inv_temperature * 1.4426950408889634, BLOCK, ALIGNED)
-    x_target = tl.load(p_row + tl.load(p_targets + row)).to(tl.float32)
+    x_target = tl.load(p_row + tl.load(p_targets + token)).to(tl.float32)
     log_total = tl.log(total)
-    tl.store(p_logprob + row, (x_target - maximum) * inv_temperature - log_total)
-    tl.store(p_entropy + row, log_total - weighted / total * 0.6931471805599453)
+    tl.store(p_logprob + token, (x_target - maximum) * inv_temperature - log_total)
+    tl.store(p_entropy + token, log_total - weighted / total * 0.6931471805599453)
     # float64: at an offset of 1e4 a float32 log-sum-exp would cost the backward pass three digits
-    tl.store(p_lse + row, maximum.to(tl.float64) * inv_temperature + log_total.to(tl.float64))
+    tl.store(p_lse + token, maximum.to(tl.float64) * inv_temperature + log_total.to(tl.float64))
 
 
 @triton.jit
@@ -186,22 +186,22 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     p_logits, stride, p_targets, V, inv_temperature, p_grad_logprob, p_grad_entropy, p_lse, p_entropy, p_grad,
     grad_stride, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    grad_logprob, grad_entropy = tl.load(p_grad_logprob + row), tl.load(p_grad_entropy + row)
-    pivot = tl.load(p_lse + row) / inv_temperature  # in two floats: x - pivot keeps float32 precision
+    token = tl.program_id(0).to(tl.int64)
+    grad_logprob, grad_entropy = tl.load(p_grad_logprob + token), tl.load(p_grad_entropy + token)
+    pivot = tl.load(p_lse + token) / inv_temperature  # split in two floats, so that x - pivot keeps float32 precision
     high = pivot.to(tl.float32)
     low = (pivot - high.to(tl.float64)).to(tl.float32)
-    a = -(grad_logprob + grad_entropy * tl.load(p_entropy + row)) * inv_temperature
+    a = -(grad_logprob + grad_entropy * tl.load(p_entropy + token)) * inv_temperature
     b = -grad_entropy * inv_temperature * 0.6931471805599453
-    p_row = p_logits + row * stride
+    p_row = p_logits + token * stride
     write_gradient(
-        last_block(p_row, V, BLOCK, ALIGNED), p_row, p_grad + row * grad_stride, tl.load(p_targets + row), V, high, low,
-        inv_temperature * 1.4426950408889634, a, b, grad_logprob * inv_temperature, BLOCK, ALIGNED,
+        last_block(p_row, V, BLOCK, ALIGNED), p_row, p_grad + token * grad_stride, tl.load(p_targets + token), V, high,
+        low, inv_temperature * 1.4426950408889634, a, b, grad_logprob * inv_temperature, BLOCK, ALIGNED,
     )  # fmt: skip
 
 
 def row_config(*matrices: Tensor) -> dict[str, Any]:
-    """Launch options of a kernel with one program for each row of these matrices, which have one shape."""
+    """Launch options of a kernel with one program for each row. All matrices have one shape."""
     V = matrices[0].shape[1]
     block = min(triton.next_power_of_2(max(V, 16)), _BLOCK)
     aligned = V % 16 == 0 and all(m.stride(0) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
@@ -209,13 +209,13 @@ def row_config(*matrices: Tensor) -> dict[str, Any]:
     return {"BLOCK": block, "ALIGNED": aligned, "num_warps": 8 if block > 2048 else 4, "enable_fp_fusion": True}
 
 
-def unit_columns(logits: Tensor) -> Tensor:
-    """Rows whose elements lie side by side: the logits, or a copy."""
+def contiguous_rows(logits: Tensor) -> Tensor:
+    """The logits, or a copy if the elements of a row do not lie side by side."""
     return logits if logits.stride(1) == 1 or logits.shape[1] == 1 else logits.contiguous()
 
 
-def dense_rows(logits: Tensor) -> Tensor:
-    """The logits, or a copy, laid out like a new tensor, so that 16-byte boundaries fall alike in both."""
+def contiguous_aligned(logits: Tensor) -> Tensor:
+    """The logits, or a copy, with the layout of a new tensor: so their gradient has the same 16-byte boundaries."""
     dense = logits.is_contiguous() and logits.data_ptr() % 16 == 0
     return logits if dense else logits.clone(memory_format=torch.contiguous_format)
 
@@ -224,10 +224,10 @@ def launch_forward(
     logits: Tensor, targets: Tensor, temperature: float, impl: str, logprob: Tensor, entropy: Tensor, lse: Tensor
 ) -> None:
     """Fill logprob, entropy [N] float32 and lse [N] float64."""
-    logits, targets = unit_columns(logits), targets.contiguous()
+    logits, targets = contiguous_rows(logits), targets.contiguous()
     if impl == "native":
         run = native.function(f"bicot_token_logprobs_{NATIVE_DTYPES[logits.dtype]}", *_FORWARD)
-        run(*native_rows(logits, targets, temperature), logprob.data_ptr(), entropy.data_ptr(), lse.data_ptr())
+        run(*native_logits(logits, targets, temperature), logprob.data_ptr(), entropy.data_ptr(), lse.data_ptr())
     elif len(logits):
         launch(
             _forward_kernel, (len(logits),), logits, logits.stride(0), targets, logits.shape[1], 1 / temperature,
@@ -246,25 +246,24 @@ def launch_backward(
     impl: str,
     grad_logits: Tensor,
 ) -> None:
-    """Fill grad_logits, which may be `logits` itself; both with columns side by side."""
+    """Fill grad_logits, which may be `logits` itself. In both, the elements of a row lie side by side."""
     targets = targets.contiguous()
-    per_row = [grad_logprob.contiguous(), grad_entropy.contiguous(), lse, entropy]
+    per_token = [grad_logprob.contiguous(), grad_entropy.contiguous(), lse, entropy]
     if impl == "native":
         run = native.function(f"bicot_token_logprobs_backward_{NATIVE_DTYPES[logits.dtype]}", *_BACKWARD)
         out = grad_logits.data_ptr(), grad_logits.stride(0)
-        run(*native_rows(logits, targets, temperature), *(t.data_ptr() for t in per_row), *out)
+        run(*native_logits(logits, targets, temperature), *(t.data_ptr() for t in per_token), *out)
     elif len(logits):
         launch(
             _backward_kernel, (len(logits),), logits, logits.stride(0), targets, logits.shape[1], 1 / temperature,
-            *per_row, grad_logits, grad_logits.stride(0), **row_config(logits, grad_logits),
+            *per_token, grad_logits, grad_logits.stride(0), **row_config(logits, grad_logits),
         )  # fmt: skip
 
 
-def native_rows(logits: Tensor, targets: Tensor, temperature: float) -> tuple[int | float, ...]:
-    """The arguments every C++ row kernel begins with."""
-    rows, vocabulary = logits.shape
+def native_logits(logits: Tensor, targets: Tensor, temperature: float) -> tuple[int | float, ...]:
+    """The first arguments of every C++ kernel that reads logits."""
     threads = torch.get_num_threads()
-    return logits.data_ptr(), logits.stride(0), targets.data_ptr(), rows, vocabulary, temperature, threads
+    return logits.data_ptr(), logits.stride(0), targets.data_ptr(), *logits.shape, temperature, threads
 
 
 @torch.library.custom_op("bicot::token_logprobs", mutates_args=())
@@ -295,7 +294,7 @@ def _backward(
     temperature: float,
     impl: str,
 ) -> Tensor:
-    logits = unit_columns(logits) if impl == "native" else dense_rows(logits)
+    logits = contiguous_rows(logits) if impl == "native" else contiguous_aligned(logits)
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     launch_backward(grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature, impl, grad_logits)
     return grad_logits
@@ -317,7 +316,7 @@ def _backward_inplace(
     temperature: float,
     impl: str,
 ) -> None:
-    """The gradient takes the place of the logits."""
+    """Overwrite the logits with their gradient."""
     launch_backward(grad_logprob, grad_entropy, logits, targets, entropy, lse, temperature, impl, logits)
 
 
@@ -329,8 +328,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _autograd_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    logits, *per_row = ctx.saved_tensors
-    inputs = (grad_logprob, grad_entropy, logits, *per_row, ctx.temperature, ctx.impl)
+    logits, *per_token = ctx.saved_tensors
+    inputs = (grad_logprob, grad_entropy, logits, *per_token, ctx.temperature, ctx.impl)
     if ctx.inplace:
         _backward_inplace(*inputs)
         return logits.detach(), None, None, None, None
@@ -341,13 +340,13 @@ _forward.register_autograd(_autograd_backward, setup_context=_save_for_backward)
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """Raise for targets outside [0, V), naming the first; on a GPU a device assertion, which costs no sync."""
+    """Raise for targets outside [0, V), naming the first; on a GPU an assertion, for which the host does not wait."""
     bad = (targets < 0) | (targets >= vocabulary)
     if targets.is_cuda or torch.compiler.is_compiling():  # no host sync, no data-dependent branch
         torch._assert_async(~bad.any(), f"targets must be in [0, {vocabulary})")
     elif bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(f"targets must be in [0, {vocabulary}): targets[{row}] = {int(targets[row])}")
+        token = int(bad.nonzero()[0])
+        raise ValueError(f"targets must be in [0, {vocabulary}): targets[{token}] = {int(targets[token])}")
 
 
 def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
@@ -365,7 +364,7 @@ def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
 
 
 def check_overwritable(logits: Tensor) -> None:
-    """Raise ValueError for logits whose gradient cannot take their place."""
+    """Raise ValueError for logits that their gradient cannot overwrite."""
     if logits.is_leaf and logits.requires_grad:
         raise ValueError("the gradient cannot overwrite logits that are a leaf: give the output of a head, or a clone")
     if not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]) and logits.numel():
@@ -383,13 +382,13 @@ def token_logprobs(
     """Log-probability of `targets` and entropy of softmax(logits / temperature), both differentiable.
 
     Args:
-        logits: [N, V], any floating dtype; computed in float32, or in float64 for float64. Rows may be strided; -inf
-            entries have probability 0. One that holds NaN, +inf or only -inf gives NaN.
+        logits: [N, V], any floating dtype and strides; computed in float32, or in float64 for float64. A logit of -inf
+            has probability 0. A row that holds NaN, +inf or only -inf gives NaN.
         targets: [N] int64 in [0, V), on the device of `logits`.
         temperature: divides the logits; positive.
-        inplace_backward: the backward pass overwrites `logits` with their gradient and allocates nothing. Nothing else
-            may need them by then (a linear head does not; autograd raises for an operation that does). The PyTorch
-            implementation ignores it.
+        inplace_backward: the backward pass overwrites `logits` with their gradient and allocates nothing. No other
+            operation may need them then; if one does, autograd raises (a linear head does not need its output). The
+            PyTorch implementation ignores this option.
         impl: "triton" (CUDA), "native" (C++ on the CPU, float32 or bfloat16), "torch", or "auto", the first that can
             run.
 
@@ -399,7 +398,7 @@ def token_logprobs(
     Raises:
         ValueError: bad shapes, dtypes, devices, temperature or targets, an `impl` that cannot run, or logits that
             cannot be overwritten. On CUDA, and inside torch.compile with the PyTorch implementation, a target out of
-            range is a device assertion (RuntimeError) instead, which costs no sync.
+            range fails an assertion on the device (RuntimeError) instead, for which the host does not wait.
         RuntimeError: `impl="native"` and the C++ library is missing.
 
     Source: arXiv 2505.00703, equation 1.

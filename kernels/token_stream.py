@@ -1,4 +1,4 @@
-"""What grpo_loss takes: streams of tokens, and the options of a call, some of which a stream may have of its own."""
+"""The arguments of grpo_loss: streams of tokens, and options, some of which a stream may set for itself."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ Level = Literal["token", "sequence"]
 
 @dataclass(frozen=True)
 class TokenStream:
-    """N completion tokens of one kind (text or image), packed.
+    """N completion tokens, packed: all text tokens, or all image tokens.
 
-    Give either `logits` [N, V], or `hidden` [N, D] with `weight` [V, D] and perhaps `bias` [V].
+    Give either `logits` [N, V], or `hidden` [N, D] with `weight` [V, D] and, if there is one, `bias` [V].
 
     Args:
         targets: [N] int64, the sampled tokens.
         sample: [N] int64, the sample each token belongs to.
-        ref_logprob: [N] under the reference model; needed where its beta != 0.
-        old_logprob: [N] under the policy that the ratio is taken against; None = the current one.
-        sampling_logprob: [N] recorded while sampling; given, it turns on truncated importance weights.
-        token_weight: [N], no gradient goes through it: what each token's whole term of the loss (policy, KL and entropy
-            bonus) is multiplied by; None = 1. What the loss divides by stays as it is, so a mask of zeros leaves tokens
-            out of the sum and not out of the count. A weight of 0 makes loss and gradient of the token exactly 0, even
-            where its terms are not finite, but for ratios of sequences, in which all tokens of a sample take part.
-        beta, epsilon, epsilon_high, entropy_coef: of this stream; None = those of the call.
+        ref_logprob: [N] under the reference model; needed if beta is not 0.
+        old_logprob: [N] under the policy in the denominator of the ratio; None = the current policy.
+        sampling_logprob: [N] recorded while sampling; None = no truncated importance weights.
+        token_weight: [N] factor of each token's whole term of the loss (policy, KL and entropy bonus); None = 1. It
+            gets no gradient and does not change the normaliser: a weight of 0 takes a token out of the sum, not out of
+            the count. Loss and gradient of such a token are exactly 0, even if its terms are not finite. The exception
+            are ratios of sequences, to which all tokens of a sample contribute.
+        beta, epsilon, epsilon_high, entropy_coef: of this stream; None = as in the call.
         temperature: the sampling temperature.
         name: prefix of this stream's metrics.
     """
@@ -66,7 +66,7 @@ class TokenStream:
 
     @property
     def features(self) -> Tensor:
-        """What the stream's log-probs are computed from: its logits, or its hidden states."""
+        """The logits, or the hidden states, from which the log-probs are computed."""
         features = self.hidden if self.logits is None else self.logits
         assert features is not None
         return features
@@ -74,10 +74,10 @@ class TokenStream:
 
 @dataclass(frozen=True, slots=True)
 class LossOptions:
-    """The options of one call, as `grpo_loss` explains them. A stream may have the first four of its own.
+    """The options of one call, see `grpo_loss`. A stream may have its own values of the first four.
 
     Raises:
-        ValueError: an unknown option, or one that its loss_type needs is missing.
+        ValueError: an option has an unknown value, or loss_type needs an option that is missing.
     """
 
     beta: float
@@ -105,7 +105,7 @@ class LossOptions:
             raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it")
 
     def of(self, stream: TokenStream) -> LossOptions:
-        """Those of a stream: its own, or the call's."""
+        """The options of a stream: its own values where it has them, else those of the call."""
         names = ("beta", "epsilon", "epsilon_high", "entropy_coef")
         own = {name: value for name in names if (value := getattr(stream, name)) is not None}
         options = replace(self, **own)
@@ -134,7 +134,7 @@ class LossOptions:
 
 
 def check_streams(streams: Sequence[TokenStream], inplace: bool) -> Tensor:
-    """Raise ValueError unless the streams have names, shapes and dtypes that go together -> features of the first."""
+    """Raise ValueError unless names, shapes and dtypes of the streams fit together -> features of the first."""
     names = [stream.name for stream in streams]
     if len(set(names)) < len(names):
         raise ValueError(f"streams need names of their own, which tell their metrics apart; got {names}")
@@ -142,9 +142,9 @@ def check_streams(streams: Sequence[TokenStream], inplace: bool) -> Tensor:
         raise ValueError("grpo_loss needs at least one stream")
     for stream in streams:
         _check_features(stream, inplace)
-    kinds = {(stream.features.dtype, stream.features.device) for stream in streams}
-    if len(kinds) > 1:
-        raise ValueError(f"all streams must have one dtype and device, got {' and '.join(map(str, kinds))}")
+    found = {(stream.features.dtype, stream.features.device) for stream in streams}
+    if len(found) > 1:
+        raise ValueError(f"all streams must have one dtype and device, got {' and '.join(map(str, found))}")
     return streams[0].features
 
 
@@ -166,7 +166,7 @@ def _check_features(stream: TokenStream, inplace: bool) -> None:
 
 
 def check_tokens(stream: TokenStream, beta: float, num_samples: int) -> None:
-    """Raise ValueError unless what is known of each token has its shape, and each token a sample."""
+    """Raise ValueError unless every per-token tensor fits the targets, and every token has a sample."""
     if beta and stream.ref_logprob is None:
         raise ValueError(f"beta={beta} needs ref_logprob in stream {stream.name!r}")
     for field in ("sample", "ref_logprob", "old_logprob", "sampling_logprob", "token_weight"):
@@ -185,7 +185,7 @@ def check_tokens(stream: TokenStream, beta: float, num_samples: int) -> None:
     if stream.sample.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(outside.any().logical_not(), f"grpo_loss: sample must be in [0, {num_samples})")
     elif outside.any():
-        row = int(outside.nonzero()[0])
+        n = int(outside.nonzero()[0])
         raise ValueError(
-            f"stream {stream.name!r}: sample[{row}] = {int(stream.sample[row])}, but there are {num_samples} advantages"
+            f"stream {stream.name!r}: sample[{n}] = {int(stream.sample[n])}, but there are {num_samples} advantages"
         )

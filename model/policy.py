@@ -161,7 +161,7 @@ class Policy:
             predicting.append(take(hidden, at))
         return predicting
 
-    @record_function("rows")
+    @record_function("layout")
     def lay_out(self, blocks: Sequence[Sequence[Sequence[int]]]) -> tuple[list[int], list[list[list[int]]], Layout]:
         """Call `sequences.lay_out` for the policy's device and attention. The first call decides what `auto` is."""
         if self.attention.name == "auto":
@@ -254,19 +254,19 @@ def load_policy(
         policy.settings = RolloutSettings.load(path, base)
         return policy
     raw = read_config(path)
-    kind = raw.get("model_type")
-    if kind == ORIGINAL:
+    model_type = raw.get("model_type")
+    if model_type == ORIGINAL:
         tokenizer = original_tokenizer(path)
         config = original_config(path, raw, tokenizer)
         _check_sizes(path, config, tokenizer)
         model = load_original(path, config, tokenizer, dtype)
-    elif kind == "janus":
+    elif model_type == "janus":
         tokenizer = _tokenizer(path)
         _check_sizes(path, AutoConfig.from_pretrained(path), tokenizer)
         model = _load(path, dtype)
     else:
         raise ValueError(
-            f"{path} is a {kind!r} checkpoint; bicot trains Janus models (model_type 'janus', such as "
+            f"{path} is a {model_type!r} checkpoint; bicot trains Janus models (model_type 'janus', such as "
             f"deepseek-community/Janus-Pro-7B, or {ORIGINAL!r}, such as deepseek-ai/Janus-Pro-7B)"
         )
     model.to(device)

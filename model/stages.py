@@ -122,7 +122,7 @@ class Stage:
     def _record(self, draw: Draw, count: int, table: Tensor, **ends: Any) -> None:
         """Write the drawn tokens to the outputs, advance the sequences, and embed the tokens for the next step."""
         outputs, state = (self.tokens, self.logp_cond, self.logp_guided), self.state[:, :count]
-        record_draw(draw, state, outputs, table, self.x[:count], grows=LENGTH, place=OUTPUT, **ends)
+        record_draw(draw, state, outputs, table, self.x[:count], grows=LENGTH, output=OUTPUT, **ends)
 
     def _drawn(self, output: Tensor, samples: int) -> Tensor:
         """Reshape an output to [S, L], for the first `samples`."""

@@ -66,12 +66,12 @@ def test_group_advantages(P: int, G: int, R: int, scale: str, normalize: bool, a
     assert_clean(code)
 
 
-INTEGERS = ("V", "stride", "grad_stride", "rows_stride")
+INTEGERS = ("V", "stride", "grad_stride", "results_stride")
 ROW_KERNELS: dict[str, tuple[Any, dict[str, Any]]] = {
     "token_logprobs": (token_logprobs._forward_kernel, {}),
     "token_logprobs_backward": (token_logprobs._backward_kernel, {}),
     "fused_grpo": (
-        fused_grpo._rows_kernel,
+        fused_grpo._grpo_kernel,
         dict.fromkeys(("CORRECT_KL", "HAS_OLD", "HAS_SAMPLING", "HAS_WEIGHT", "GRADIENT"), True)
         | {"CISPO": False, "KL": 3},
     ),
@@ -118,8 +118,17 @@ def test_row_kernels(name: str, V: int, dtype: torch.dtype, arch: int) -> None:
 
 def test_what_changes_from_step_to_step_compiles_nothing_again() -> None:
     """Where a slice of tokens begins is not compiled in."""
-    free = {p.name for p in fused_grpo._rows_kernel.params if p.do_not_specialize}
-    assert free >= {"p_targets", "p_sample", "p_old", "p_ref", "p_sampling", "p_token_weight", "p_rows", "rows_stride"}
+    free = {p.name for p in fused_grpo._grpo_kernel.params if p.do_not_specialize}
+    assert free >= {
+        "p_targets",
+        "p_sample",
+        "p_old",
+        "p_ref",
+        "p_sampling",
+        "p_token_weight",
+        "p_results",
+        "results_stride",
+    }
 
 
 def compile_sampling(name: str, element: str, arch: int, **constants: bool) -> Compiled:

@@ -194,7 +194,7 @@ def test_decode_attention(dtype: torch.dtype, Hkv: int, G: int, E: int, split: b
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_combining_splits(arch: int) -> None:
-    pointers = {"p_top": "*fp32", "p_sum": "*fp32", "p_part": "*fp32", "p_out": "*bf16"}
+    pointers = {"p_top": "*fp32", "p_sum": "*fp32", "p_partial": "*fp32", "p_out": "*bf16"}
     for splits in (2, 64):
         code = compile_kernel(
             decode_attention._combine_kernel,
@@ -240,7 +240,7 @@ def test_prefill_attention(dtype: torch.dtype, Hq: int, Hkv: int, E: int, fp8: b
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("running", [False, True])
 def test_record_draw(running: bool, arch: int) -> None:
-    kernel, constants = record_draw._record_draw_kernel, {"K": 9, "GROWS": 3, "PLACE": 6, "D": 2048, "DB": 2048}
+    kernel, constants = record_draw._record_draw_kernel, {"K": 9, "GROWS": 3, "OUTPUT": 6, "D": 2048, "DB": 2048}
     constants |= {} if running else {"p_running": None}
     types = dict.fromkeys(("p_cond", "p_guided", "p_conds", "p_guideds"), "*fp32") | {"p_running": "*i1"}
     types |= {"p_table": "*bf16", "p_x": "*bf16", "stride": "i32", "end": "i32", "B": "i32"}

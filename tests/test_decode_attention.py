@@ -242,7 +242,7 @@ def test_a_row_alone_is_the_row_of_a_batch(impl: str) -> None:
     p = pool(4, 4, 32, rows=few(ROWS))
     together = p.run(impl)
     for r in range(len(p.q)):
-        rows = {name: getattr(p, name)[r : r + 1] for name in ("q", *module._ROWS)}
+        rows = {name: getattr(p, name)[r : r + 1] for name in ("q", *module._SEGMENTS)}
         alone = replace(p, **rows).run(impl)[0]
         # on a GPU fewer rows are split into more parts, which are summed in another order
         torch.testing.assert_close(
@@ -437,5 +437,5 @@ def test_a_cuda_graph_replays_other_rows() -> None:
     for x, there in zip((p.prefix_start, p.prefix_length, p.start, p.length), given[3:], strict=True):
         there.copy_(x[order])
     graph.replay()
-    expected = replace(p, **{name: getattr(p, name)[order] for name in module._ROWS})
+    expected = replace(p, **{name: getattr(p, name)[order] for name in module._SEGMENTS})
     assert_no_worse("out", out.cpu(), expected.run("torch"), expected.double().run("torch"), 2**-9, ABSOLUTE)

@@ -433,7 +433,7 @@ def test_kernels_are_no_worse_than_the_reference(impl: str, data: st.DataObject)
     eager = outcome(converted(streams, dtype), advantages, **options, impl="torch")
     inplace, chunk = logits and draw(st.booleans()), draw(st.sampled_from([1, 500, 2**20]))
     with pytest.MonkeyPatch.context() as patch, poisoned_outputs():
-        patch.setattr(linear_logprobs, "CHUNK_BYTES", chunk)
+        patch.setattr(linear_logprobs, "LOGITS_BYTES", chunk)
         there = device(impl)
         ours = outcome(converted(streams, there), advantages.to(there), **options, impl=impl, inplace=inplace)
     assert ours.keys() == eager.keys() == gt.keys()
@@ -603,7 +603,7 @@ class TestKernels:
 def test_peak_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the inputs: the gradients, a chunk of logits, per-token results; in place nothing but the last."""
     N, D, V = 512, 8, 4096
-    monkeypatch.setattr(linear_logprobs, "CHUNK_BYTES", 16 * V * 4)
+    monkeypatch.setattr(linear_logprobs, "LOGITS_BYTES", 16 * V * 4)
     generator = torch.Generator().manual_seed(0)
     targets, sample = torch.randint(0, V, (N,), generator=generator), torch.arange(N) // 64
     hidden, weight = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
@@ -622,7 +622,7 @@ def test_peak_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         loss = grpo_loss([stream], advantages, inplace=kind == "logits in place", impl="native").loss
         torch.autograd.grad(loss, [t for t in source.values() if t.requires_grad])
 
-    chunk = 0 if leaf is not hidden else linear_logprobs.CHUNK_BYTES
+    chunk = 0 if leaf is not hidden else linear_logprobs.LOGITS_BYTES
     per_token = 4 * N * 40
     assert chunk + gradients <= peak_bytes(step) <= gradients + 1.5 * chunk + per_token
 

@@ -134,7 +134,7 @@ class TestChunks:
         hidden, weight, bias = (t.mul(2).round() / 2 for t in inputs[:3])
         whole = run(linear_logprobs, hidden, weight, bias, inputs[3], 0.7, impl=impl)
         sizes, launch = [], module.launch_forward
-        monkeypatch.setattr(module, "CHUNK_BYTES", (rows * 37 + 36) * hidden.element_size())
+        monkeypatch.setattr(module, "LOGITS_BYTES", (rows * 37 + 36) * hidden.element_size())
         monkeypatch.setattr(module, "launch_forward", lambda x, *a: sizes.append(len(x)) or launch(x, *a))
         chunked = run(linear_logprobs, hidden, weight, bias, inputs[3], 0.7, impl=impl)
         assert sum(sizes) == 10 and max(sizes) <= rows and len(sizes) == -(-10 // rows)
@@ -144,7 +144,7 @@ class TestChunks:
 
     def test_a_row_wider_than_a_chunk_goes_alone(self, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         hidden, weight, _, targets = make(3, 4, 11, torch.float32)
-        monkeypatch.setattr(module, "CHUNK_BYTES", 5)
+        monkeypatch.setattr(module, "LOGITS_BYTES", 5)
         exact = formula(hidden, weight, targets, None, 1.0)
         ours = linear_logprobs(*on(impl, hidden, weight, targets), impl=impl)
         torch.testing.assert_close(tuple(t.cpu() for t in ours), tuple(exact), rtol=0, atol=2e-6)
@@ -152,7 +152,7 @@ class TestChunks:
     def test_a_bad_target_is_named_by_its_row(self, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if device(impl) == "cuda":
             pytest.skip("a device assertion, which ends the process's CUDA context")
-        monkeypatch.setattr(module, "CHUNK_BYTES", 88)
+        monkeypatch.setattr(module, "LOGITS_BYTES", 88)
         hidden, weight, _, targets = make(9, 4, 11, torch.float32)
         targets[7] = 11
         with pytest.raises(ValueError, match=r"targets must be in \[0, 11\): targets\[7\] = 11"):
@@ -163,22 +163,22 @@ class TestChunks:
 @pytest.mark.parametrize("V", [5, 16384, 102400])
 def test_chunks_cover_every_row_once_and_fit(rows: int, V: int) -> None:
     hidden, weight = torch.empty(rows, 1, dtype=torch.bfloat16), torch.empty(V, 1)
-    slices = list(module.row_chunks(hidden, weight))
+    slices = list(module.token_slices(hidden, weight))
     assert [i for s in slices for i in range(rows)[s]] == list(range(rows))
-    assert all((s.stop - s.start) * V * 2 <= module.CHUNK_BYTES for s in slices)
-    assert len(slices) <= -(-rows * V * 2 // module.CHUNK_BYTES) + 1
+    assert all((s.stop - s.start) * V * 2 <= module.LOGITS_BYTES for s in slices)
+    assert len(slices) <= -(-rows * V * 2 // module.LOGITS_BYTES) + 1
 
 
 @needs_native
 def test_no_logits_outlive_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peak memory: leaves, gradients and one chunk, where all logits would be 32 chunks."""
     N, D, V = 512, 8, 4096
-    monkeypatch.setattr(module, "CHUNK_BYTES", 16 * V * 4)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 16 * V * 4)
     hidden, weight, _, targets = make(N, D, V, torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
     peak = peak_bytes(lambda: sum(linear_logprobs(hidden, weight, targets, impl="native")).sum().backward())
     fixed = 4 * (N * D + 2 * V * D + 32 * N)  # gradients, the float32 sums of the weight's, per-token results
-    assert module.CHUNK_BYTES < peak <= fixed + 1.5 * module.CHUNK_BYTES
+    assert module.LOGITS_BYTES < peak <= fixed + 1.5 * module.LOGITS_BYTES
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -1,5 +1,5 @@
-// Attention of one query a sequence over keys and values in a pool of slots: float32, bfloat16, or float8_e4m3fn and scales.
-// A sequence's tokens are read once, in the order in which they lie: a tile of them, all heads of a token together.
+// Attention of one query token per sequence over keys and values in a pool of slots: float32, bfloat16, or scaled
+// float8_e4m3fn. The keys of a sequence are read once, in the order of their slots: tiles of keys, all heads of each.
 #include <limits>
 #include <vector>
 
@@ -15,14 +15,14 @@ struct float8 {  // float8_e4m3fn
 
 namespace {
 
-constexpr int64_t kTile = 64;       // keys at a time: their scores stay in L1, their values, prefetched, in L2
+constexpr int64_t kTile = 64;       // keys at a time: their scores stay in L1, their prefetched values in L2
 constexpr int64_t kAhead = 8;       // tokens from a key's prefetch to its use
 constexpr int64_t kSerial = 32768;  // fewer numbers of the pool than this cost less than waking a second thread
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// Sixteen numbers, which the compiler takes apart for narrower processors. Left to itself it does not vectorise what
-// widens as it reads, and spends more on the ends of loops over E than on their bodies.
+// Sixteen numbers, which the compiler splits for narrower processors. Without these types it does not vectorise loads
+// that widen, and the remainders of loops over E cost more than the loops.
 constexpr int64_t kLanes = 16;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
@@ -44,10 +44,10 @@ BICOT_INLINE Floats load_lanes(const bfloat16* p) {
 BICOT_INLINE Floats load_lanes(const float8* p) {
   Bytes bits;
   std::memcpy(&bits, p, sizeof bits);
-  const Halves half = __builtin_convertvector(bits, Halves);  // by way of 16 bits: GCC widens 8 to 32 one at a time
+  const Halves half = __builtin_convertvector(bits, Halves);  // through 16 bits: GCC does not vectorise 8 to 32
   const Words wide = __builtin_convertvector(half, Words), x = wide & 0x7fu;
-  const Floats normal = (Floats)((x << 20) + (120u << 23));  // the exponent's bias from 7 to 127
-  const Floats subnormal = normal + normal - 0x1p-6f;        // exponent 0: no leading 1. It is larger for all others.
+  const Floats normal = (Floats)((x << 20) + (120u << 23));  // changes the exponent's bias from 7 to 127
+  const Floats subnormal = normal + normal - 0x1p-6f;        // right for exponent 0; larger than `normal` for others
   const Words y = (Words)(normal < subnormal ? normal : subnormal);
   const Words nan = (Words)(x == 0x7fu) & 0x7fc00000u;
   return (Floats)(y | nan | (wide & 0x80u) << 24);
@@ -55,12 +55,12 @@ BICOT_INLINE Floats load_lanes(const float8* p) {
 
 BICOT_INLINE void store_lanes(float* p, const Floats& x) { std::memcpy(p, &x, sizeof x); }
 
-// The last n of a head, and 0 beyond them.
+// n < kLanes numbers, then zeros.
 template <class T>
 BICOT_INLINE Floats load_some(const T* p, int64_t n) {
-  T part[kLanes] = {};
-  std::memcpy(part, p, n * sizeof(T));
-  return load_lanes(part);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load_lanes(lanes);
 }
 
 BICOT_INLINE float sum_lanes(const Floats& x) {
@@ -75,13 +75,13 @@ BICOT_INLINE float sum_lanes(const Floats& x) {
   return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
 }
 
-// The rows of a pool are short and lie far apart, and the processor's own prefetching starts anew with each.
+// The numbers of a token are few and far from those of the next, so the processor's own prefetching does not help.
 template <class T>
 BICOT_INLINE void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
-// x is padded to whole lanes, y is not.
+// x is padded to a multiple of kLanes, y is not.
 template <class T>
 BICOT_INLINE float dot(const float* x, const T* y, int64_t E) {
   Floats sum = {};
@@ -103,8 +103,8 @@ BICOT_INLINE void add_four(float* sum, const float* p, const T* const* v, int64_
                              (p[2] * load_some(v[2] + e, E - e) + p[3] * load_some(v[3] + e, E - e)));
 }
 
-// The keys of one sequence, in order; the first of its key heads, and how many of the Hkv.
-struct Row {
+// The segments of a sequence, and which of its Hkv key heads to compute: `heads`, from `first` on.
+struct Sequence {
   int64_t prefix_start, prefix_length, start, length, Hkv, first, heads;
 };
 
@@ -116,14 +116,14 @@ struct Pool {
 
 BICOT_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Floats that `attend` needs for its H query heads: queries and sums of values, scores, and two numbers of the softmax.
+// Floats that `attend` needs for H query heads: queries, sums of values, scores, and two numbers of the softmax.
 inline int64_t work_size(int64_t H, int64_t E) { return H * (2 * padded(E) + kTile + 2); }
 
-// `scale` has log2 e in it. Query head h belongs to key head h / G of those in `row`.
+// `scale` includes log2 e. Query head h belongs to key head h / G, counted from `sequence.first`.
 template <class Q, class T>
-BICOT_INLINE void attend(const Q* q, const Pool<T>& pool, const Row& row, int64_t G, int64_t E, float scale,
+BICOT_INLINE void attend(const Q* q, const Pool<T>& pool, const Sequence& sequence, int64_t G, int64_t E, float scale,
                          float* work, Q* out) {
-  const int64_t H = row.heads * G, D = padded(E), total = row.prefix_length + row.length;
+  const int64_t H = sequence.heads * G, D = padded(E), total = sequence.prefix_length + sequence.length;
   float *query = work, *acc = query + H * D, *score = acc + H * D, *max = score + H * kTile, *sum = max + H;
   for (int64_t h = 0; h < H; ++h) {
     for (int64_t e = 0; e < D; ++e) query[h * D + e] = e < E ? load(q + h * E + e) * scale : 0.0f;
@@ -133,15 +133,16 @@ BICOT_INLINE void attend(const Q* q, const Pool<T>& pool, const Row& row, int64_
   }
   for (int64_t begin = 0; begin < total; begin += kTile) {
     const int64_t n = total - begin < kTile ? total - begin : kTile;
-    int64_t index[kTile];  // of the first head of each key; beyond the last key, of that one, with probability 0
+    int64_t index[kTile];  // of the first head of each key; padding repeats the last key, with probability 0
     for (int64_t t = 0; t < padded(n); ++t) {
       const int64_t j = t < n ? begin + t : total - 1;
-      const int64_t slot = j < row.prefix_length ? row.prefix_start + j : row.start + j - row.prefix_length;
-      index[t] = slot * row.Hkv + row.first;
+      const int64_t slot =
+          j < sequence.prefix_length ? sequence.prefix_start + j : sequence.start + j - sequence.prefix_length;
+      index[t] = slot * sequence.Hkv + sequence.first;
     }
     for (int64_t t = 0; t < n; ++t) {
-      prefetch(pool.values + index[t] * E, row.heads * E);
-      if (t + kAhead < n) prefetch(pool.keys + index[t + kAhead] * E, row.heads * E);
+      prefetch(pool.values + index[t] * E, sequence.heads * E);
+      if (t + kAhead < n) prefetch(pool.keys + index[t + kAhead] * E, sequence.heads * E);
       for (int64_t h = 0, at = index[t]; h < H; ++at)
         for (const int64_t end = h + G; h < end; ++h) {
           const float s = dot(query + h * D, pool.keys + at * E, E);
@@ -187,10 +188,10 @@ BICOT_INLINE void attend(const Q* q, const Pool<T>& pool, const Row& row, int64_
     for (int64_t e = 0; e < E; ++e) store(out + h * E + e, acc[h * D + e] / sum[h]);
 }
 
-#define BICOT_ATTEND(Q, T)                                                                                             \
-  BICOT_CLONES void attend_row(const Q* q, const Pool<T>& pool, const Row& row, int64_t G, int64_t E, float scale,     \
-                               float* work, Q* out) {                                                                  \
-    attend(q, pool, row, G, E, scale, work, out);                                                                      \
+#define BICOT_ATTEND(Q, T)                                                                                      \
+  BICOT_CLONES void attend_one(const Q* q, const Pool<T>& pool, const Sequence& sequence, int64_t G, int64_t E, \
+                               float scale, float* work, Q* out) {                                              \
+    attend(q, pool, sequence, G, E, scale, work, out);                                                          \
   }
 
 BICOT_ATTEND(float, float)
@@ -209,25 +210,25 @@ inline int64_t first_outside(const int64_t* prefix_start, const int64_t* prefix_
 }
 
 template <class Q, class T>
-void attend_rows(const Q* q, int64_t q_stride, const Pool<T>& pool, const int64_t* prefix_start,
-                 const int64_t* prefix_length, const int64_t* start, const int64_t* length, int64_t R, int64_t Hq,
-                 int64_t Hkv, int64_t E, int64_t P, double scale, int num_threads, Q* out, int64_t* outside) {
+void attend_all(const Q* q, int64_t q_stride, const Pool<T>& pool, const int64_t* prefix_start,
+                const int64_t* prefix_length, const int64_t* start, const int64_t* length, int64_t R, int64_t Hq,
+                int64_t Hkv, int64_t E, int64_t P, double scale, int num_threads, Q* out, int64_t* outside) {
   *outside = first_outside(prefix_start, prefix_length, start, length, R, P);
   if (*outside < R) return;
   const int64_t G = Hq / Hkv;
   int64_t total = 0;
   for (int64_t r = 0; r < R; ++r) total += prefix_length[r] + length[r];
-  int64_t parts = 1;  // of a sequence's heads, where there are fewer sequences than threads
-  while (R * parts < num_threads && parts < Hkv) ++parts;
+  int64_t groups = 1;  // of heads of a sequence, if there are fewer sequences than threads
+  while (R * groups < num_threads && groups < Hkv) ++groups;
 #pragma omp parallel num_threads(num_threads) if (total * Hkv * E > kSerial)
   {
     std::vector<float> work(work_size(Hq, E));
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < R * parts; ++i) {
-      const int64_t r = i / parts, first = i % parts * Hkv / parts, end = (i % parts + 1) * Hkv / parts;
-      const Row row = {prefix_start[r], prefix_length[r], start[r], length[r], Hkv, first, end - first};
-      attend_row(q + r * q_stride + first * G * E, pool, row, G, E, static_cast<float>(scale * kLog2e), work.data(),
-                 out + (r * Hq + first * G) * E);
+    for (int64_t i = 0; i < R * groups; ++i) {
+      const int64_t r = i / groups, first = i % groups * Hkv / groups, end = (i % groups + 1) * Hkv / groups;
+      const Sequence sequence = {prefix_start[r], prefix_length[r], start[r], length[r], Hkv, first, end - first};
+      attend_one(q + r * q_stride + first * G * E, pool, sequence, G, E, static_cast<float>(scale * kLog2e),
+                 work.data(), out + (r * Hq + first * G) * E);
     }
   }
 }
@@ -235,14 +236,14 @@ void attend_rows(const Q* q, int64_t q_stride, const Pool<T>& pool, const int64_
 }  // namespace
 }  // namespace bicot
 
-#define BICOT_DECODE_ATTENTION(suffix, Q, T)                                                                           \
-  BICOT_EXPORT void bicot_decode_attention_##suffix(                                                                   \
-      const Q* q, int64_t q_stride, const T* keys, const T* values, const float* key_scales,                           \
-      const float* value_scales, const int64_t* prefix_start, const int64_t* prefix_length, const int64_t* start,      \
-      const int64_t* length, int64_t R, int64_t Hq, int64_t Hkv, int64_t E, int64_t P, double scale, int num_threads,  \
-      Q* out, int64_t* outside) {                                                                                      \
-    bicot::attend_rows(q, q_stride, bicot::Pool<T>{keys, values, key_scales, value_scales}, prefix_start,              \
-                       prefix_length, start, length, R, Hq, Hkv, E, P, scale, num_threads, out, outside);              \
+#define BICOT_DECODE_ATTENTION(suffix, Q, T)                                                                          \
+  BICOT_EXPORT void bicot_decode_attention_##suffix(                                                                  \
+      const Q* q, int64_t q_stride, const T* keys, const T* values, const float* key_scales,                          \
+      const float* value_scales, const int64_t* prefix_start, const int64_t* prefix_length, const int64_t* start,     \
+      const int64_t* length, int64_t R, int64_t Hq, int64_t Hkv, int64_t E, int64_t P, double scale, int num_threads, \
+      Q* out, int64_t* outside) {                                                                                     \
+    bicot::attend_all(q, q_stride, bicot::Pool<T>{keys, values, key_scales, value_scales}, prefix_start,              \
+                      prefix_length, start, length, R, Hq, Hkv, E, P, scale, num_threads, out, outside);              \
   }
 
 BICOT_DECODE_ATTENTION(float32, float, float)

@@ -1,5 +1,5 @@
-// The fused row pass of grpo_loss: a row's log-prob and entropy, its token's terms of the loss, and the gradient of its
-// logits while the row is still in cache. The formulas stand in kernels/grpo_loss.py.
+// The fused pass of grpo_loss: log-prob and entropy of a token, its terms of the loss, and the gradient of its logits
+// while they are still in cache. The formulas are in kernels/grpo_loss.py.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -16,12 +16,12 @@ struct Options {
   double temperature, beta, low, high, delta, clip_max, entropy_weight;
 };
 
-// What is kept of a token: the columns of the result, in the order of fused_grpo.ROWS.
+// The results of a token, in the order of fused_grpo.RESULTS.
 struct Token {
   double loss, logprob, entropy, ratio, kl, clipped_low, clipped_high, correction, grad_logprob;
 };
 
-// `norm` and `entropy_weight` have the token's own weight in them.
+// `norm` and `entropy_weight` are multiplied by the token's own weight.
 Token token_terms(double logprob, double entropy, double advantage, double norm, double entropy_weight,
                   const float* old_logprob, const float* ref_logprob, const float* sampling_logprob, int policy,
                   int kl_estimator, bool correct_kl, const Options& o) {
@@ -74,11 +74,11 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
 }
 
 template <class T>
-void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
-               int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
-               const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
-               bool correct_kl, float* rows, int64_t rows_stride, T* grad, int64_t grad_stride,
-               const float* token_weight) {
+void fused_grpo(const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
+                int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
+                const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
+                bool correct_kl, float* results, int64_t results_stride, T* grad, int64_t grad_stride,
+                const float* token_weight) {
   if (grad && grad != logits) prefer_huge_pages(grad, N * grad_stride * sizeof(T));
   const Options o = {temperature, options[0], options[1], options[2], options[3], options[4], options[5]};
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
@@ -90,9 +90,9 @@ void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t 
                               old ? old + i : nullptr, ref ? ref + i : nullptr, sampling ? sampling + i : nullptr,
                               policy, kl_estimator, correct_kl, o);
     if (weight == 0) token.loss = token.grad_logprob = 0;  // 0 * inf is NaN
-    const double kept[] = {token.loss,        token.logprob,      token.entropy,    token.ratio, token.kl,
-                           token.clipped_low, token.clipped_high, token.correction, token.grad_logprob};
-    for (int64_t k = 0; k < 9; ++k) rows[k * rows_stride + i] = static_cast<float>(kept[k]);
+    const double values[] = {token.loss,        token.logprob,      token.entropy,    token.ratio,       token.kl,
+                             token.clipped_low, token.clipped_high, token.correction, token.grad_logprob};
+    for (int64_t k = 0; k < 9; ++k) results[k * results_stride + i] = static_cast<float>(values[k]);
     if (!grad) continue;
     if (token.grad_logprob == 0 && entropy_weight == 0) {
       std::memset(grad + i * grad_stride, 0, V * sizeof(T));  // all bits 0 is 0 in both dtypes
@@ -106,16 +106,16 @@ void grpo_rows(const T* logits, int64_t stride, const int64_t* targets, int64_t 
 }  // namespace
 }  // namespace bicot
 
-#define BICOT_GRPO_ROWS(suffix, T)                                                                                    \
-  BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                         \
-      const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,              \
-      int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,           \
-      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, int correct_kl,   \
-      float* rows, int64_t rows_stride, T* grad, int64_t grad_stride, const float* token_weight) {                    \
-    bicot::grpo_rows(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,     \
-                     sampling, options, policy, kl_estimator, correct_kl != 0, rows, rows_stride, grad, grad_stride,  \
-                     token_weight);                                                                                   \
+#define BICOT_FUSED_GRPO(suffix, T)                                                                                 \
+  BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                       \
+      const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,            \
+      int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,         \
+      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, int correct_kl, \
+      float* results, int64_t results_stride, T* grad, int64_t grad_stride, const float* token_weight) {            \
+    bicot::fused_grpo(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,  \
+                      sampling, options, policy, kl_estimator, correct_kl != 0, results, results_stride, grad,      \
+                      grad_stride, token_weight);                                                                   \
   }
 
-BICOT_GRPO_ROWS(float32, float)
-BICOT_GRPO_ROWS(bfloat16, bicot::bfloat16)
+BICOT_FUSED_GRPO(float32, float)
+BICOT_FUSED_GRPO(bfloat16, bicot::bfloat16)

@@ -1,4 +1,4 @@
-// One row of logits: its log-probability, entropy and log-sum-exp, and the gradient of the first two.
+// Log-probability, entropy and log-sum-exp of one token from its row of logits, and the gradient of the first two.
 // Each logit is read from memory once: a block is scanned for its maximum, then summed while it is still in L1.
 #pragma once
 
@@ -19,7 +19,8 @@ constexpr double kLog2e = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-// A hint before a large new buffer is first written: page faults of 4 KiB would cost more than the pass over the rows.
+// A hint before a large new buffer is first written: page faults of 4 KiB would cost more than the pass over the
+// logits.
 inline void prefer_huge_pages(void* buffer, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
@@ -33,10 +34,10 @@ inline void prefer_huge_pages(void* buffer, int64_t bytes) {
 
 struct RowStats {
   float logprob, entropy;
-  double lse;  // float64: at an offset of 1e4 a float32 log-sum-exp would cost the backward pass three digits
+  double lse;  // with logits near 1e4, a float32 log-sum-exp would cost the backward pass three digits
 };
 
-// The block as float32: bfloat16 is widened once, into L1, because narrow loads halve the width of the loops below.
+// The block as float32. bfloat16 is converted once, into L1: loads of 16 bits would halve the width of the loops below.
 BICOT_INLINE const float* widen(const float* x, int64_t, float*) { return x; }
 BICOT_INLINE const float* widen(const bfloat16* x, int64_t n, float* buffer) {
   for (int64_t j = 0; j < n; ++j) buffer[j] = load(x + j);
@@ -50,8 +51,8 @@ BICOT_INLINE float block_max(const float* x, int64_t n) {
   return m;
 }
 
-// With d_j = (x_j - max) * log2(e) / temperature: sum = Σ 2^d_j and weighted = Σ d_j 2^d_j. Both are kept relative to the
-// running maximum and rescaled when a block raises it.
+// With d_j = (x_j - max) * log2(e) / temperature: sum = Σ 2^d_j and weighted = Σ d_j 2^d_j. Both are kept relative to
+// the running maximum and rescaled when a block raises it.
 template <class T>
 BICOT_INLINE RowStats row_forward(const T* x, int64_t V, int64_t target, double inv_temperature) {
   const float scale = static_cast<float>(inv_temperature * kLog2e);
@@ -71,7 +72,7 @@ BICOT_INLINE RowStats row_forward(const T* x, int64_t V, int64_t target, double 
       }
       max = candidate;
     }
-    if (max == -kInf) continue;  // only -inf so far: no mass, and x - max would be NaN
+    if (max == -kInf) continue;  // only -inf so far, and x - max would be NaN
     float block_sum = 0, block_weighted = 0;
 #pragma omp simd reduction(+ : block_sum, block_weighted)
     for (int64_t j = 0; j < n; ++j) {
@@ -89,23 +90,24 @@ BICOT_INLINE RowStats row_forward(const T* x, int64_t V, int64_t target, double 
           max * inv_temperature + log_sum};
 }
 
-// d loss / d x_j = (g_lp (1[j = t] - p_j) - g_H p_j (log p_j + H)) / temperature = p_j (a + b log2 p_j) + 1[j = t] g_lp / temperature
+// d loss / d x_j = (g_lp (1[j = t] - p_j) - g_H p_j (log p_j + H)) / temperature = p_j (a + b log2 p_j) + 1[j = t] g_lp
+// / temperature
 template <class T>
-BICOT_INLINE void row_backward(const T* x, T* grad, int64_t V, int64_t target, double inv_temperature, float grad_logprob,
-                               float grad_entropy, double lse, float entropy) {
+BICOT_INLINE void row_backward(const T* x, T* grad, int64_t V, int64_t target, double inv_temperature,
+                               float grad_logprob, float grad_entropy, double lse, float entropy) {
   const float scale = static_cast<float>(inv_temperature * kLog2e);
   const double pivot = lse / inv_temperature;  // split in two floats, so that x_j - pivot keeps float32 precision
   const float pivot_high = static_cast<float>(pivot);
   const float pivot_low = static_cast<float>(pivot - pivot_high);
   const float a = static_cast<float>(-(grad_logprob + static_cast<double>(grad_entropy) * entropy) * inv_temperature);
   const float b = static_cast<float>(-grad_entropy * inv_temperature * kLn2);
-  const auto softmax_part = [=](float v) __attribute__((always_inline)) {
+  const auto softmax_term = [=](float v) __attribute__((always_inline)) {
     const float d = ((v - pivot_high) - pivot_low) * scale;
     return exp2_nonpositive(d) * (a + b * (d < kExp2Min ? kExp2Min : d));
   };
-  const float at_target = softmax_part(load(x + target)) + static_cast<float>(grad_logprob * inv_temperature);
+  const float at_target = softmax_term(load(x + target)) + static_cast<float>(grad_logprob * inv_temperature);
 #pragma omp simd
-  for (int64_t j = 0; j < V; ++j) store(grad + j, softmax_part(load(x + j)));
+  for (int64_t j = 0; j < V; ++j) store(grad + j, softmax_term(load(x + j)));
   store(grad + target, at_target);
 }
 
@@ -120,8 +122,9 @@ static BICOT_CLONES void backward_row(const float* x, float* grad, int64_t V, in
                                       float grad_logprob, float grad_entropy, double lse, float entropy) {
   row_backward(x, grad, V, target, inv_temperature, grad_logprob, grad_entropy, lse, entropy);
 }
-static BICOT_CLONES void backward_row(const bfloat16* x, bfloat16* grad, int64_t V, int64_t target, double inv_temperature,
-                                      float grad_logprob, float grad_entropy, double lse, float entropy) {
+static BICOT_CLONES void backward_row(const bfloat16* x, bfloat16* grad, int64_t V, int64_t target,
+                                      double inv_temperature, float grad_logprob, float grad_entropy, double lse,
+                                      float entropy) {
   row_backward(x, grad, V, target, inv_temperature, grad_logprob, grad_entropy, lse, entropy);
 }
 

@@ -1,4 +1,4 @@
-// Rotary embedding of tokens on their way to the places of attention's rows, and the sum of the gradients at these places.
+// Rotary embedding of packed tokens, copied to their places in the input of attention, and the adjoint.
 #include <vector>
 
 #include "simd.h"
@@ -31,7 +31,7 @@ BICOT_INLINE void add_heads(const T* x, float* sums, int64_t n) {
   for (int64_t j = 0; j < n; ++j) sums[j] += load(x + j);
 }
 
-// `sums` has room for all heads.
+// `sums` holds (Hq + 2 Hkv) E numbers.
 template <class T>
 BICOT_INLINE void gather_token(const T* q, const T* k, const T* v, const T* cos, const T* sin, const int64_t* places,
                                int64_t count, T* qkv, float* sums, int64_t Hq, int64_t Hkv, int64_t half) {
@@ -104,17 +104,17 @@ void gather_all(const T* q, const T* k, const T* v, const T* cos, const T* sin, 
 }  // namespace
 }  // namespace bicot
 
-#define BICOT_ROPE_ROWS(suffix, T)                                                                                   \
-  BICOT_EXPORT void bicot_rope_spread_##suffix(const T* qkv, const T* cos, const T* sin, const int64_t* token_at,    \
-                                               T* q, T* k, T* v, int64_t M, int64_t Hq, int64_t Hkv, int64_t half,   \
-                                               int num_threads) {                                                    \
-    bicot::spread_all(qkv, cos, sin, token_at, q, k, v, M, Hq, Hkv, half, num_threads);                              \
-  }                                                                                                                  \
-  BICOT_EXPORT void bicot_rope_gather_##suffix(const T* q, const T* k, const T* v, const T* cos, const T* sin,       \
-                                               const int64_t* starts, const int64_t* places, T* qkv, int64_t N,      \
-                                               int64_t Hq, int64_t Hkv, int64_t half, int num_threads) {             \
-    bicot::gather_all(q, k, v, cos, sin, starts, places, qkv, N, Hq, Hkv, half, num_threads);                        \
+#define BICOT_PACKED_ROPE(suffix, T)                                                                               \
+  BICOT_EXPORT void bicot_rope_spread_##suffix(const T* qkv, const T* cos, const T* sin, const int64_t* token_at,  \
+                                               T* q, T* k, T* v, int64_t M, int64_t Hq, int64_t Hkv, int64_t half, \
+                                               int num_threads) {                                                  \
+    bicot::spread_all(qkv, cos, sin, token_at, q, k, v, M, Hq, Hkv, half, num_threads);                            \
+  }                                                                                                                \
+  BICOT_EXPORT void bicot_rope_gather_##suffix(const T* q, const T* k, const T* v, const T* cos, const T* sin,     \
+                                               const int64_t* starts, const int64_t* places, T* qkv, int64_t N,    \
+                                               int64_t Hq, int64_t Hkv, int64_t half, int num_threads) {           \
+    bicot::gather_all(q, k, v, cos, sin, starts, places, qkv, N, Hq, Hkv, half, num_threads);                      \
   }
 
-BICOT_ROPE_ROWS(float32, float)
-BICOT_ROPE_ROWS(bfloat16, bicot::bfloat16)
+BICOT_PACKED_ROPE(float32, float)
+BICOT_PACKED_ROPE(bfloat16, bicot::bfloat16)

@@ -1,4 +1,4 @@
-// LlamaRMSNorm of each row of x [N, D], with the residual add in front of it, and its gradients.
+// LlamaRMSNorm of N tokens x [N, D], after the residual add, and its gradients.
 #include <cmath>
 
 #include "simd.h"
@@ -8,9 +8,8 @@ namespace {
 
 constexpr int64_t kSerial = 65536;  // fewer elements than this cost less than waking a second thread
 
-// Each sweep after the first finds the row in L1.
 template <class T>
-BICOT_INLINE void norm_row(const T* x, const T* weight, T* residual, T* out, int64_t D, float eps) {
+BICOT_INLINE void norm_token(const T* x, const T* weight, T* residual, T* out, int64_t D, float eps) {
   if (residual) {
 #pragma omp simd
     for (int64_t j = 0; j < D; ++j) store(residual + j, load(residual + j) + load(x + j));
@@ -25,27 +24,27 @@ BICOT_INLINE void norm_row(const T* x, const T* weight, T* residual, T* out, int
 }
 
 // target_clones does not apply to templates: one plain function for each dtype.
-BICOT_CLONES void row(const float* x, const float* weight, float* residual, float* out, int64_t D, float eps) {
-  norm_row(x, weight, residual, out, D, eps);
+BICOT_CLONES void forward(const float* x, const float* weight, float* residual, float* out, int64_t D, float eps) {
+  norm_token(x, weight, residual, out, D, eps);
 }
-BICOT_CLONES void row(const bfloat16* x, const bfloat16* weight, bfloat16* residual, bfloat16* out, int64_t D,
-                      float eps) {
-  norm_row(x, weight, residual, out, D, eps);
+BICOT_CLONES void forward(const bfloat16* x, const bfloat16* weight, bfloat16* residual, bfloat16* out, int64_t D,
+                          float eps) {
+  norm_token(x, weight, residual, out, D, eps);
 }
 
 template <class T>
-void rows(const T* x, const T* weight, T* residual, T* out, int64_t N, int64_t D, double eps, int num_threads) {
+void forward_all(const T* x, const T* weight, T* residual, T* out, int64_t N, int64_t D, double eps, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * D > kSerial)
   for (int64_t i = 0; i < N; ++i)
-    row(x + i * D, weight, residual ? residual + i * D : nullptr, out + i * D, D, static_cast<float>(eps));
+    forward(x + i * D, weight, residual ? residual + i * D : nullptr, out + i * D, D, static_cast<float>(eps));
 }
 
-// Some rows of d_x; `sums` [D], if there is one, receives their part of the weight's gradient.
+// d_x of `tokens` tokens. `sums` [D], or null, receives the sum of their gradients of the weight.
 template <class T>
-BICOT_INLINE void backward_rows(const T* total, const T* weight, const T* d_out, const T* d_total, T* d_x, float* sums,
-                                int64_t rows, int64_t D, float eps) {
+BICOT_INLINE void backward_tokens(const T* total, const T* weight, const T* d_out, const T* d_total, T* d_x,
+                                  float* sums, int64_t tokens, int64_t D, float eps) {
   if (sums) std::memset(sums, 0, D * sizeof(float));
-  for (int64_t i = 0; i < rows; ++i, total += D, d_out += D, d_x += D) {
+  for (int64_t i = 0; i < tokens; ++i, total += D, d_out += D, d_x += D) {
     float squares = 0, along = 0;  // along: Σ g · total
 #pragma omp simd reduction(+ : squares, along)
     for (int64_t j = 0; j < D; ++j) {
@@ -67,37 +66,37 @@ BICOT_INLINE void backward_rows(const T* total, const T* weight, const T* d_out,
 }
 
 BICOT_CLONES void backward(const float* total, const float* weight, const float* d_out, const float* d_total,
-                           float* d_x, float* sums, int64_t rows, int64_t D, float eps) {
-  backward_rows(total, weight, d_out, d_total, d_x, sums, rows, D, eps);
+                           float* d_x, float* sums, int64_t tokens, int64_t D, float eps) {
+  backward_tokens(total, weight, d_out, d_total, d_x, sums, tokens, D, eps);
 }
 BICOT_CLONES void backward(const bfloat16* total, const bfloat16* weight, const bfloat16* d_out,
-                           const bfloat16* d_total, bfloat16* d_x, float* sums, int64_t rows, int64_t D, float eps) {
-  backward_rows(total, weight, d_out, d_total, d_x, sums, rows, D, eps);
+                           const bfloat16* d_total, bfloat16* d_x, float* sums, int64_t tokens, int64_t D, float eps) {
+  backward_tokens(total, weight, d_out, d_total, d_x, sums, tokens, D, eps);
 }
 
-// `chunk` rows share one of the sums [⌈N/chunk⌉, D]: their order does not depend on the number of threads.
+// Each of the sums [⌈N/tokens_per_sum⌉, D] adds consecutive tokens, so it does not depend on the number of threads.
 template <class T>
-void all_backward(const T* total, const T* weight, const T* d_out, const T* d_total, T* d_x, float* sums, int64_t N,
-                  int64_t D, int64_t chunk, double eps, int num_threads) {
+void backward_all(const T* total, const T* weight, const T* d_out, const T* d_total, T* d_x, float* sums, int64_t N,
+                  int64_t D, int64_t tokens_per_sum, double eps, int num_threads) {
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * D > kSerial)
-  for (int64_t begin = 0; begin < N; begin += chunk)
+  for (int64_t begin = 0; begin < N; begin += tokens_per_sum)
     backward(total + begin * D, weight, d_out + begin * D, d_total ? d_total + begin * D : nullptr, d_x + begin * D,
-             sums ? sums + begin / chunk * D : nullptr, N - begin < chunk ? N - begin : chunk, D,
-             static_cast<float>(eps));
+             sums ? sums + begin / tokens_per_sum * D : nullptr,
+             N - begin < tokens_per_sum ? N - begin : tokens_per_sum, D, static_cast<float>(eps));
 }
 
 }  // namespace
 }  // namespace bicot
 
-#define BICOT_RMS_NORM(suffix, T)                                                                                    \
-  BICOT_EXPORT void bicot_rms_norm_##suffix(const T* x, const T* weight, T* residual, T* out, int64_t N, int64_t D,  \
-                                            double eps, int num_threads) {                                           \
-    bicot::rows(x, weight, residual, out, N, D, eps, num_threads);                                                   \
-  }                                                                                                                  \
-  BICOT_EXPORT void bicot_rms_norm_backward_##suffix(const T* total, const T* weight, const T* d_out,                \
-                                                     const T* d_total, T* d_x, float* sums, int64_t N, int64_t D,    \
-                                                     int64_t chunk, double eps, int num_threads) {                   \
-    bicot::all_backward(total, weight, d_out, d_total, d_x, sums, N, D, chunk, eps, num_threads);                    \
+#define BICOT_RMS_NORM(suffix, T)                                                                                   \
+  BICOT_EXPORT void bicot_rms_norm_##suffix(const T* x, const T* weight, T* residual, T* out, int64_t N, int64_t D, \
+                                            double eps, int num_threads) {                                          \
+    bicot::forward_all(x, weight, residual, out, N, D, eps, num_threads);                                           \
+  }                                                                                                                 \
+  BICOT_EXPORT void bicot_rms_norm_backward_##suffix(const T* total, const T* weight, const T* d_out,               \
+                                                     const T* d_total, T* d_x, float* sums, int64_t N, int64_t D,   \
+                                                     int64_t tokens_per_sum, double eps, int num_threads) {         \
+    bicot::backward_all(total, weight, d_out, d_total, d_x, sums, N, D, tokens_per_sum, eps, num_threads);          \
   }
 
 BICOT_RMS_NORM(float32, float)

@@ -36,7 +36,7 @@ BICOT_CLONES void token(bfloat16* qkv, const bfloat16* cos, const bfloat16* sin,
   write_token(qkv, cos, sin, key, value, Hq, Hkv, half);
 }
 
-// The first token whose position or slot is out of range, else N.
+// The first token with a position or slot out of range, or N.
 inline int64_t first_outside(const int64_t* positions, const int64_t* slots, int64_t N, int64_t L, int64_t P) {
   for (int64_t n = 0; n < N; ++n)
     if (positions[n] < 0 || positions[n] >= L || slots[n] < 0 || slots[n] >= P) return n;
@@ -45,8 +45,7 @@ inline int64_t first_outside(const int64_t* positions, const int64_t* slots, int
 
 template <class T>
 void tokens(T* qkv, const T* cos, const T* sin, const int64_t* positions, const int64_t* slots, T* keys, T* values,
-            int64_t N, int64_t Hq, int64_t Hkv, int64_t half, int64_t L, int64_t P, int num_threads,
-            int64_t* outside) {
+            int64_t N, int64_t Hq, int64_t Hkv, int64_t half, int64_t L, int64_t P, int num_threads, int64_t* outside) {
   *outside = first_outside(positions, slots, N, L, P);
   if (*outside < N) return;  // before anything is written
   const int64_t E = 2 * half, width = (Hq + 2 * Hkv) * E;
@@ -59,12 +58,11 @@ void tokens(T* qkv, const T* cos, const T* sin, const int64_t* positions, const 
 }  // namespace
 }  // namespace bicot
 
-#define BICOT_ROPE_KV_WRITE(suffix, T)                                                                               \
-  BICOT_EXPORT void bicot_rope_kv_write_##suffix(T* qkv, const T* cos, const T* sin, const int64_t* positions,       \
-                                                 const int64_t* slots, T* keys, T* values, int64_t N, int64_t Hq,    \
-                                                 int64_t Hkv, int64_t half, int64_t L, int64_t P, int num_threads,   \
-                                                 int64_t* outside) {                                                 \
-    bicot::tokens(qkv, cos, sin, positions, slots, keys, values, N, Hq, Hkv, half, L, P, num_threads, outside);      \
+#define BICOT_ROPE_KV_WRITE(suffix, T)                                                                             \
+  BICOT_EXPORT void bicot_rope_kv_write_##suffix(                                                                  \
+      T* qkv, const T* cos, const T* sin, const int64_t* positions, const int64_t* slots, T* keys, T* values,      \
+      int64_t N, int64_t Hq, int64_t Hkv, int64_t half, int64_t L, int64_t P, int num_threads, int64_t* outside) { \
+    bicot::tokens(qkv, cos, sin, positions, slots, keys, values, N, Hq, Hkv, half, L, P, num_threads, outside);    \
   }
 
 BICOT_ROPE_KV_WRITE(float32, float)

@@ -1,10 +1,10 @@
-// What every CPU kernel shares: run-time ISA dispatch, loads and stores of the two dtypes, and a vectorisable 2^x.
+// Shared by all CPU kernels: run-time ISA dispatch, loads and stores of the two dtypes, and a vectorisable 2^x.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// One body, compiled three times; the loader picks the widest the processor has (ifunc: x86 with glibc only).
+// Compiles a function three times; the loader picks the widest version for the processor (ifunc: x86 with glibc only).
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones) && __GNUC__ >= 12
 // AVX-512 with its 16-bit instructions: without them bfloat16 runs at half the speed.

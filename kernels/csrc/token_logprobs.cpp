@@ -1,4 +1,4 @@
-// Log-probability, entropy and log-sum-exp of each row of logits [N, V], and the gradient of the first two.
+// Log-probability, entropy and log-sum-exp of N tokens from logits [N, V], and the gradient of the first two.
 #include "log_softmax.h"
 
 namespace bicot {
@@ -9,10 +9,10 @@ void forward(const T* logits, int64_t row_stride, const int64_t* targets, int64_
              int num_threads, float* logprob, float* entropy, double* lse) {
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
   for (int64_t i = 0; i < N; ++i) {
-    const RowStats row = forward_row(logits + i * row_stride, V, targets[i], 1.0 / temperature);
-    logprob[i] = row.logprob;
-    entropy[i] = row.entropy;
-    lse[i] = row.lse;
+    const RowStats token = forward_row(logits + i * row_stride, V, targets[i], 1.0 / temperature);
+    logprob[i] = token.logprob;
+    entropy[i] = token.entropy;
+    lse[i] = token.lse;
   }
 }
 
