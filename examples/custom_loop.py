@@ -29,12 +29,12 @@ def token_streams(policy: Policy, rollout: RolloutChunk) -> list[TokenStream]:
     prompts, plans, image_prompts, tokens = rollout.ids
     text, image = policy.hidden((prompts, plans), (image_prompts, policy.image_ids(tokens)))
     streams = []
-    for name, rows, hidden, head in (
+    for name, completions, hidden, head in (
         ("text", plans, text, policy.text_head),
         ("image", tokens, policy.image_features(image), policy.image_head),
     ):
-        targets = torch.tensor([token for row in rows for token in row], device=policy.device)
-        sample = torch.tensor([number for number, row in enumerate(rows) for _ in row], device=policy.device)
+        targets = torch.tensor([token for ids in completions for token in ids], device=policy.device)
+        sample = torch.tensor([number for number, ids in enumerate(completions) for _ in ids], device=policy.device)
         stream = TokenStream(
             targets=targets, sample=sample, hidden=hidden, weight=head.weight, bias=head.bias, name=name
         )

@@ -18,14 +18,14 @@ With `gradient_checkpointing: true` it keeps the two inputs of each layer, 2·e�
 time. The backward pass of a layer needs e·N·(2·D + 3·I) in addition. A pass without gradients needs at most
 e·N·(8·D + 4·I), and less if q, k, v and gate, up are stored side by side.
 
-The peak of the update is the largest of these moments: the loss (with the head's gradient in float32 and a chunk of
+The peak of the update is the largest of these moments: the loss (with the head's gradient in float32 and a slice of
 logits); the backward pass of the first and of the last layer; the conversion of the gradients to float32; and their sum
 over the ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient as soon as it is computed, in buckets.
 
 All samples of the plan have the same length, so M contains no padding. In a run, `attn_implementation: sdpa` pads
 shorter samples to the longest one. The other implementations do not, and need less.
 
-A CPU needs a float32 copy of a bfloat16 chunk of logits in addition; a GPU does not.
+A CPU needs a float32 copy of a bfloat16 slice of logits in addition; a GPU does not.
 """
 
 from __future__ import annotations

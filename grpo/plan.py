@@ -213,7 +213,7 @@ def plan_of(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Plan:
         "gradients": (0, 0, update.gradients),
         "KV cache": (cache, kept_cache, kept_cache),
         "activations": (0, reference_pass, update.activations),
-        "chunk of logits": (0, 0, update.logits),
+        "slice of logits": (0, 0, update.logits),
         "engine": (engine,) * 3,
         "rewards": (scorers + pictures, scorers + pictures, scorers + beside),
         "CUDA context": (CONTEXT,) * 3,

@@ -1,7 +1,7 @@
 """The memory plan's formulas against every allocation of a small model's step on a CPU.
 
 Hidden 256, four layers, 8,192 words: activations, gradients and moments are each tens of MiB. PyTorch does not count
-what oneDNN takes for itself. On a CPU alone there are float32 copies of a bfloat16 chunk of logits and of its hidden
+what oneDNN takes for itself. On a CPU alone there are float32 copies of a bfloat16 slice of logits and of its hidden
 states, since its matrix product does not write float32; a GPU's does.
 """
 
