@@ -6,35 +6,33 @@
     logp_cond = log_softmax(z_c / temperature)[token],  logp_guided = log_softmax(z / temperature)[token]
 
 The log-probs are those of the whole distributions, before truncation: what a training forward computes again.
-Temperature 0 is greedy (the smallest id among equals); the log-probs are then those of temperature 1. A logit of -inf
-masks its token: one that either row masks is never drawn. A `mask` does that for the draw alone: it is an unconditional
-row of 0 and -inf, and z = 0 + 1·(z_c - 0) is z_c.
+Temperature 0 is greedy (the smallest id among equals), with the log-probs of temperature 1. A logit of -inf masks its
+token: one that either row masks is never drawn. A `mask` is an unconditional row of 0 and -inf, at w = 1.
 
-The noise of token v is word ⌊v / 64⌋ mod 4 of Philox4x32-7 (Salmon et al., SC'11: the fewest rounds that pass
-BigCrush) with key `seed` and counter (offset, 64·⌊v / 256⌋ + v mod 64): neighbouring tokens are lanes of a vector, and
-any piece of a row is raced alone. A row has one offset, and draws the same token wherever and with whomever it is
-sampled.
+PyTorch, Triton and C++ have the same steps by the same names, and draw the same token, bit for bit. They compute in
+float32 and round each operation on its own (no fused multiply-add):
 
-Every implementation draws the same token, bit for bit. In float32, each operation rounded on its own (no fused
-multiply-add), with 2^x and ln by the polynomials of `_exp2` and `exponential`:
+    mix         z as above, -inf where masked
+    exp2        2^d by a polynomial, d = (z - max z)·(log2 e / temperature)
+    weigh       ⌊2^40·2^d⌋: sums of weights are exact in int64, in any order, as V < 2^23
+    truncate    top-k keeps the k largest z, ties to the smaller ids; of these in that order, top-p keeps a token while
+                the weight before it is < ⌊top_p·total⌋ (a float64 product), and always the first
+    philox      four words of 32 random bits by Philox4x32-7 (Salmon et al., SC'11: 7 rounds are the fewest that pass
+                BigCrush), key `seed`, counter (offset, call): token v has word ⌊v / 64⌋ mod 4 of call
+                64·⌊v / 256⌋ + v mod 64, so neighbouring tokens are lanes of a vector
+    exponential E = -ln(1 - u) by a polynomial, u = (word + 1/2) / 2^32, at most 1 - 2^-24; right to 3e-7 of itself
+    race        token = argmin E·2^-d, 2^-d at most 2^64; the smallest id among equals
 
-    z = z_u + w·(z_c - z_u),  d = (z - max z)·(log2 e / temperature)
-    u = (word + 1/2) / 2^32, at most 1 - 2^-24;  E = -ln(1 - u), right to 3e-7 of itself however small it is
-    token = argmin E·2^-d, 2^-d at most 2^64;  the smallest id among equals
-    top-k: the k largest z, ties to the smaller ids
-    top-p: in that order, a token stays while the weight before it is < ⌊top_p·total⌋ (a float64 product), or is first;
-        a weight is ⌊2^40·2^d⌋, so sums are exact in int64, in any order, as V < 2^23
+A row has one offset, and draws the same token wherever and with whomever it is sampled. E is between 2^-33 and 17, so
+the likeliest token comes in before 17, and a masked one, at 2^31 or later, never wins. A token 2^38 times less likely
+than the likeliest is never drawn.
 
-E is between 2^-33 and 17, so the likeliest token comes in before 17, and a masked one never wins: it takes 2^31 at
-least. A token 2^38 times less likely than the likeliest is never drawn.
-
-Where PyTorch sorts to truncate, the kernels look for the smallest logit that stays, `cut`: the largest x for which the
-logits >= x number (top-k) or weigh (top-p) at least a limit. `select` bisects between lo, which reaches the limit, and
-hi, which does not. Each step moves one of them to a logit of the row, so it ends when one value is left, in some 10 to
-20 walks. The first 16 steps halve the interval of values, which is quick for the logits of a model; the rest halve that
-of `key`, an integer that orders like the float, which is never slow. Of logits equal to `cut` the first `ties` stay.
-
-The three implementations have the same parts by the same names: mix, weigh, select, truncate, exponential, race.
+PyTorch sorts to truncate. The kernels look for the smallest logit that stays, `cut`: the largest x for which the logits
+>= x number (top-k) or weigh (top-p) at least a limit. `select` bisects between lo, which reaches the limit, and hi,
+which does not; each `probe` of a pivot between them walks the row once and moves one of them to a logit of the row, so
+some 10 to 20 walks leave one value. The first 16 steps halve the interval of values, which is quick for the logits of a
+model; the rest halve that of `key`, an integer that orders like the float, which is never slow. Of the logits equal to
+`cut` the first stay, up to column `last`.
 
 Shapes: cond and uncond [B, V], the rest [B]. Floor: 2·B·V logits read once (B·V without guidance); about 100 operations
 a logit. PyTorch makes some 30 passes.
@@ -50,11 +48,12 @@ import torch
 from torch import Tensor
 
 from . import cfg_sample_triton, native
+from .cfg_sample_triton import Options
 from .dispatch import NATIVE_DTYPES, Impl, choose
 
 _MASK = 0xFFFFFFFF
 _FLOAT = torch.finfo(torch.float32)
-_BAD_ROW = "cfg_sample: a row of logits is not finite (NaN, or +inf, or every token masked by -inf)"
+_WHY = "not finite (NaN, or +inf, or every token masked by -inf)"
 
 
 class Draw(NamedTuple):
@@ -65,11 +64,38 @@ class Draw(NamedTuple):
     logp_guided: Tensor
 
 
-def _mul_hi_lo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a·b for 32-bit values held in int64 (which a 64-bit product would overflow)."""
-    low = (a & 0xFFFF) * b
-    high = (a >> 16) * b + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+def _mix(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
+    """The guided logits z; -inf where either row masks, where the formula gives inf - inf."""
+    if uncond is None:
+        return cond
+    masked = (cond == -torch.inf) | (uncond == -torch.inf)
+    return (uncond + guidance * (cond - uncond)).masked_fill(masked, -torch.inf)
+
+
+def _exp2(x: Tensor) -> Tensor:
+    """2^x for float32 |x| <= 126."""
+    n = x.round()
+    r = x - n
+    p = r * 0.000154531634 + 0.00133908633
+    for coefficient in (0.00961808302, 0.0555035695, 0.240226507, 0.693147182, 1.0):
+        p = p * r + coefficient
+    return (p.view(torch.int32) + (n.int() << 23)).view(torch.float32)
+
+
+def _weigh(d: Tensor) -> Tensor:
+    return (_exp2(d.clamp(min=-60)) * 2**40).long()
+
+
+def _truncate(z: Tensor, d: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Which tokens stay."""
+    order = z.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.arange(z.shape[-1], device=z.device)
+    stays = (rank < (top_k or len(rank))).expand_as(order)
+    if top_p < 1:
+        weights = _weigh(d).gather(-1, order) * stays
+        limit = (weights.sum(-1, keepdim=True).double() * top_p).long()
+        stays = stays & ((weights.cumsum(-1) - weights < limit) | (rank == 0))
+    return torch.zeros_like(stays).scatter_(-1, order, stays)
 
 
 def philox(seed: int | Tensor, offset: Tensor, call: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,9 +104,8 @@ def philox(seed: int | Tensor, offset: Tensor, call: Tensor) -> tuple[Tensor, Te
     key0, key1 = seed & _MASK, (seed >> 32) & _MASK
     c0, c1, c2, c3 = offset & _MASK, (offset >> 32) & _MASK, call, torch.zeros_like(call)
     for _ in range(7):
-        hi0, lo0 = _mul_hi_lo(c0, 0xD2511F53)
-        hi1, lo1 = _mul_hi_lo(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ key0, lo1, hi0 ^ c3 ^ key1, lo0
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around: the bits are those of the unsigned product
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ key0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ key1, p0 & _MASK
         key0, key1 = (key0 + 0x9E3779B9) & _MASK, (key1 + 0xBB67AE85) & _MASK
     return c0, c1, c2, c3
 
@@ -97,48 +122,7 @@ def exponential(word: Tensor) -> Tensor:
     return q * p - exponent.clamp(max=0) * 0.693147182
 
 
-def _exp2(x: Tensor) -> Tensor:
-    """2^x for float32 |x| <= 126."""
-    n = x.round()
-    r = x - n
-    p = r * 0.000154531634 + 0.00133908633
-    for coefficient in (0.00961808302, 0.0555035695, 0.240226507, 0.693147182, 1.0):
-        p = p * r + coefficient
-    return (p.view(torch.int32) + (n.int() << 23)).view(torch.float32)
-
-
-def _mix(cond: Tensor, uncond: Tensor | None, guidance: float) -> Tensor:
-    """The guided logits z; -inf where either row masks, where the formula gives inf - inf."""
-    if uncond is None:
-        return cond
-    masked = (cond == -torch.inf) | (uncond == -torch.inf)
-    return (uncond + guidance * (cond - uncond)).masked_fill(masked, -torch.inf)
-
-
-def _weigh(d: Tensor) -> Tensor:
-    """⌊2^40·2^d⌋"""
-    return (_exp2(d.clamp(min=-60)) * 2**40).long()
-
-
-def _truncate(z: Tensor, d: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which tokens top-k, then top-p, keep. Ties go to the smaller ids."""
-    order = z.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.arange(z.shape[-1], device=z.device)
-    stays = (rank < (top_k or len(rank))).expand_as(order)
-    if top_p < 1:
-        weights = _weigh(d).gather(-1, order) * stays
-        limit = (weights.sum(-1, keepdim=True).double() * top_p).long()
-        stays = stays & ((weights.cumsum(-1) - weights < limit) | (rank == 0))
-    return torch.zeros_like(stays).scatter_(-1, order, stays)
-
-
-def _scales(temperature: float) -> tuple[float, float]:
-    """1 / temperature and log2 e / temperature, within float32; at temperature 0 those of 1."""
-    temperature = temperature or 1.0
-    return tuple(min(max(x / temperature, _FLOAT.tiny), _FLOAT.max) for x in (1.0, math.log2(math.e)))  # type: ignore
-
-
-def _race(d: Tensor, seed: int | Tensor, offset: Tensor) -> Tensor:
+def _race(d: Tensor, seed: Tensor, offset: Tensor) -> Tensor:
     """When each token comes in: the first is drawn. d [B, V] float32 <= 0."""
     V = d.shape[1]
     call = torch.arange(-(-V // 256) * 64, device=d.device)
@@ -146,63 +130,39 @@ def _race(d: Tensor, seed: int | Tensor, offset: Tensor) -> Tensor:
     return exponential(words.transpose(1, 2).flatten(1)[:, :V]) * _exp2((-d).clamp(max=64))
 
 
-def cfg_sample_ref(
-    cond: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int | Tensor,
-    offset: Tensor,
-) -> Draw:
+def cfg_sample_ref(cond: Tensor, uncond: Tensor | None, options: Options, seed: Tensor, offset: Tensor) -> Draw:
     """The formulas above in plain PyTorch; float64 logits are mixed, and their log-probs computed, in float64.
 
     A row without an answer (NaN or +inf in it, or every token masked) gets NaN log-probs.
     """
+    guidance, inverse_temperature, scale, greedy, top_k, top_p = options
     cond = cond.to(torch.promote_types(cond.dtype, torch.float32))
-    good = cond.amax(-1).isfinite()  # NaN and +inf spread through max; -inf is a masked token
     uncond = None if uncond is None else uncond.to(cond.dtype)
     z = _mix(cond, uncond, guidance)
-    if uncond is not None:
-        good = good & uncond.amax(-1).isfinite() & z.amax(-1).isfinite()
-    inverse_temperature, scale = _scales(temperature)
+    # NaN and +inf spread through max; -inf is a masked token
+    good = torch.stack([x.amax(-1).isfinite() for x in (cond, uncond, z) if x is not None]).all(0)
+    below_top = z - z.amax(-1, keepdim=True)
+    d = (below_top * scale).float()
+    times = -below_top if greedy else _race(d, seed, offset)
+    if top_k or top_p < 1:
+        times = times.masked_fill(~_truncate(z, d, top_k, top_p), torch.inf)
+    token = times.argmin(-1)
 
     def logp(logits: Tensor) -> Tensor:
         below_top = (logits - logits.amax(-1, keepdim=True)) * inverse_temperature
         return below_top.log_softmax(-1).gather(-1, token[:, None])[:, 0].masked_fill(~good, torch.nan)
 
-    if temperature == 0:
-        token = z.argmax(-1)
-    else:
-        d = ((z - z.amax(-1, keepdim=True)) * scale).float()
-        times = _race(d, seed, offset)
-        if 0 < top_k < cond.shape[-1] or top_p < 1:
-            times = times.masked_fill(~_truncate(z, d, top_k, top_p), torch.inf)
-        token = times.argmin(-1)
-    logp_guided = logp(z)
-    return Draw(token, logp_guided.clone() if uncond is None else logp(cond), logp_guided)
+    return Draw(token, logp(cond), logp(z))
 
 
-def _require(finite: Tensor, name: str) -> None:
-    if not finite.all():
-        row = int(finite.logical_not().nonzero()[0])
-        raise ValueError(f"{name} logits of row {row} are not finite (NaN, or +inf, or every token masked by -inf)")
+def _options(V: int, guidance: float, temperature: float, top_k: int, top_p: float) -> Options:
+    """The numbers of a draw, those of the temperature within float32; a greedy one needs no truncation."""
+    scales = (min(max(x / (temperature or 1.0), _FLOAT.tiny), _FLOAT.max) for x in (1.0, math.log2(math.e)))
+    greedy = temperature == 0
+    return Options(guidance, *scales, greedy, 0 if greedy or top_k >= V else top_k, 1.0 if greedy else top_p)
 
 
-def _check_rows(draw: Draw, cond: Tensor, uncond: Tensor | None) -> None:
-    """Raise where log-probs are NaN; only then look for the reason."""
-    good = draw.logp_guided == draw.logp_guided
-    if cond.is_cuda or torch.compiler.is_compiling():  # no host sync, no data-dependent branch
-        torch._assert_async(good.all(), _BAD_ROW)
-    elif not good.all():
-        _require(cond.amax(-1).isfinite(), "cond")
-        if uncond is not None:
-            _require(uncond.amax(-1).isfinite(), "uncond")
-        _require(good, "guided")
-
-
-def _native(cond: Tensor, uncond: Tensor | None, options: cfg_sample_triton.Options, *tensors: Tensor) -> None:
+def _native(cond: Tensor, uncond: Tensor | None, options: Options, *tensors: Tensor) -> None:
     pointer, integer, real, double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_double
     types = (pointer, integer) * 2 + (integer,) * 2 + (real, double, real, ctypes.c_int, integer, double)
     run = native.function(f"bicot_cfg_sample_{NATIVE_DTYPES[cond.dtype]}", *types, *(pointer,) * 5, ctypes.c_int)
@@ -222,39 +182,32 @@ def _op(
     offset: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    options = _options(cond.shape[1], guidance, temperature, top_k, top_p)
     cond = cond if cond.stride(1) == 1 else cond.contiguous()
     uncond = uncond if uncond is None or uncond.stride(1) == 1 else uncond.contiguous()
-    draw = Draw(*_fake(cond))
-    top_k = top_k if top_k < cond.shape[1] else 0
-    options = cfg_sample_triton.Options(guidance, *_scales(temperature), temperature == 0, top_k, top_p)
-    if impl == "native":
-        _native(cond, uncond, options, seed, offset.contiguous(), *draw)
-    elif len(cond):
-        good = cfg_sample_triton.launch(cond, uncond, options, seed, offset.contiguous(), draw)
-        if cond.is_cuda:
-            torch._assert_async(good, _BAD_ROW)
-    if not cond.is_cuda:
-        _check_rows(draw, cond, uncond)
+    draw, offset = Draw(*_fake(cond)), offset.contiguous()
+    if impl == "triton" and len(cond):
+        good = cfg_sample_triton.launch(cond, uncond, options, seed, offset, draw)
+    else:
+        if impl == "native":
+            _native(cond, uncond, options, seed, offset, *draw)
+        else:
+            draw = cfg_sample_ref(cond, uncond, options, seed, offset)
+        good = draw.logp_guided.isnan().logical_not().all()
+    if cond.is_cuda:
+        torch._assert_async(good, f"cfg_sample: a row of logits is {_WHY}")  # no host sync
+    elif not good:
+        for name, x in (("cond", cond), ("uncond", uncond), ("guided", draw.logp_guided[:, None])):
+            if x is not None and len(bad := x.amax(-1).isfinite().logical_not().nonzero()):
+                raise ValueError(f"{name} logits of row {int(bad[0])} are {_WHY}")
     return draw.token, draw.logp_cond, draw.logp_guided
 
 
 @_op.register_fake
 def _fake(cond: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     token = cond.new_empty(cond.shape[0], dtype=torch.int64)
-    return token, torch.empty_like(token, dtype=torch.float32), torch.empty_like(token, dtype=torch.float32)
-
-
-def _check(cond: Tensor, uncond: Tensor | None, offset: Tensor) -> None:
-    if cond.ndim != 2 or (uncond is not None and uncond.shape != cond.shape) or offset.shape != cond.shape[:1]:
-        other = None if uncond is None else tuple(uncond.shape)
-        raise ValueError(f"cond [B, V] {tuple(cond.shape)}, uncond {other} and offset [B] {tuple(offset.shape)} differ")
-    if not 0 < cond.shape[1] < 2**23:
-        raise ValueError(f"a vocabulary has 1 to {2**23 - 1} tokens, got V = {cond.shape[1]}")
-    if offset.dtype != torch.int64:
-        raise ValueError(f"offset must be int64 counters, got {offset.dtype}")
-    if not cond.is_floating_point() or (uncond is not None and uncond.dtype != cond.dtype):
-        dtypes = [x.dtype for x in (cond, uncond) if x is not None]
-        raise ValueError(f"cond and uncond must share a floating dtype, got {dtypes}")
+    dtype = torch.promote_types(cond.dtype, torch.float32)
+    return token, torch.empty_like(token, dtype=dtype), torch.empty_like(token, dtype=dtype)
 
 
 def cfg_sample(
@@ -290,35 +243,36 @@ def cfg_sample(
     Raises:
         ValueError: shapes, dtypes or devices that differ, V or an option out of range, an `impl` that cannot take these
             logits, or a row (named) with a logit that is NaN or +inf or with no token left unmasked; for these rows, on
-            a GPU, and inside torch.compile with plain PyTorch, an assertion on the device, which costs no
-            synchronisation.
+            a GPU, an assertion on the device, which costs no synchronisation.
         RuntimeError: `impl="native"` and the C++ library is missing.
     """
     if mask is not None and (uncond is not None or mask.shape != cond.shape[1:]):
         raise ValueError(f"mask must be [V] = {list(cond.shape[1:])}, without uncond, got {list(mask.shape)}")
     uncond = uncond if mask is None else mask.expand_as(cond)
-    _check(cond, uncond, offset)
+    rows = [cond] if uncond is None else [cond, uncond]
+    if cond.ndim != 2 or rows[-1].shape != cond.shape or offset.shape != cond.shape[:1]:
+        other = None if uncond is None else tuple(uncond.shape)
+        raise ValueError(f"cond [B, V] {tuple(cond.shape)}, uncond {other} and offset [B] {tuple(offset.shape)} differ")
+    if not 0 < cond.shape[1] < 2**23:
+        raise ValueError(f"a vocabulary has 1 to {2**23 - 1} tokens, got V = {cond.shape[1]}")
+    if not cond.is_floating_point() or rows[-1].dtype != cond.dtype:
+        raise ValueError(f"cond and uncond must share a floating dtype, got {[x.dtype for x in rows]}")
+    if not isinstance(seed, Tensor):
+        seed = torch.full((), seed, dtype=torch.int64, device=cond.device)  # a fill, where a copy would wait
+    if seed.numel() != 1 or seed.dtype != torch.int64:
+        raise ValueError(f"seed must be an int or one int64, got {tuple(seed.shape)} {seed.dtype}")
+    if offset.dtype != torch.int64:
+        raise ValueError(f"offset must be int64 counters, got {offset.dtype}")
+    devices = {x.device for x in (*rows, seed, offset)}
+    if len(devices) > 1:
+        raise ValueError(f"cond, uncond, seed and offset must share a device, got {sorted(map(str, devices))}")
     if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1 or not math.isfinite(guidance):
         raise ValueError(
             f"out of range: guidance={guidance} (finite), temperature={temperature} (>= 0, finite), "
             f"top_k={top_k} (>= 0), top_p={top_p} (0, 1]"
         )
-    if not isinstance(seed, Tensor):
-        seed = torch.full((), seed, dtype=torch.int64, device=cond.device)  # a fill, where a copy would wait
-    if seed.numel() != 1 or seed.dtype != torch.int64:
-        raise ValueError(f"seed must be an int or one int64, got {tuple(seed.shape)} {seed.dtype}")
-    devices = {x.device for x in (cond, uncond, seed, offset) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"cond, uncond, seed and offset must share a device, got {sorted(map(str, devices))}")
     chosen = choose(impl, cond.device, cond.dtype)
-    if mask is not None:
-        guidance = 1.0
-    elif guidance == 1:
-        uncond = None
-    cond, uncond = cond.detach(), None if uncond is None else uncond.detach()
-    if chosen == "torch":
-        draw = cfg_sample_ref(cond, uncond, guidance, temperature, top_k, top_p, seed, offset)
-        _check_rows(draw, cond, uncond)
-        return draw
+    guidance = guidance if mask is None else 1.0
+    other = None if uncond is None or (mask is None and guidance == 1) else uncond.detach()
     options = (float(guidance), float(temperature), top_k, float(top_p))
-    return Draw(*_op(cond, uncond, *options, seed, offset, chosen))
+    return Draw(*_op(cond.detach(), other, *options, seed, offset, chosen))

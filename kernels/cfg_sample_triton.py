@@ -1,11 +1,11 @@
-"""The Triton kernels of `cfg_sample`, which is explained in cfg_sample.py.
+"""The Triton kernels of `cfg_sample`, whose steps are explained in cfg_sample.py.
 
 Two launches: a program a BLOCK of columns measures them, then, with the row's maximum at hand, races them; the last
 program of a row to arrive writes the draw. What they count in is reset by the first launch, so that a CUDA graph can
 replay both, and no result depends on who arrives when. Truncation is one launch between, a program a row.
 
-Rows may begin anywhere and V may be anything. Loads are 16 bytes wide where V, the row strides (in elements) and the
-pointers are multiples of 16, which the launch finds out by itself, and one element wide otherwise.
+Loads are 16 bytes wide where V, the row strides (in elements) and the pointers are multiples of 16, which the launch
+finds out by itself, and one element wide otherwise.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Options(NamedTuple):
     inverse_temperature: float
     scale: float  # log2 e / temperature
     greedy: bool
-    top_k: int  # below V; 0 = all
-    top_p: float
+    top_k: int  # below V; 0 = all, as in a greedy draw
+    top_p: float  # 1 = all, as in a greedy draw
 
 
 @triton.jit
@@ -53,12 +53,8 @@ def _exp2(b_x):  # type: ignore[no-untyped-def]
     """2^x for |x| <= 126, by the operations of `exp2_near_zero` in csrc/simd.h."""
     b_n = b_x + 12582912.0  # 1.5·2^23: rounds x to an integer, and leaves it in the low bits
     b_r = b_x - (b_n - 12582912.0)
-    b_p = 0.000154531634 * b_r + 0.00133908633
-    b_p = b_p * b_r + 0.00961808302
-    b_p = b_p * b_r + 0.0555035695
-    b_p = b_p * b_r + 0.240226507
-    b_p = b_p * b_r + 0.693147182
-    b_p = b_p * b_r + 1.0
+    b_p = ((0.000154531634 * b_r + 0.00133908633) * b_r + 0.00961808302) * b_r + 0.0555035695
+    b_p = ((b_p * b_r + 0.240226507) * b_r + 0.693147182) * b_r + 1.0
     b_bits = b_p.to(tl.int32, bitcast=True) + (b_n.to(tl.int32, bitcast=True) << 23)
     return b_bits.to(tl.float32, bitcast=True)
 
@@ -69,46 +65,24 @@ def _weigh(b_z, top, scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _exponential(b_word):  # type: ignore[no-untyped-def]
-    """-ln(1 - u), by the operations of `exponential` in cfg_sample.py."""
-    b_u = tl.minimum((b_word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
-    b_rest = 1.0 - b_u
-    b_bits = b_rest.to(tl.int32, bitcast=True)
-    b_halvings = tl.maximum(126 - (b_bits >> 23), 0)
-    b_m = (b_bits + (b_halvings << 23)).to(tl.float32, bitcast=True)
-    b_q = tl.where(b_halvings == 0, b_u, 1.0 - b_m)
-    b_p = b_q * 1.16061389 - 1.03616726
-    b_p = b_p * b_q + 0.75161618
-    b_p = b_p * b_q + 0.0508236513
-    b_p = b_p * b_q + 0.269662917
-    b_p = b_p * b_q + 0.33212924
-    b_p = b_p * b_q + 0.500024617
-    b_p = b_p * b_q + 1.0
-    return b_q * b_p + b_halvings.to(tl.float32) * 0.693147182
+def _measure(b_z, scale):  # type: ignore[no-untyped-def]
+    """Maximum and softmax sum of one part; 0 is the sum of nothing."""
+    top = tl.max(b_z, 0)
+    return top, tl.sum(tl.exp2((b_z - tl.where(top > float("-inf"), top, 0.0)) * scale), 0)
 
 
 @triton.jit
 def _reduce(p_top, p_sum, parts, scale):  # type: ignore[no-untyped-def]
-    """Maximum and softmax sum of a row from those of its parts; NaN if one of them is."""
+    """Maximum and softmax sum of a row from those of its parts."""
     o_part = tl.arange(0, 128)
     top = tl.full([], float("-inf"), tl.float32)
     for begin in range(0, parts, 128):
-        b_top = tl.load(p_top + begin + o_part, mask=begin + o_part < parts, other=float("-inf"))
-        bad = tl.max((b_top != b_top).to(tl.int32), 0)
-        top = tl.where((bad > 0) | (top != top), float("nan"), tl.maximum(top, tl.max(b_top, 0)))
+        top = tl.maximum(top, tl.max(tl.load(p_top + begin + o_part, begin + o_part < parts, float("-inf")), 0))
     b_sum = tl.zeros([128], tl.float32)
     for begin in range(0, parts, 128):
-        m_part = begin + o_part < parts
-        b_top = tl.load(p_top + begin + o_part, mask=m_part, other=float("-inf"))
-        b_sum += tl.load(p_sum + begin + o_part, mask=m_part, other=0.0) * tl.exp2((b_top - top) * scale)
+        b_top = tl.load(p_top + begin + o_part, begin + o_part < parts, float("-inf"))
+        b_sum += tl.load(p_sum + begin + o_part, begin + o_part < parts, 0.0) * tl.exp2((b_top - top) * scale)
     return top, tl.sum(b_sum, 0)
-
-
-@triton.jit
-def _measure(b_x, scale):  # type: ignore[no-untyped-def]
-    """Maximum and softmax sum of one part; 0 is the sum of nothing."""
-    top = tl.max(b_x, 0)
-    return top, tl.sum(tl.exp2((b_x - tl.where(top > float("-inf"), top, 0.0)) * scale), 0)
 
 
 @triton.jit
@@ -116,7 +90,7 @@ def measure_kernel(  # type: ignore[no-untyped-def]
     p_cond, p_uncond, p_parts, p_first, p_arrived, p_good, V, cond_stride, uncond_stride, guidance, scale,
     GUIDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Statistics of one part of a row, the maximum NaN where a logit is NaN or +inf."""
+    """Maximum and softmax sum of one part of a row; the maximum is +inf where a logit is NaN or +inf."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -124,16 +98,14 @@ def measure_kernel(  # type: ignore[no-untyped-def]
     p_part = p_parts + row * tl.num_programs(1) + part
     o_v = part * BLOCK + tl.arange(0, BLOCK)
     b_c, b_u, b_z = _mix(p_cond + row * cond_stride, p_uncond + row * uncond_stride, o_v, V, guidance, GUIDED)
-    b_good = b_z < float("inf")  # false for NaN
-    if GUIDED:
-        b_good = b_good & (b_c < float("inf")) & (b_u < float("inf"))
-        top_c, sum_c = _measure(b_c, scale)
-        tl.store(p_part + 2 * all_parts, top_c)
-        tl.store(p_part + 3 * all_parts, sum_c)
-    top, total = _measure(b_z, scale)
-    good = tl.min(b_good.to(tl.int32), 0) > 0
-    tl.store(p_part, tl.where(good, top, float("nan")))
+    b_good = (b_z < float("inf")) & (b_c < float("inf")) & (b_u < float("inf"))  # false for NaN
+    top, total = _measure(tl.where(b_good, b_z, float("inf")), scale)
+    tl.store(p_part, top)
     tl.store(p_part + all_parts, total)
+    if GUIDED:
+        top_c, total_c = _measure(b_c, scale)
+        tl.store(p_part + 2 * all_parts, top_c)
+        tl.store(p_part + 3 * all_parts, total_c)
     if part == 0:
         tl.store(p_first + row, 0x7FFFFFFFFFFFFFFF)
         tl.store(p_arrived + row, 0)
@@ -153,6 +125,23 @@ def _value(key):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _probe(  # type: ignore[no-untyped-def]
+    p_c, p_u, V, guidance, top, scale, pivot, GUIDED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The number (or weight, if MASS) of the logits >= pivot, the smallest of them, and the largest below it."""
+    b_amount = tl.zeros([BLOCK], tl.int64 if MASS else tl.int32)
+    b_next = tl.full([BLOCK], float("inf"), tl.float32)
+    b_previous = tl.full([BLOCK], float("-inf"), tl.float32)
+    for begin in range(0, V, BLOCK):
+        b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
+        b_inside = b_z >= pivot
+        b_amount += tl.where(b_inside, _weigh(b_z, top, scale) if MASS else 1, 0)
+        b_next = tl.minimum(b_next, tl.where(b_inside, b_z, float("inf")))
+        b_previous = tl.maximum(b_previous, tl.where(b_inside, float("-inf"), b_z))
+    return tl.sum(b_amount, 0).to(tl.int64), tl.min(b_next, 0), tl.max(b_previous, 0)
+
+
+@triton.jit
 def _select(  # type: ignore[no-untyped-def]
     p_c, p_u, V, guidance, top, scale, lowest, limit, GUIDED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -164,23 +153,11 @@ def _select(  # type: ignore[no-untyped-def]
         halfway = 0.5 * _value(lo) + 0.5 * _value(hi - 1)
         middle = tl.where(step < 16, _key(halfway), (lo + hi) >> 1)
         pivot = _value(tl.minimum(tl.maximum(middle, lo + 1), hi - 1))
-        b_measure = tl.zeros([BLOCK], tl.int64 if MASS else tl.int32)
-        b_next = tl.full([BLOCK], float("inf"), tl.float32)  # the smallest logit >= pivot
-        b_previous = tl.full([BLOCK], float("-inf"), tl.float32)  # the largest below it
-        for begin in range(0, V, BLOCK):
-            b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
-            inside = b_z >= pivot
-            b_next = tl.minimum(b_next, tl.where(inside, b_z, float("inf")))
-            b_previous = tl.maximum(b_previous, tl.where(inside, float("-inf"), b_z))
-            if MASS:
-                b_measure += tl.where(inside, _weigh(b_z, top, scale), 0)
-            else:
-                b_measure += inside.to(tl.int32)
-        measure = tl.sum(b_measure, 0).to(tl.int64)
-        enough = measure >= limit
-        lo = tl.where(enough, _key(tl.min(b_next, 0)), lo)
-        hi = tl.where(enough, hi, _key(tl.max(b_previous, 0)) + 1)
-        above = tl.where(enough, above, measure)
+        amount, following, previous = _probe(p_c, p_u, V, guidance, top, scale, pivot, GUIDED, MASS, BLOCK)
+        enough = amount >= limit
+        lo = tl.where(enough, _key(following), lo)
+        hi = tl.where(enough, hi, _key(previous) + 1)
+        above = tl.where(enough, above, amount)
         step += 1
     return _value(lo), above
 
@@ -190,7 +167,7 @@ def truncate_kernel(  # type: ignore[no-untyped-def]
     p_cond, p_uncond, p_parts, p_cut, p_last, V, parts, cond_stride, uncond_stride, guidance, scale, top_k, top_p_bits,
     GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """What stays of a row: every logit above `cut`, and of those equal to it the first, up to column `last`."""
+    """-> cut, last: every logit above `cut` stays, and of those equal to it the first, up to column `last`."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
@@ -198,24 +175,21 @@ def truncate_kernel(  # type: ignore[no-untyped-def]
     p_u = p_uncond + row * uncond_stride
     p_top = p_parts + row * parts
     top = _reduce(p_top, p_top, parts, scale)[0]
-    if top > float("-inf"):  # false for NaN
+    if tl.abs(top) < float("inf"):
         cut = tl.full([], float("-inf"), tl.float32)
         ties = tl.full([], 0, tl.int64)
         if TOP_K:
             cut, above = _select(p_c, p_u, V, guidance, top, scale, cut, top_k, GUIDED, False, BLOCK)
             ties = top_k - above
         if TOP_P:
-            b_mass = tl.zeros([BLOCK], tl.int64)
-            for begin in range(0, V, BLOCK):
-                b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
-                b_mass += tl.where(b_z > cut, _weigh(b_z, top, scale), 0)
-            mass = tl.sum(b_mass, 0) + ties * _weigh(cut, top, scale)
+            mass = _probe(p_c, p_u, V, guidance, top, scale, _value(_key(cut) + 1), GUIDED, True, BLOCK)[0]
+            mass += ties * _weigh(cut, top, scale)
             top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
             # below the mass: top_p <= 1 - 2^-53 takes off at least what rounding the mass to float64 may have added
             limit = tl.maximum((mass.to(tl.float64) * top_p).to(tl.int64), 1)
             cut, above = _select(p_c, p_u, V, guidance, top, scale, cut, limit, GUIDED, True, BLOCK)
             ties = tl.cdiv(limit - above, tl.maximum(_weigh(cut, top, scale), 1))
-        last = 0  # columns up to which there are fewer than `ties`
+        last = 0  # the number of columns up to which there are fewer than `ties`
         seen = tl.full([], 0, tl.int64)
         for begin in range(0, V, BLOCK):
             b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
@@ -224,6 +198,20 @@ def truncate_kernel(  # type: ignore[no-untyped-def]
             seen = tl.max(b_ties, 0)
         tl.store(p_cut + row, cut)
         tl.store(p_last + row, last)
+
+
+@triton.jit
+def _exponential(b_word):  # type: ignore[no-untyped-def]
+    """-ln(1 - u), by the operations of `exponential` in cfg_sample.py."""
+    b_u = tl.minimum((b_word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
+    b_rest = 1.0 - b_u
+    b_bits = b_rest.to(tl.int32, bitcast=True)
+    b_halvings = tl.maximum(126 - (b_bits >> 23), 0)
+    b_m = (b_bits + (b_halvings << 23)).to(tl.float32, bitcast=True)
+    b_q = tl.where(b_halvings == 0, b_u, 1.0 - b_m)
+    b_p = ((b_q * 1.16061389 - 1.03616726) * b_q + 0.75161618) * b_q + 0.0508236513
+    b_p = (((b_p * b_q + 0.269662917) * b_q + 0.33212924) * b_q + 0.500024617) * b_q + 1.0
+    return b_q * b_p + b_halvings.to(tl.float32) * 0.693147182
 
 
 @triton.jit
@@ -269,14 +257,14 @@ def race_kernel(  # type: ignore[no-untyped-def]
     b_arrival = (b_time.to(tl.int32, bitcast=True).to(tl.int64) << 32) | b_first
     tl.atomic_min(p_first + row, tl.min(b_arrival))
     if tl.atomic_add(p_arrived + row, 1) == parts - 1:
-        good = top > float("-inf")  # false for NaN
+        good = tl.abs(top) < float("inf")
         token = tl.where(good, (tl.atomic_min(p_first + row, 0x7FFFFFFFFFFFFFFF) & 0x7FFFFFFF).to(tl.int32), 0)
         picked = _mix(p_c, p_u, token, V, guidance, GUIDED)
         logp = (picked[2] - top).to(tl.float64) * inverse_temperature - tl.log(total.to(tl.float64))
         logp_c = logp
         if GUIDED:
-            top_c, sum_c = _reduce(p_top + 2 * all_parts, p_top + 3 * all_parts, parts, scale)
-            logp_c = (picked[0] - top_c).to(tl.float64) * inverse_temperature - tl.log(sum_c.to(tl.float64))
+            top_c, total_c = _reduce(p_top + 2 * all_parts, p_top + 3 * all_parts, parts, scale)
+            logp_c = (picked[0] - top_c).to(tl.float64) * inverse_temperature - tl.log(total_c.to(tl.float64))
         tl.store(p_token + row, token.to(tl.int64))
         tl.store(p_logp_cond + row, tl.where(good, logp_c, float("nan")).to(tl.float32))
         tl.store(p_logp_guided + row, tl.where(good, logp, float("nan")).to(tl.float32))
@@ -289,12 +277,12 @@ def launch(
 ) -> Tensor:
     """Fill draw = (token, logp_cond, logp_guided), [B] each -> whether every row had an answer, one bool.
 
-    Columns of the logits are adjacent, `offset` is contiguous, B > 0, 0 <= top_k < V."""
+    Columns of the logits are adjacent, `offset` is contiguous, B > 0."""
     guidance, inverse_temperature, scale, greedy, top_k, top_p = options
     B, V = cond.shape
     parts = -(-V // BLOCK)
     other = cond if uncond is None else uncond
-    truncated = (top_k > 0 or top_p < 1) and not greedy
+    truncated = top_k > 0 or top_p < 1
     statistics = cond.new_empty((4, B, parts), dtype=torch.float32)
     # each at a multiple of 16 bytes: Triton compiles anew for pointers that are not
     first, arrived, last = cond.new_empty((3, B + B % 2), dtype=torch.int64)
