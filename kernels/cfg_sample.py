@@ -157,9 +157,9 @@ def cfg_sample_ref(cond: Tensor, uncond: Tensor | None, options: Options, seed: 
 
 def _options(V: int, guidance: float, temperature: float, top_k: int, top_p: float) -> Options:
     """The numbers of a draw, those of the temperature within float32; a greedy one needs no truncation."""
-    scales = (min(max(x / (temperature or 1.0), _FLOAT.tiny), _FLOAT.max) for x in (1.0, math.log2(math.e)))
     greedy = temperature == 0
-    return Options(guidance, *scales, greedy, 0 if greedy or top_k >= V else top_k, 1.0 if greedy else top_p)
+    inverse, scale = (min(max(x / (temperature or 1.0), _FLOAT.tiny), _FLOAT.max) for x in (1.0, math.log2(math.e)))
+    return Options(guidance, inverse, scale, greedy, 0 if greedy or top_k >= V else top_k, 1.0 if greedy else top_p)
 
 
 def _native(cond: Tensor, uncond: Tensor | None, options: Options, *tensors: Tensor) -> None:
@@ -272,7 +272,9 @@ def cfg_sample(
             f"top_k={top_k} (>= 0), top_p={top_p} (0, 1]"
         )
     chosen = choose(impl, cond.device, cond.dtype)
-    guidance = guidance if mask is None else 1.0
-    other = None if uncond is None or (mask is None and guidance == 1) else uncond.detach()
+    if mask is not None:
+        guidance = 1.0
+    elif guidance == 1:
+        uncond = None
     options = (float(guidance), float(temperature), top_k, float(top_p))
-    return Draw(*_op(cond.detach(), other, *options, seed, offset, chosen))
+    return Draw(*_op(cond.detach(), uncond if uncond is None else uncond.detach(), *options, seed, offset, chosen))

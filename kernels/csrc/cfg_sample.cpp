@@ -1,7 +1,7 @@
 // The C++ kernel of `cfg_sample`: mix, truncate and race as cfg_sample.py explains them.
-// Logits are read from memory once; what follows works on the guided logits of one row, which stay in L2. This file must
-// be compiled with -ffp-contract=off (CMakeLists.txt): a fused multiply-add would round the race differently from the
-// other implementations.
+// Logits are read from memory once; what follows works on the guided logits of one row, which stay in L2. This file
+// must be compiled with -ffp-contract=off (CMakeLists.txt): a fused multiply-add would round the race differently from
+// the other implementations.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -16,7 +16,7 @@ namespace bicot {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // 4 KiB of float32, an eighth of the smallest L1
-constexpr int64_t kLanes = 64, kChunk = 4 * kLanes;  // tokens that one word, or all four, of a run of Philox calls serve
+constexpr int64_t kLanes = 64, kChunk = 4 * kLanes;  // Philox calls of a run, and the tokens that their words serve
 constexpr int64_t kSerial = 32768;  // fewer logits than this cost less than waking a second thread
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -35,8 +35,8 @@ struct Row {
   float scale, top;
 };
 
-// Write the conditional logits c, the guided ones z (which are c without `uncond`) and the largest of each. The largest of
-// z is +inf if either row has a NaN or +inf.
+// Write the conditional logits c, the guided ones z (which are c without `uncond`) and the largest of each. The largest
+// of z is +inf if either row has a NaN or +inf.
 template <class T>
 BICOT_INLINE void mix_row(const T* cond, const T* uncond, float guidance, Row& row_c, Row& row) {
   float *c = row_c.z, *z = row.z, top_c = -kInf, top = -kInf;
@@ -67,8 +67,8 @@ BICOT_CLONES void mix(const bfloat16* cond, const bfloat16* uncond, float guidan
   mix_row(cond, uncond, guidance, row_c, row);
 }
 
-// 2^40 * 2^d, truncated, from the bits of 2^d, which is 0 or a normal float32 in [2^-126, 1]: AVX2 cannot convert a float
-// to int64.
+// 2^40 * 2^d, truncated, from the bits of 2^d, which is 0 or a normal float32 in [2^-126, 1]: AVX2 cannot convert
+// floats to int64.
 BICOT_INLINE int64_t weigh(float z, const Row& row) {
   const uint32_t bits = bits_from_float(exp2_nonpositive((z - row.top) * row.scale));
   const uint64_t mantissa = (bits & 0x7fffffu) | 0x800000u;
@@ -178,8 +178,8 @@ float exponential(uint32_t word) {
   return q * p - static_cast<float>(std::min(exponent, 0)) * 0.693147182f;
 }
 
-// -> the sum of 2^d over the whole row, and of the tokens kept the first to come in. Only a token that may beat the best
-// so far needs its exact time E * 2^-d: u <= E tells from random bits and weight alone, so a row takes some tens of them.
+// -> the sum of 2^d over the whole row, and of the tokens kept the first to come in. Only a token that may beat the
+// best so far needs its exact time E * 2^-d: u <= E tells from random bits and weight alone, so a row takes some tens.
 BICOT_CLONES std::pair<double, int64_t> race(const Row row, float cut, int64_t last, uint64_t seed, uint64_t counter) {
   double total = 0;
   int64_t first = 0;
@@ -222,8 +222,8 @@ float logp(const Row& row, int64_t token, double total, const Options& o) {
 
 template <class T>
 void sample(const T* cond, int64_t cond_stride, const T* uncond, int64_t uncond_stride, int64_t B, int64_t V,
-            const Options& o, uint64_t seed, const int64_t* offset, int64_t* token, float* logp_cond, float* logp_guided,
-            int num_threads) {
+            const Options& o, uint64_t seed, const int64_t* offset, int64_t* token, float* logp_cond,
+            float* logp_guided, int num_threads) {
 #pragma omp parallel num_threads(num_threads) if (B * V > kSerial)
   {
     const std::unique_ptr<float[]> c(new float[V]), guided(new float[uncond ? V : 0]);
