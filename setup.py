@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-TEST = ["pytest", "pytest-xdist>=3.2,<4", "hypothesis", "pytest-benchmark", "tensorboard"]
+TEST = ["pytest", "pytest-xdist>=3.2,<4", "hypothesis", "tensorboard"]
 VIEW = ["werkzeug>=3.1,<4"]  # the live view's server; TensorBoard has it too
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
 # examples/trl_grpo.py overrides a private method of TRL and divides as 1.16 does; 2.0 will remove options

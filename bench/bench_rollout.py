@@ -28,6 +28,7 @@ from .harness import Case, Outputs, Provider, Unavailable, main, short
 from .models import SHAPES, policy_of
 
 GUIDANCE, GROUP, SEED = 5.0, 8, 7
+FP8, EARLY = "fp8 KV", "dependent launches"  # variants of ours
 NO_EOS = -1  # no token ends a plan
 # bfloat16 rounds in every layer, and guidance multiplies what it rounded: 0.033 at Janus-Pro-1B's shapes. A context
 # that misses one of 440 tokens gives 0.24 and more, a shared prefix that misses one 0.16 and more. fp8 rounds more, but
@@ -69,40 +70,43 @@ class Inputs(NamedTuple):
     def policy(self) -> Policy:
         return self.engine.policy
 
-    @property
-    def is_image(self) -> bool:
-        return self.stage.name == "image"
-
-    def head(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         model = self.policy.model
-        return model.model.generation_head(hidden) if self.is_image else model.lm_head(hidden)
+        return model.model.generation_head(hidden) if self.unconditional else model.lm_head(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[S, L] drawn tokens -> [R, L, D]."""
-        return self.policy.embed_image(tokens.repeat(2, 1)) if self.is_image else self.policy.embed_text(tokens)
-
-    def first_ids(self, rows: int, length: int) -> Tensor:
-        """[rows, length] of `<begin_of_image>`, which every row of either stage reads first."""
-        return torch.full((rows, length), self.policy.tokenizer.boi_token_id, device=self.policy.device)
+        return self.policy.embed_image(tokens.repeat(2, 1)) if self.unconditional else self.policy.embed_text(tokens)
 
     def first_embeds(self) -> Tensor:
-        return self.policy.embed_text(self.first_ids(len(self.rows) + len(self.unconditional), 1))
+        """[R, 1, D] of `<begin_of_image>`, which every row of either stage reads first."""
+        shape, token = (len(self.rows) + len(self.unconditional), 1), self.policy.tokenizer.boi_token_id
+        return self.policy.embed_text(torch.full(shape, token, device=self.policy.device))
+
+    def guided(self, logits: Tensor) -> Tensor:
+        if not self.unconditional:
+            return logits
+        cond, uncond = logits.chunk(2)
+        return uncond + GUIDANCE * (cond - uncond)
+
+    def cache(self) -> DynamicCache:
+        """A copy of all rows' keys and values as transformers wants them (the scales of fp8 are 1)."""
+        spans = [((r.prefix_start, r.prefix_length), (r.start, r.length)) for r in (*self.rows, *self.unconditional)]
+        slots = [[slot for start, length in row for slot in range(start, start + length)] for row in spans]
+        index, cache = torch.tensor(slots, device=self.policy.device), DynamicCache()
+        for layer in range(self.engine.pool.layers):
+            pools = self.engine.pool.layer(layer)[:2]
+            keys, values = (pool[index].to(self.policy.dtype).transpose(1, 2).contiguous() for pool in pools)
+            cache.update(keys, values, layer)
+        return cache
 
 
-def inputs(
-    model: str,
-    dtype: torch.dtype,
-    device: str,
-    kv: KVDtype,
-    stage: Stage,
-    samples: int,
-    drawn: int,
-    steps: int,
-    early: bool = False,
-) -> Inputs:
-    policy = policy_of(model, dtype, device, steps)
-    engine = RolloutEngine(policy, policy.prompt_encoder(PromptFormat()), kv_dtype=kv, kv_bytes=2**50)
-    pool, own, engine.graphs.dependent_launches = engine.pool, drawn + steps, early
+def inputs(policy: Callable[[], Policy], stage: Stage, samples: int, drawn: int, steps: int, variant: str) -> Inputs:
+    """Samples that have drawn so many tokens and go on for so many steps."""
+    kv: KVDtype = "fp8" if variant == FP8 else "auto"
+    engine = RolloutEngine(model := policy(), model.prompt_encoder(PromptFormat()), kv_dtype=kv, kv_bytes=2**50)
+    engine.graphs.dependent_launches = variant == EARLY
+    pool, own = engine.pool, drawn + steps
     needed = int(stage.tokens(samples, own))
     pool.reserve(needed)
     if pool.capacity < needed:
@@ -122,7 +126,7 @@ def inputs(
     for layer in range(pool.layers):
         keys, values, *scales = pool.layer(layer)
         for cache in (keys, values):
-            cache.copy_(torch.randn(cache.shape, dtype=dtype, device=device))
+            cache.copy_(torch.randn(cache.shape, dtype=model.dtype, device=model.device))
         for scale in scales:
             if scale is not None:
                 scale.fill_(1)
@@ -141,29 +145,13 @@ def ours(x: Inputs, *, greedy: bool = False) -> Outputs:
     return torch.tensor(plans, device=x.policy.device), torch.stack(logprobs)
 
 
-def prefilled(x: Inputs) -> tuple[Inputs, DynamicCache]:
-    """The inputs, and a copy of all rows' keys and values as transformers wants them (the scales of fp8 are 1)."""
-    spans = [((r.prefix_start, r.prefix_length), (r.start, r.length)) for r in (*x.rows, *x.unconditional)]
-    slots = [[slot for start, length in row for slot in range(start, start + length)] for row in spans]
-    index, cache = torch.tensor(slots, device=x.policy.device), DynamicCache()
-    for layer in range(x.engine.pool.layers):
-        keys, values = (pool[index].to(x.policy.dtype).transpose(1, 2) for pool in x.engine.pool.layer(layer)[:2])
-        cache.update(keys.contiguous(), values.contiguous(), layer)
-    return x, cache
-
-
-def guided(logits: Tensor) -> Tensor:
-    cond, uncond = logits.chunk(2)
-    return uncond + GUIDANCE * (cond - uncond)
-
-
 @torch.no_grad()
 def loop(given: tuple[Inputs, DynamicCache], *, greedy: bool = False) -> Outputs:
     x, cache = given
     embeds, tokens = x.first_embeds(), []
     for _ in range(x.steps):
-        logits = x.head(x.policy.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0][:, -1])
-        logits = guided(logits) if x.is_image else logits
+        hidden = x.policy.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0]
+        logits = x.guided(x.logits(hidden[:, -1]))
         if x.stage.top_k:
             logits = logits.masked_fill(logits < logits.topk(x.stage.top_k).values[:, -1:], -torch.inf)
         tokens.append(logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1))
@@ -177,9 +165,8 @@ def truth(x: Inputs) -> Callable[[Outputs], float]:
         tokens, *recorded = outputs
         assert tokens is not None and tokens.shape == (len(x.rows), x.steps), "not one token a sample and step"
         embeds = torch.cat([x.first_embeds(), x.embed(tokens[:, :-1])], 1)
-        hidden = x.policy.decoder(inputs_embeds=embeds, past_key_values=prefilled(x)[1], use_cache=True)[0]
-        logits = x.head(hidden).float()
-        drawn_from = guided(logits) if x.is_image else logits
+        logits = x.logits(x.policy.decoder(inputs_embeds=embeds, past_key_values=x.cache(), use_cache=True)[0]).float()
+        drawn_from = x.guided(logits)
         errors = []
         for z, logprob in zip((logits[: len(tokens)], drawn_from), (*recorded, None, None), strict=False):
             largest, chosen = z.amax(-1), z.gather(-1, tokens[..., None])[..., 0]
@@ -193,46 +180,28 @@ def truth(x: Inputs) -> Callable[[Outputs], float]:
     return error_of
 
 
-def floor_bytes(model: str, itemsize: int, stage: Stage, samples: int, written: float, fp8: bool) -> int:
-    """Of a step in which each row has written so many tokens, this one included."""
-    shape, image = SHAPES[model], stage.name == "image"
-    weights = shape.layer_weights + (shape.image_head_weights if image else shape.text_head_weights)
-    per_token = 2 * shape.layers * (shape.hidden + 4 * shape.heads if fp8 else shape.hidden * itemsize)
-    return weights * itemsize + int(per_token * stage.tokens(samples, written))
-
-
-def case(
-    model: str,
-    dtype: torch.dtype,
-    device: str,
-    stage: Stage,
-    rows: int,
-    steps: int,
-    kv: KVDtype = "auto",
-    early: bool = False,
-) -> Case:
-    """The `steps` in the middle of a stage; with fp8, which transformers' caches have not, and with `early` launches
-    of kernels ours alone."""
-    image, fp8 = stage.name == "image", kv == "fp8"
+def case(model: str, dtype: torch.dtype, device: str, stage: Stage, rows: int, steps: int, variant: str = "") -> Case:
+    """The `steps` in the middle of a stage. Transformers has no variants."""
+    shape, image, fp8 = SHAPES[model], stage.name == "image", variant == FP8
     samples, drawn = rows // 2 if image else rows, (stage.length - steps) // 2
     labels = {"model": model, "stage": stage.name, "rows": rows, "context": stage.prompt + drawn, "steps": steps}
-    labels |= {"dtype": short(dtype)} | ({"kv": "fp8 KV"} if fp8 else {})
-    labels |= {"launches": "dependent launches"} if early else {}
+    labels |= {"dtype": short(dtype)} | ({"variant": variant} if variant else {})
     providers = {"ours": Provider(ours, checked=partial(ours, greedy=True))}
-    if not fp8 and not early:
+    if not variant:
         note = "transformers' decoder with a DynamicCache, as the published T2I-R1 code draws"
-        providers["eager"] = Provider(loop, note, prefilled, partial(loop, greedy=True))
+        providers["eager"] = Provider(loop, note, lambda x: (x, x.cache()), partial(loop, greedy=True))
+    weights = shape.layer_weights + (shape.image_head_weights if image else shape.text_head_weights)
+    per_token = 2 * shape.layers * (shape.hidden + 4 * shape.heads if fp8 else shape.hidden * dtype.itemsize)
     return Case(
         labels,
         dtype,
-        partial(inputs, model, dtype, device, kv, stage, samples, drawn, steps, early),
+        partial(inputs, partial(policy_of, model, dtype, device, steps), stage, samples, drawn, steps, variant),
         truth,
         providers,
-        bytes=floor_bytes(model, dtype.itemsize, stage, samples, drawn + (steps + 1) / 2, fp8),
+        bytes=weights * dtype.itemsize + int(per_token * stage.tokens(samples, drawn + (steps + 1) / 2)),
         steps=steps,
         makes=("images", samples / stage.length) if image else ("tokens", samples),
         tolerance=EXACT if dtype == torch.float32 and not fp8 else ROUNDED,
-        seconds=2 if device == "cuda" else 12,
     )
 
 
@@ -240,7 +209,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
     """Few steps where a step takes long; on a CPU two layers of the true width."""
     if tiny:
         small = partial(case, "tiny", torch.float32, device, steps=4)
-        return [small(TINY_IMAGE, 6), small(TINY_TEXT, 9), small(TINY_IMAGE, 4, kv="fp8")]
+        return [small(TINY_IMAGE, 6), small(TINY_TEXT, 9), small(TINY_IMAGE, 4, variant=FP8)]
     if device == "cpu":
         toy = partial(case, "toy", torch.float32, device)
         wide = partial(case, "Janus-Pro-1B of 2 layers", torch.bfloat16, device, steps=16)
@@ -250,9 +219,8 @@ def cases(device: str, tiny: bool) -> list[Case]:
     for model in ("Janus-Pro-1B", "Janus-Pro-7B"):
         of = partial(case, model, torch.bfloat16, device, steps=16)
         found += [of(IMAGE, 32), of(TEXT, 16)]  # of a published step
-        found += [of(IMAGE, 32, early=True)] if has_dependent_launch(torch.device(device)) else []
-        found += [of(IMAGE, rows) for rows in (2, 256)]
-        found += [of(IMAGE, 256, kv="fp8"), of(TEXT, 128)]
+        found += [of(IMAGE, 32, variant=EARLY)] if has_dependent_launch(torch.device(device)) else []
+        found += [of(IMAGE, 2), of(IMAGE, 256), of(IMAGE, 256, variant=FP8), of(TEXT, 128)]
     return found
 
 

@@ -2,14 +2,13 @@
 
 python -m bicot.bench.bench_step [--device cpu|cuda] [--model Janus-Pro-1B] [--ours-alone] [--output FILE.json]
 Both train one policy in turn, with the same optimizer, prompts, seeds, rewards and settings: ours as the trainer does,
-the baseline as bench/baseline_t2i_r1.py says (two rows a picture, also without guidance). First the gradient norm of
-both on one rollout must agree. On a CPU: the toy with its own settings, and with the published guidance and one prompt
-a micro-batch. On a GPU: random weights at true shapes; plans run to their limit, pictures have 576 tokens as published,
-their brightness is the reward, activations are recomputed, and of Janus-Pro-7B only the last layers and the text head
-train, so that it fits 80 GB. There a step of the baseline is one micro-batch, and the two are compared by the image.
-Phases of ours can overlap on a GPU; the baseline's peak is without our KV cache. Each step is written when it has been
-measured. With --vary steps of ours grow along one axis, always with the same prompts and seeds, and
-seconds ~ value^exponent; under torchrun, steps of ours are shared among the ranks.
+the baseline as bench/baseline_t2i_r1.py says (it draws two rows a picture, also without guidance). First the gradient
+norms of both on one rollout must agree. On a CPU: the toy with its own settings, and with the published guidance and
+one prompt a micro-batch. On a GPU: random weights at true shapes. There plans run to their limit, pictures have 576
+tokens as published, the reward is the brightness of a picture, and activations are recomputed. Of Janus-Pro-7B only the
+last layers and the text head train, so that it fits into 80 GB. On a GPU a step of the baseline is one micro-batch, and
+the two are compared by the image. Phases of ours can overlap on a GPU. The peak memory of the baseline is counted
+without our KV cache. Under torchrun, the ranks share the steps of ours.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,28 +35,22 @@ from ..grpo.step import split
 from ..model.chunk import RolloutChunk
 from ..rewards.config import RewardConfig
 from .baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, decode, draw, write_plans
-from .harness import Unavailable, command_line, finish, quantiles, save, start
+from .harness import Unavailable, command_line, finish, joules, left_out, quantiles, save, start
 from .models import SHAPES, TRAINED, ShapeTrainer, published_config, toy_config
-from .power import Energy
 
 PHASES = ("plan", "draw", "decode", "reward", "reference", "train")
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}  # of the gradient norm
 WARM_UP = 4  # tokens of each kind that the baseline draws before it is timed
-AXES = ("num_generations", "gradient_accumulation_steps", "rollout_max_rows", "image_tokens")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What both train: a model of `SHAPES`, with pictures of so many tokens, and a run's settings.
-
-    A step of the baseline has `baseline_prompts` prompts. `more` labels: what varies.
-    """
+    """What both train: a model of `SHAPES`, a run's settings, image tokens of a picture, prompts of a baseline step."""
 
     model: str
     config: Config
     image_tokens: int
     baseline_prompts: int
-    more: dict[str, int] = field(default_factory=dict)
 
     @property
     def images(self) -> dict[str, int]:
@@ -72,14 +64,7 @@ class Setting:
         batch = f"{c.gradient_accumulation_steps}x{c.per_device_train_batch_size} prompts of {c.num_generations}"
         labels = {"model": self.model, "batch": batch, "guidance": c.cfg_weight, "plan": c.max_completion_length}
         labels |= {"image tokens": self.image_tokens, "dtype": c.dtype}
-        return labels | ({"layers trained": TRAINED[self.model]} if self.model in TRAINED else {}) | self.more
-
-    def varied(self, axis: str, value: int) -> Setting:
-        if axis == "image_tokens":
-            return replace(self, image_tokens=value)
-        change: dict[str, Any] = {axis: value}
-        more = {"rows": value} if axis == "rollout_max_rows" else {}
-        return replace(self, config=replace(self.config, **change), more=more)
+        return labels | ({"layers trained": TRAINED[self.model]} if self.model in TRAINED else {})
 
 
 class Contest(ShapeTrainer):
@@ -114,7 +99,7 @@ class Contest(ShapeTrainer):
         return statistics.mean(len(plan) for part in parts for plan in part.plans)
 
     def warm_up(self, alone: bool) -> None:
-        """What is made once: a step of ours, and the baseline's few tokens and pictures; `check` has its training."""
+        """A step of ours, and a few tokens and pictures of the baseline; `check` runs its training."""
         self.ours(0, Phases(self.ranks.device))
         if alone:
             return
@@ -127,7 +112,7 @@ class Contest(ShapeTrainer):
         decode(self.policy, tokens)
 
     def check(self, step: int) -> float:
-        """A step of ours -> how far the baseline's gradient norm on its rollout is from ours, relatively.
+        """Take a step of ours -> relative difference to the baseline's gradient norm on the same rollout.
 
         Raises:
             AssertionError: beyond the tolerance, or NaN.
@@ -153,85 +138,71 @@ class Contest(ShapeTrainer):
         return error
 
 
-@dataclass
-class Steps:
-    """What the steps of one provider took."""
-
-    seconds: list[float] = field(default_factory=list)
-    phases: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    plan_tokens: list[float] = field(default_factory=list)
-    peaks: list[int] = field(default_factory=list)
-    joules: list[float] = field(default_factory=list)
-
-    def take(self, step: Callable[[Phases], float], device: torch.device) -> None:
-        """One more."""
-        if on_gpu := device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        phases, whole = Phases(device), Phases(device)
-        with Energy(device) as energy, whole("step"):
-            self.plan_tokens.append(step(phases))
-        self.seconds.append(whole.seconds["step"])
-        for name in PHASES:
-            self.phases[name].append(phases.seconds.get(name, 0.0))
-        self.phases["rest"].append(max(0.0, self.seconds[-1] - sum(phases.seconds.values())))
-        if on_gpu:
-            self.peaks.append(torch.cuda.max_memory_allocated())
-        if not energy.missing:
-            self.joules.append(energy.joules)
-
-    def row(self, images: int, held: int) -> dict[str, Any]:
-        """Of the JSON; `held` bytes of the peak are somebody else's."""
-        median = statistics.median(self.seconds)
-        return {
-            "steps": len(self.seconds),
-            "seconds": [round(s, 4) for s in quantiles(self.seconds)],
-            "images_per_s": float(f"{images / median:.4g}"),
-            "phases": {name: round(statistics.median(values), 5) for name, values in self.phases.items()},
-            "plan_tokens": round(statistics.mean(self.plan_tokens), 1),
-            "peak_mib": round((max(self.peaks) - held) / 2**20) if self.peaks else None,
-            "joules_per_image": float(f"{statistics.median(self.joules) / images:.4g}") if self.joules else None,
-            "images": images,
-        }
+def timed(step: Callable[[Phases], float], device: torch.device) -> dict[str, float]:
+    """Take a step -> seconds of its phases and of the whole, mean tokens of a plan, peak bytes and joules if known."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    phases, whole, before = Phases(device), Phases(device), joules() if on_gpu else None
+    with whole("step"):
+        plan_tokens = step(phases)
+    found = {name: phases.seconds.get(name, 0.0) for name in PHASES}
+    found["rest"] = max(0.0, whole.seconds["step"] - sum(found.values()))
+    found |= {"seconds": whole.seconds["step"], "plan_tokens": plan_tokens}
+    if on_gpu:
+        found["peak"] = torch.cuda.max_memory_allocated()
+    if before is not None:
+        found["joules"] = (joules() or 0.0) - before
+    return found
 
 
-def ratios(ours: dict[str, Any], baseline: dict[str, Any]) -> dict[str, float | None]:
-    """How many times longer the baseline takes for an image: the step, and each of its phases (None: ours takes 0)."""
-    pairs = {name: (seconds, ours["phases"][name]) for name, seconds in baseline["phases"].items() if name != "rest"}
-    pairs = {"step": (baseline["seconds"][1], ours["seconds"][1]), **pairs}
-    more = ours["images"] / baseline["images"]
-    return {name: float(f"{more * theirs / own:.3g}") if own else None for name, (theirs, own) in pairs.items()}
+def row(steps: Sequence[dict[str, float]], images: int, held: int) -> dict[str, Any]:
+    """Of the JSON; `held` bytes of the peak belong to the other provider."""
+    each = {key: [step[key] for step in steps] for key in steps[0]}
+    median = {key: statistics.median(values) for key, values in each.items()}
+    return {
+        "steps": len(steps),
+        "images": images,
+        "seconds": [round(s, 4) for s in quantiles(each["seconds"])],
+        "images_per_s": float(f"{images / median['seconds']:.4g}"),
+        "phases": {name: round(median[name], 5) for name in (*PHASES, "rest")},
+        "plan_tokens": round(statistics.mean(each["plan_tokens"]), 1),
+        "peak_mib": round((max(each["peak"]) - held) / 2**20) if "peak" in each else None,
+        "joules_per_image": round(median["joules"] / images, 2) if "joules" in each else None,
+    }
 
 
 def measure(
-    setting: Setting, ranks: Ranks, repeats: int, until: float, alone: bool, write: Callable[[float, Any], None]
+    setting: Setting, ranks: Ranks, repeats: int, until: float, alone: bool, result: dict[str, Any], output: Path | None
 ) -> None:
-    """Time steps of both in turn, or of ours alone, and give `write` the error of the check and all rows after each.
+    """Time steps of both in turn, or of ours alone; add their rows to the result, and save it after each step.
 
-    No round begins that would end after the time `until`, were it as long as those before it.
+    No round begins if it would end after the time `until`, were it as long as those before it.
     """
+    rows = result["rows"]
     with tempfile.TemporaryDirectory() as folder:
         contest = Contest(setting, ranks, folder)
         contest.warm_up(alone)
-        error = contest.check(1) if ranks.size == 1 else 0.0
+        error = float(f"{contest.check(1) if ranks.size == 1 else 0:.1e}")
+        shared = {"case": setting.labels | ({"ranks": ranks.size} if ranks.size > 1 else {}), "error": error}
         images = {name: count * ranks.size for name, count in setting.images.items()}
-        steps = {"ours": Steps()} | ({} if alone else {"baseline": Steps()})
+        part = images["baseline"] < images["ours"]
         pool = contest.engine.pool
         held = {"ours": 0, "baseline": pool.capacity * pool.bytes_per_token}
-        part = images["baseline"] < images["ours"]
         note = {"ours": "", "baseline": "one micro-batch and an optimizer step; compared by the image" if part else ""}
-        labels = setting.labels | ({"ranks": ranks.size} if ranks.size > 1 else {})
+        taken: dict[str, list[dict[str, float]]] = {name: [] for name in (["ours"] if alone else ["ours", "baseline"])}
         begin = time.perf_counter()
         with short_collections():
             for step in range(2, 2 + repeats):
-                for name, taken in steps.items():
-                    taken.take(partial(getattr(contest, name), step), ranks.device)
-                    rows = [
-                        {"case": labels, "provider": k, **each.row(images[k], held[k]), "note": note[k]}
-                        for k, each in steps.items()
-                        if each.seconds
+                for name, steps in taken.items():
+                    steps.append(timed(partial(getattr(contest, name), step), ranks.device))
+                    result["rows"] = rows + [
+                        shared | {"provider": k, "note": note[k]} | row(each, images[k], held[k])
+                        for k, each in taken.items()
+                        if each
                     ]
-                    write(error, rows)
+                    save(result, output)  # now, in case this process is ended before its last step
                 now = time.perf_counter()
                 if now + (now - begin) / (step - 1) > until:
                     break
@@ -258,66 +229,31 @@ def settings(device: str, tiny: bool, model: str | None = None, image_tokens: in
 def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, help="timed steps of each (7 on a CPU, 3 on a GPU)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no further step that would outlast them")
-    parser.add_argument("--model", choices=[*SHAPES], help="random weights, unless it is the toy")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no step begins that would take longer")
+    parser.add_argument("--model", choices=[*SHAPES], help="random weights, except for the toy")
     parser.add_argument("--ours-alone", action="store_true", help="the baseline is checked against, but not timed")
-    parser.add_argument("--vary", nargs="+", metavar="AXIS VALUE", help=f"ours alone, along one of {', '.join(AXES)}")
     begin = time.perf_counter()
-    arguments, result = start(parser, __doc__, "bench_step")
-    device, tiny, vary = arguments.device, arguments.tiny, arguments.vary or []
-    chosen = settings(device, tiny, arguments.model)
-    if vary and (vary[0] not in AXES or not all(value.isdecimal() for value in vary[1:])):
-        parser.error(f"--vary {' '.join(vary)}: give one of {', '.join(AXES)} and numbers")
-    chosen = [chosen[0].varied(vary[0], int(value)) for value in vary[1:]] if vary else chosen
-    if any(math.isqrt(setting.image_tokens) ** 2 != setting.image_tokens for setting in chosen):
-        parser.error("image tokens: pictures are square")
+    arguments, result = start(parser, __doc__)
+    device, tiny = arguments.device, arguments.tiny
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     repeats = arguments.repeats or (2 if tiny else 3 if device == "cuda" else 7)
     ranks = Ranks.start() if "WORLD_SIZE" in os.environ else Ranks(0, 1, torch.device(device))
-    alone, output = bool(arguments.ours_alone or vary or ranks.size > 1), arguments.output if ranks.main else None
-    missing = Energy(ranks.device).missing if device == "cuda" else ""
-    result |= {"missing": [missing] if missing else [], "rows": [], "ratios": [], "skipped": [], "failed": []}
+    alone, output = arguments.ours_alone or ranks.size > 1, arguments.output if ranks.main else None
+    result |= {"rows": [], "skipped": [], "failed": []}
     try:
-        for setting in chosen:
-            one_setting(setting, ranks, repeats, begin + arguments.seconds, alone, result, output)
+        for setting in settings(device, tiny, arguments.model):
+            rows = result["rows"]
+            try:
+                measure(setting, ranks, repeats, begin + arguments.seconds, alone, result, output)
+                if alone:
+                    left_out(result, "skipped", setting.labels, "baseline", "checked against, but not timed, as asked")
+            except Exception as problem:  # the exit status will be 1, unless there was no room
+                kind = "skipped" if isinstance(problem, (Unavailable, torch.OutOfMemoryError)) else "failed"
+                left_out(result, kind, setting.labels, "both" if result["rows"] == rows else "baseline", problem)
     finally:
         ranks.close()
-    if vary and len(result["rows"]) > 1:
-        seconds = [row["seconds"][1] for row in result["rows"]]
-        logs = [[math.log(float(x)) for x in column] for column in (vary[1 : 1 + len(seconds)], seconds)]
-        result["exponent"] = {vary[0]: round(statistics.linear_regression(*logs).slope, 2)}
     return finish(result, output) if ranks.main else 0
-
-
-def one_setting(
-    setting: Setting,
-    ranks: Ranks,
-    repeats: int,
-    until: float,
-    alone: bool,
-    result: dict[str, Any],
-    output: Path | None,
-) -> None:
-    """Add its rows and their ratio to the result, or why there are none."""
-    case, before, rated = setting.labels, result["rows"], result["ratios"]
-
-    def write(error: float, rows: list[dict[str, Any]]) -> None:
-        times = ratios(*rows) if len(rows) == 2 else {}
-        result["rows"] = before + rows
-        result["ratios"] = [*rated, {"case": rows[0]["case"], "times": times, "error": float(f"{error:.1e}")}]
-        save(result, output)  # what is measured stays should a later step outlast its time limit
-
-    try:
-        measure(setting, ranks, repeats, until, alone, write)
-        if alone:
-            reason = "only checked against, as was asked for"
-            result["skipped"].append({"case": case, "provider": "baseline", "reason": reason})
-    except Exception as problem:  # recorded, and the bench ends non-zero unless there was no room
-        kind = "skipped" if isinstance(problem, (Unavailable, torch.OutOfMemoryError)) else "failed"
-        reason = f"{type(problem).__name__}: {problem}".split("\n")[0]
-        provider = "both" if result["rows"] == before else "baseline"
-        result[kind].append({"case": case, "provider": provider, "reason": reason})
 
 
 if __name__ == "__main__":

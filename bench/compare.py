@@ -1,11 +1,11 @@
-"""compare: has ours become slower? Two results of one bench, each by its own baseline: never by absolute times.
+"""compare: has ours become slower? It compares two results of one bench, each by its own baseline.
 
 python -m bicot.bench.compare OLD.json NEW.json
 
-Of each case and each provider of ours: how many times faster than the baseline of the same run (eager, or the published
-algorithm) it was and is. The exit status is 1 if that fell so far that ours takes over 10 % more of the baseline's time
-than it took, or if ours or the baseline of a case has no time any more. Whether the two lie within each
-other's noise (p20 to p80 of ours and of the baseline) is said, and changes nothing: measure again to find out.
+For each case and each provider of ours it prints how many times faster than the baseline of the same run (eager, or the
+published algorithm) ours was and is. The exit status is 1 if ours takes over 10 % more of the baseline's time than
+before, or if ours or the baseline has no time any more. "within noise" means that the old and the new share lie within
+each other's p20 to p80. It does not change the exit status: measure again to find out.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from .report import label
 
 WORSE = 1.1  # times the old share of the baseline's time
 BASELINES = ("eager", "baseline")
-NO_MACHINE = ("bench", "about", "command", "commit", "picture")  # of what a result says beside its rows
-
-Times = dict[str, list[float]]  # of a provider: p20, p50 and p80
+NO_MACHINE = ("bench", "about", "command", "commit")  # entries of a result that may differ on one machine
 
 
 class Share(NamedTuple):
-    """Of the baseline's time that ours takes: at the medians, and at the ends of both spreads."""
+    """The share of the baseline's time that ours takes: at the medians, and at the ends of both spreads."""
 
     low: float
     middle: float
@@ -34,11 +32,7 @@ class Share(NamedTuple):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result with rows that can be compared.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A result with rows that can be compared; ValueError if it is not one."""
     result = json.loads(path.read_text())
     rows = result.get("rows", []) if isinstance(result, dict) else []
     if not any(row.get("provider") in BASELINES for row in rows):
@@ -46,16 +40,16 @@ def load(path: Path) -> dict[str, Any]:
     return result
 
 
-def by_case(result: Mapping[str, Any]) -> dict[str, Times]:
-    """Whole steps by the image: those of two providers can differ in size."""
-    cases: dict[str, Times] = {}
+def by_case(result: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """Case -> provider -> p20, p50 and p80. Whole steps by the image: those of two providers can differ in size."""
+    cases: dict[str, dict[str, list[float]]] = {}
     for row in result["rows"]:
         times = row["ms"] if "ms" in row else [seconds / row.get("images", 1) for seconds in row["seconds"]]
         cases.setdefault(label(row["case"]), {})[row["provider"]] = times
     return cases
 
 
-def shares(times: Times) -> dict[str, Share]:
+def shares(times: Mapping[str, list[float]]) -> dict[str, Share]:
     """Of each provider of ours; none where there is no baseline."""
     base = next((times[name] for name in BASELINES if name in times), None)
     ours = {name: spread for name, spread in times.items() if name.startswith("ours")} if base else {}
@@ -72,25 +66,18 @@ def verdict(old: Share, new: Share) -> str:
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], bool]:
     """The lines to print, and whether nothing got worse and nothing vanished."""
-    before, after = by_case(old), by_case(new)
+    before, after, bad = by_case(old), by_case(new), []
     lines = [f"{old['bench']}: {old.get('commit')} → {new.get('commit')}"]
-    names = [key for key in {**old, **new} if key not in NO_MACHINE and old.get(key) != new.get(key)]
-    told = [key for key in names if not any(isinstance(result.get(key), (list, dict)) for result in (old, new))]
-    if told:
-        lines += ["", "Not the same machine or settings, which can change ratios:"]
-        lines += [f"  {key}: {old.get(key)} → {new.get(key)}" for key in told]
-    lines += [
-        "",
-        "Times faster than the baseline of the same run, and the change of the share of its time that ours takes:",
-    ]
-
-    table, bad = [("case", "provider", "old", "new", "takes", "")], []
+    for key in {**old, **new}:
+        pair = old.get(key), new.get(key)
+        if key not in NO_MACHINE and pair[0] != pair[1] and not any(isinstance(value, (list, dict)) for value in pair):
+            lines.append(f"not the same machine or settings, which can change ratios: {key}: {pair[0]} → {pair[1]}")
     reasons = {
-        (label(e["case"]), e["provider"]): f": {kind}: {e['reason']}"
+        (label(entry["case"]), entry["provider"]): f": {kind}: {entry['reason']}"
         for kind in ("skipped", "failed")
-        for e in new.get(kind, [])
-        if isinstance(e, dict)
+        for entry in new.get(kind, [])
     }
+    lines.append("times faster than the baseline of the same run; change of the share of its time that ours takes")
     for case, times in before.items():
         was, now = shares(times), shares(after.get(case, {}))
         for name in times:
@@ -98,18 +85,12 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
                 bad.append(f"VANISHED: {case}, {name}{reasons.get((case, name), '')}")
             elif name in was and name in now:
                 said, change = verdict(was[name], now[name]), now[name].middle / was[name].middle - 1
-                ratios = (f"{1 / share.middle:.2f}×" for share in (was[name], now[name]))
-                table.append((case, name, *ratios, f"{change:+.1%}", said))  # type: ignore[arg-type]
+                ratios = " → ".join(f"{1 / share.middle:.2f}×" for share in (was[name], now[name]))
+                lines.append(f"{case}, {name}: {ratios}, takes {change:+.1%}: {said}")
                 bad += [f"WORSE: {case}, {name}"] if said.startswith("WORSE") else []
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for case, name, *cells, said in table:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[2:5], strict=True)]
-        lines.append("  ".join([case.ljust(widths[0]), name.ljust(widths[1]), *padded, said]).rstrip())
-    lines += [f"not compared, no baseline: {case}" for case, times in before.items() if not shares(times)]
-    lines += [
-        f"new: {case}, {name}" for case, times in after.items() for name in times if name not in before.get(case, {})
-    ]
-    return [*lines, "", *(bad or ["nothing got worse"])], not bad
+        lines += [] if was else [f"not compared, no baseline: {case}"]
+    lines += [f"new: {case}, {name}" for case in after for name in after[case] if name not in before.get(case, {})]
+    return [*lines, *(bad or ["nothing got worse"])], not bad
 
 
 def main() -> int:

@@ -1,27 +1,25 @@
-"""What the kernel benches share: command line, check before timing, timer, ceilings, and one JSON object as the output.
+"""What the benches share: command line, check before timing, timer, ceilings, and one JSON object as the output.
 
-A bench is a list of cases. A case says what every provider is given, what is true (in float64) and how many bytes or
-FLOPs no implementation can do without: its floor, at this machine's measured copy bandwidth and matrix product rate.
-Bytes count the tensors that must be read and written once; caches are not counted on.
+A bench is a list of cases. A case says what every provider is given, what the true result is (in float64), and how many
+bytes or FLOPs every implementation needs. These are its floor, at the measured rate of a copy or of a matrix product.
+Bytes count each tensor that must be read or written once; caches are not counted on.
 
     {"bench", "about", "command", <machine>, "device", "ceilings": {"copy_gbps", "gemm_tflops": {dtype}},
      "rows": [{"case", "provider", "ms": [p20, p50, p80], "gbps" | "tflops", "floor_pct", "peak_mib", "error", "note"}],
      "skipped" and "failed": [{"case", "provider", "reason"}]}
 
-Times are of one step where a case has steps. peak_mib is what one run allocates at most, its results included (null on
-a CPU). A provider that cannot run here is in "skipped"; one that raises or is wrong is in "failed", has no time, and
-the exit status is 1.
+If a case has steps, the times are of one step. peak_mib is the memory that one run allocates at most, its results
+included (null on a CPU). A provider that cannot run here is in "skipped". One that raises or is wrong is in "failed",
+has no time, and makes the exit status 1.
 
-On a GPU no run finds its inputs in the L2 cache: it is flushed before each, and small inputs take turns with copies of
-them. On a CPU there is neither, since no rotation would be fair there: what overwrites its input is given a copy that
-was written just now. All find theirs as warm as the run before left them, and small cases can pass the copy rate.
+On a GPU the L2 cache is flushed before each run. A CPU's caches are not flushed: each run finds its inputs as the run
+before left them, so a small case can be faster than the measured rate of a copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import os
@@ -29,46 +27,40 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..grpo.files import whole
 from ..kernels.dispatch import Impl
 from .report import PARTS, dumps, label
 
-ROOT = Path(__file__).resolve().parent.parent
 Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
 
-# Of `relative_error`. bfloat16: eight bits, and logits that a head rounds to them before the softmax.
+# Of `relative_error`. bfloat16 has eight bits, and a head rounds its logits to it before the softmax.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 FLUSH_BYTES, FLUSHES = 2**28, 16  # several times the L2 cache of any GPU; together about a millisecond on a large one
-SMALL_BYTES, TURNS = 2**26, 5  # inputs of at most so many bytes, which an L2 cache might hold, are there so many times
-GPU_STATE = {  # of `hardware`, and what nvidia-smi calls it
-    "driver": "driver_version",
-    "sm_mhz": "clocks.sm",
-    "sm_mhz_max": "clocks.max.sm",
-    "memory_mhz": "clocks.mem",
-    "power_limit_w": "enforced.power.limit",
-}
+SECONDS = {"cpu": 8, "cuda": 3}  # of the timed runs of a case, after three of each provider
+GPU_STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "enforced.power.limit")  # of nvidia-smi
 
 
 class Unavailable(Exception):
-    """A provider cannot run here, and why."""
+    """A provider cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """`run` is timed on what `prepare` makes of the case's inputs: a fresh copy where `run` overwrites its input.
+    """`run` is timed on what `prepare` makes of the case's inputs: a fresh copy if `run` overwrites them.
 
-    `checked` is checked in the place of a `run` that draws at random: the same but for the draw.
+    If `run` draws at random, `checked` is checked in its place.
     """
 
     run: Callable[[Any], Outputs]
@@ -82,11 +74,11 @@ class Provider:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """`truth(inputs)` gives the function that measures a provider's error; `bytes` or `flops` is the floor, if any.
+    """What the providers are compared on.
 
-    A run of `steps` steps is reported by the step: times, the floor, and of what it `makes` how many (name, number).
-    `tolerance` of the error is that of the dtype unless given.
-    `seconds` limits the timed runs of all providers together, which are three each at the least.
+    `truth` takes the inputs, and returns the function that measures a provider's error; `tolerance` is by default that
+    of the dtype. `bytes` or `flops` is the floor. Times and floor are reported for one of the `steps` of a run, which
+    `makes` so many of a thing (name, number).
     """
 
     labels: dict[str, Any]
@@ -99,10 +91,9 @@ class Case:
     steps: int = 1
     makes: tuple[str, float] | None = None
     tolerance: float | None = None
-    seconds: float = 6
 
     def check(self, provider: Provider, inputs: Any, error_of: Callable[[Outputs], float]) -> float:
-        """The provider's error; AssertionError beyond the tolerance, and for NaN."""
+        """The provider's error; AssertionError if it is beyond the tolerance or NaN."""
         error = error_of((provider.checked or provider.run)(provider.given(inputs)))
         tolerance = TOLERANCE[self.dtype] if self.tolerance is None else self.tolerance
         assert error <= tolerance, f"error {error:.2g} beyond {tolerance}"
@@ -114,16 +105,8 @@ def short(dtype: torch.dtype) -> str:
 
 
 def kernel(device: str) -> Impl:
-    """Our implementation for this device, by name: one that cannot run is an error and never another one's time."""
+    """Our implementation for this device. It is asked for by name, so that no other one is ever timed in its place."""
     return "triton" if device == "cuda" else "native"
-
-
-def notes(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0, std: float = 1) -> Tensor:
@@ -134,12 +117,14 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 
 def with_gradients(
     run: Callable[[Any], Outputs], *, trained: int, weights: Sequence[float] | None = None
 ) -> Callable[[Any], Outputs]:
-    """`run` and its backward pass: its outputs, and the gradients of its first `trained` inputs for the sum of the
-    first outputs times their weights; None: for the sum of the outputs' squares halved."""
+    """Add the backward pass to `run`: its outputs, then the gradients of its first `trained` inputs.
+
+    The loss is the sum of the first outputs times `weights`, or without weights half the sum of the squared outputs.
+    """
 
     def both(inputs: Sequence[Any]) -> Outputs:
         leaves = [x.detach().requires_grad_() for x in inputs[:trained]]
-        given = [x.view_as(x) for x in leaves]  # what overwrites its input refuses a leaf
+        given = [x.view_as(x) for x in leaves]  # a leaf cannot be overwritten
         outputs: list[Any] = list(run((*given, *inputs[trained:])))
         ups = [torch.full_like(out, w) for out, w in zip(outputs, weights or (), strict=False)]
         ups = ups or [out.detach() for out in outputs]
@@ -152,33 +137,29 @@ def against_eager(
     labels: dict[str, Any],
     dtype: torch.dtype,
     inputs: Callable[[], Any],
-    ours: Callable[[Any], Outputs],
-    eager: Callable[[Any], Outputs],
-    impl: Impl,
-    *,
-    notes: tuple[str, str] = ("", ""),
-    fresh: Callable[[Any], Any] | None = None,
-    wrap: Any = torch.no_grad(),  # noqa: B008
+    ours: Provider,
+    eager: Provider,
     more: Mapping[str, Provider] | None = None,
+    *,
+    trained: int = 0,
+    weights: Sequence[float] | None = None,
     bytes: int = 0,
     flops: int = 0,
 ) -> Case:
-    """A kernel of ours, the formula in PyTorch (in float64 the truth), and that compiled.
+    """The case of a kernel: ours, the formula in PyTorch, that formula compiled, and more providers.
 
-    Args:
-        notes: on ours and on eager.
-        fresh: makes a copy for ours, which overwrites its input.
-        wrap: makes of ours and of eager what is timed, such as `with_gradients`.
-        more: other providers, complete.
+    The truth is the formula in float64. If `trained`, each provider runs forward and backward: see `with_gradients`.
     """
-    exact = partial(tree_map, lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x)
-    providers = {
-        "ours": Provider(wrap(ours), "; ".join(filter(None, [f'impl="{impl}"', notes[0]])), fresh),
-        "eager": Provider(wrap(eager), notes[1]),
-        "torch.compile": Provider(wrap(compiled(eager)), "of eager"),
-    }
-    truth = lambda x: expect(wrap(eager)(exact(x)))  # noqa: E731
-    return Case(labels, dtype, inputs, truth, {**providers, **(more or {})}, bytes=bytes, flops=flops)
+    wrap: Any = partial(with_gradients, trained=trained, weights=weights) if trained else torch.no_grad()
+    compiled = Provider(torch.compile(eager.run, dynamic=False, fullgraph=True), "of eager")
+    providers = {"ours": ours, "eager": eager, "torch.compile": compiled, **(more or {})}
+    providers = {name: replace(each, run=wrap(each.run)) for name, each in providers.items()}
+
+    def truth(x: Any) -> Callable[[Outputs], float]:
+        exact = tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, x)
+        return expect(providers["eager"].run(exact))
+
+    return Case({**labels, "dtype": short(dtype)}, dtype, inputs, truth, providers, bytes=bytes, flops=flops)
 
 
 def gpu_only(tensor: Tensor) -> None:
@@ -201,56 +182,46 @@ def expect(expected: Outputs) -> Callable[[Outputs], float]:
     return partial(relative_error, expected=[t.detach() for t in expected if t is not None])
 
 
-def turns(case: Case, inputs: Any) -> list[Any]:
-    """More copies of the inputs if they are small tensors. Other inputs, such as a policy, are not copied."""
-    leaves = tree_leaves(inputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    plain = all(leaf is None or isinstance(leaf, (Tensor, int, float)) for leaf in leaves)
-    small = plain and sum(tensor.nbytes for tensor in tensors) <= SMALL_BYTES
-    return [case.inputs() for _ in range(TURNS - 1)] if small else []
+def _run(provider: Provider, inputs: Any, flush: Tensor | None) -> tuple[float, float]:
+    """Milliseconds, and the MiB that were allocated at most."""
+    given = provider.given(inputs)
+    if flush is None:
+        begin = time.perf_counter()
+        outputs = provider.run(given)  # kept until the clock has stopped: freeing them takes time too
+        return 1e3 * (time.perf_counter() - begin), 0.0
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(FLUSHES):
+        flush.zero_()
+    start.record()
+    outputs = provider.run(given)  # noqa: F841
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def times_ms(
-    runs: Mapping[str, tuple[Provider, Any]],
-    repeats: int,
-    device: str,
-    seconds: float = math.inf,
-    copies: Sequence[Any] = (),
-) -> dict[str, list[float]]:
-    """All times of each, interleaved so that a busy machine slows them all alike; the first round warms up.
+def measured(
+    runs: Mapping[str, tuple[Provider, Any]], repeats: int, device: str, seconds: float = math.inf
+) -> dict[str, list[tuple[float, float]]]:
+    """Milliseconds and peak MiB of each run. Providers take turns, so that a busy machine slows them all alike.
 
-    No round begins after `seconds`, but for the first three. `copies` of the inputs take turns with them, run by run.
+    The first round warms up. No round begins after `seconds`, except for the first three that are timed.
 
-    On a GPU the time is that between two events on the device, after the L2 cache was flushed. The flushing also keeps
-    the device busy while the host queues the run, so that launches are not timed unless they outlast it.
+    On a GPU the time is between two events on the device, after the L2 cache was flushed. Flushing also keeps the
+    device busy while the host queues the run, so launches are only timed if they take longer than that.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    on_gpu = device == "cuda"
-    flush = torch.empty(FLUSH_BYTES if on_gpu else 0, dtype=torch.uint8, device=device)
-    end_of_rounds, turn = time.perf_counter() + seconds, itertools.count()
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    end_of_rounds = time.perf_counter() + seconds
     for repeat in range(repeats + 1):
         if repeat > 3 and time.perf_counter() > end_of_rounds:
             break
         for name, (provider, inputs) in runs.items():
-            given = provider.given([inputs, *copies][next(turn) % (1 + len(copies))])
-            if on_gpu:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                for _ in range(FLUSHES):
-                    flush.zero_()
-                start.record()
-                outputs = provider.run(given)
-                end.record()
-                torch.cuda.synchronize()
-                ms = start.elapsed_time(end)
-            else:
-                begin = time.perf_counter()
-                outputs = provider.run(given)  # freed behind the clock: malloc may return others' memory with it
-                ms = 1e3 * (time.perf_counter() - begin)
-            del given, outputs  # before the next one is made: there may be no room for two
-            if repeat:
-                times[name].append(ms)
-    return times
+            run = _run(provider, inputs, flush)
+            found[name] += [run] if repeat else []
+    return found
 
 
 def quantiles(times: Sequence[float]) -> list[float]:
@@ -262,20 +233,7 @@ def quantiles(times: Sequence[float]) -> list[float]:
 
 
 def _best_ms(run: Callable[[], Tensor], device: str) -> float:
-    return min(times_ms({"": (Provider(lambda _: [run()]), None)}, 10, device)[""])
-
-
-def peak_mib(provider: Provider, inputs: Any, device: str) -> float | None:
-    """Peak memory of one run, in MiB, without what was allocated before it."""
-    if device != "cuda":
-        return None
-    given = provider.given(inputs)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    provider.run(given)
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return min(measured({"": (Provider(lambda _: [run()]), None)}, 10, device)[""])[0]
 
 
 @functools.cache
@@ -283,7 +241,7 @@ def copy_gbps(device: str, tiny: bool) -> float:
     """GB/s of one large copy, read and written bytes counted; the best of ten."""
     source = torch.ones(2**20 if tiny else 2**28, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_ms(lambda: target.copy_(source), device) / 1e6
+    return round(2 * source.nbytes / _best_ms(lambda: target.copy_(source), device) / 1e6, 1)
 
 
 @functools.cache
@@ -291,42 +249,53 @@ def gemm_tflops(device: str, dtype: torch.dtype, tiny: bool) -> float:
     """TFLOP/s of one large square matrix product of random numbers; the best of ten."""
     size = 256 if tiny else 8192 if device == "cuda" else 2048
     a = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _best_ms(lambda: a @ a, device) / 1e9
+    return round(2 * size**3 / _best_ms(lambda: a @ a, device) / 1e9, 3)
 
 
-def hardware(device: str = "cpu") -> dict[str, Any]:
-    """Machine, clocks, versions and commit. BICOT_COMMIT gives the commit if the files are not a git repository."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    mhz = [float(line.split(": ", 1)[1]) for line in lines if line.startswith("cpu MHz")]
+def joules() -> float | None:
+    """The energy that the GPU has used since its driver was loaded; None if nvidia-ml-py cannot tell."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties('cuda').uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3
+    except pynvml.NVMLError:
+        return None
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Machine, clocks, versions and commit. BICOT_COMMIT gives the commit if the files are not in a git repository."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model, mhz = re.search(r"model name\s*: (.*)", info), re.findall(r"cpu MHz\s*: (.*)", info)
     described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*")
     machine: dict[str, Any] = {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": model[1] if model else platform.processor(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "cpu_mhz": round(max(mhz)) if mhz else None,  # of the fastest core now: the others may be idle
+        "cpu_mhz": round(max(map(float, mhz))) if mhz else None,  # of the fastest core now: the others may be idle
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": os.environ.get("BICOT_COMMIT") or described,
+        "device": device,
     }
     if device == "cuda":
         import triton
 
-        machine |= {"gpu": torch.cuda.get_device_name(), **gpu_state(), "triton": triton.__version__}
+        machine |= {"gpu": torch.cuda.get_device_name(), "gpu_state": gpu_state(), "triton": triton.__version__}
     return machine
 
 
-def gpu_state() -> dict[str, Any]:
-    """The current GPU's driver, clocks (measured just after some work, and the maximum) and power limit, if known."""
+def gpu_state() -> str:
+    """The GPU's driver, clocks (now, after some work, and the maximum) and power limit."""
     work = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     for _ in range(100 * FLUSHES):  # about a tenth of a second
         work.zero_()
     torch.cuda.synchronize()
-    uuid = torch.cuda.get_device_properties("cuda").uuid
-    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(GPU_STATE.values())}"]
-    driver, *told = _output(*query, "--format=csv,noheader,nounits").split(", ")
-    numbers = [float(cell) if re.fullmatch(r"[\d.]+", cell) else None for cell in told]
-    return dict.fromkeys(GPU_STATE) | dict(zip(GPU_STATE, [driver, *numbers], strict=False))
+    query = [f"--id=GPU-{torch.cuda.get_device_properties('cuda').uuid}", f"--query-gpu={','.join(GPU_STATE)}"]
+    told = _output("nvidia-smi", *query, "--format=csv,noheader").split(", ")
+    return ", ".join(f"{name} {value}" for name, value in zip(GPU_STATE, told, strict=False))
 
 
 def _output(*command: str) -> str:
@@ -343,7 +312,7 @@ def save(result: Mapping[str, Any], output: Path | None) -> None:
 
 
 def finish(result: Mapping[str, Any], output: Path | None) -> int:
-    """Print the result's section, and as the last line its JSON, which is also saved -> the exit status."""
+    """Print the result's section and, as the last line, its JSON, and save it -> the exit status."""
     save(result, output)
     print(f"\n{PARTS[result['bench']](result)}\n{json.dumps(result)}")
     return 1 if result.get("failed") else 0
@@ -358,81 +327,78 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def start(parser: argparse.ArgumentParser, doc: str | None, module: str) -> tuple[argparse.Namespace, dict[str, Any]]:
+def start(parser: argparse.ArgumentParser, doc: str | None) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Parse the command line -> its arguments, and the fields that every result has.
 
-    `doc`: "name: what", a blank, `python -m` with the module's command if it is a module's, then how.
+    `doc` has a line "name: what is measured", a line with the command, and lines that say how it is measured.
     """
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here")
-    first, *how = [line for line in (doc or "").strip().splitlines() if line and not line.startswith("python -m")]
+    first, command, *how = filter(None, (doc or "").strip().splitlines())
     name, _, what = first.partition(": ")
-    words = ["python -m", f"bicot.bench.{module}", "--device", arguments.device]
-    for option, value in vars(arguments).items():
-        said = option not in ("device", "tiny", "output", "repeats", "seconds", "steps")
-        if said and value != parser.get_default(option):
-            given = [] if value is True else value if isinstance(value, list) else [value]
-            words += [f"--{option.replace('_', '-')}", *map(str, given)]
+    hidden = r" --(output|repeats|seconds|steps)[ =]\S+| --tiny"
+    typed = re.sub(hidden, "", " ".join([command.split(" [")[0], *sys.argv[1:]]))
     about = " ".join([what[0].upper() + what[1:], *how])
-    result = {"bench": name, "about": about, "command": " ".join(words), **hardware(arguments.device)}
-    return arguments, result | {"device": arguments.device}
+    return arguments, {"bench": name, "about": about, "command": typed, **hardware(arguments.device)}
+
+
+def left_out(result: dict[str, Any], kind: str, labels: Any, provider: str, problem: object) -> None:
+    """Note that a provider has no time in a case; `kind` is "skipped" or "failed"."""
+    reason = f"{type(problem).__name__}: {problem}" if kind == "failed" else str(problem)
+    result[kind].append({"case": labels, "provider": provider, "reason": reason.split("\n")[0]})
 
 
 def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny: bool) -> None:
     """Check every provider of one case, time those that are right, and add them to the result."""
-    torch.compiler.reset()  # past its recompile limit torch.compile would silently time eager
-
-    def without(kind: str, name: str, problem: object) -> None:
-        result[kind].append({"case": case.labels, "provider": name, "reason": str(problem).split("\n")[0]})
-
+    torch.compiler.reset()  # beyond its recompile limit torch.compile would silently run eager
     try:
         inputs = case.inputs()
     except (Unavailable, torch.OutOfMemoryError) as problem:
         for name in case.providers:
-            without("skipped", name, problem)
+            left_out(result, "skipped", case.labels, name, problem)
         return
     error_of = case.truth(inputs)
-    right: dict[str, tuple[float, float | None]] = {}
+    errors: dict[str, float] = {}
     for name, provider in case.providers.items():
         try:
-            right[name] = case.check(provider, inputs, error_of), peak_mib(provider, inputs, device)
+            errors[name] = case.check(provider, inputs, error_of)
         except (ImportError, Unavailable, torch.OutOfMemoryError) as problem:
-            without("skipped", name, problem)
-        except Exception as problem:  # recorded, and the bench ends non-zero; the others' times are still good
-            without("failed", name, f"{type(problem).__name__}: {problem}")
+            left_out(result, "skipped", case.labels, name, problem)
+        except Exception as problem:  # the exit status will be 1; the others' times are still good
+            left_out(result, "failed", case.labels, name, problem)
     del error_of
-    copies = turns(case, inputs) if device == "cuda" else []
-    times = times_ms({name: (case.providers[name], inputs) for name in right}, repeats, device, case.seconds, copies)
+    runs = measured({name: (case.providers[name], inputs) for name in errors}, repeats, device, SECONDS[device])
 
     floor_ms, unit, work = 0.0, "gbps", case.bytes / 1e6
     if case.bytes:
-        rate = result["ceilings"]["copy_gbps"] = round(copy_gbps(device, tiny), 1)
+        rate = result["ceilings"]["copy_gbps"] = copy_gbps(device, tiny)
         floor_ms = case.bytes / rate / 1e6
     if case.flops:
-        rate = round(gemm_tflops(device, case.dtype, tiny), 3)
+        rate = gemm_tflops(device, case.dtype, tiny)
         result["ceilings"].setdefault("gemm_tflops", {})[short(case.dtype)] = rate
         floor_ms, unit, work = case.flops / rate / 1e9, "tflops", case.flops / 1e9
-    for name, values in times.items():
-        ms, (error, peak) = [t / case.steps for t in quantiles(values)], right[name]
+    for name, error in errors.items():
+        times, peaks = zip(*runs[name], strict=True)
+        ms, peak = [t / case.steps for t in quantiles(times)], round(max(peaks), 1) if device == "cuda" else None
         row: dict[str, Any] = {"case": case.labels, "provider": name, "ms": [round(t, 4) for t in ms]}
         row[unit] = round(work / ms[1], 3) if work else None
-        row["floor_pct"] = round(100 * floor_ms / ms[1], 1) if work else None
-        row["peak_mib"] = None if peak is None else round(peak, 1)
+        row |= {"floor_pct": round(100 * floor_ms / ms[1], 1) if work else None, "peak_mib": peak}
         if case.makes:
             row |= {"makes": case.makes[0], "per_s": float(f"{1e3 * case.makes[1] / ms[1]:.4g}")}
         result["rows"].append(row | {"error": float(f"{error:.1e}"), "note": case.providers[name].note})
+        print(f"{label(case.labels):60} {name:16} {ms[1]:10.4f} ms", flush=True)
 
 
-def main(doc: str | None, cases: Callable[[str, bool], list[Case]], module: str = "") -> int:
+def main(doc: str | None, cases: Callable[[str, bool], list[Case]]) -> int:
     """Run a bench of cases from its command line -> the exit status. `doc`: as of `start`."""
     begin, parser = time.perf_counter(), command_line(doc)
     parser.add_argument("--repeats", type=int, help="timed runs of each provider (15 on a CPU, 50 on a GPU)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no case that would outlast them begins")
-    arguments, result = start(parser, doc, module or f"bench_{(doc or '').partition(':')[0]}")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no case begins that would take longer")
+    arguments, result = start(parser, doc)
     device, tiny = arguments.device, arguments.tiny
     if tiny:
-        torch.compiler.set_stance("force_eager")  # compiling would take far longer than all that runs
+        torch.compiler.set_stance("force_eager")  # compiling would take longer than everything else
     repeats = arguments.repeats or (2 if tiny else 50 if device == "cuda" else 15)
     result |= {"ceilings": {}, "rows": [], "skipped": [], "failed": []}
     longest = 0.0
@@ -442,9 +408,7 @@ def main(doc: str | None, cases: Callable[[str, bool], list[Case]], module: str 
             _measure(case, result, repeats, device, tiny)
             longest = max(longest, time.perf_counter() - before)
         else:
-            late = {"case": case.labels, "reason": "no time was left"}
-            result["skipped"] += [late | {"provider": name} for name in case.providers]
-        for row in (row for row in result["rows"] if row["case"] is case.labels):
-            print(f"{label(case.labels):60} {row['provider']:16} {row['ms'][1]:10.4f} ms", flush=True)
-        save(result, arguments.output)  # what is measured stays should a later case outlast its time limit
+            for name in case.providers:
+                left_out(result, "skipped", case.labels, name, "no time was left")
+        save(result, arguments.output)  # now, in case this process is ended before its last case
     return finish(result, arguments.output)

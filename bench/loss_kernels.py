@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from ..kernels.grpo_loss import TokenStream, grpo_loss
 from ..kernels.linear_logprobs import linear_logprobs
 from ..kernels.token_logprobs import token_logprobs
-from .harness import Case, Outputs, Provider, Unavailable, against_eager, gpu_only, kernel, normal, notes, short
-from .harness import with_gradients as gradients
+from .harness import Case, Outputs, Provider, Unavailable, against_eager, gpu_only, kernel, normal
 
 LOGITS = {"cpu": [(4096, 16384), (512, 102400)], "cuda": [(4608, 16384), (2048, 102400)]}  # N, V
 LOGIT_DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
@@ -25,7 +24,8 @@ HEADS = {  # N, V, D
 HEAD_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 SAMPLES, BETA, EPSILON = 8, 0.01, 0.2
 IN_PLACE = "overwrites the logits with their gradient"
-PASSES = "forward", "forward + backward"
+ROUNDS = "rounds the logits to the dtype of the weights before the softmax"
+AGAIN = "computes the logits again for the backward pass"
 
 
 def source(N: int, V: int, D: int | None, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
@@ -36,7 +36,14 @@ def source(N: int, V: int, D: int | None, dtype: torch.dtype, device: str) -> tu
     return normal((N, D), dtype, device), normal((V, D), dtype, device, seed=1, std=D**-0.5), targets
 
 
-def log_softmax(logits: Tensor) -> Tensor:
+def copied(x: Any) -> Any:
+    """The inputs with a copy of the logits, for a provider that overwrites them."""
+    return x[0].clone(), *x[1:]
+
+
+def log_softmax(of: Any) -> Tensor:
+    """Of (logits,) or (hidden, weight), in float32 at least."""
+    logits = F.linear(*of) if len(of) == 2 else of[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
@@ -47,8 +54,25 @@ def picked(logp: Tensor, targets: Tensor) -> Tensor:
 def eager_stats(x: Any) -> Outputs:
     """Log-prob and entropy."""
     *of, targets = x
-    logp = log_softmax(F.linear(*of) if len(of) == 2 else of[0])
+    logp = log_softmax(of)
     return picked(logp, targets), -(logp.exp() * logp).sum(-1)
+
+
+def case_of(
+    labels: dict[str, Any],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    inputs: Callable[..., Any],
+    *providers: Any,
+    trained: int,
+    weights: Sequence[float] = (1.0,),
+    passes: int = 0,
+) -> Case:
+    """Of inputs of shape [N, V], whose floor are `passes` over the logits, or [N, V, D], whose floor are products."""
+    (N, V), D = shape[:2], shape[2] if len(shape) == 3 else None
+    flops, bytes = 2 * (1 + trained) * N * V * (D or 0), passes * N * V * dtype.itemsize
+    labels, given = {**labels, **dict(zip("NVD", shape, strict=False))}, partial(inputs, N, V, D, dtype)
+    return against_eager(labels, dtype, given, *providers, trained=trained, weights=weights, bytes=bytes, flops=flops)
 
 
 def of_logits(device: str, tiny: bool) -> list[Case]:
@@ -58,6 +82,7 @@ def of_logits(device: str, tiny: bool) -> list[Case]:
     The backward pass is that of Σ logprob + 0.01·Σ entropy.
     """
     impl, on_gpu = kernel(device), device == "cuda"
+    inputs, both = partial(source, device=device), partial(token_logprobs, impl=impl, inplace_backward=True)
 
     def trl(x: Any) -> Outputs:
         if on_gpu:
@@ -68,52 +93,34 @@ def of_logits(device: str, tiny: bool) -> list[Case]:
 
         return utils.selective_log_softmax_and_entropy(*x)
 
-    def case(N: int, V: int, dtype: torch.dtype, name: str) -> Case:
-        backward = name != "forward"
-        wrap: Any = partial(gradients, trained=1, weights=(1.0, 0.01)) if backward else torch.no_grad()
-        ours = partial(token_logprobs, impl=impl)
-        more = {"TRL": Provider(wrap(trl), "its Triton kernel" if on_gpu else "row by row, in the logits' dtype")}
-        if backward:
-            run = wrap(lambda x: ours(*x, inplace_backward=True))
-            more["ours, in place"] = Provider(run, IN_PLACE, lambda x: (x[0].clone(), x[1]))
-        return against_eager(
-            {"pass": name, "N": N, "V": V, "dtype": short(dtype)},
-            dtype,
-            partial(source, N, V, None, dtype, device),
-            lambda x: ours(*x),
-            eager_stats,
-            impl,
-            wrap=wrap,
-            more=more,
-            bytes=(3 if backward else 1) * N * V * dtype.itemsize,
-        )
-
-    shapes = [(16, 384)] if tiny else LOGITS[device]
-    return [case(*shape, dtype, name) for shape in shapes for dtype in LOGIT_DTYPES[device] for name in PASSES]
+    ours, eager = Provider(lambda x: token_logprobs(*x, impl=impl)), Provider(eager_stats)
+    forward = {"TRL": Provider(trl, "its Triton kernel" if on_gpu else "row by row, in the logits' dtype")}
+    backward = forward | {"ours, in place": Provider(lambda x: both(*x), IN_PLACE, copied)}
+    found = []
+    for shape in [(16, 384)] if tiny else LOGITS[device]:
+        for dtype in LOGIT_DTYPES[device]:
+            for name, more, trained, passes in (("forward", forward, 0, 1), ("forward + backward", backward, 1, 3)):
+                given = (shape, dtype, inputs, ours, eager, more)
+                found.append(case_of({"pass": name}, *given, trained=trained, weights=(1.0, 0.01), passes=passes))
+    return found
 
 
-def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
+def trl_chunked(x: Any) -> Outputs:
     """As TRL's trainers call it, entropy included."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
 
+    hidden, weight, targets, *_ = x
     return ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ("entropy",))[:2]
-
-
-def rounds_logits(dtype: torch.dtype) -> str:
-    """The note on providers whose matrix product writes the logits in the dtype of the weights."""
-    return "" if dtype == torch.float32 else f"rounds the logits to {short(dtype)} before the softmax"
 
 
 def of_hidden(device: str, tiny: bool) -> list[Case]:
     """Log-prob and entropy from hidden states and a head, forward alone and with both gradients.
 
     Floor: 2·N·V·D FLOP forward and 4·N·V·D backward (6 together), at the rate of a large square product in the same
-    dtype. The backward pass is that of Σ logprob, as in a policy loss without entropy bonus; that also lets peers take
-    part which compute no entropy.
+    dtype. The backward pass is that of Σ logprob, as in a policy loss without entropy bonus; so peers that compute no
+    entropy can take part.
     """
-    dtype, impl = HEAD_DTYPE[device], kernel(device)
-    rounds = rounds_logits(dtype)
 
     def torch_chunked(x: Any) -> Outputs:
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -127,38 +134,26 @@ def of_hidden(device: str, tiny: bool) -> list[Case]:
 
         return -liger_fused_linear_cross_entropy(*x, reduction="none"), None
 
-    def case(N: int, V: int, D: int, name: str) -> Case:
-        backward = name != "forward"
-        wrap: Any = partial(gradients, trained=2, weights=(1.0,)) if backward else torch.no_grad()
-        again = "computes the logits again in the backward pass" if backward else ""
-        low = "" if dtype == torch.float32 else f"returns {short(dtype)}"
-        return against_eager(
-            {"pass": name, "N": N, "V": V, "D": D, "dtype": short(dtype)},
-            dtype,
-            partial(source, N, V, D, dtype, device),
-            lambda x: linear_logprobs(*x, impl=impl),
-            eager_stats,
-            impl,
-            notes=("", rounds),
-            wrap=wrap,
-            more={
-                "TRL chunked": Provider(wrap(lambda x: trl_chunked(*x)), notes(rounds, again)),
-                "F.linear_cross_entropy": Provider(wrap(torch_chunked), notes("chunked; no entropy", low, again)),
-                "Liger": Provider(wrap(liger), notes("fused linear cross-entropy; no entropy", rounds, again)),
-            },
-            flops=(6 if backward else 2) * N * V * D,
-        )
-
-    shapes = [(16, 384, 32)] if tiny else HEADS[device]
-    return [case(*shape, name) for shape in shapes for name in PASSES]
+    peers = {
+        "TRL chunked": Provider(trl_chunked, f"{ROUNDS}; {AGAIN}"),
+        "F.linear_cross_entropy": Provider(torch_chunked, f"chunked; no entropy; {AGAIN}"),
+        "Liger": Provider(liger, f"fused linear cross-entropy; no entropy; {ROUNDS}; {AGAIN}"),
+    }
+    ours, eager = Provider(lambda x: linear_logprobs(*x, impl=kernel(device))), Provider(eager_stats, ROUNDS)
+    given = (partial(source, device=device), ours, eager, peers)
+    return [
+        case_of({"pass": name}, shape, HEAD_DTYPE[device], *given, trained=trained)
+        for shape in ([(16, 384, 32)] if tiny else HEADS[device])
+        for name, trained in (("forward", 0), ("forward + backward", 2))
+    ]
 
 
 def terms(N: int, V: int, D: int | None, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
     """`source`, then old and reference log-probs and the sample of each token [N], and advantages [SAMPLES]."""
     *of, targets = source(N, V, D, dtype, device)
-    logprob = picked(log_softmax(F.linear(*of) if D else of[0]), targets)
+    logprob = picked(log_softmax(of), targets)
     noise = torch.rand((2, N), generator=torch.Generator(device).manual_seed(2), device=device)
-    advantages = torch.linspace(-0.5, 1.5, SAMPLES, device=device)  # of a sum that does not cancel
+    advantages = torch.linspace(-0.5, 1.5, SAMPLES, device=device)  # their sum is not 0
     sample = torch.arange(N, device=device) // (N // SAMPLES)
     return *of, targets, *(logprob + 0.1 * noise - 0.05), sample, advantages
 
@@ -174,7 +169,7 @@ def from_logprob(logprob: Tensor, x: Any) -> Outputs:
 
 def eager_loss(x: Any) -> Outputs:
     *of, targets = x[:-4]
-    return from_logprob(picked(log_softmax(F.linear(*of) if len(of) == 2 else of[0]), targets), x)
+    return from_logprob(picked(log_softmax(of), targets), x)
 
 
 def our_loss(x: Any, *, impl: Any, inplace: bool = False) -> Outputs:
@@ -184,94 +179,73 @@ def our_loss(x: Any, *, impl: Any, inplace: bool = False) -> Outputs:
     return (grpo_loss([stream], advantages, beta=BETA, epsilon=EPSILON, impl=impl, inplace=inplace).loss,)
 
 
-def liger_loss(x: Any, *, inplace: bool) -> Outputs:
-    logits, *columns, _, advantages = x
-    gpu_only(logits)
+def by_sample(x: Any) -> tuple[Tensor, ...]:
+    """Targets, old and reference log-probs [SAMPLES, N / SAMPLES]."""
+    targets, old, ref = (column.view(SAMPLES, -1) for column in x[-5:-2])
+    return targets, old, ref
+
+
+def liger_loss(x: Any) -> Outputs:
+    gpu_only(x[0])
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    targets, old, ref = (column.view(SAMPLES, -1) for column in columns)
-    settings = {"temperature": 1.0, "beta": BETA, "eps_low": EPSILON, "eps_high": EPSILON, "inplace": inplace}
-    return triton_grpo_loss(logits, old, ref, targets, advantages, reduce=True, **settings)[:1]
+    targets, old, ref = by_sample(x)
+    settings = {"temperature": 1.0, "beta": BETA, "eps_low": EPSILON, "eps_high": EPSILON, "inplace": True}
+    return triton_grpo_loss(x[0], old, ref, targets, x[-1], reduce=True, **settings)[:1]
 
 
 def liger_rows(x: Any) -> Any:
-    """A copy of the logits as Liger wants them: one more row a sample, which takes no part."""
+    """A copy of the logits with one more row a sample, which Liger wants and does not use."""
     return F.pad(x[0].view(SAMPLES, -1, x[0].shape[-1]), (0, 0, 0, 1)), *x[1:]
 
 
-def without_liger_rows(run: Callable[[Any], Outputs]) -> Callable[[Any], Outputs]:
-    def cut(x: Any) -> Outputs:
-        value, gradient = run(x)
-        assert gradient is not None
-        return value, gradient[:, :-1]
-
-    return cut
+def liger_value(x: Any) -> Outputs:
+    """The loss without its gradient, which has more rows than that of the others."""
+    return *liger_loss(x), None
 
 
 def liger_head(x: Any) -> Outputs:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    hidden, weight, *columns, _, advantages = x
-    targets, old, ref = (column.view(SAMPLES, -1) for column in columns)
+    targets, old, ref = by_sample(x)
     fused = LigerFusedLinearGRPOLoss(beta=BETA, epsilon_low=EPSILON, epsilon_high=EPSILON)
-    tokens = hidden.view(SAMPLES, -1, hidden.shape[-1])
-    return (fused(tokens, weight, targets, torch.ones_like(old), advantages, None, ref, old)[0],)
+    tokens = x[0].view(SAMPLES, -1, x[0].shape[-1])
+    return (fused(tokens, x[1], targets, torch.ones_like(old), x[-1], None, ref, old)[0],)
+
+
+def trl_loss(x: Any) -> Outputs:
+    logprob, _ = trl_chunked(x)
+    assert logprob is not None
+    return from_logprob(logprob, x)
 
 
 def loss(device: str, tiny: bool) -> list[Case]:
     """The loss and its gradients, from logits and from hidden states and a head.
 
     8 samples of equal length, loss_type="dapo", beta 0.01, old and reference log-probs given. Ratios stay inside the
-    clip range, so that the rounding of a logit cannot flip a clip and no row is without gradient. Floor: from logits,
-    they are read once and their gradient is written once; from hidden states, 6·N·V·D FLOP, 4 with a frozen head. Ours
-    reports entropies too, which no other provider is asked for.
+    clip range, so rounding cannot change what is clipped, and every row has a gradient. Floor: from logits, they are
+    read once and their gradient is written once; from hidden states, 6·N·V·D FLOP, 4 with a frozen head. Only ours
+    reports entropies too.
     """
-    impl, dtype = kernel(device), HEAD_DTYPE[device]
-    rounds, again = rounds_logits(dtype), "computes the logits twice"
-    ours = partial(our_loss, impl=impl)
-
-    def from_logits(N: int, V: int, dtype: torch.dtype) -> Case:
-        wrap: Any = partial(gradients, trained=1, weights=(1.0,))
-        liger = [without_liger_rows(wrap(partial(liger_loss, inplace=inplace))) for inplace in (False, True)]
-        fresh = lambda x: (x[0].clone(), *x[1:])  # noqa: E731
-        return against_eager(
-            {"input": "logits", "N": N, "V": V, "dtype": short(dtype)},
-            dtype,
-            partial(terms, N, V, None, dtype, device),
-            ours,
-            eager_loss,
-            impl,
-            wrap=wrap,
-            more={
-                "ours, in place": Provider(wrap(partial(ours, inplace=True)), IN_PLACE, fresh),
-                "Liger": Provider(liger[0], "its Triton kernel", liger_rows),
-                "Liger, in place": Provider(liger[1], notes("its Triton kernel", IN_PLACE), liger_rows),
-            },
-            bytes=2 * N * V * dtype.itemsize,
-        )
-
-    def from_hidden(N: int, V: int, D: int, frozen: bool) -> Case:
-        wrap: Any = partial(gradients, trained=1 if frozen else 2, weights=(1.0,))
-        products = "multiplies gradients in float32" if dtype != torch.float32 else ""
-        labels = {"input": "hidden", "head": "frozen head" if frozen else "trained head"}
-        trl = wrap(lambda x: from_logprob(trl_chunked(*x[:3])[0], x))  # type: ignore[arg-type]
-        return against_eager(
-            labels | {"N": N, "V": V, "D": D, "dtype": short(dtype)},
-            dtype,
-            partial(terms, N, V, D, dtype, device),
-            ours,
-            eager_loss,
-            impl,
-            notes=("", rounds),
-            wrap=wrap,
-            more={
-                "Liger": Provider(wrap(liger_head), notes("fused linear", rounds, again, products)),
-                "TRL chunked": Provider(trl, notes(rounds, again)),
-            },
-            flops=(4 if frozen else 6) * N * V * D,
-        )
-
+    inputs, ours = partial(terms, device=device), partial(our_loss, impl=kernel(device))
+    from_logits = {
+        "ours, in place": Provider(partial(ours, inplace=True), IN_PLACE, copied),
+        "Liger": Provider(
+            liger_loss, f"its Triton kernel; {IN_PLACE}; only its loss is checked", liger_rows, liger_value
+        ),
+    }
+    from_hidden = {
+        "Liger": Provider(liger_head, f"fused linear; {ROUNDS}; {AGAIN}; multiplies gradients in float32"),
+        "TRL chunked": Provider(trl_loss, f"{ROUNDS}; {AGAIN}"),
+    }
     logits, heads = ([(16, 384)], [(16, 384, 32)]) if tiny else (LOGITS[device], HEADS[device])
-    found = [from_logits(*shape, dtype) for shape in logits for dtype in LOGIT_DTYPES[device]]
-    found += [from_hidden(*shape, False) for shape in heads]
-    return found + [from_hidden(*shape, True) for shape in heads if shape[2] == heads[0][2]]  # others differ in FLOPs
+    found = []
+    for shape in logits:
+        for dtype in LOGIT_DTYPES[device]:
+            given = (shape, dtype, inputs, Provider(ours), Provider(eager_loss), from_logits)
+            found.append(case_of({"input": "logits"}, *given, trained=1, passes=2))
+    for head, trained, shapes in (("trained head", 2, heads), ("frozen head", 1, heads[:2])):
+        labels, eager = {"input": "hidden", "head": head}, Provider(eager_loss, ROUNDS)
+        same = (HEAD_DTYPE[device], inputs, Provider(ours), eager, from_hidden)
+        found += [case_of(labels, shape, *same, trained=trained) for shape in shapes]
+    return found

@@ -1,4 +1,4 @@
-"""Policies and runs for benches: the toy, and random weights at true shapes, made on the device without a download."""
+"""The policies and runs of the benches: the toy, and random weights at true shapes, which need no download."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from ..grpo.distributed import Ranks
 from ..grpo.trainer import Trainer
 from ..model.policy import Policy, load_policy
 from ..rewards.base import Example
-from .harness import Unavailable
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy" / "assets"
-TRAINED = {"Janus-Pro-7B": 2}  # last layers that train, where not all do: so it fits 80 GB
+TRAINED = {"Janus-Pro-7B": 2}  # only so many last layers train, so that it fits into 80 GB
 
 
 class Words:
-    """Stands in for the tokenizer of a random model: every word is a token, and every token a word."""
+    """The tokenizer of a random model: every word is a token, and every token is a word."""
 
     bos_token_id, eos_token_id, pad_token_id, boi_token_id, special = 0, 1, 2, 3, 4
     unk_token_id = None
@@ -55,7 +54,7 @@ class Words:
 
 
 class Shape(NamedTuple):
-    """Of the language model and its two heads; heads are all of their own keys and values."""
+    """Sizes of the language model and its two heads. Each attention head has its own keys and values."""
 
     hidden: int
     layers: int
@@ -66,9 +65,8 @@ class Shape(NamedTuple):
 
     @property
     def layer_weights(self) -> int:
-        """Of all layers and the last norm."""
         D = self.hidden
-        return self.layers * (4 * D * D + 3 * D * self.intermediate + 2 * D) + D
+        return self.layers * (4 * D * D + 3 * D * self.intermediate + 2 * D) + D  # with the last norm
 
     @property
     def text_head_weights(self) -> int:
@@ -88,8 +86,8 @@ SHAPES = {
 }
 
 
-def _random_model(shape: Shape, dtype: torch.dtype, device: str, num_image_tokens: int) -> Any:
-    """Picture coder and vision tower are tiny; a picture has `num_image_tokens` tokens."""
+def _random_model(shape: Shape, dtype: torch.dtype, device: str, image_tokens: int) -> Any:
+    """VQ model and vision tower are tiny; a picture has `image_tokens` tokens."""
     text = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -99,24 +97,11 @@ def _random_model(shape: Shape, dtype: torch.dtype, device: str, num_image_token
         num_key_value_heads=shape.heads,
         initializer_range=shape.hidden**-0.5,  # logits of unit size at any width
     )
-    vision = JanusVisionConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=2,
-        projection_dim=shape.hidden,
-        num_image_tokens=num_image_tokens,
-    )
-    vq = JanusVQVAEConfig(
-        num_embeddings=shape.codes,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        projection_dim=shape.hidden,
-        image_token_embed_dim=shape.hidden,
-    )
+    tower: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+    vision = JanusVisionConfig(**tower, patch_size=2, projection_dim=shape.hidden, num_image_tokens=image_tokens)
+    coder: dict[str, Any] = {"latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1]}
+    coder |= {"num_res_blocks": 1, "projection_dim": shape.hidden, "image_token_embed_dim": shape.hidden}
+    vq = JanusVQVAEConfig(num_embeddings=shape.codes, **coder)
     config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, tie_word_embeddings=False)
     torch.manual_seed(0)
     with torch.device(device):
@@ -124,21 +109,11 @@ def _random_model(shape: Shape, dtype: torch.dtype, device: str, num_image_token
 
 
 @lru_cache(maxsize=1)
-def policy_of(name: str, dtype: torch.dtype, device: str, num_image_tokens: int) -> Policy:
-    """The policy `name` of `SHAPES`; the toy's pictures have 64 tokens whatever is asked for.
-
-    Raises:
-        Unavailable: its weights do not fit the GPU.
-    """
+def policy_of(name: str, dtype: torch.dtype, device: str, image_tokens: int) -> Policy:
+    """The policy `name` of `SHAPES`; the toy's pictures always have 64 tokens."""
     if name == "toy":
         return load_policy(TOY, dtype=dtype, device=device)
-    shape = SHAPES[name]
-    if device == "cuda":
-        torch.cuda.empty_cache()  # what the case before has left
-        needed = dtype.itemsize * (shape.layer_weights + 2 * shape.text_head_weights + 2 * shape.image_head_weights)
-        if needed > (free := torch.cuda.mem_get_info()[0]):
-            raise Unavailable(f"its weights take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free")
-    return Policy(_random_model(shape, dtype, device, num_image_tokens), Words(shape.vocab))
+    return Policy(_random_model(SHAPES[name], dtype, device, image_tokens), Words(SHAPES[name].vocab))
 
 
 def brightness(images: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -164,16 +139,19 @@ def published_config(**changes: Any) -> Config:
 
 
 class ShapeTrainer(Trainer):
-    """Trains random weights of a shape, whose words are their own; of "toy", the toy itself.
+    """Trains random weights of a shape of `SHAPES` with their own words, or the toy itself.
 
-    Args:
-        shape: a name of `SHAPES`.
-        image_tokens: of a picture, a square; the toy's have 64.
+    A picture has `image_tokens` tokens, a square number; the toy's have 64.
     """
 
     def __init__(self, shape: str, image_tokens: int, config: Config, ranks: Ranks) -> None:
         self.shape, self.image_tokens = shape, image_tokens
         super().__init__(config, ranks)
+
+    def _roll_out(self, examples: list[Example]) -> Any:
+        drawn = super()._roll_out(examples)
+        self.rollout = drawn[0]  # the last one
+        return drawn
 
     def _load(self, path: str | Path, reference: bool = False) -> Policy:
         """The pictures of a shape other than "tiny" are as large as published."""

@@ -1,8 +1,9 @@
 """Write RESULTS.md and its pictures from the JSON files in bench/results: what was measured, on what, by which command.
 
-python -m bicot.bench.report [RESULTS]
+python -m bicot.bench.report [FOLDER]
 
-RESULTS is another folder, or the archive of a walk of gpu.sh, whose results then join those in bench/results.
+FOLDER is another folder of results. To keep the results of a GPU, copy OUTDIR/results/*.json of gpu.sh to bench/results
+before.
 """
 
 from __future__ import annotations
@@ -20,10 +21,6 @@ from ..grpo.files import whole
 UNITS = {"gbps": "GB/s", "tflops": "TFLOP/s"}
 HERE = Path(__file__).resolve().parent
 SHOWN = 6  # kernels by name of a part of a step
-NO_FLOOR = {
-    "communication": "the links between ranks are not measured",
-    "weights": "a copy, which could be avoided",
-}
 
 Result = Mapping[str, Any]
 
@@ -62,15 +59,11 @@ def spread(times: Sequence[float]) -> str:
 
 
 def machine(result: Result) -> str:
-    clocks = {"sm_mhz": "SM {} MHz", "sm_mhz_max": "at most {}", "memory_mhz": "memory {} MHz", "power_limit_w": "{} W"}
-    said = clocks if "gpu" in result else {"cpu_mhz": "{} MHz"}
-    known = "".join(f"{words.format(f'{result[key]:.0f}')}, " for key, words in said.items() if result.get(key))
+    versions = f"torch {result['torch']}, commit {result['commit']}"
     if "gpu" in result:
-        return f"{result['gpu']}, {known}" + ", ".join(
-            f"{k} {result[k]}" for k in ("driver", "torch", "triton", "commit")
-        )
-    threads = f"{result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
-    return f"{result['cpu']} ({result['isa']}), {known}{threads}"
+        return f"{result['gpu']} ({result['gpu_state']}), triton {result['triton']}, {versions}"
+    mhz = f"{result['cpu_mhz']} MHz, " if result.get("cpu_mhz") else ""
+    return f"{result['cpu']} ({result['isa']}), {mhz}{result['threads']} threads, {versions}"
 
 
 def head(result: Result, title: str = "", more: str = "") -> str:
@@ -85,10 +78,11 @@ def bullets(lines: Sequence[str]) -> str:
     return "".join(f"- {line}\n" for line in dict.fromkeys(lines))
 
 
-def ceilings(result: Result) -> list[str]:
+def ceilings(result: Result) -> str:
     found = result.get("ceilings", {})
     rates = [f"copy {number(found['copy_gbps'])} GB/s"] if found.get("copy_gbps") else []
-    return rates + [f"{name} {number(rate)} TFLOP/s" for name, rate in found.get("gemm_tflops", {}).items()]
+    rates += [f"{name} {number(rate)} TFLOP/s" for name, rate in found.get("gemm_tflops", {}).items()]
+    return f"Ceilings: {', '.join(rates)}." if rates else ""
 
 
 def without(result: Result) -> list[str]:
@@ -101,9 +95,8 @@ def without(result: Result) -> list[str]:
 
 
 def tables(result: Result) -> str:
-    """Tables as they are; where one names a command, it was taken by hand with parts of it."""
-    measured = f"Ceilings: {', '.join(ceilings(result))}." if "ceilings" in result else ""
-    parts = [head(result, result["title"], measured)]
+    """Tables as they are in the file."""
+    parts = [head(result, result["title"], ceilings(result))]
     for each in result["tables"]:
         named = filter(None, [each.get("title"), "command" in each and f"`{each['command']}`"])
         title = f"{', '.join(named)}:\n\n" if "title" in each else ""
@@ -112,141 +105,115 @@ def tables(result: Result) -> str:
     return "\n".join(parts)
 
 
-def achieved(row: Result) -> str:
-    said = [f"{number(row['per_s'])} {row['makes']}/s"] if "makes" in row else []
-    said += [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
-    return ", ".join(said)
-
-
 def kernel(result: Result) -> str:
-    """Any bench of cases and providers: one table, and what was noted of the providers."""
+    """Any bench of cases and providers: one table, and the notes on the providers."""
     ours = {label(row["case"]): row["ms"][1] for row in result["rows"] if row["provider"] == "ours"}
     rows, above = [], ""
     for row in result["rows"]:
         case = label(row["case"])
         more = "" if case not in ours or row["provider"] == "ours" else f"{row['ms'][1] / ours[case]:.2f}×"
         floor, peak = ("" if row[key] is None else f"{row[key]:.0f}" for key in ("floor_pct", "peak_mib"))
-        name = "" if case == above else case
-        rows.append([name, row["provider"], spread(row["ms"]), achieved(row), floor, peak, f"{row['error']:.0e}", more])
+        achieved = [f"{number(row['per_s'])} {row['makes']}/s"] if "makes" in row else []
+        achieved += [f"{number(row[unit])} {name}" for unit, name in UNITS.items() if row.get(unit) is not None]
+        cells = [row["provider"], spread(row["ms"]), ", ".join(achieved), floor, peak, f"{row['error']:.0e}", more]
+        rows.append(["" if case == above else case, *cells])
         above = case
-    said = "Medians [p20 to p80] of interleaved runs."
-    said += f" Ceilings: {', '.join(ceilings(result))}." if ceilings(result) else ""
+    said = f"Medians [p20 to p80] of interleaved runs. {ceilings(result)}".strip()
     if any((row["floor_pct"] or 0) > 100 for row in result["rows"]):
-        said += " What mostly reads can pass the rate of a copy, and so 100 %."
+        said += " A case can be above 100 % of the floor: caches are faster than a large copy, and so is reading alone."
     remarks = [f"{row['provider']}: {row['note']}" for row in result["rows"] if row["note"]] + without(result)
     header = ["case", "provider", "ms", "achieved", "% of floor", "peak MiB", "error", "ours is"]
     return f"{head(result, more=said)}\n{table(header, rows)}\n\n{bullets(remarks)}"
 
 
 def step(result: Result) -> str:
-    ratios = {label(entry["case"]): entry["times"] for entry in result["ratios"]}
-    of_case: dict[str, list[Any]] = {}
-    for row in result["rows"]:
-        of_case.setdefault(label(row["case"]), []).append(row)
+    """Whole steps of ours and of the baseline, compared by the image."""
     rows, phases = [], []
-    for case, pair in of_case.items():
-        times = ratios.get(case, {})
-        for row in pair:
-            peak, joules = row["peak_mib"], row["joules_per_image"]
-            rows.append(
-                [
-                    case if row is pair[0] else "",
-                    row["provider"],
-                    f"{row.get('steps') or result['repeats']} × {row['images']}",
-                    spread(row["seconds"]),
-                    number(row["images_per_s"]),
-                    "" if peak is None else str(peak),
-                    "" if joules is None else number(joules),
-                    f"{row['plan_tokens']:.1f}",
-                    f"{number(times['step'])}×" if "step" in times and row is not pair[0] else "",
-                ]
-            )
-        cells = []
-        for name in pair[0]["phases"]:
-            both = " / ".join(number(1e3 * row["phases"].get(name, 0.0) / row["images"]) for row in pair)
-            cells.append(both + (f" ({number(times[name])}×)" if times.get(name) else ""))
-        phases.append([case, *cells])
+    ours: dict[str, float] = {}
+    for row in result["rows"]:
+        first, case = row["provider"] == "ours", label(row["case"])
+        ms = {name: 1e3 * s / row["images"] for name, s in {"step": row["seconds"][1], **row["phases"]}.items()}
+        ours = ms if first else ours
+        longer = {} if first else {name: f"{number(ms[name] / ours[name])}×" for name in ms if ours[name]}
+        named = [case if first else "", row["provider"]]
+        peak, joules = ("" if row[key] is None else number(row[key]) for key in ("peak_mib", "joules_per_image"))
+        cells = [f"{row['steps']} × {row['images']}", spread(row["seconds"]), number(row["images_per_s"]), peak, joules]
+        rows.append([*named, *cells, f"{row['plan_tokens']:.1f}", longer.get("step", "")])
+        phases.append(
+            [*named, *(f"{number(ms[x])} ({longer[x]})" if x in longer else number(ms[x]) for x in row["phases"])]
+        )
     header = ["case", "provider", "steps × images", "seconds a step", "images/s", "peak MiB", "J/image", "plan tokens"]
-    notes = [f"{row['provider']}: {row['note']}" for row in result["rows"] if row.get("note")]
-    notes += [f"seconds ~ {axis}^{exponent}" for axis, exponent in result.get("exponent", {}).items()]
-    notes += [f"{label(e['case'])}, {line}" for e, line in zip(_entries(result), without(result), strict=True)]
+    notes = [f"{row['provider']}: {row['note']}" for row in result["rows"] if row["note"]]
+    entries = [label(entry["case"]) for kind in ("skipped", "failed") for entry in result[kind]]
+    notes += [f"{case}, {line}" for case, line in zip(entries, without(result), strict=True)]
     return f"""{head(result, more="Medians [p20 to p80] of steps taken in turn.")}
 {table([*header, "ours is"], rows)}
 
-Milliseconds an image of each phase, ours / the baseline's, and how many times longer that is:
+Milliseconds of each phase for one image, and how many times those of ours that is:
 
-{table(["case", *(result["rows"][0]["phases"] if result["rows"] else [])], phases)}
+{table(["case", "provider", *(result["rows"][0]["phases"] if result["rows"] else [])], phases)}
 
-{bullets([*notes, *result["missing"]])}"""
-
-
-def _entries(result: Result) -> list[Any]:
-    return [*result["skipped"], *result["failed"]]
+{bullets(notes)}"""
 
 
 def step_profile(result: Result) -> str:
-    header = ["phase", "ms", "%", "calls", "gap ms", "busy ms", "floor ms", "× floor", "bound by"]
+    on_gpu = result["device"] == "cuda"
     rows = []
     for row in result["rows"]:
         floor = row["floor_ms"]
-        why = f" (no floor: {NO_FLOOR[row['phase']]})" if not floor and row["phase"] in NO_FLOOR else ""
-        busy = number(row["busy_ms"]) if result["device"] == "cuda" else ""
         beyond = ["" if floor is None else number(floor), f"{row['ms'] / floor:.1f}" if floor else ""]
-        numbers = [number(row["ms"]), f"{row['pct']:.1f}", f"{row['calls']:.3g}", number(row["gap_ms"]), busy]
-        rows.append([row["phase"], *numbers, *beyond, row["binds"] + why])
+        numbers = [number(row["ms"]), f"{row['pct']:.1f}", f"{row['calls']:.3g}", number(row["gap_ms"])]
+        busy = number(row["busy_ms"]) if on_gpu else ""
+        rows.append([row["phase"], *numbers, busy, *beyond, row["binds"]])
     said = f"A step of {result['images']} images takes {spread(result['step_ms'])} ms: "
     said += f"{number(result['images_per_second'])} images a second. "
-    said += "The profile of it did not end."
     if rows:
-        said = said.replace("The profile of it did not end.", "Under the profiler it takes ")
-        said += f"{number(result['profiled_step_ms'][1])} ms. The phases cover {result['covered_pct']:.1f} % of it."
-    said += f" Ceilings: {', '.join(ceilings(result))}."
+        said += f"Under the profiler it takes {number(result['profiled_step_ms'][1])} ms. "
+        said += f"The phases cover {result['covered_pct']:.1f} % of it. "
+    else:
+        said += "The profile of it did not end. "
+    said += ceilings(result)
     if any(row["floor_ms"] and row["floor_ms"] > row["ms"] for row in result["rows"]):
         said += " A phase can pass its floor: the ceilings are of one large copy and one square matrix product."
     if result["power"]:
         said += f" Power: {', '.join(f'{name} {value}' for name, value in result['power'].items())}."
-    said += "".join(f" Missing: {missing}." for missing in result["missing"])
     names = [
         [part if not i else "", f"`{name}`", number(count), number(us)]
         for part, kernels in result.get("kernels", {}).items()
         for i, (name, count, us) in enumerate(kernels[:SHOWN])
     ]
-    unit = "kernel" if result["device"] == "cuda" else "operator"
     streams = [
         f"{stream}: {', '.join(f'{phase} {number(ms)} ms' for phase, ms in phases.items())}"
         for stream, phases in result["streams"].items()
     ]
-    by_name = f"{table(['of a step', unit, 'count', 'µs'], names)}\n\n" if names else ""
-    return f"{head(result, more=said)}\n{table(header, rows)}\n\n{by_name}{bullets(streams)}"
-
-
-def bars(result: Result) -> tuple[str, dict[str, dict[str, float]]]:
-    """What is drawn of a step: a unit, and the phases of each bar."""
-    if result["bench"] == "step":
-        return "seconds an image", {
-            f"{label(row['case'])}: {row['provider']}": {k: s / row["images"] for k, s in row["phases"].items()}
-            for row in result["rows"]
-        }
-    found = {"step": {row["phase"]: row["ms"] for row in result["rows"]}}
-    found["floors"] = {row["phase"]: row["floor_ms"] or 0.0 for row in result["rows"]}
-    return "ms of a step", found | result["streams"]
+    by_name = table(["of a step", "kernel" if on_gpu else "operator", "count", "µs"], names) if names else ""
+    header = ["phase", "ms", "%", "calls", "gap ms", "busy ms", "floor ms", "× floor", "bound by"]
+    return "\n\n".join(filter(None, [head(result, more=said) + "\n" + table(header, rows), by_name, bullets(streams)]))
 
 
 def draw(result: Result, path: Path) -> None:
-    """A PNG of stacked bars, with one colour for each phase of the first; what is no phase is grey."""
+    """A PNG of stacked bars, one colour a phase; what is not in a phase is grey."""
     from matplotlib.figure import Figure
 
-    unit, named = bars(result)
-    wrapped = {fill(name, 40): bar for name, bar in named.items()}
-    figure = Figure(figsize=(10, 1.8 + 0.4 * len(wrapped)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(wrapped)
-    for i, phase in enumerate(next(iter(wrapped.values()))):
-        widths = [bar.get(phase, 0.0) for bar in wrapped.values()]
-        colour = "lightgrey" if phase in ("idle", "rest") else f"C{i % 10}"
-        axes.barh(
-            list(wrapped), widths, left=left, color=colour, hatch="//" * (i // 10), edgecolor="white", label=phase
+    if result["bench"] == "step":
+        unit, named = (
+            "seconds an image",
+            {
+                f"{label(row['case'])}: {row['provider']}": {k: s / row["images"] for k, s in row["phases"].items()}
+                for row in result["rows"]
+            },
         )
+    else:
+        unit, named = "ms of a step", {"step": {row["phase"]: row["ms"] for row in result["rows"]}}
+        named |= {"floors": {row["phase"]: row["floor_ms"] or 0.0 for row in result["rows"]}} | result["streams"]
+    figure = Figure(figsize=(10, 1.8 + 0.4 * len(named)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(named)
+    for i, phase in enumerate(next(iter(named.values()))):
+        widths = [bar.get(phase, 0.0) for bar in named.values()]
+        colour = "lightgrey" if phase in ("idle", "rest") else f"C{i % 10}"
+        names, hatch = [fill(name, 40) for name in named], "//" * (i // 10)
+        axes.barh(names, widths, left=left, color=colour, hatch=hatch, edgecolor="white", label=phase)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel(unit)
@@ -255,65 +222,53 @@ def draw(result: Result, path: Path) -> None:
         figure.savefig(part, dpi=100, metadata={"Software": None})
 
 
-KERNELS = ["rollout", "rewards", "decode_attention", "rms_norm", "silu_mul", "rope_kv_write"]
-KERNELS += ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
 # The sections of RESULTS.md, in their order, by the name of the bench.
-PARTS: dict[str, Callable[[Result], str]] = {
-    "tables": tables,
-    "step": step,
-    "step_profile": step_profile,
-    **dict.fromkeys(["train", *KERNELS], kernel),
-}
-DRAWN = ("step", "step_profile")
+PARTS: dict[str, Callable[[Result], str]] = {"tables": tables, "step": step, "step_profile": step_profile}
+KERNELS = ["train", "rollout", "decode_attention", "rms_norm", "silu_mul", "rope_kv_write"]
+KERNELS += ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample"]
+PARTS |= dict.fromkeys([*KERNELS, "rewards"], kernel)  # rewards: a bench of earlier commits
 
 
-def load(folder: Path) -> dict[Path, dict[str, Any]]:
-    """The results in `folder`, in the order of their sections.
+def render(folder: Path, pictures: bool = True) -> str:
+    """RESULTS.md from the JSON files in `folder`; the pictures are drawn beside them.
 
     Raises:
-        ValueError: a file is no JSON object of a bench that has a section.
+        ValueError: a file is not the JSON object of a bench that has a section.
     """
+    about = "Generated by `python -m bicot.bench.report` from bench/results; do not edit. Commands are those of today."
     results = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     for path, result in results.items():
         if (bench := result.get("bench")) not in PARTS:
             raise ValueError(f"{path}: no section for bench {bench!r}; there are {', '.join(PARTS)}")
-    order = list(PARTS)
-    return dict(sorted(results.items(), key=lambda item: (order.index(item[1]["bench"]), item[1].get("device", ""))))
-
-
-def render(folder: Path, pictures: bool = True) -> str:
-    """RESULTS.md from the JSON files in `folder`; the pictures are drawn beside them."""
-    about = "Generated by `python -m bicot.bench.report` from bench/results; do not edit. Commands are those of today."
-    sections = [f"# Results\n\n{about}\n"]
-    for path, result in load(folder).items():
-        picture = path.with_suffix(".png")
+    order, sections = list(PARTS), [f"# Results\n\n{about}\n"]
+    for path, result in sorted(results.items(), key=lambda x: (order.index(x[1]["bench"]), x[1].get("device", ""))):
         sections.append(PARTS[result["bench"]](result))
-        if pictures and result["bench"] in DRAWN and result["rows"]:
+        picture = path.with_suffix(".png")
+        if pictures and result["bench"] in ("step", "step_profile") and result["rows"]:
             draw(result, picture)
         if picture.exists():
             sections.append(f"![{result['bench']}]({folder.name}/{picture.name})\n")
     return "\n".join(sections)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    about = "a folder with RESULTS.md beside it, or FILE.json"
-    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results", help=about)
-    folder = parser.parse_args().results.resolve()
-    if folder.is_file():
-        archive, folder = json.loads(folder.read_text()), HERE / "results"
-        for name, result in archive.items():
-            with whole(folder / name) as part:
-                part.write_text(dumps(result))
+def write(folder: Path) -> None:
+    """Write RESULTS.md beside `folder`."""
     pictures = importlib.util.find_spec("matplotlib") is not None
     if not pictures:
         print("without pictures: matplotlib is not installed")
-    try:
-        page = render(folder, pictures)
-    except ValueError as error:
-        parser.error(str(error))
+    page = render(folder, pictures)
     with whole(folder.parent / "RESULTS.md") as part:
         part.write_text(page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    help = "a folder of JSON files; RESULTS.md is written beside it"
+    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results", help=help)
+    try:
+        write(parser.parse_args().results.resolve())
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

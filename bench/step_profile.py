@@ -4,14 +4,16 @@ python -m bicot.bench.step_profile [--device cpu|cuda] [--shape Janus-Pro-1B] [-
 A trainer takes real steps: first they are only timed, then as many under torch.profiler, whose phases are those of
 grpo/profile.py. What the first pass took is written before the second begins. Floors: the bytes (weights, keys and
 values, optimizer state, each as often as it must be read or written) at the measured rate of a copy, or the FLOPs (two
-a weight of a matrix and token; attention's are not counted) at that of a matrix product, whichever takes longer.
-FILE.trace.json.gz is for https://ui.perfetto.dev.
+for each weight of a matrix and each token; attention is not counted) at that of a matrix product, whichever takes
+longer. Communication has no floor, since the links between ranks are not measured. FILE.trace.json.gz is for
+https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -23,24 +25,11 @@ from transformers.utils import logging
 from ..grpo.distributed import Ranks
 from ..grpo.profile import profiled, step_times
 from ..grpo.step import split
-from ..model.chunk import RolloutChunk
-from .harness import command_line, copy_gbps, finish, gemm_tflops, save, start
+from .harness import command_line, copy_gbps, finish, gemm_tflops, joules, save, start
 from .models import SHAPES, ShapeTrainer, published_config, toy_config
-from .power import Energy
 
 CLOSE = 0.6  # of the floor's rate: the phase is bound by what the floor is of
 TINY = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 6}
-
-
-class NotedTrainer(ShapeTrainer):
-    """Remembers its last rollout."""
-
-    rollout: RolloutChunk
-
-    def _roll_out(self, examples: Any) -> Any:
-        drawn = super()._roll_out(examples)
-        self.rollout = drawn[0]
-        return drawn
 
 
 def matrices(module: Any) -> int:
@@ -48,7 +37,7 @@ def matrices(module: Any) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
-def floors(trainer: NotedTrainer) -> dict[str, tuple[float, float]]:
+def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
     """Phase -> bytes and FLOPs that a step like the last one cannot do without."""
     policy, config, rollout, pool = trainer.policy, trainer.config, trainer.rollout, trainer.engine.pool
     body, text, image = matrices(policy.decoder.layers), policy.text_head.weight, policy.image_head.weight
@@ -79,7 +68,9 @@ def floors(trainer: NotedTrainer) -> dict[str, tuple[float, float]]:
     # training: each token once, the common beginning of neighbours too
     drawn = policy.image_ids(pictures)
     for part in split(rollout, config):
-        blocks = [[[*p, *c[:-1]] for p, c in zip(*pair, strict=True)] for pair in _pairs(part, drawn)]
+        prompts, plans, image_prompts, _ = part.ids
+        pairs = (prompts, plans), (image_prompts, drawn[: len(part)])
+        blocks = [[[*p, *c[:-1]] for p, c in zip(*pair, strict=True)] for pair in pairs]
         drawn = drawn[len(part) :]
         flops["forward"] += 2 * body * len(policy.lay_out(blocks)[0])
     projection = 2 * matrices(generation.proj_out) * rollout.image_tokens.numel()
@@ -100,13 +91,8 @@ def floors(trainer: NotedTrainer) -> dict[str, tuple[float, float]]:
     return {phase: (read[phase], flops[phase]) for phase in [*read, *flops]}
 
 
-def _pairs(part: RolloutChunk, drawn: list[list[int]]) -> list[Any]:
-    prompts, plans, image_prompts, _ = part.ids
-    return [(prompts, plans), (image_prompts, drawn[: len(part)])]
-
-
 def with_floor(row: dict[str, Any], work: tuple[float, float] | None, gbps: float, tflops: float) -> dict[str, Any]:
-    """A phase's row with what its floor is, and of what; what binds the phase may be that."""
+    """Add to a phase's row its floor, and whether bandwidth or compute is the floor."""
     if not work:
         return row | {"floor_ms": None, "floor_of": None}
     floor, of = max((work[0] / gbps / 1e6, "bandwidth"), (work[1] / tflops / 1e9, "compute"))
@@ -117,25 +103,22 @@ def with_floor(row: dict[str, Any], work: tuple[float, float] | None, gbps: floa
     return row | {"floor_ms": round(floor, 3), "floor_of": of, "binds": binds}
 
 
-def measure(trainer: NotedTrainer, steps: int, result: dict[str, Any], output: Path | None, tiny: bool) -> None:
+def measure(trainer: ShapeTrainer, steps: int, result: dict[str, Any], output: Path | None, tiny: bool) -> None:
     """Add to the result what so many steps took, and what they took under the profiler."""
     device, config = trainer.ranks.device.type, trainer.config
     step_times(trainer, 1)
     on_gpu = device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    with Energy(trainer.ranks.device) as energy:
-        result |= step_times(trainer, steps, warm_up=0)
+    before, begin = joules() if on_gpu else None, time.perf_counter()
+    result |= step_times(trainer, steps, warm_up=0) | {"power": {}, "rows": [], "kernels": {}, "streams": {}}
+    if before is not None:
+        used, images = (joules() or 0.0) - before, result["images"] // trainer.ranks.size * steps
+        result["power"]["watts"] = round(used / (time.perf_counter() - begin), 1)
+        result["power"]["joules_per_image"] = round(used / images, 2)
+    result["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
     copy, gemm = copy_gbps(device, tiny), gemm_tflops(device, getattr(torch, config.dtype), tiny)
-    result |= {
-        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None,
-        "power": energy.summary(result["images"] // trainer.ranks.size * steps),
-        "ceilings": {"copy_gbps": round(copy, 1), "gemm_tflops": {config.dtype: round(gemm, 3)}},
-        "missing": [energy.missing] if energy.missing else [],
-        "rows": [],
-        "kernels": {},
-        "streams": {},
-    }
+    result["ceilings"] = {"copy_gbps": copy, "gemm_tflops": {config.dtype: gemm}}
     save(result, output)
     with tempfile.TemporaryDirectory() as folder:
         trace = output.with_suffix(".trace.json.gz") if output else Path(folder) / "trace.json.gz"
@@ -148,7 +131,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--shape", choices=[*SHAPES], default="toy", help="random weights, unless it is the toy")
     parser.add_argument("--steps", type=int, default=3, help="profiled steps, in each of the two passes")
-    arguments, result = start(parser, __doc__, "step_profile")
+    arguments, result = start(parser, __doc__)
     logging.disable_progress_bar()
     shape = arguments.shape
     several = "WORLD_SIZE" in os.environ or arguments.device == "cuda"
@@ -158,7 +141,7 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = settings(eval_file=None, output_dir=folder, **TINY if arguments.tiny else {})
-            trainer = NotedTrainer(shape, 16 if shape == "tiny" else 576, config, ranks)
+            trainer = ShapeTrainer(shape, 16 if shape == "tiny" else 576, config, ranks)
             measure(trainer, arguments.steps, result, output, arguments.tiny)
         if ranks.main:
             finish(result, output)

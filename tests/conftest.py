@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from bounds import checked_bounds
 from tiny import tiny_policy
 
@@ -20,6 +21,19 @@ if INTERPRETED:
         """A GPU stops the whole process at an access out of bounds; the interpreter would not notice."""
         with checked_bounds():
             yield
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """A kernel that breaks CUDA fails its own test, and not the next ones: pytest-xdist replaces an ended process."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # for the other processes
+        except RuntimeError:
+            if os.environ.get("PYTEST_XDIST_WORKER"):
+                os._exit(1)
+            raise
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import conftest
 import pytest
 import torch
 from oracle import CUDA, needs_triton
@@ -24,22 +24,10 @@ from packaging.utils import canonicalize_name
 from tiny import ROOT
 from torch import Tensor
 
-from bicot.bench import (
-    bench_rewards,
-    bench_rollout,
-    bench_train,
-    harness,
-    kernels,
-    loss_kernels,
-    models,
-    report,
-    toy_seeds,
-    walk,
-)
+from bicot.bench import bench_rollout, bench_train, harness, kernels, loss_kernels, models, report, walk
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
-from bicot.grpo.samples import Sample, save_samples
 
-BENCHES = {"rollout": bench_rollout.cases, "rewards": bench_rewards.cases, **kernels.OPS}
+BENCHES = {"train": bench_train.cases, "rollout": bench_rollout.cases, **kernels.OPS}
 DOC = "rms_norm: twice.\n\npython -m x\nFloor: none."
 GPU_SH = ["bash", str(ROOT / "bench" / "gpu.sh")]
 
@@ -78,6 +66,7 @@ def test_only_right_results_have_a_time(
     printed = capsys.readouterr().out.splitlines()
     result = json.loads(file.read_text())
     assert json.loads(printed[-1]) == result and result["about"] == "Twice. Floor: none."
+    assert result["command"] == "python -m x --device cpu"
     assert [row["provider"] for row in result["rows"]] == ["ours", "in place"]
     assert {entry["provider"] for entry in result["failed"]} == {"wrong column", "nan", "raising"}
     assert {entry["provider"]: entry["reason"] for entry in result["skipped"]} == {
@@ -144,27 +133,8 @@ def test_no_case_begins_that_would_end_too_late(
 
 def test_a_time_budget_leaves_three_rounds() -> None:
     count = []
-    harness.times_ms({"a": (Provider(lambda x: count.append(x) or []), None)}, 50, "cpu", seconds=0)
+    harness.measured({"a": (Provider(lambda x: count.append(x) or []), None)}, 50, "cpu", seconds=0)
     assert len(count) == 4  # one warms up
-
-
-def test_small_inputs_take_turns_on_a_gpu() -> None:
-    seen: list[int] = []
-    runs = {name: (Provider(lambda x: seen.append(x) or []), 0) for name in "ab"}
-    harness.times_ms(runs, 2, "cpu", copies=[1, 2])
-    assert seen == [0, 1, 2, 0, 1, 2], "no run has the inputs of the one before it"
-    made = []
-
-    def inputs(size: int, *more: object) -> Any:
-        made.append(size)
-        return (torch.empty(size, dtype=torch.uint8, device="meta"), *more)
-
-    def copies(size: int, *more: object) -> int:
-        case = Case({}, torch.float32, lambda: inputs(size, *more), lambda x: expect([]), {})
-        return len(harness.turns(case, case.inputs()))
-
-    assert copies(harness.SMALL_BYTES, 0.1, None) == harness.TURNS - 1 and len(made) == harness.TURNS
-    assert copies(harness.SMALL_BYTES + 1) == 0 and copies(1, object()) == 0, "nor are large ones in a cache"
 
 
 def test_a_result_has_a_line_for_each_row(tmp_path: Path) -> None:
@@ -203,7 +173,7 @@ def test_times_are_interleaved_and_warmed_up() -> None:
     def provider(name: str) -> Provider:
         return Provider(lambda x: order.append(name) or [], prepare=lambda x: order.append("prepare " + name))
 
-    times = harness.times_ms({name: (provider(name), None) for name in "ab"}, 3, "cpu")
+    times = harness.measured({name: (provider(name), None) for name in "ab"}, 3, "cpu")
     assert order == ["prepare a", "a", "prepare b", "b"] * 4
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     assert harness.quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == [2.0, 3.5, 5.0]
@@ -211,7 +181,7 @@ def test_times_are_interleaved_and_warmed_up() -> None:
 
 @needs_triton
 @pytest.mark.triton
-@pytest.mark.parametrize("bench", BENCHES)
+@pytest.mark.parametrize("bench", ["rollout", *kernels.OPS])
 def test_triton_providers_are_right(bench: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and the peers' Triton kernels, in the interpreter too: their calls are those of the GPU bench."""
     for module in (kernels, loss_kernels):
@@ -227,16 +197,6 @@ def test_triton_providers_are_right(bench: str, monkeypatch: pytest.MonkeyPatch)
                 case.check(provider, inputs, error_of)
             except (ImportError, Unavailable):
                 assert not name.startswith("ours")
-
-
-@pytest.mark.parametrize("name", bench_rewards.REWARDS)
-def test_all_of_a_reward_model_is_on_its_device(name: str) -> None:
-    """Plain tensors too, which `.to` does not move; without a GPU the device is "meta"."""
-    model = bench_rewards.REWARDS[name][0](bench_rewards.TINY, "meta", torch.float32).model
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
-    for path, module in model.named_modules():
-        tensors |= {f"{path}.{key}": value for key, value in vars(module).items() if isinstance(value, Tensor)}
-    assert len(tensors) > 20 and not [key for key, value in tensors.items() if value.device.type != "meta"]
 
 
 def beyond(*names: str) -> set[str]:
@@ -271,32 +231,29 @@ def test_gpu_script_walks_to_its_end(tmp_path: Path) -> None:
     steps = [step.name for step in walk.steps("full", "cpu", True, tmp_path)]
     assert all(f"===== {name}: exit status 0" in done.stdout for name in steps)
     assert {step.name for step in walk.steps("quick", "cpu", True, tmp_path)} <= {*steps}, "--quick takes no other"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"RESULTS.md", "results.json", "trace.json.gz"}
-    archive = json.loads((tmp_path / "out" / "results.json").read_text())
-    kept = ["step", "step_7b", "step_profile", "train", *report.KERNELS]
-    assert archive.keys() == {f"{name}_cpu.json" for name in kept}
-
-    results = {name.removesuffix("_cpu.json"): result for name, result in archive.items()}
+    kept = {path.name for path in (tmp_path / "out" / "results").iterdir()}
+    assert kept == {f"{name}_cpu.json" for name in steps if name != "smoke"} | {"step_profile_cpu.trace.json.gz"}
+    files = (tmp_path / "out" / "results").glob("*.json")
+    results = {path.name.removesuffix("_cpu.json"): json.loads(path.read_text()) for path in files}
     assert all(result["commit"] == "abc" and not result.get("failed") for result in results.values())
     assert results["step_profile"]["covered_pct"] > 90 and not results["step"]["skipped"]
     assert {row["provider"] for row in results["step_7b"]["rows"]} == {"ours"}
-    for bench in ["train", *report.KERNELS]:
+    for bench in report.KERNELS:
         result = results[bench]
         assert result["bench"] == bench and set(result["ceilings"]) <= {"copy_gbps", "gemm_tflops"}
-        cases = {"train": bench_train.cases, **BENCHES}[bench]("cpu", True)
         listed = {(report.label(e["case"]), e["provider"]) for e in result["rows"] + result["skipped"]}
-        assert listed == {(report.label(case.labels), name) for case in cases for name in case.providers}
-        compiled = set() if bench in ("rollout", "rewards") else {"torch.compile"}
+        assert listed == {(report.label(c.labels), name) for c in BENCHES[bench]("cpu", True) for name in c.providers}
+        compiled = set() if bench == "rollout" else {"torch.compile"}
         assert {"ours", "eager"} | compiled <= {row["provider"] for row in result["rows"]}
     page = (tmp_path / "out" / "RESULTS.md").read_text()
     assert "svg" not in page and [line for line in page.splitlines() if line.startswith("## ")] == [
-        *(f"## {bench} on the CPU" for bench in ("step", "step", "step_profile", "train", *report.KERNELS)),
+        *(f"## {bench} on the CPU" for bench in ("step", "step", "step_profile", *report.KERNELS)),
     ]
 
 
 def test_a_walk_names_what_failed(capfd: pytest.CaptureFixture[str]) -> None:
-    def step(name: str, seconds: int, *command: str) -> walk.Step:
-        return walk.program(name, seconds, "sh", "-c", " ".join(command))
+    def step(name: str, seconds: int, command: str) -> walk.Step:
+        return walk.Step(name, seconds, ["sh", "-c", command], is_bench=False)
 
     todo = [step("dies", 1, "kill -SEGV $$"), step("fails", 1, "exit 3"), step("runs", 0, "true")]
     begin = time.monotonic()
@@ -314,81 +271,61 @@ def test_modes_fit_their_time(tmp_path: Path) -> None:
         todo = walk.steps(mode, "cuda", False, tmp_path)
         assert limit - 15 <= sum(step.seconds for step in todo) <= limit - 5 * (mode != "tests"), "and packs"
     every = [step.name for step in walk.steps("all", "cpu", False, tmp_path)]
-    varied = [f"step_{axis}" for axis, *_ in walk.VARIED["cpu"]]
-    assert every == ["step_profile", "step", "train", *report.KERNELS, *varied, "step_ranks", "report"]
+    assert every == ["step_profile", "step", *report.KERNELS]
     assert {step.name for step in walk.steps("full", "cuda", False, tmp_path)} >= set(report.KERNELS)
 
 
 def test_a_bench_knows_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(walk.runpy, "run_module", lambda name, **_: seen.append((name, sys.argv[1:])))
+    monkeypatch.setattr(walk.os, "setpgid", lambda *_: None)
+    monkeypatch.setattr(walk.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [])
-    todo = {step.name: step.run for step in walk.steps("full", "cuda", True, tmp_path) if step.imports}
-    todo["step"](100.0)
+    todo = {step.name: step for step in walk.steps("full", "cuda", True, tmp_path) if step.is_bench}
+    walk._run(todo["step"], 100.0)
     given = (
         f"--device cuda --tiny --model Janus-Pro-1B --repeats 2 --output {tmp_path}/results/step_cuda.json --seconds 92"
     )
     assert seen.pop() == ("bicot.bench.bench_step", given.split())
-    todo["step_profile"](100.0)
-    todo["step_7b"](None)
+    walk._run(todo["step_profile"], 100.0)
+    walk._run(todo["step_7b"], None)
     assert "--seconds" not in seen[0][1] + seen[1][1] and "--ours-alone" in seen[1][1]
 
 
-def test_scripts_refuse_what_they_do_not_know() -> None:
-    usage = subprocess.run([*GPU_SH, "--fast", "x"], capture_output=True, text=True, timeout=60)
-    assert usage.returncode == 2 and "[--quick | --tests | --all]" in usage.stderr
+def test_a_bad_gpu_test_fails_alone(tmp_path: Path) -> None:
+    """A test that hangs ends its process. The others run, and the log says what happened."""
+    pytest.importorskip("xdist")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    (tmp_path / "test_missing.py").write_text("import no_such_package\n")
+    (tmp_path / "test_bad.py").write_text(
+        "import time, pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_fails(): assert 1 + 1 == 3\n"
+        "def test_hangs(): time.sleep(600)\n"
+        "@pytest.mark.parametrize('i', range(9))\n"
+        "def test_passes(i): pass\n"
+    )
+    command = walk.parallel_tests(tmp_path, 90, ["-m", "gpu", "-n", "1", "-o", "faulthandler_timeout=1"])
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    log = (tmp_path / "tests.log").read_text()
+    assert done.returncode == 1 and done.stdout == log and log.count(" PASSED ") == 9
+    failed = {line.split(" - ")[0].split("::")[-1] for line in log.splitlines() if line.startswith("FAILED ")}
+    assert failed == {"test_fails", "test_hangs"} and "assert (1 + 1) == 3" in log
+    assert "No module named 'no_such_package'" in log and (tmp_path / "tests.xml").read_text().count("<testcase") == 12
 
 
-def test_an_archive_joins_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "results").mkdir()
-    row = {"case": {"N": 4}, "floor_pct": None, "peak_mib": None, "error": 0.0, "note": "", "ms": [1.0, 1.0, 1.0]}
-    result = {"bench": "rms_norm", "about": "", "command": "", "gpu": "H", "driver": "1", "torch": "2", "triton": "3"}
-    result |= {"commit": "abc", "rows": [row | {"provider": "ours"}], "ceilings": {}, "skipped": [], "failed": []}
-    (tmp_path / "archive.json").write_text(json.dumps({"rms_norm_cuda.json": result}))
-    monkeypatch.setattr(report, "HERE", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "archive.json")])
-    report.main()
-    assert json.loads((tmp_path / "results" / "rms_norm_cuda.json").read_text()) == result
-    assert "## rms_norm on H" in (tmp_path / "RESULTS.md").read_text()
-
-
-def test_seeds_of_the_default_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run that ended in the folder of its seed is not run again; a run that fails is an error."""
-    samples = [
-        Sample(
-            "a circle", kind, "a circle a1 .", 0.5, {"scene": 0.5, "scene_relation": held}, np.zeros((8, 8, 3), "u1")
-        )
-        for kind, held in (("color", math.nan), ("spatial", 1.0), ("spatial", 0.0))
-    ]
-    for tag in ("before", "after"):
-        save_samples(samples, tmp_path / "3" / "samples" / f"heldout-{tag}")
-    summary = {"heldout_reward_before": 0.5, "heldout_reward_after": 0.75, "steps": 9, "seconds": 8.2}
-    (tmp_path / "3" / "summary.json").write_text(json.dumps(summary | {"images_per_second": 7}))
-    (tmp_path / "3" / "before_after.png").write_bytes(b"picture")
-    file = tmp_path / "results" / "toy_seeds.json"
-    words = ["toy_seeds", "--seeds", "3", "--runs", str(tmp_path), "--output", str(file), "--", "--max_steps", "1"]
-    monkeypatch.setattr(sys, "argv", words)
-    toy_seeds.main()
-    result = json.loads(file.read_text())
-    assert result == json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["command"].endswith("toy_seeds -- --max_steps 1") and file.with_suffix(".png").exists()
-    half = "0.50 → 0.50"
-    (row,) = result["tables"][0]["rows"]
-    assert row[:5] == ["3", "0.500 → 0.750", half, half, half] and row[-3:] == ["9", "8", "7.0"]
-    assert f"| 3 | 0.500 → 0.750 | {half} |" in report.render(file.parent)
-    monkeypatch.setattr(toy_seeds, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["toy_seeds", "--seeds", "4"])
-    with pytest.raises(subprocess.CalledProcessError):  # there is no train.py
-        toy_seeds.main()
-
-
-def test_pytest_benchmark_entry(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("pytest_benchmark")
-    command = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "bench"), "-k"]
-    assert pytest.main([*command, "group_advantages and (ours or eager)"]) == 0
-    assert "2 passed" in capsys.readouterr().out
+def test_a_test_that_breaks_cuda_ends_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a broken CUDA context would fail all later tests; xdist replaces a process that has ended."""
+    ended: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: exec("raise RuntimeError('CUDA error: illegal access')"))
+    monkeypatch.setattr(conftest.os, "_exit", ended.append)
+    for worker, status in (("gw0", [1]), ("", [])):
+        monkeypatch.setitem(os.environ, "PYTEST_XDIST_WORKER", worker)
+        with pytest.raises(RuntimeError, match="illegal access"):
+            conftest.pytest_runtest_teardown()
+        assert ended == status
+        ended.clear()
 
 
 def test_report_compares_with_ours() -> None:
@@ -397,7 +334,8 @@ def test_report_compares_with_ours() -> None:
         {**row, "provider": "ours", "ms": [1.0, 2.0, 3.0], "note": ""},
         {**row, "provider": "eager", "ms": [0.0123, 5.0, 412.6], "note": "slow"},
     ]
-    machine = {"gpu": "H", "driver": "1", "torch": "2", "triton": "3", "commit": "abc", "device": "cuda"}
+    machine = {"gpu": "H", "gpu_state": "clocks.sm 1980 MHz", "torch": "2", "triton": "3", "commit": "abc"}
+    machine["device"] = "cuda"
     result = {"bench": "grpo_loss", "about": "About.", "command": "run it", **machine, "rows": rows, "failed": []}
     result |= {
         "ceilings": {"copy_gbps": 2000.0},
@@ -406,9 +344,8 @@ def test_report_compares_with_ours() -> None:
     page = report.kernel(result)
     assert "| forward, N 4 | ours | 2.00 [1.00 to 3.00] | 1234 GB/s | 62 | 2 | 1e-07 |  |" in page
     assert "|  | eager | 5.00 [0.0123 to 413] | 1234 GB/s | 62 | 2 | 1e-07 | 2.50× |" in page
-    assert "- eager: slow\n- Liger: not run: not here" in page and "`run it` on H, driver 1, torch 2" in page
-    clocks = {"sm_mhz": 1980.0, "sm_mhz_max": 1980.0, "memory_mhz": 3201.0, "power_limit_w": None}
-    assert "`run it` on H, SM 1980 MHz, at most 1980, memory 3201 MHz, driver 1" in report.kernel(result | clocks)
+    assert "- eager: slow\n- Liger: not run: not here" in page
+    assert "`run it` on H (clocks.sm 1980 MHz), triton 3, torch 2, commit abc." in page
 
 
 def test_results_are_what_report_writes(tmp_path: Path) -> None:

@@ -41,9 +41,8 @@ RUN_BY = {
     "python -m bicot.rewards.check": "test_published_rewards.py::test_check_shows_what_works",
     "python -m bicot.bench.kernels grpo_loss": "test_bench.py",
     "python -m bicot.bench.step_profile": "test_profile.py::test_the_phases_cover_a_toy_step",
-    "python -m bicot.bench.bench_step --vary": "test_baseline.py::test_steps_along_an_axis",
+    "python -m bicot.bench.bench_step": "test_baseline.py::test_the_walk_and_its_section",
     "python -m bicot.bench.compare": "test_compare.py::test_the_command",
-    "pytest bench": "test_bench.py::test_pytest_benchmark_entry",
     "pip install -e .": "../Makefile",
 }
 NEEDS = re.compile(r"GPU|download", re.IGNORECASE)
