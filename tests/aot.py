@@ -1,8 +1,7 @@
-"""Compile a Triton kernel for a GPU that is not there, and read the machine code that came out.
+"""Compile a Triton kernel without a GPU, and read its machine code.
 
-A kernel that is right can still be slow: it spills, or it reads 2 bytes at a time because an argument is not known to
-be divisible by 16. Both show in the code that ptxas makes, and Triton ships the tools that read it, so any machine can
-test it.
+A correct kernel can be slow: it spills registers, or it reads 2 bytes at a time because the compiler does not know that
+an argument is divisible by 16. Both can be seen in the machine code, and Triton ships the tools that read it.
 """
 
 from __future__ import annotations
@@ -28,18 +27,21 @@ needs_compiler = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel for one architecture. Bytes of stack are a thread's, bytes of shared memory a program's."""
+    """A kernel for one architecture. `stack` is in bytes of a thread, `shared` in bytes of a program."""
 
     ptx: str
-    sass: str
     registers: int  # of a thread
     stack: int
     shared: int
-    opcodes: Counter[str]  # how often each SASS instruction stands in the code, e.g. {"LDG.E.128": 4}
+    opcodes: Counter[str]  # number of each SASS instruction, e.g. {"LDG.E.128": 4}
 
     def count(self, *names: str) -> int:
-        """Instructions that are one of `names` before the first dot: count("LDL", "STL"), count("HMMA", "HGMMA")."""
+        """Number of instructions with one of these names: count("LDL", "STL"), count("HMMA", "HGMMA")."""
         return sum(n for opcode, n in self.opcodes.items() if opcode.split(".")[0] in names)
+
+    def accesses(self, name: str, width: int) -> int:
+        """Instructions `name` (LDG, STG) by which a thread moves `width` bytes."""
+        return sum(n for opcode, n in self.opcodes.items() if opcode.split(".")[0] == name and _width(opcode) == width)
 
     def widths(self, *names: str) -> set[int]:
         """Bytes a thread moves by one such instruction."""
@@ -118,9 +120,7 @@ def compile_kernel(
     # "/*0180*/  @!P0 LDG.E.128 R16, ..." and, within a loop, the same without a predicate
     opcodes = Counter(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
     assert opcodes["EXIT"], "nvdisasm printed no code"
-    return Compiled(
-        compiled.asm["ptx"], sass, used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, opcodes
-    )
+    return Compiled(compiled.asm["ptx"], used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, opcodes)
 
 
 def _output(*command: str) -> str:

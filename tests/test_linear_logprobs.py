@@ -31,7 +31,7 @@ SHAPES = [(1, 1, 1), (5, 3, 2), (7, 33, 257), (3, 64, 1000), (0, 8, 11)]  # N, D
 
 
 def formula(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float) -> TokenStats:
-    """Softmax over all columns by hand: in float64 the truth; in a lower dtype the logits are rounded to it."""
+    """The softmax written out. In float64 it is exact; in a lower dtype the logits are rounded."""
     logits = F.linear(hidden, weight, bias)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     z = z - z.max(-1, keepdim=True).values.detach()
@@ -41,7 +41,7 @@ def formula(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
 
 
 def make(N: int, D: int, V: int, dtype: torch.dtype, kind: str = "normal") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, bias, targets; logits spread over a few units, so that every column counts."""
+    """hidden, weight, bias, targets; logits differ by a few units, so that all of them matter."""
     generator = torch.Generator().manual_seed(N + V)
     hidden = torch.randn(N, D, generator=generator)
     weight = 2 * torch.randn(V, D, generator=generator) / math.sqrt(D)
@@ -57,14 +57,14 @@ def make(N: int, D: int, V: int, dtype: torch.dtype, kind: str = "normal") -> tu
 def run(
     op: Callable, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, **more: str
 ) -> list[Tensor]:
-    """logprob, entropy and the gradients of a loss that weighs every row's two outputs differently."""
+    """logprob, entropy and the gradients of a loss with other weights for both outputs of every token."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
     if op is formula:
         stats = formula(leaves[0], leaves[1], targets, leaves[2], temperature)
     else:
         stats = op(leaves[0], leaves[1], targets, bias=leaves[2], temperature=temperature, **more)
-    rows = torch.arange(1.0, len(hidden) + 1, dtype=stats.logprob.dtype, device=hidden.device)
-    (rows.cos() * stats.logprob + rows.sin() * stats.entropy).sum().backward()
+    n = torch.arange(1.0, len(hidden) + 1, dtype=stats.logprob.dtype, device=hidden.device)
+    (n.cos() * stats.logprob + n.sin() * stats.entropy).sum().backward()
     return [
         t.cpu() for t in (stats.logprob.detach(), stats.entropy.detach(), *(t.grad for t in leaves if t is not None))
     ]
@@ -98,7 +98,7 @@ def test_no_worse_than_the_formula(
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_short_rows(dtype: torch.dtype, impl: str) -> None:
-    """Of V from 1 to 17, which have few or no whole 16 bytes."""
+    """Few or no whole 16 bytes."""
     for V in range(1, 18):
         test_no_worse_than_the_formula(5, 3, V, "normal", True, dtype, impl)
 
@@ -123,33 +123,33 @@ def test_gradients_against_finite_differences(with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-class TestChunks:
+class TestSlices:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("rows", [1, 3, 10, 11])  # one at a time, a ragged last chunk, all at once
-    def test_chunks_equal_the_whole(
-        self, rows: int, dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("tokens", [1, 3, 10, 11])  # one at a time, a shorter last slice, all at once
+    def test_slices_equal_the_whole(
+        self, tokens: int, dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         inputs = on(impl, *make(10, 16, 37, dtype))
-        # on a grid, so that a GEMM of fewer rows gives the same logits
+        # multiples of 1/2, so that a matrix product of fewer tokens gives the same logits
         hidden, weight, bias = (t.mul(2).round() / 2 for t in inputs[:3])
         whole = run(linear_logprobs, hidden, weight, bias, inputs[3], 0.7, impl=impl)
         sizes, launch = [], module.launch_forward
-        monkeypatch.setattr(module, "LOGITS_BYTES", (rows * 37 + 36) * hidden.element_size())
+        monkeypatch.setattr(module, "LOGITS_BYTES", (tokens * 37 + 36) * hidden.element_size())
         monkeypatch.setattr(module, "launch_forward", lambda x, *a: sizes.append(len(x)) or launch(x, *a))
-        chunked = run(linear_logprobs, hidden, weight, bias, inputs[3], 0.7, impl=impl)
-        assert sum(sizes) == 10 and max(sizes) <= rows and len(sizes) == -(-10 // rows)
-        for c, w in zip(chunked, whole, strict=True):
-            tolerance = 2 * BFLOAT16_ROUNDING if c.dtype == torch.bfloat16 else 2e-6
-            torch.testing.assert_close(c, w, rtol=tolerance, atol=2e-6)
+        sliced = run(linear_logprobs, hidden, weight, bias, inputs[3], 0.7, impl=impl)
+        assert sum(sizes) == 10 and max(sizes) <= tokens and len(sizes) == -(-10 // tokens)
+        for s, w in zip(sliced, whole, strict=True):
+            tolerance = 2 * BFLOAT16_ROUNDING if s.dtype == torch.bfloat16 else 2e-6
+            torch.testing.assert_close(s, w, rtol=tolerance, atol=2e-6)
 
-    def test_a_row_wider_than_a_chunk_goes_alone(self, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_token_with_more_logits_than_fit_is_alone(self, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         hidden, weight, _, targets = make(3, 4, 11, torch.float32)
         monkeypatch.setattr(module, "LOGITS_BYTES", 5)
         exact = formula(hidden, weight, targets, None, 1.0)
         ours = linear_logprobs(*on(impl, hidden, weight, targets), impl=impl)
         torch.testing.assert_close(tuple(t.cpu() for t in ours), tuple(exact), rtol=0, atol=2e-6)
 
-    def test_a_bad_target_is_named_by_its_row(self, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_bad_target_is_named_by_its_index(self, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if device(impl) == "cuda":
             pytest.skip("a device assertion, which ends the process's CUDA context")
         monkeypatch.setattr(module, "LOGITS_BYTES", 88)
@@ -159,19 +159,19 @@ class TestChunks:
             linear_logprobs(hidden, weight, targets, impl=impl)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 1000, 4608])
+@pytest.mark.parametrize("N", [0, 1, 15, 16, 17, 1000, 4608])
 @pytest.mark.parametrize("V", [5, 16384, 102400])
-def test_chunks_cover_every_row_once_and_fit(rows: int, V: int) -> None:
-    hidden, weight = torch.empty(rows, 1, dtype=torch.bfloat16), torch.empty(V, 1)
+def test_slices_cover_every_token_once_and_fit(N: int, V: int) -> None:
+    hidden, weight = torch.empty(N, 1, dtype=torch.bfloat16), torch.empty(V, 1)
     slices = list(module.token_slices(hidden, weight))
-    assert [i for s in slices for i in range(rows)[s]] == list(range(rows))
+    assert [i for s in slices for i in range(N)[s]] == list(range(N))
     assert all((s.stop - s.start) * V * 2 <= module.LOGITS_BYTES for s in slices)
-    assert len(slices) <= -(-rows * V * 2 // module.LOGITS_BYTES) + 1
+    assert len(slices) <= -(-N * V * 2 // module.LOGITS_BYTES) + 1
 
 
 @needs_native
-def test_no_logits_outlive_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Peak memory: leaves, gradients and one chunk, where all logits would be 32 chunks."""
+def test_no_logits_outlive_their_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peak memory: leaves, gradients and one slice of logits of 32."""
     N, D, V = 512, 8, 4096
     monkeypatch.setattr(module, "LOGITS_BYTES", 16 * V * 4)
     hidden, weight, _, targets = make(N, D, V, torch.float32)
@@ -210,14 +210,14 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
-def test_what_is_frozen_gets_no_gradient_and_changes_no_other(trained: str, impl: str) -> None:
+def test_frozen_inputs_get_no_gradient_and_change_no_other(trained: str, impl: str) -> None:
     hidden, weight, bias, targets = on(impl, *make(5, 8, 11, torch.float32))
     everything = run(linear_logprobs, hidden, weight, bias, targets, 1.0, impl=impl)
     inputs = {"hidden": hidden, "weight": weight, "bias": bias}
     inputs[trained].requires_grad_()
     stats = linear_logprobs(hidden, weight, targets, bias=bias, impl=impl)
-    rows = torch.arange(1.0, 6.0, device=hidden.device)
-    (rows.cos() * stats.logprob + rows.sin() * stats.entropy).sum().backward()
+    n = torch.arange(1.0, 6.0, device=hidden.device)
+    (n.cos() * stats.logprob + n.sin() * stats.entropy).sum().backward()
     for (name, tensor), expected in zip(inputs.items(), everything[2:], strict=True):
         if name == trained:
             torch.testing.assert_close(tensor.grad.cpu(), expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""rope_spread and rope_gather against transformers' rotary embedding, three ways, and as each other's adjoint."""
+"""rope_spread against transformers' rotary embedding, rope_gather as its adjoint, the kernels against the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bicot.kernels.packed_rope import _gather_op, _spread_op, rope_gather, rope_spread
 
-# One rounding, where the reference has it.
+# One rounding, as in the reference.
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: BFLOAT16_ROUNDING if INTERPRETED else 2**-12}
 DTYPES = list(RELATIVE)
 # Hq, Hkv, E: one head; grouped queries; a half that no power of two divides; the 1B model's heads
@@ -50,7 +50,7 @@ def test_is_transformers_rotary_embedding() -> None:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_the_gather_is_the_spread_s_adjoint(heads: tuple[int, int, int]) -> None:
+def test_gather_is_the_adjoint_of_spread(heads: tuple[int, int, int]) -> None:
     qkv, cos, sin, token_at = inputs(heads, torch.float64, "cpu")
     spread = rope_spread(qkv, cos, sin, token_at, heads[1])
     given = [torch.randn_like(x) for x in spread]
@@ -77,7 +77,7 @@ def test_kernels(heads: tuple[int, int, int], dtype: torch.dtype, impl: str) -> 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_many_places_are_added_in_float32(impl: str) -> None:
-    """In bfloat16 a sum of 1 and many 1/512 would stay 1."""
+    """A sum of 1 and many 1/512 in bfloat16 would be 1."""
     one = torch.ones(513, 1, 2, dtype=torch.bfloat16, device=device(impl))
     one[1:] = 2**-9
     cos, sin = one.new_ones(1, 1), one.new_zeros(1, 1)
@@ -89,10 +89,10 @@ def test_many_places_are_added_in_float32(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_queries_alone_not_rotated_are_summed(impl: str) -> None:
     to = device(impl)
-    rows = torch.randn(12, 3, 6, generator=torch.Generator().manual_seed(0)).to(to)
+    x = torch.randn(12, 3, 6, generator=torch.Generator().manual_seed(0)).to(to)
     cos, sin = torch.ones(6, 3, device=to), torch.zeros(6, 3, device=to)
-    summed = gather([rows, rows[:, :0], rows[:, :0]], cos, sin, impl)
-    expected = rows.new_zeros(6, 18).index_add_(0, torch.tensor(TOKEN_AT, device=to), rows.flatten(1))
+    summed = gather([x, x[:, :0], x[:, :0]], cos, sin, impl)
+    expected = x.new_zeros(6, 18).index_add_(0, torch.tensor(TOKEN_AT, device=to), x.flatten(1))
     torch.testing.assert_close(summed, expected)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from bicot.kernels.kv_pool import FP8, quantize_fp8
 from bicot.kernels.prefill_attention import prefill_attention
 
-# Triton's interpreter takes the difference of a score that is not there
+# in Triton's interpreter, differences of -inf
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 # of the norm and of each element: probabilities are rounded to the dtype before the second product
@@ -30,7 +30,7 @@ def _poison_outputs() -> Iterator[None]:
 def packed(
     Hq: int, Hkv: int, E: int, dtype: torch.dtype, lengths: Sequence[int] = LENGTHS
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """q as a slice of wider rows; prompts lie in the pool in reverse, one slot apart."""
+    """q as a slice of q, k and v; prompts lie in the pool in reverse order, one slot apart."""
     generator = torch.Generator().manual_seed(sum(lengths))
     N = sum(lengths)
     starts = [1 + sum(n + 1 for n in lengths[i + 1 :]) for i in range(len(lengths))]
@@ -77,8 +77,8 @@ def test_float8_pools(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", [TRITON])
-def test_tokens_that_fill_a_batch_change_nothing(impl: str) -> None:
-    """Each is a prompt of its own; all lie in one slot."""
+def test_padding_tokens_change_nothing(impl: str) -> None:
+    """Each is a prompt of its own; all are in one slot."""
     q, keys, values, slots, first = packed(4, 4, 32, torch.float32)
     more = torch.arange(len(q), len(q) + 100)
     padded = torch.cat([q, q[:1].expand(100, -1, -1)]), keys, values, torch.cat([slots, slots[:1].expand(100)])
@@ -86,7 +86,7 @@ def test_tokens_that_fill_a_batch_change_nothing(impl: str) -> None:
     assert torch.equal(out[: len(q)], run(impl, q, keys, values, slots, first)) and out.isfinite().all()
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_bad_input_is_named() -> None:
     q, keys, values, slots, first = packed(4, 2, 32, torch.float32)
     assert prefill_attention(q[:0], keys, values, slots[:0], first[:0]).shape == (0, 128)
     for given, message in (

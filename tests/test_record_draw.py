@@ -33,10 +33,10 @@ def test_draws_are_kept_counted_and_embedded(B: int, R: int, D: int, dtype: torc
         assert torch.equal(output, kept)
     grown = before.clone()
     grown[2:5, :R] += before[5, :R]
-    assert torch.equal(whole, grown), "and nothing beside the batch"
+    assert torch.equal(whole, grown), "nothing outside the batch changes"
     assert torch.equal(x[:R], table[draw[0].repeat(R // B)]) and not x[R:].any()
     record_draw(draw, state, outputs, table, x[:R], **options)  # type: ignore[arg-type]
-    assert torch.equal(running, expected), "no row ends"
+    assert torch.equal(running, expected), "without `running`, no sample ends"
     with pytest.raises(ValueError, match="draws, state .* differ"):
         record_draw(draw, state, outputs, table, x, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be contiguous"):

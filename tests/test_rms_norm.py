@@ -14,6 +14,7 @@ from oracle import (
     NATIVE,
     assert_no_worse,
     device,
+    on_threads,
     poisoned_outputs,
 )
 from torch import Tensor
@@ -29,7 +30,7 @@ SHAPES = [(1, 1), (3, 7), (2, 2048), (5, 1000), (33, 128), (2, 513)]
 
 
 def inputs(N: int, D: int, dtype: torch.dtype, to: str = "cpu", scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and residual; every column has its own weight and level, so that none can stand for another."""
+    """x, weight and residual; every element of a token has its own weight and level."""
     generator = torch.Generator().manual_seed(N + D)
     x, residual = torch.randn(2, N, D, generator=generator) * scale
     x = x + scale * torch.linspace(-1, 1, D)
@@ -73,7 +74,7 @@ def test_kernels(N: int, D: int, added: bool, dtype: torch.dtype, impl: str) -> 
 def gradients(
     values: tuple[Tensor, ...], added: bool, impl: str, outputs: str = "both", dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """Of x, weight and residual, for given gradients of the norm and of the sum, or of one of them."""
+    """Gradients of x, weight and residual, from gradients of the norm, of the sum, or of both."""
     leaves = [v.to(dtype or v.dtype).requires_grad_() for v in values]
     x, weight, residual = leaves
     if added:
@@ -90,7 +91,7 @@ def gradients(
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize(("N", "D"), SHAPES[1:])  # of one column the gradient is what rounding leaves
+@pytest.mark.parametrize(("N", "D"), SHAPES[1:])  # with D = 1 the gradient is only rounding error
 def test_gradients(N: int, D: int, added: bool, dtype: torch.dtype, impl: str) -> None:
     for scale in (1.0, 1e-3, 1e3):
         values = inputs(N, D, dtype, device(impl), scale)
@@ -103,7 +104,7 @@ def test_gradients(N: int, D: int, added: bool, dtype: torch.dtype, impl: str) -
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_only_what_is_asked_for_has_a_gradient(impl: str) -> None:
+def test_unused_outputs_and_frozen_weights(impl: str) -> None:
     values = inputs(9, 40, torch.float32, device(impl))
     for outputs in ("norm", "sum"):
         both = (gradients(values, True, which, outputs) for which in (impl, "torch"))
@@ -120,7 +121,7 @@ def test_only_what_is_asked_for_has_a_gradient(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_gradients_of_many_rows_have_the_same_bits_twice(impl: str) -> None:
+def test_gradients_of_many_tokens_have_the_same_bits_twice(impl: str) -> None:
     values = inputs(700 if not INTERPRETED else 40, 64, torch.bfloat16, device(impl))
     assert all(map(torch.equal, gradients(values, True, impl), gradients(values, True, impl)))
     empty = tuple(v[:0] if v.ndim == 2 else v for v in values)
@@ -130,7 +131,7 @@ def test_gradients_of_many_rows_have_the_same_bits_twice(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", [NATIVE])
 def test_rounds_where_transformers_rounds(impl: str) -> None:
-    """With a rounding left out, a quarter of all elements would differ."""
+    """Without one of the roundings, a quarter of all elements would differ."""
     x, weight, residual = inputs(33, 513, torch.bfloat16)
     ours, theirs = residual.clone(), residual.clone()
     same = rms_norm(x, weight, EPS, ours, impl=impl) == rms_norm_ref(x, weight, EPS, theirs)
@@ -139,8 +140,8 @@ def test_rounds_where_transformers_rounds(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_alone(impl: str, dtype: torch.dtype) -> None:
-    """Rows of zeros are zeros, a row's NaN is its own, and a row has the same bits alone and among others."""
+def test_tokens_alone(impl: str, dtype: torch.dtype) -> None:
+    """Zeros give zeros, NaN stays in its token, and a token has the same bits alone and among others."""
     x, weight, _ = inputs(4, 96, dtype, device(impl))
     x[1], x[2, 40] = 0, torch.nan
     out = rms_norm(x, weight, EPS, impl=impl)
@@ -153,13 +154,12 @@ def test_rows_alone(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("impl", [NATIVE])
 def test_threads_do_not_change_the_bits(impl: str) -> None:
     x, weight, residual = inputs(128, 2048, torch.float32)
-    threads, outputs = torch.get_num_threads(), []
-    for n in (1, 3):
-        torch.set_num_threads(n)
+
+    def run() -> Tensor:
         ours = residual.clone()
-        outputs.append(torch.stack([rms_norm(x, weight, EPS, ours, impl=impl), ours]))
-    torch.set_num_threads(threads)
-    assert torch.equal(*outputs)
+        return torch.stack([rms_norm(x, weight, EPS, ours, impl=impl), ours])
+
+    assert torch.equal(*on_threads(run, 1, 3))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

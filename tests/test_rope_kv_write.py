@@ -20,6 +20,7 @@ from oracle import (
     device,
     gpu,
     no_host_sync,
+    on_threads,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,8 +32,8 @@ from bicot.kernels.rope_kv_write import _op, rope_kv_write
 # One rounding, where the reference has it; before it a fused multiply-add may be the more precise of the two.
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: BFLOAT16_ROUNDING if INTERPRETED else 2**-12}
 DTYPES = list(RELATIVE)
-# Triton's interpreter converts to float8 wrongly where the mantissa rounds up to 2: 127.9 becomes 64, not 128. It shows
-# where values go and that the scales are right; how they are rounded is shown without it.
+# Triton's interpreter converts to float8 wrongly if the mantissa rounds up to 2: 127.9 becomes 64, not 128. So it tests
+# slots and scales, and a GPU tests rounding.
 COMPILED = pytest.param(
     "triton", marks=[pytest.mark.gpu, pytest.mark.triton, pytest.mark.skipif(not CUDA, reason="needs a CUDA device")]
 )
@@ -43,7 +44,7 @@ CANARY = 7.0
 
 @dataclass
 class Tokens:
-    """What one call takes, in its order. Every slot that no token names holds CANARY."""
+    """The arguments of a call, in order. Slots of no token hold CANARY."""
 
     qkv: Tensor
     cos: Tensor
@@ -125,7 +126,7 @@ def test_kernels(N: int, Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl: st
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_a_rotation(impl: str) -> None:
-    """Position 0 moves nothing; lengths of pairs stay; what two heads give depends on their distance alone."""
+    """Position 0 changes nothing; norms of pairs stay; the product of two heads depends on their distance alone."""
     N, E = 6, 64
     t = tokens(N, 1, 1, E, torch.float32, device(impl))
     t.qkv.copy_(t.qkv[0].clone().expand(N, -1))
@@ -143,7 +144,7 @@ def test_a_rotation(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tokens_alone(dtype: torch.dtype, impl: str) -> None:
-    """A token has the same bits alone and among others, NaN stays with its head, and no token writes nothing."""
+    """A token has the same bits alone and among others; NaN stays in its head; without tokens nothing is written."""
     t = tokens(4, 4, 2, 16, dtype, device(impl))
     t.qkv.view(4, -1, 16)[1, 4, 3] = torch.nan  # of the first key head
     last = replace(t.clone(), positions=t.positions[3:], slots=t.slots[3:], qkv=t.qkv[3:].clone())
@@ -172,7 +173,7 @@ def test_padding_tokens_share_a_slot(impl: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "Hq", "Hkv", "E"), SHAPES)
 def test_float8_pool(N: int, Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl: str) -> None:
-    """Heads that float8 holds, times a power of 2 each, turned by right angles: nothing is rounded, so all is exact."""
+    """Heads of numbers that float8 holds, times a power of 2, rotated by right angles: all results are exact."""
     generator = torch.Generator().manual_seed(E)
     t = tokens(N, Hq, Hkv, E, dtype, fp8=True)
     held = (8 + torch.randint(0, 8, (N, Hq + 2 * Hkv, E), generator=generator)) / 8.0
@@ -182,7 +183,7 @@ def test_float8_pool(N: int, Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl
     sizes = 2.0 ** torch.randint(-30, 10, (N, Hq + 2 * Hkv, 1), generator=generator)
     sizes[0, -1] = 0
     if N > 1 and not INTERPRETED:  # its conversion of subnormal float32 is wrong too
-        sizes[1, -1] = 2.0**-140  # a scale that float32 can hardly hold
+        sizes[1, -1] = 2.0**-140  # its scale is subnormal
     t.qkv.copy_((held * sizes).view(N, -1))
     angles = torch.randint(0, 4, t.cos.shape, generator=generator)
     t.cos.copy_(torch.tensor([1, 0, -1, 0])[angles])
@@ -205,7 +206,7 @@ def test_float8_pool(N: int, Hq: int, Hkv: int, E: int, dtype: torch.dtype, impl
 @pytest.mark.parametrize("impl", ["torch", COMPILED])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float8_error(dtype: torch.dtype, impl: str) -> None:
-    """Half of the last of four significant bits, or half a subnormal step."""
+    """At most half of the last of four significant bits, or half a subnormal step."""
     N, Hq, Hkv, E = 9, 4, 2, 64
     plain, t = (tokens(N, Hq, Hkv, E, dtype, device(impl), fp8=fp8, scale=30) for fp8 in (False, True))
     plain.run("torch"), t.run(impl)
@@ -220,7 +221,7 @@ def test_float8_error(dtype: torch.dtype, impl: str) -> None:
 
 
 def test_float8_scales_are_a_division() -> None:
-    """A tensor over a Python number is, on a GPU, a product with the number's rounded reciprocal: one bit off."""
+    """On a GPU, a tensor / Python number is a product with the rounded reciprocal, which may be one bit off."""
 
     class Divisions(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), options: Any = None) -> Any:
@@ -236,7 +237,7 @@ def test_float8_scales_are_a_division() -> None:
 
 @pytest.mark.parametrize("impl", ["torch", TRITON])
 def test_float8_rounds_to_nearest(impl: str) -> None:
-    """Values between 17 and 19 of 448: 16, 18 and 20 can be held. Truncation would never give 20, nor 18 for 17.9."""
+    """float8 holds 16, 18 and 20. Truncation would never give 20, nor 18 for 17.9."""
     t = tokens(1, 1, 1, 8, torch.float32, device(impl), fp8=True)
     values = torch.tensor([448.0, 16.9, 17.1, 17.9, 18.9, 19.1, -17.1, -19.1])
     t.qkv[0, 16:] = values.to(t.qkv)
@@ -247,7 +248,7 @@ def test_float8_rounds_to_nearest(impl: str) -> None:
 
 @gpu
 @pytest.mark.triton
-def test_a_gpu_stores_the_reference_s_float8() -> None:
+def test_a_gpu_stores_the_float8_of_the_reference() -> None:
     t = tokens(64, 16, 16, 128, torch.bfloat16, "cuda", fp8=True)
     eager = t.clone()
     t.run("triton"), eager.run("torch")
@@ -279,13 +280,12 @@ def test_a_captured_launch_follows_positions_and_slots() -> None:
 @pytest.mark.parametrize("impl", [NATIVE])
 def test_threads_do_not_change_the_bits(impl: str) -> None:
     t = tokens(64, 8, 8, 128, torch.float32)
-    threads, outputs = torch.get_num_threads(), []
-    for n in (1, 3):
-        torch.set_num_threads(n)
-        run = t.clone()
-        outputs.append((run.run(impl), run.keys, run.values))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        own = t.clone()
+        return own.run(impl), own.keys, own.values
+
+    assert all(torch.equal(a, b) for a, b in zip(*on_threads(run, 1, 3), strict=True))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

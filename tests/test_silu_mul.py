@@ -1,4 +1,4 @@
-"""silu_mul against F.silu(gate) * up: bit for bit the reference, and three ways the kernels."""
+"""silu_mul: the reference equals F.silu(gate) * up, and the kernels are no worse than the reference."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from oracle import (
     NATIVE,
     assert_no_worse,
     device,
+    on_threads,
     poisoned_outputs,
 )
 from torch import Tensor
 
 from bicot.kernels.silu_mul import _backward_op, _op, silu_mul, silu_mul_ref
 
-# Float32: the C++ exponential is right to 1 ulp of |g|, so far out on the left silu is so to |g| roundings. Bfloat16:
-# both roundings are where the reference has them.
+# Float32: the argument of the exponential is exact to 1 ulp, so for large negative g silu is exact to |g| roundings.
+# Bfloat16: both roundings are where the reference has them.
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2 * BFLOAT16_ROUNDING if INTERPRETED else 2**-12}
 DTYPES = list(RELATIVE)
+SHAPES = [(1, 1), (3, 7), (2, 5632), (5, 1025), (33, 128)]
 
 
 def inputs(N: int, size: int, dtype: torch.dtype, to: str = "cpu", scale: float = 3.0) -> Tensor:
@@ -32,7 +34,7 @@ def inputs(N: int, size: int, dtype: torch.dtype, to: str = "cpu", scale: float 
 
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "size"), [(1, 1), (3, 7), (2, 5632), (5, 1025), (33, 128)])
+@pytest.mark.parametrize(("N", "size"), SHAPES)
 def test_kernels(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
     for scale in (3.0, 0.01, 40.0):
         gate_up = inputs(N, size, dtype, device(impl), scale)
@@ -54,7 +56,7 @@ def gradient(gate_up: Tensor, impl: str) -> Tensor:
 
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "size"), [(1, 1), (3, 7), (2, 5632), (5, 1025), (33, 128)])
+@pytest.mark.parametrize(("N", "size"), SHAPES)
 def test_gradients(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
     for scale in (3.0, 0.01, 40.0):
         gate_up = inputs(N, size, dtype, device(impl), scale)
@@ -64,7 +66,7 @@ def test_gradients(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_gradients_far_out(impl: str) -> None:
+def test_gradients_of_large_numbers(impl: str) -> None:
     """silu is the identity on the right and 0 on the left."""
     gate_up = torch.tensor([[1e4, -1e4, 3e38, -3e38] + [0.5] * 4], device=device(impl))
     found = gradient(gate_up, impl)
@@ -80,8 +82,8 @@ def test_the_first_half_is_the_gate() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value")  # of numpy, which Triton's interpreter computes with
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_far_out(dtype: torch.dtype, impl: str) -> None:
-    """No overflow on either side; what is infinite or NaN in F.silu is so here."""
+def test_large_numbers(dtype: torch.dtype, impl: str) -> None:
+    """No overflow; infinity and NaN are where F.silu has them."""
     sizes = torch.tensor([0.0, 30, 88, 104, 1e4, 3e38, torch.inf, torch.nan])
     gate = torch.cat([sizes, -sizes])
     gate_up = torch.cat([gate, torch.full_like(gate, 0.5)]).to(device(impl), dtype)[None]
@@ -95,13 +97,13 @@ def test_far_out(dtype: torch.dtype, impl: str) -> None:
 
 @pytest.mark.parametrize("impl", [NATIVE])
 def test_rounds_where_pytorch_rounds(impl: str) -> None:
-    """With silu left unrounded before the product, a quarter of all elements would differ."""
+    """Without the rounding of silu before the product, a quarter of all elements would differ."""
     gate_up = inputs(33, 513, torch.bfloat16)
     assert (silu_mul(gate_up, impl=impl) == silu_mul_ref(gate_up)).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_rows_alone(impl: str) -> None:
+def test_tokens_alone(impl: str) -> None:
     gate_up = inputs(4, 40, torch.float32, device(impl))
     gate_up[2, 3] = torch.nan
     out = silu_mul(gate_up, impl=impl)
@@ -114,12 +116,7 @@ def test_rows_alone(impl: str) -> None:
 @pytest.mark.parametrize("impl", [NATIVE])
 def test_threads_do_not_change_the_bits(impl: str) -> None:
     gate_up = inputs(64, 1024, torch.float32)
-    threads, outputs = torch.get_num_threads(), []
-    for n in (1, 3):
-        torch.set_num_threads(n)
-        outputs.append(silu_mul(gate_up, impl=impl))
-    torch.set_num_threads(threads)
-    assert torch.equal(*outputs)
+    assert torch.equal(*on_threads(lambda: silu_mul(gate_up, impl=impl), 1, 3))
 
 
 @pytest.mark.parametrize("impl", KERNELS)

@@ -20,6 +20,7 @@ from oracle import (
     gpu,
     needs_native,
     no_host_sync,
+    on_threads,
     poisoned_outputs,
 )
 from torch import Tensor
@@ -32,7 +33,7 @@ from bicot.kernels.token_logprobs import token_logprobs, token_logprobs_ref
 OUTPUT_TOLERANCE = (1e-6, 1e-6)
 GRADIENT_TOLERANCE = {torch.float32: (1e-6, 2e-7), torch.bfloat16: (BFLOAT16_ROUNDING, 2e-7)}
 DTYPES = list(GRADIENT_TOLERANCE)
-VOCABULARIES = [1, 2, 7, 31, 33, 257, 1000, 16385]  # 257 and 16385: rows begin at every offset from 16-byte boundaries
+VOCABULARIES = [1, 2, 7, 31, 33, 257, 1000, 16385]  # 257, 16385: rows begin at all offsets from 16-byte boundaries
 
 
 def _peaked(x: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def _masked(x: Tensor) -> Tensor:
 
 
 def _masked_prefix(x: Tensor) -> Tensor:
-    x[:, : x.shape[1] - 1] = -torch.inf  # whole blocks without mass before the first finite logit
+    x[:, : x.shape[1] - 1] = -torch.inf  # whole blocks of -inf before the first finite logit
     return x
 
 
@@ -74,17 +75,17 @@ def make(kind: str, N: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     logits = LOGITS[kind](torch.randn(N, V, generator=generator)).to(dtype)
     targets = torch.randint(0, V, (N,), generator=generator)
-    # a target of probability 0 has log-probability -inf, which no error measure survives: it has its own test
+    # not a target of probability 0: an error of -inf cannot be measured, see test_probability_zero
     return logits, torch.where(logits.gather(1, targets[:, None])[:, 0].isinf(), logits.argmax(-1), targets)
 
 
 def run(op: Callable, logits: Tensor, targets: Tensor, **options: object) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, entropy and the gradient of a loss that weighs every row's two outputs differently."""
+    """logprob, entropy and the gradient of a loss with other weights for both outputs of every token."""
     leaf = logits.detach().requires_grad_()
     activation = leaf.clone() if options.get("inplace_backward") else leaf
     stats = op(activation, targets, **options)
-    rows = torch.arange(1.0, len(logits) + 1, dtype=stats.logprob.dtype, device=logits.device)
-    (rows.cos() * stats.logprob + rows.sin() * stats.entropy).sum().backward()
+    n = torch.arange(1.0, len(logits) + 1, dtype=stats.logprob.dtype, device=logits.device)
+    (n.cos() * stats.logprob + n.sin() * stats.entropy).sum().backward()
     assert leaf.grad is not None
     if options.get("inplace_backward"):
         assert torch.equal(activation, leaf.grad)
@@ -127,7 +128,7 @@ def test_no_worse_than_eager_at_text_vocabulary(kind: str, dtype: torch.dtype, i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
 def test_short_rows_touch_nothing_around_them(inplace: bool, dtype: torch.dtype, impl: str) -> None:
-    """Rows of few or no whole 16 bytes, which begin at any offset from a multiple of 16 bytes."""
+    """Few or no whole 16 bytes, at any offset from a multiple of 16 bytes."""
     for V in range(1, 18):
         for left in range(0, 16 // dtype.itemsize, 3):
             logits, targets = (x.to(device(impl)) for x in make("normal", 3, V, dtype))
@@ -187,7 +188,7 @@ def test_strided_logits_give_what_contiguous_ones_give(view: str, dtype: torch.d
     targets = (torch.arange(2 * len(logits))[::2] % logits.shape[1]).to(device(impl))
     ours = run(token_logprobs, logits, targets, impl=impl)
     expected = run(token_logprobs, logits.contiguous(), targets.contiguous(), impl=impl)
-    # bit for bit in C++; Triton groups a row's sums by where its 16-byte boundaries fall, and both are rounded
+    # the same bits in C++; Triton's order of summation depends on the 16-byte boundaries in a row
     exact = dict(rtol=0, atol=0) if impl == "native" else dict(rtol=2 * GRADIENT_TOLERANCE[dtype][0], atol=5e-7)
     torch.testing.assert_close(ours, expected, **exact)
 
@@ -203,12 +204,8 @@ def test_same_bits_again(impl: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_with_any_number_of_threads(dtype: torch.dtype) -> None:
     logits, targets = make("normal", 37, 5000, dtype)
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(run(token_logprobs, logits, targets, impl="native"))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for again in results[1:] for a, b in zip(results[0], again, strict=True))
+    first, *others = on_threads(lambda: run(token_logprobs, logits, targets, impl="native"), 1, 1, 2, 3)
+    assert all(torch.equal(a, b) for again in others for a, b in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -217,9 +214,8 @@ class TestEveryImplementation:
         logits, targets = (x.to(device(impl)) for x in make("normal", 9, 1000, torch.float32))
         logprob, entropy, gradient = (x.cpu() for x in run(token_logprobs, logits, targets, impl=impl))
         assert (logprob <= 0).all() and (entropy >= 0).all() and (entropy <= torch.tensor(1000.0).log()).all()
-        torch.testing.assert_close(
-            gradient.sum(-1), torch.zeros(9), atol=1e-5, rtol=0
-        )  # shifting a row changes nothing
+        # a constant added to all logits changes nothing
+        torch.testing.assert_close(gradient.sum(-1), torch.zeros(9), atol=1e-5, rtol=0)
 
     def test_probability_zero(self, impl: str) -> None:
         logits = torch.tensor([[0.0, -torch.inf, 0.0], [-torch.inf, 2.0, -torch.inf]], device=device(impl))
@@ -228,20 +224,16 @@ class TestEveryImplementation:
         torch.testing.assert_close(entropy.cpu(), torch.tensor([2.0, 1.0]).log())
         assert gradient.isfinite().all() and gradient[1].eq(0).all() and gradient[0, 1] != 0
 
-    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-    def test_a_non_finite_row_is_nan_and_alone(self, impl: str, bad: float) -> None:
+    @pytest.mark.parametrize(("logit", "bad"), [(20, torch.nan), (20, torch.inf), (slice(None), -torch.inf)])
+    def test_a_token_without_a_distribution_is_nan_and_alone(self, impl: str, logit: int | slice, bad: float) -> None:
         logits = torch.zeros(3, 50, device=device(impl))
-        logits[1, 20] = bad
+        logits[1, logit] = bad
         stats = token_logprobs(logits, torch.zeros(3, dtype=torch.int64, device=logits.device), impl=impl)
         assert stats.entropy.isnan().tolist() == [False, True, False]
         assert not stats.logprob[1].isfinite() and stats.logprob[::2].isfinite().all()
+        assert bad != -torch.inf or stats.logprob[1].isnan()
 
-    def test_a_fully_masked_row_is_nan(self, impl: str) -> None:
-        logits = torch.full((1, 50), -torch.inf, device=device(impl))
-        stats = token_logprobs(logits, torch.zeros(1, dtype=torch.int64, device=logits.device), impl=impl)
-        assert stats.logprob.isnan().all() and stats.entropy.isnan().all()
-
-    def test_empty_batch(self, impl: str) -> None:
+    def test_no_tokens(self, impl: str) -> None:
         logits = torch.empty(0, 7, device=device(impl))
         logprob, entropy, gradient = run(token_logprobs, logits, torch.empty(0).to(logits.device).long(), impl=impl)
         assert logprob.shape == entropy.shape == (0,) and gradient.shape == (0, 7)
@@ -277,7 +269,7 @@ def test_opcheck(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-def test_overwritten_logits_that_something_else_needs(impl: str) -> None:
+def test_overwriting_logits_that_another_operation_needs(impl: str) -> None:
     logits, targets = (x.to(device(impl)) for x in make("normal", 4, 33, torch.float32))
     activation = logits.requires_grad_().clone()
     other = activation.square().sum()  # before, so that its backward comes after ours
@@ -305,7 +297,7 @@ def test_more_elements_than_a_32_bit_offset_reaches() -> None:
 
 
 @gpu
-def test_more_rows_than_a_grid_dimension_other_than_the_first_holds() -> None:
+def test_more_tokens_than_any_but_the_first_dimension_of_a_grid_holds() -> None:
     logits, targets = (x.cuda() for x in make("normal", 70_000, 257, torch.float32))
     ours = run(token_logprobs, logits, targets, impl="triton")
     torch.testing.assert_close(ours, run(token_logprobs_ref, logits, targets), rtol=1e-5, atol=1e-5)
