@@ -166,7 +166,7 @@ def main(words: list[str]) -> None:
 
 def run() -> None:
     """The command line, as `python evaluate.py`."""
-    with one_line_errors(sys.argv, "; the same command goes on"):
+    with one_line_errors(sys.argv, "; the same command continues"):
         main(sys.argv[1:])
 
 

@@ -44,7 +44,7 @@ def main(words: list[str]) -> None:
 
 def run() -> None:
     """The command line, as `python train.py` and as `bicot-train`."""
-    with one_line_errors(sys.argv, f"; go on with: {resume_command()}"):
+    with one_line_errors(sys.argv, f"; continue with: {resume_command()}"):
         main(sys.argv[1:])
 
 

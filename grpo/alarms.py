@@ -61,9 +61,9 @@ class Alarms:
             yield "gradient", "the gradient is 0 although rewards differ within a group: nothing is being trained"
         for key, value in row.items():
             if key.endswith("/ratio_max") and self.num_iterations == 1 and value > 1.001:
-                yield key, f"{key} is {value:.3g}, but one update per rollout has a ratio of 1"
+                yield key, f"{key} is {value:.3g}, but with one update per rollout it must be 1"
             if key.endswith("/sampling_ratio") and self.num_iterations == 1 and abs(value - 1) > 0.1:
-                yield key, f"{key} is {value:.3g}: what was drawn is not what trains, by weights, prompts or settings"
+                yield key, f"{key} is {value:.3g}: sampling and training have different weights, prompts or settings"
         if len(self.rows) < WINDOW:
             return
         for name in self.trained:
@@ -72,7 +72,7 @@ class Alarms:
                 text = f"reward {name} has been {means[0]:.4g} for every sample of {WINDOW} steps: it teaches nothing"
                 yield f"constant {name}", text
         if statistics.mean(self._last("plan_truncated") or [0.0]) > 0.5:
-            text = "over half of the plans are cut off at max_completion_length: they never end, or it is too small"
+            text = "over half of the plans are cut off at max_completion_length: it is too small, or they never end"
             yield "truncated", text
         of = {f"{stream}/entropy": f"the entropy of {stream} tokens" for stream in ("text", "image")}
         of |= {f"{what}_diversity": f"the difference of {what}s in a group" for what in ("image", "plan")}
@@ -81,7 +81,7 @@ class Alarms:
             now = self._last(key)
             if first and now and statistics.mean(now) < 0.1 * statistics.mean(first):
                 text = f"{name} fell from {statistics.mean(first):.3g} to "
-                yield key, text + f"{statistics.mean(now):.3g}: samples become alike, and groups stop differing"
+                yield key, text + f"{statistics.mean(now):.3g}: samples become alike, and so do the rewards of a group"
         for name in self.monitored if self._moved("reward", 1) else ():
             if self._moved(f"rewards/{name}/mean", -1):
                 text = f"the reward rises while {name}, which is not trained on, falls: the model may be exploiting "

@@ -118,7 +118,7 @@ class Benchmark:
                 file = self.file.format(index=index, name=prompt.name, sample=g, number=first + g)
                 if (size := len(Path(file).name.encode())) > _LONGEST_NAME:
                     over = size - _LONGEST_NAME
-                    raise ValueError(f"{prompt.where}: it gives its pictures their name, and is {over} bytes too long")
+                    raise ValueError(f"{prompt.where}: the name of its picture would be {over} bytes too long")
                 if file in pictures:
                     other = prompts[pictures[file].prompt].where
                     raise ValueError(f"{prompt.where}: {file} is the picture of {other} too")
@@ -157,7 +157,7 @@ def _json(where: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{where}: no JSON: {error}") from error
+        raise ValueError(f"{where}: not JSON: {error}") from error
 
 
 def _geneval(path: Path) -> Iterator[Prompt]:
@@ -192,7 +192,7 @@ def _dpg(path: Path) -> Iterator[Prompt]:
     if not text:
         raise ValueError(f"{path}: the file is empty")
     if "." in path.stem:
-        raise ValueError(f"{path}: the scorer reads the name up to the first dot; take the others out")
+        raise ValueError(f"{path}: the scorer reads the name up to the first dot; remove the other dots")
     yield Prompt(text, str(path), path.stem)
 
 

@@ -98,7 +98,7 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, 
     damaged: list[str] = []
     for folder in reversed(list_checkpoints(output_dir)):
         if (damage := find_damage(folder)) is None:
-            return folder, [f"{line}: going on from {folder}" for line in damaged]
+            return folder, [f"{line}: continuing from {folder}" for line in damaged]
         damaged.append(damage)
     if damaged:
         raise ValueError(f"no checkpoint in {output_dir} is whole: {'; '.join(damaged)}")
@@ -173,7 +173,7 @@ def save_checkpoint(
             sync(path)
     except (OSError, SafetensorError, RuntimeError) as error:  # each library has its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        said = "make room, and go on from the one before with --resume auto"
+        said = "make room, and continue from the previous checkpoint with --resume auto"
         raise OSError(f"{target} cannot be written ({error}); {said}") from error
     if target.exists():
         target.rename(replaced)
@@ -211,4 +211,4 @@ def load_state(
     optimizer.load_state_dict(state["optimizer"])
     entropy |= state["optimizer"].get("entropy", {})
     said = ", ".join(f"{name} {new!r} instead of {old!r}" for name, (old, new) in changed.items())
-    return state["step"], state["seconds"], [f"going on with {said}"] if said else []
+    return state["step"], state["seconds"], [f"continuing with {said}"] if said else []

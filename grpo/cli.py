@@ -118,7 +118,7 @@ def _problem_of(file: str) -> str | None:
     try:
         settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return f"no YAML: {' '.join(str(error).split())}"
+        return f"not YAML: {' '.join(str(error).split())}"
     if settings is None:
         return "the file is empty"
     return None if isinstance(settings, dict) else "no settings, which are lines `name: value`"

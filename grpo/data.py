@@ -79,7 +79,7 @@ class PromptFile:
         if bad and not (self.skip_bad and good):
             number, why = next(iter(bad.items()))
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-            fix = "mend it, or leave such lines out with --skip_bad_prompts true"
+            fix = "fix it, or leave such lines out with --skip_bad_prompts true"
             fix = "no line is left" if self.skip_bad else fix
             raise ValueError(f"{self.path}:{number}: {why}{more}; {fix}")
         if not good:

@@ -104,7 +104,7 @@ class Ranks:
                 late = f"another rank did not come to a collective within {self.timeout:g} s (ddp_timeout)"
                 raise RankLost(f"{late}; all were last seen at {place}") from error
             if broken and len({host for host, _ in self.processes}) > 1:
-                raise RankLost(f"a rank elsewhere ended, or the network; see its log there: {error}") from error
+                raise RankLost(f"a rank elsewhere ended, or the network failed; see its log there: {error}") from error
             raise
 
     def _lost(self, seconds: float) -> int | None:
@@ -254,7 +254,7 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     try:  # not `print`, since the main thread may be inside it
-        os.write(2, f"\ntorchrun (process {parent}) is gone, and so is this rank; --resume auto goes on\n".encode())
+        os.write(2, f"\ntorchrun (process {parent}) is gone, and so is this rank; --resume auto continues\n".encode())
     finally:
         os._exit(1)
 
@@ -275,7 +275,7 @@ def _log_of(rank: int) -> str:
     own, first = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")), int(os.environ.get("RANK", 0))
     local = rank - first + int(os.environ.get("LOCAL_RANK", 0))
     log = own.parent.parent / str(local) / "stderr.log"
-    return f"its log: {log}" if log.is_file() else "its log is above (torchrun --log-dir DIR --tee 3 keeps one by rank)"
+    return f"its log: {log}" if log.is_file() else "its log is above (torchrun --log-dir DIR --tee 3 keeps one a rank)"
 
 
 def resume_command() -> str:

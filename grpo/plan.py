@@ -111,7 +111,7 @@ def load_model(path: str) -> Any:
     elif kind == "janus":
         config = AutoConfig.from_pretrained(path)
     else:
-        raise ValueError(f"the plan reads a config.json of model_type 'janus' or {ORIGINAL!r}, {path} is {kind!r}")
+        raise ValueError(f"the memory plan needs model_type 'janus' or {ORIGINAL!r}; {path} is {kind!r}")
     with torch.device("meta"):
         return JanusForConditionalGeneration(config)
 

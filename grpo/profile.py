@@ -259,7 +259,7 @@ def binds(row: dict[str, Any], device: str) -> str:
     unit, ms = ("kernels" if device == "cuda" else "operators"), row["ms"]
     hidden = row["busy_ms"] - ms
     if hidden > ms:
-        return f"hidden: {hidden:.3g} ms of its {unit} run beside an earlier phase"
+        return f"hidden: {hidden:.3g} ms of its {unit} run during an earlier phase"
     if row["gap_ms"] > ms / 2:
         return f"host: in {row['gap_ms'] / ms:.0%} of it none of its {unit} runs"
     mean = row["launch_us"] or 0.0

@@ -106,7 +106,7 @@ def load_rollout(path: Path, device: torch.device) -> SavedRollout:
         names = header["trained"], header["monitored"]
         return SavedRollout(rollout, examples, tensors["scores"], *names, header["ranks"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no rollout of --save_rollouts: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a file of --save_rollouts: {type(error).__name__}: {error}") from error
 
 
 class Replay:

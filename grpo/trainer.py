@@ -189,7 +189,7 @@ class Trainer:
             self.results.publish(summary, run_settings(config, self.ranks.size), self.repo, done)
         if stopped:
             name = "an alarm" if stopped == signal.SIGALRM else signal.Signals(stopped).name
-            print(f"stopped by {name} after step {self.step} of {config.max_steps}; go on with: {resume_command()}")
+            print(f"stopped by {name} after step {self.step} of {config.max_steps}; continue with: {resume_command()}")
         return summary
 
     def _train(self) -> tuple[list[Sample], int]:

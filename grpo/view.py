@@ -257,12 +257,12 @@ def listen(port: int) -> socket.socket:
     if importlib.util.find_spec("werkzeug") is None:
         raise ImportError('the live view needs werkzeug; pip install -e ".[view]"')
     if not 0 <= port <= 65535:
-        raise ValueError(f"the live view's port {port} must be 0 (any that is free) to 65535")
+        raise ValueError(f"the live view's port {port} must be 0 (any free one) to 65535")
     try:
         return socket.create_server((_NAMES[0], port))
     except OSError as error:
         reason = os.strerror(error.errno or 0)  # the text of Python's exception would repeat the address
-        raise OSError(f"the live view cannot have port {port} ({reason}); 0 takes any that is free") from None
+        raise OSError(f"the live view cannot use port {port} ({reason}); 0 takes any free one") from None
 
 
 def address(listening: socket.socket, token: str) -> str:
@@ -324,7 +324,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--port", type=int, default=0, help="port to listen at; 0, the default, takes any free one")
     options = parser.parse_args(words)
     if not any((options.run / name).exists() for name in (".lock", *_NOW)):
-        sys.exit(f"error: {options.run} is no run's folder: it has no metrics.jsonl")
+        sys.exit(f"error: {options.run} is not the folder of a run: it has no metrics.jsonl")
     try:
         listening = listen(options.port)
     except (ImportError, ValueError, OSError) as error:

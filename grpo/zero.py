@@ -42,10 +42,10 @@ def read_settings(file: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"deepspeed={file!r} is no JSON file: {error}") from None
+        raise ValueError(f"deepspeed={file!r} is not a JSON file: {error}") from None
     sections = ("zero_optimization", "bf16", "fp16", "optimizer", "data_types")
     if not isinstance(settings, dict) or any(not isinstance(settings.get(name, {}), dict) for name in sections):
-        raise ValueError(f"{file} is no DeepSpeed configuration: an object, with objects for {', '.join(sections)}")
+        raise ValueError(f"{file} is not for DeepSpeed: it must be an object, and so must its {', '.join(sections)}")
     if settings.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise ValueError(f"{file}: zero_optimization.stage must be 1, 2 or 3; --distributed ddp is what 0 would be")
     return settings

@@ -270,7 +270,7 @@ class RolloutEngine:
             if slots([sample]) > self.pool.capacity:
                 raise ValueError(
                     f"a prompt does not fit the KV cache: it needs {slots([sample])} tokens and {self.pool.capacity} "
-                    f"fit, at {self.pool.bytes_per_token} bytes a token; raise kv_bytes, lower max_completion_length, "
+                    f"fit, at {self.pool.bytes_per_token} bytes each; raise kv_bytes, lower max_completion_length, "
                     f"or shorten it: {sample.prompt[:120]!r}"
                 )
         start = 0

@@ -214,10 +214,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raw = PreTrainedConfig.get_config_dict(path)[0]
     except OSError as error:
         if (file := Path(path, "config.json")).is_file():
-            raise ValueError(f"{file} is no JSON, copy or download it again: {error}") from error
+            raise ValueError(f"{file} is not JSON, copy or download it again: {error}") from error
         raise FileNotFoundError(
-            f"model_name_or_path={str(path)!r} is neither a folder with a config.json "
-            f"nor a model the hub gives: {error}"
+            f"model_name_or_path={str(path)!r} is neither a folder with a config.json nor a model on the hub: {error}"
         ) from error
     except AttributeError:  # its JSON is a list
         raw = {}

@@ -96,7 +96,7 @@ def read_reasoning_prompt(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"reasoning_prompt_path={str(path)!r} is no text file in UTF-8: {error}") from error
+        raise ValueError(f"reasoning_prompt_path={str(path)!r} is not a text file in UTF-8: {error}") from error
 
 
 @dataclass(frozen=True)

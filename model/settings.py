@@ -70,7 +70,7 @@ class RolloutSettings:
                 values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
                 return cls(PromptFormat(**values["prompts"]), Sampling(**values["sampling"]))
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} says no prompts and sampling: {error}; delete it for the defaults") from error
+                raise ValueError(f"{path} has no valid settings: {error}; delete it for the defaults") from error
         return cls()
 
 

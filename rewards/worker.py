@@ -181,7 +181,7 @@ class Worker:
                 if not alone:
                     raise RewardError(
                         f"reward {self.reward.name!r} failed on a batch of {len(batch)} prompts from "
-                        f"{examples[batch[0]].prompt!r} on, though on none of them alone: {error}"
+                        f"{examples[batch[0]].prompt!r} on, but on none of them alone: {error}"
                     ) from error
                 lost += alone
         return scores, lost

@@ -184,9 +184,9 @@ def test_unknown_keys_of_a_file_are_named(
         (b"---\n", "the file is empty"),
         (b"- beta\n", "no settings, which are lines `name: value`"),
         (b"beta\n", "no settings, which are lines `name: value`"),
-        (b"beta: [1\n", "no YAML: while parsing a flow sequence"),
-        (b"\xff\xfe", "no YAML: 'utf-8' codec can't decode byte 0xff"),
-        (b"beta: \x00", "no YAML: unacceptable character"),
+        (b"beta: [1\n", "not YAML: while parsing a flow sequence"),
+        (b"\xff\xfe", "not YAML: 'utf-8' codec can't decode byte 0xff"),
+        (b"beta: \x00", "not YAML: unacceptable character"),
     ],
 )
 @pytest.mark.parametrize("joined", [False, True])

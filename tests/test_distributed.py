@@ -156,4 +156,4 @@ def test_one_ctrl_c_finishes_the_step_and_saves(tmp_path: Path) -> None:
     done = (tmp_path / "out" / "metrics.jsonl").read_text().count("\n")
     assert (tmp_path / "out" / f"checkpoint-{done:06d}" / "manifest.json").is_file()
     advice = f"torchrun --nproc-per-node 2 {ROOT / 'train.py'} {' '.join(SMALL)}"
-    assert f"stopped by SIGINT after step {done} of 100000; go on with: {advice}" in log
+    assert f"stopped by SIGINT after step {done} of 100000; continue with: {advice}" in log

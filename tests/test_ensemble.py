@@ -163,7 +163,7 @@ def test_auto_is_serial_on_a_cpu() -> None:
     ("reward", "message", "picture"),
     [
         (Failing("broken"), r"reward 'broken' failed on 'two dogs' \(picture: .*\): cannot count dogs", 1),
-        (FailingOnBatches("big"), "'big' failed on a batch of 2 prompts from 'a cat' on, though .* 'missing'", None),
+        (FailingOnBatches("big"), "'big' failed on a batch of 2 prompts from 'a cat' on, but .* 'missing'", None),
         (Constant("short", 1.0, 2.0, 3.0), r"'short' failed on 'a cat' .*: it returned \(3,\) for 1 pictures", 0),
         (Constant("wild", 1.0, float("inf")), "reward 'wild' failed on 'two dogs' .*: its score is inf", 1),
     ],

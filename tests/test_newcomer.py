@@ -88,8 +88,8 @@ TRAIN = {
     "weights that were half copied": ("--model_name_or_path W/half", "model.safetensors cannot be read, download it"),
     "an index that names a missing shard": ("--model_name_or_path W/shard", "download it again: .*-00001-of-00002"),
     "an interrupted download": ("--model_name_or_path W/interrupted", "download it again: .*no file named model.safe"),
-    "a config.json of no bytes": ("--model_name_or_path W/no_config", "config.json is no JSON, copy or download it"),
-    "a torn config.json": ("--model_name_or_path W/torn_config", "config.json is no JSON, copy or download it"),
+    "a config.json of no bytes": ("--model_name_or_path W/no_config", "config.json is not JSON, copy or download it"),
+    "a torn config.json": ("--model_name_or_path W/torn_config", "config.json is not JSON, copy or download it"),
     "a config.json that is a list": ("--model_name_or_path W/list_config", "has no config.json of a model"),
     "a model without a tokenizer": ("--model_name_or_path W/no_tokenizer", "tokenizer cannot be read, copy tokenizer"),
     "a torn tokenizer.json": ("--model_name_or_path W/torn_tokenizer", "tokenizer cannot be read, copy tokenizer.json"),
@@ -101,28 +101,28 @@ TRAIN = {
     ),
     "a torn bicot.json": (
         "--model_name_or_path W/torn_settings",
-        "bicot.json says no prompts .*; delete it for the def",
+        "bicot.json has no valid settings.*; delete it for the def",
     ),
-    "another bicot.json": ("--model_name_or_path W/other_settings", "bicot.json says no prompts and sampling"),
+    "another bicot.json": ("--model_name_or_path W/other_settings", "bicot.json has no valid settings"),
     "no prompt file": ("--train_file W/none", "no prompt file at W/none; give one in T2I-R1's JSONL schema"),
     "a folder as prompt file": ("--train_file W/empty", "no prompt file at W/empty"),
     "a prompt file of no bytes": ("--train_file W/zero", "W/zero has no prompts"),
-    "a torn row": ("--train_file W/torn.jsonl", "W/torn.jsonl:2: .*; mend it, or leave such lines out with --skip_bad"),
+    "a torn row": ("--train_file W/torn.jsonl", "W/torn.jsonl:2: .*; fix it, or leave such lines out with --skip_bad"),
     "an odd held-out row": ("--eval_file W/odd.jsonl", "W/odd.jsonl:2: prompt must be a non-empty string, got 3"),
     "no held-out file": ("--eval_file W/none", "no prompt file at W/none"),
     "no instruction": (
         "--reasoning_prompt_path W/none",
-        "reasoning_prompt_path='W/none' is no text file in UTF-8: .*No",
+        "reasoning_prompt_path='W/none' is not a text file in UTF-8: .*No",
     ),
     "an instruction in Latin-1": (
         "--reasoning_prompt_path W/latin.txt",
-        "'W/latin.txt' is no text file in UTF-8: 'utf",
+        "'W/latin.txt' is not a text file in UTF-8: 'utf",
     ),
     "two places for the prompt": ("--reasoning_prompt_path W/two.txt", "placeholder {} exactly once"),
     "no checkpoint to go on from": ("--resume W/empty", "resume='W/empty': no trainer_state.pt there; give a checkp"),
     "no rollouts to replay": ("--replay W/none", "replay='W/none': step-000001-rank-0.safetensors is missing"),
-    "no DeepSpeed file": ("--deepspeed W/none", "deepspeed='W/none' is no JSON file: .*No such file"),
-    "a torn DeepSpeed file": ("--deepspeed W/torn.json", "deepspeed='W/torn.json' is no JSON file"),
+    "no DeepSpeed file": ("--deepspeed W/none", "deepspeed='W/none' is not a JSON file: .*No such file"),
+    "a torn DeepSpeed file": ("--deepspeed W/torn.json", "deepspeed='W/torn.json' is not a JSON file"),
     "a preset in another case": (
         "--config configs/janus-pro-1B.yaml",
         r"no such file; did you mean .*janus-pro-1b\.yaml\?",
@@ -170,12 +170,12 @@ TRAIN = {
 }
 GENERATE = {
     "a model that was half copied": ("--model W/half", "model.safetensors cannot be read, download it again"),
-    "a torn bicot.json": ("--model W/torn_settings", "bicot.json says no prompts and sampling"),
+    "a torn bicot.json": ("--model W/torn_settings", "bicot.json has no valid settings"),
     "a GPU where there is none": ("--device cuda:7", r"--device cuda:7: torch sees \d GPUs here; leave --device out"),
     "a device by another name": ("--device gpu", "--device gpu is no device; give cpu, cuda, or cuda:1 for the second"),
     "an option with a typing error": ("--modell W/half", "unknown setting 'modell'; did you mean 'model'?"),
     "a word for a number": ("--seed x", "argument --seed: invalid int value: 'x'"),
-    "no instruction": ("--reasoning_prompt_path W/none", "reasoning_prompt_path='W/none' is no text file"),
+    "no instruction": ("--reasoning_prompt_path W/none", "reasoning_prompt_path='W/none' is not a text file"),
     "pictures into a file": ("--output W/file/x.png", "--output: nothing can be written into W/file"),
     "pictures into a read-only folder": ("--output /proc/x.png", "--output: nothing can be written into /proc"),
     "no prompt file": ("--prompt_file W/none", "no prompt file at W/none"),
@@ -248,6 +248,6 @@ def test_a_full_disk_keeps_the_checkpoints_before(
         _, text = said_by("train.py", given, monkeypatch, capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert re.search(r"error: .*checkpoint-000002 cannot be written \(.*too large.*\); make room, and go on", text)
+    assert re.search(r"error: .*checkpoint-000002 cannot be written \(.*too large.*\); make room, and continue", text)
     assert list_checkpoints(output) == whole and not list(output.glob(".checkpoint-*"))
     assert run(job, output, *more, "--max_steps", "2", "--resume", "auto")["steps"] == 2

@@ -58,7 +58,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage: str, tmp_path: Pa
     do(newest)
     found, (line,) = find_checkpoint("auto", tmp_path)
     assert (
-        found == whole and line.startswith(f"{newest} is damaged: {words}") and line.endswith(f"going on from {whole}")
+        found == whole
+        and line.startswith(f"{newest} is damaged: {words}")
+        and line.endswith(f"continuing from {whole}")
     )
     with pytest.raises(ValueError, match=f"checkpoint-000004 is damaged: {words}"):
         find_checkpoint(str(newest), tmp_path)

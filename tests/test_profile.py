@@ -221,7 +221,7 @@ def test_floors_count_what_a_step_reads_and_trains(profiled: tuple[Any, Path, mo
             "launch: 4000 kernels of 2.0 µs, 30% of the floor's rate (compute)",
         ),
         ({}, None, "work: 40 kernels of 200 µs"),
-        ({"ms": 2.0, "busy_ms": 8.0}, None, "hidden: 6 ms of its kernels run beside an earlier phase"),
+        ({"ms": 2.0, "busy_ms": 8.0}, None, "hidden: 6 ms of its kernels run during an earlier phase"),
         ({"phase": IDLE}, None, "host: what the program does between the phases"),
     ],
 )

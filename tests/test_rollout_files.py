@@ -77,7 +77,7 @@ def test_files_that_are_no_rollouts_are_named(tmp_path: Path) -> None:
     save_rollout(path, scored(), False)
     for damaged in (b"", b"hello", path.read_bytes()[:-3]):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="step-000001-rank-0.safetensors is no rollout"):
+        with pytest.raises(ValueError, match="step-000001-rank-0.safetensors is not a file of"):
             load_rollout(path, torch.device("cpu"))
 
 

@@ -174,7 +174,7 @@ def test_settings_that_change_on_resume(job: Path, tmp_path: Path, capsys: pytes
     halves = ("--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "4")  # the same four prompts
     changes = ("--learning_rate", "1e-4", "--adam_beta1", "0.5", "--beta", "0.5")
     run(job, tmp_path, *small, *halves, *changes, "--resume", "auto")
-    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("going on with"))
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("continuing with"))
     assert "learning_rate 0.0001 instead of 0.01" in said and "beta 0.5 instead of 0.03" in said
     assert "batch" not in said and "adam_beta1 0.5 instead of 0.9" in said
     rates = [row["learning_rate"] for row in metrics(tmp_path)]
@@ -375,7 +375,7 @@ def test_prompts_that_cannot_be_used_are_found_at_start(
         (long, "prompt too long", ()),
     ):
         prompts.write_text("\n".join((good, bad, good)))
-        with pytest.raises(ValueError, match=rf"prompts\.jsonl:2: {words}.*; mend it, or .* --skip_bad_prompts true"):
+        with pytest.raises(ValueError, match=rf"prompts\.jsonl:2: {words}.*; fix it, or .* --skip_bad_prompts true"):
             run(job, tmp_path / "out", *more, *rest)
     assert not (tmp_path / "out").exists()
     prompts.write_text("\n".join((long, good, pentagon, "{", good)))
@@ -524,7 +524,7 @@ def test_sigterm_finishes_the_step_and_saves(job: Path, tmp_path: Path) -> None:
     last = metrics(tmp_path)[-1]["step"]
     assert (tmp_path / f"checkpoint-{last:06d}" / "trainer_state.pt").is_file()
     assert json.loads((tmp_path / "summary.json").read_text())["steps"] == last
-    line, advice = said.splitlines()[-1].split("; go on with: ")
+    line, advice = said.splitlines()[-1].split("; continue with: ")
     assert line == f"stopped by SIGTERM after step {last} of 100000"
     again = [*shlex.split(advice), "--max_steps", str(last + 1)]
     subprocess.run(again, check=True, env=_environment(job), timeout=120)
@@ -546,7 +546,7 @@ def test_a_signal_before_the_first_step_is_said(number: signal.Signals, job: Pat
     finally:
         process.kill()
     advice = shlex.join([*command, "--resume", "auto"])
-    assert said[-1] == f"stopped by {number.name}; go on with: {advice}" and "Traceback" not in "".join(said)
+    assert said[-1] == f"stopped by {number.name}; continue with: {advice}" and "Traceback" not in "".join(said)
     assert process.returncode == 128 + number
 
 

@@ -247,9 +247,9 @@ def test_the_command(run: Path) -> None:
         for words, line in (
             (
                 [str(run), "--port", port],
-                f"error: the live view cannot have port {port} (Address already in use); 0 takes",
+                f"error: the live view cannot use port {port} (Address already in use); 0 takes",
             ),
-            ([str(run.parent)], f"error: {run.parent} is no run's folder: it has no metrics.jsonl"),
+            ([str(run.parent)], f"error: {run.parent} is not the folder of a run: it has no metrics.jsonl"),
         ):
             done = subprocess.run([sys.executable, "-m", "bicot.view", *words], capture_output=True, text=True)
             assert done.returncode == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
@@ -259,7 +259,7 @@ def test_the_command(run: Path) -> None:
     ("words", "line"),
     [
         (("--view",), 'error: the live view needs werkzeug; pip install -e ".[view]"'),
-        (("--view", "70000"), "error: the live view's port 70000 must be 0 (any that is free) to 65535"),
+        (("--view", "70000"), "error: the live view's port 70000 must be 0 (any free one) to 65535"),
     ],
 )
 def test_a_job_refuses_before_anything_is_touched(
