@@ -1,20 +1,21 @@
-"""The linear layers of a decode step, each with the norm, the activation or the residual sum beside it.
+"""The linear layers of a decode step, fused with the RMSNorm, the activation or the residual sum next to them.
 
     y = x·Wᵀ
-    decode_linear:      out = y, or y · rsqrt(Σ squares / K + eps) where squares are given.
-                        With silu the rows of W are [gate; up], and out = silu(y_gate) · y_up.
+    decode_linear:      out = y, or y · rsqrt(Σ squares / K + eps) if squares are given
+                        (with silu, W = [gate; up] and out = silu(y_gate) · y_up)
     decode_linear_add:  residual += y,  out = residual · norm_weight,  squares = sums of residual²
 
-RMSNorm divides a row by one number, so the division can follow the product: `decode_linear_add` begins the norm of the
-new residual, and the `decode_linear` that follows ends it. A layer is then four of these launches, the rotary embedding
-and the attention, where separate kernels are nine or ten. Sums are float32. The residual, residual · norm_weight and
-out are each rounded once; PyTorch also rounds y, the normed row and silu(y_gate).
+RMSNorm divides all numbers of a token by the same root, so the division may follow the next product:
+`decode_linear_add` computes the squares of the new residual, and the next `decode_linear` divides. A layer then has six
+launches: four of these ops, the rotary embedding and the attention; separate kernels need nine or ten. Sums are
+float32. The residual, residual · norm_weight and out are each rounded once; PyTorch also rounds y, the norm and
+silu(y_gate).
 
-Shapes: R sequences, K inputs, N outputs (with silu N / 2), B blocks of columns. x [R, K], weight [N, K], squares
-[R, B]. Floor: the weights are read once, N·K elements; 2·R·N·K FLOPs. It is meant for few sequences, where reading the
-weights takes longer than multiplying them.
+Shapes: R sequences, K inputs, N outputs (N / 2 with silu), B blocks of outputs; x [R, K], weight [N, K],
+squares [R, B]. Floor: the weights are read once, N·K elements; 2·R·N·K FLOPs. The op is for few sequences, where
+reading the weights takes longer than multiplying them.
 
-Source: RMSNorm (arXiv 1910.07467). Programs that share a result add it up as in Stream-K (arXiv 2301.03598).
+Source: RMSNorm (arXiv 1910.07467); programs that share outputs add their sums as in Stream-K (arXiv 2301.03598).
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch import Tensor
 
 from .dispatch import INTERPRETED, Impl, choose, forward_only, launch, register, tl, triton
 
-MAX_SEQUENCES = 64  # of one tile; above that cuBLAS is near the hardware's rate
-_COLUMNS = 64  # outputs of one program
+MAX_SEQUENCES = 64  # in one tile; for more, cuBLAS is near the floor
+_OUTPUTS = 64  # of one program
 
 
 def decode_linear_ref(
@@ -45,7 +46,7 @@ def decode_linear_ref(
 
 
 def decode_linear_add_ref(x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula above in plain PyTorch, on one block of columns; float64 in, float64 out."""
+    """The formula above in plain PyTorch, with B = 1; float64 in, float64 out."""
     residual += F.linear(x, weight)
     wide = residual.to(torch.promote_types(x.dtype, torch.float32))
     return residual * norm_weight, wide.square().sum(1, keepdim=True)
@@ -54,15 +55,15 @@ def decode_linear_add_ref(x: Tensor, weight: Tensor, residual: Tensor, norm_weig
 @triton.jit
 def _store(  # type: ignore[no-untyped-def]
     b_y, p_out, p_residual, p_norm_weight, p_new_squares, o_r, m_r, block, N, blocks,
-    SILU: tl.constexpr, ADD: tl.constexpr, COLUMNS: tl.constexpr,
+    SILU: tl.constexpr, ADD: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """The end of a program: from the products b_y to what is stored."""
+    """Finish a program: activation or residual sum of the products b_y, and the stores."""
     dtype = p_out.dtype.element_ty
     if SILU:
-        b_gate, b_up = b_y.reshape(b_y.shape[0], COLUMNS // 2, 2).split()
+        b_gate, b_up = b_y.reshape(b_y.shape[0], OUTPUTS // 2, 2).split()
         b_e = tl.exp(-tl.abs(b_gate))  # never overflows
         b_y = tl.where(b_gate < 0, b_gate * b_e, b_gate) / (1 + b_e) * b_up
-    WIDTH: tl.constexpr = COLUMNS // 2 if SILU else COLUMNS
+    WIDTH: tl.constexpr = OUTPUTS // 2 if SILU else OUTPUTS
     o_n = block * WIDTH + tl.arange(0, WIDTH)[None, :]
     size = N // 2 if SILU else N
     o, m = o_r * size + o_n, m_r & (o_n < size)
@@ -78,31 +79,31 @@ def _store(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _decode_linear_kernel(  # type: ignore[no-untyped-def]
-    p_x, p_weight, p_squares, p_residual, p_norm_weight, p_out, p_new_squares, p_parts, p_arrived, R, N, K, eps,
+    p_x, p_weight, p_squares, p_residual, p_norm_weight, p_out, p_new_squares, p_partial, p_arrived, R, N, K, eps,
     SQUARES: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr, SPLITS: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr = False,
+    SEQUENCES: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """One program: all sequences, COLUMNS outputs, and one of SPLITS shares of the inputs, DEPTH at a time.
+    """One program: all sequences, OUTPUTS outputs, and one of SPLITS splits of the inputs, DEPTH inputs at a time.
 
-    The last program of its columns to arrive adds the shares in their order, so the result does not depend on who is
-    last. It resets the counter, so that a CUDA graph can replay the launch. WIDE multiplies in float32, because
-    Triton's interpreter has no products of bfloat16.
+    The last program of a block of outputs adds the partial sums of all splits in their order, so the result does not
+    depend on which program is last. It resets the counter, so that a CUDA graph can replay the launch. WIDE multiplies
+    in float32, because Triton's interpreter cannot multiply bfloat16.
     """
     block, split, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     dtype: tl.constexpr = tl.float32 if WIDE else p_x.dtype.element_ty
-    share = tl.cdiv(tl.cdiv(K, DEPTH), SPLITS) * DEPTH
-    begin = split * share
-    end = tl.minimum(begin + share, K)
-    o_r = tl.arange(0, ROWS)[:, None]
+    each = tl.cdiv(tl.cdiv(K, DEPTH), SPLITS) * DEPTH
+    begin = split * each
+    end = tl.minimum(begin + each, K)
+    o_r = tl.arange(0, SEQUENCES)[:, None]
     m_r = o_r < R
-    o_column = block * COLUMNS + tl.arange(0, COLUMNS)
-    # with SILU a gate and its up are neighbours, so that one program has both
-    o_w = o_column // 2 + o_column % 2 * (N // 2) if SILU else o_column
+    o_n = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    # with SILU the outputs alternate between gate and up, so that one program has both
+    o_w = o_n // 2 + o_n % 2 * (N // 2) if SILU else o_n
     p_w = p_weight + o_w.to(tl.int64)[:, None] * K
-    m_w = (o_column < N)[:, None]
+    m_w = (o_n < N)[:, None]
 
     if PDL:
-        # No kernel writes weights, so 1 KiB of each output's come to L2 while the kernel in front still runs.
+        # No kernel writes weights, so 1 KiB of each output's weights is prefetched while the previous kernel runs.
         o_line = tl.minimum(begin + tl.arange(0, 8)[None, :] * (128 // p_weight.dtype.element_ty.itemsize), K - 1)
         p_line = tl.where(m_w, p_w, p_weight) + o_line
         tl.inline_asm_elementwise(
@@ -110,7 +111,7 @@ def _decode_linear_kernel(  # type: ignore[no-untyped-def]
         )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    b_y = tl.zeros([ROWS, COLUMNS], tl.float32)
+    b_y = tl.zeros([SEQUENCES, OUTPUTS], tl.float32)
     for first in range(begin, end, DEPTH):
         o_k = first + tl.arange(0, DEPTH)[None, :]
         b_w = tl.load(p_w + o_k, m_w & (o_k < end), other=0).to(dtype)
@@ -122,28 +123,28 @@ def _decode_linear_kernel(  # type: ignore[no-untyped-def]
         b_squares = tl.load(p_squares + o_r * SQUARES + o_s, m_r & (o_s < SQUARES), other=0)
         b_y *= tl.rsqrt(tl.sum(b_squares, 1, keep_dims=True) / K + eps)
     if SPLITS == 1:
-        _store(b_y, p_out, p_residual, p_norm_weight, p_new_squares, o_r, m_r, block, N, blocks, SILU, ADD, COLUMNS)
+        _store(b_y, p_out, p_residual, p_norm_weight, p_new_squares, o_r, m_r, block, N, blocks, SILU, ADD, OUTPUTS)
     else:
-        p_part = p_parts + block * (SPLITS * ROWS * COLUMNS) + o_r * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        tl.store(p_part + split * (ROWS * COLUMNS), b_y)
-        tl.debug_barrier()  # every thread has stored before one of them counts
+        p_sums = p_partial + block * (SPLITS * SEQUENCES * OUTPUTS) + o_r * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
+        tl.store(p_sums + split * (SEQUENCES * OUTPUTS), b_y)
+        tl.debug_barrier()  # all threads have stored before one of them counts
         if tl.atomic_add(p_arrived + block, 1) == SPLITS - 1:
-            b_y = tl.zeros([ROWS, COLUMNS], tl.float32)
+            b_y = tl.zeros([SEQUENCES, OUTPUTS], tl.float32)
             for i in tl.static_range(SPLITS):
-                b_y += tl.load(p_part + i * (ROWS * COLUMNS), cache_modifier=".cg")
-            _store(b_y, p_out, p_residual, p_norm_weight, p_new_squares, o_r, m_r, block, N, blocks, SILU, ADD, COLUMNS)
+                b_y += tl.load(p_sums + i * (SEQUENCES * OUTPUTS), cache_modifier=".cg")
+            _store(b_y, p_out, p_residual, p_norm_weight, p_new_squares, o_r, m_r, block, N, blocks, SILU, ADD, OUTPUTS)
             tl.store(p_arrived + block, 0)
 
 
 def launch_config(R: int, itemsize: int = 2) -> dict[str, Any]:
-    """A multiprocessor holds up to three programs, each with three tiles of 16 KiB of weights under way."""
-    rows = max(16, triton.next_power_of_2(R))
-    return {"ROWS": rows, "COLUMNS": _COLUMNS, "DEPTH": 256 // itemsize, "num_warps": 4, "num_stages": 4}
+    """A multiprocessor holds up to three programs, each of which loads three tiles of 16 KiB of weights ahead."""
+    sequences = max(16, triton.next_power_of_2(R))
+    return {"SEQUENCES": sequences, "OUTPUTS": _OUTPUTS, "DEPTH": 256 // itemsize, "num_warps": 4, "num_stages": 4}
 
 
 def num_splits(N: int, K: int, processors: int) -> int:
-    """A power of two: as many programs as there are multiprocessors, if each has 256 inputs."""
-    wanted = min(processors // triton.cdiv(N, _COLUMNS), K // 256, 8)
+    """A power of two: about one program for each multiprocessor, with 256 inputs at least."""
+    wanted = min(processors // triton.cdiv(N, _OUTPUTS), K // 256, 8)
     return 1 << max(wanted, 1).bit_length() - 1
 
 
@@ -151,28 +152,28 @@ def _run(
     x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, silu: bool, residual: Tensor | None,
     norm_weight: Tensor | None, arrived: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """-> out, and with a residual its squares."""
+    """-> out, squares of the residual (None without one)."""
     (R, K), N = x.shape, len(weight)
     config = launch_config(R, x.element_size())
-    blocks, splits = triton.cdiv(N, _COLUMNS), 1
-    out, new_squares, parts = x.new_empty(R, N // 2 if silu else N), None, None
+    blocks, splits = triton.cdiv(N, _OUTPUTS), 1
+    out, new_squares, partial = x.new_empty(R, N // 2 if silu else N), None, None
     if residual is not None:
         splits = num_splits(N, K, _processors(x.device))
         new_squares = x.new_empty(R, blocks, dtype=torch.float32)
         if splits > 1:
-            parts = x.new_empty(blocks * splits * config["ROWS"] * _COLUMNS, dtype=torch.float32)
+            partial = x.new_empty(blocks * splits * config["SEQUENCES"] * _OUTPUTS, dtype=torch.float32)
             arrived = x.new_zeros(blocks, dtype=torch.int32) if arrived is None else arrived
     if R:
         launch(
-            _decode_linear_kernel, (blocks, splits), x, weight, squares, residual, norm_weight, out, new_squares, parts,
-            arrived, R, N, K, eps, SQUARES=0 if squares is None else squares.shape[1], SILU=silu,
+            _decode_linear_kernel, (blocks, splits), x, weight, squares, residual, norm_weight, out, new_squares,
+            partial, arrived, R, N, K, eps, SQUARES=0 if squares is None else squares.shape[1], SILU=silu,
             ADD=residual is not None, SPLITS=splits, WIDE=INTERPRETED, **config,
         )  # fmt: skip
     return out, new_squares
 
 
 def _processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; of the interpreter so many that products are split."""
+    """Number of multiprocessors of a GPU; 4 for the interpreter, so that inputs are split."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -193,7 +194,7 @@ def _launch_add(
 
 
 def _fake_add(x: Tensor, weight: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(residual), x.new_empty(len(x), -(-len(weight) // _COLUMNS), dtype=torch.float32)
+    return torch.empty_like(residual), x.new_empty(len(x), -(-len(weight) // _OUTPUTS), dtype=torch.float32)
 
 
 _op = register("decode_linear", _launch, _fake)
@@ -201,7 +202,7 @@ _add_op = register("decode_linear_add", _launch_add, _fake_add, ("residual", "ar
 
 
 def _check(name: str, impl: Impl, x: Tensor, weight: Tensor, **others: tuple[Tensor | None, torch.dtype, Any]) -> str:
-    """-> the implementation that runs. `others`: tensor, dtype, shape, where a size of None is any."""
+    """Check the arguments -> the implementation that runs. `others`: tensor, dtype, shape (None = any size)."""
     R, K = x.shape if x.ndim == 2 else (0, 0)
     if x.ndim != 2 or R > MAX_SEQUENCES or not x.is_floating_point():
         raise ValueError(f"x must be [R, K] floating point, R up to {MAX_SEQUENCES}, got {[*x.shape]} {x.dtype}")
@@ -229,18 +230,18 @@ def decode_linear(
     silu: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
-    """A linear layer of a few sequences, of a row that RMSNorm has yet to divide, and with SwiGLU. Not differentiable.
+    """A linear layer of a few sequences, after the division of an RMSNorm, and with SwiGLU. Not differentiable.
 
     Args:
         x: [R, K] floating point, R up to 64.
-        weight: [N, K]; with `silu` the gate's rows, then the up's.
-        squares: [R, B] float32 from `decode_linear_add`: the product is divided by the root of their mean square, plus
-            `eps`. (float64 for float64.) None: x is normed already.
+        weight: [N, K]; with `silu`, the weights of gate, then those of up.
+        squares: [R, B] float32 (float64 for float64) from `decode_linear_add`: the product is divided by
+            sqrt(Σ squares / K + eps). None = no division.
         eps: of the RMSNorm.
         silu: return silu(gate) · up.
         impl: "triton" (CUDA), "torch", or "auto", the first that can run.
 
-    All tensors are contiguous, on one device, and but for squares of one dtype.
+    All tensors are contiguous and on one device; all but squares have one dtype.
 
     Returns:
         [R, N], or with `silu` [R, N / 2], dtype of x.
@@ -269,18 +270,18 @@ def decode_linear_add(
     *,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Add a linear layer of a few sequences to the residual stream, and begin its RMSNorm. Not differentiable.
+    """Add a linear layer of a few sequences to the residual stream, and start its RMSNorm. Not differentiable.
 
     Args:
         x: [R, K] floating point, R up to 64.
         weight: [N, K].
         residual: [R, N], written in place.
         norm_weight: [N], of the RMSNorm.
-        arrived: [N / 64, rounded up] int32 zeros, which are zeros again at the end: counters of programs that add up
-            one result. None makes new ones, which costs a launch.
+        arrived: [⌈N / 64⌉] int32 zeros, which are zeros again at the end: counters of the programs that share outputs.
+            None = new counters, which cost a launch.
         impl: "triton" (CUDA), "torch", or "auto", the first that can run.
 
-    All tensors are contiguous, on one device, and but for `arrived` of one dtype.
+    All tensors are contiguous and on one device; all but `arrived` have one dtype.
 
     Returns:
         residual · norm_weight [R, N], and squares of the residual [R, B] float32 (float64 for float64), for
@@ -292,7 +293,7 @@ def decode_linear_add(
 
     Source: arXiv 1910.07467.
     """
-    N, counters = len(weight), -(-len(weight) // _COLUMNS)
+    N, counters = len(weight), -(-len(weight) // _OUTPUTS)
     chosen = _check(
         "decode_linear_add", impl, x, weight, residual=(residual, x.dtype, (len(x), N)),
         norm_weight=(norm_weight, x.dtype, (N,)), arrived=(arrived, torch.int32, (counters,)),

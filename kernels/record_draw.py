@@ -70,8 +70,8 @@ def record_draw(
         outputs: tokens [O] int64, two log-probabilities [O] float32.
         table: [V, D], dtype of x, the embedding of each token.
         x: [R, D] contiguous, the input of the next step.
-        grows: rows grows to K - 2 of state grow by row K - 1.
-        output: the row of state with the index of a sample's draw in `outputs`.
+        grows: state[grows:-1] grow by state[-1].
+        output: state[output] is the index of a sample's draw in `outputs`.
         running: [B] bool, set to False for a sample that draws `end`; or None.
         end: the token that ends a sample.
         impl: "triton" (CUDA), "torch", or "auto": Triton on a GPU, and else PyTorch.

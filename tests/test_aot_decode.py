@@ -224,10 +224,10 @@ def compile_linear(R: int, add: bool, arch: int, pdl: bool = False, dtype: torch
     """o and down of Janus-Pro-1B, or its gate and up."""
     kernel, config = decode_linear._decode_linear_kernel, decode_linear.launch_config(R, dtype.itemsize)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    absent = ("p_squares",) if add else ("p_residual", "p_norm_weight", "p_new_squares", "p_parts", "p_arrived")
+    absent = ("p_squares",) if add else ("p_residual", "p_norm_weight", "p_new_squares", "p_partial", "p_arrived")
     constants = {"SQUARES": 0 if add else 32, "SILU": not add, "ADD": add, "SPLITS": 4 if add else 1}
     constants |= {"WIDE": False, "PDL": pdl, **config, **dict.fromkeys(absent)}
-    types = dict.fromkeys(("p_squares", "p_new_squares", "p_parts", "eps"), "*fp32") | {"eps": "fp32"}
+    types = dict.fromkeys(("p_squares", "p_new_squares", "p_partial", "eps"), "*fp32") | {"eps": "fp32"}
     types |= {"p_arrived": "*i32", "R": "i32", "N": "i32", "K": "i32"}
     signature = {name: types.get(name, TYPES[dtype]) for name in kernel.arg_names if name not in constants}
     return compile_kernel(kernel, signature, constants, divisible=signature.keys() - {"R", "eps"}, arch=arch, **options)

@@ -17,7 +17,7 @@ from bicot.kernels.rms_norm import rms_norm_ref
 # relative error, of one rounding more than the formula has
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: BFLOAT16_ROUNDING}
 EPS = 1e-3  # large enough to show
-# R, K, N, outputs of the layer that follows: one tile; ragged tiles; shares of unequal size; the most sequences
+# R, K, N, outputs of the next layer: one tile; ragged tiles; splits of unequal size; the most sequences
 SHAPES = [(1, 3, 2, 4), (3, 300, 70, 130), (17, 1100, 64, 32), (5, 2100, 40, 200), (64, 520, 256, 66)]
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -89,7 +89,7 @@ def test_sequences_alone(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", [TRITON])
 def test_split_products(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares are added in their order, and the counters end at zero."""
+    """Partial sums are added in their order, and the counters end at zero."""
     given = inputs(5, 2100, 100, 8, torch.bfloat16, device(impl))
     arrived = torch.zeros(2, dtype=torch.int32, device=device(impl))
     found = []
@@ -102,7 +102,7 @@ def test_split_products(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_num_splits() -> None:
-    """Janus's o and down fill an H200; a wide product, or one of few inputs, is not split."""
+    """Splits for o and down of Janus on an H200; none for many outputs or few inputs."""
     assert [module.num_splits(2048, K, 132) for K in (2048, 5632)] == [4, 4]
     assert [module.num_splits(4096, K, 132) for K in (4096, 11008)] == [2, 2]
     assert module.num_splits(16384, 2048, 132) == module.num_splits(64, 300, 132) == 1
