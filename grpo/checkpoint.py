@@ -9,7 +9,7 @@
                                     reference/            (with sync_ref_model: the reference model)
                                     manifest.json         (size and SHA-256 of every file)
 
-A checkpoint gets its name only when all of it is on the disk. It is checked against its manifest before a run goes on
+A checkpoint gets its name only when all of it is on the disk. It is checked against its manifest before a run continues
 from it. While a checkpoint is written or deleted, its name is `.checkpoint-000050.partial`. While one is replaced, the
 old one is named `.checkpoint-000050.old`. Sampling and data order are functions of (seed, step), so no random
 state is stored. Only folders named `checkpoint-` and a number are ever deleted.

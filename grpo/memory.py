@@ -99,7 +99,7 @@ class Training(NamedTuple):
 
     Args:
         masters, moments: bytes of the master weight and of both moments.
-        accumulated: bytes of a gradient that is accumulated beside the weight's own one; 0 if it is accumulated there.
+        accumulated: bytes of a gradient that is accumulated apart from the weight's own; 0 if it is accumulated there.
         ranks: number of ranks among which ZeRO divides them.
         stage: ZeRO's stage, 0 without DeepSpeed.
         bucket, buffers: ZeRO sends this many gradients at a time, from this many buffers.

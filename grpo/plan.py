@@ -254,14 +254,14 @@ def _update(
     training: Training,
     pictures: int,
 ) -> tuple[Update, int, int]:
-    """The peak of the update, the bytes of rewards that are at work during it, and the peak of a reference pass."""
+    """The peak of the update, the bytes of rewards that work at the same time, and the peak of a reference pass."""
     limit, recompute, (head, embedding) = config.max_completion_length, config.gradient_checkpointing, heads
     # short plans can be worse: with the same number of tokens there are more pictures and more padding
     cuts = [_cut(config, model, plan) for plan in (limit, min(SHORT_PLAN, limit))]
     peaks = [update_peak(shape, b, trained, head, training, n, recompute, embedding) for _, b, n in cuts]
     update, (_, batch, _) = max(zip(peaks, cuts, strict=True), key=lambda pair: pair[0].total)
     ahead, beside = sum(forward_bytes(shape, batch, recompute)), 0
-    if begins_early(config) and ahead + pictures > update.total:  # rewards are at work beside the first forward pass
+    if begins_early(config) and ahead + pictures > update.total:  # rewards work during the first forward pass
         update, beside = Update(0, ahead, 0), pictures
     if not config.kl_streams:
         return update, beside, 0

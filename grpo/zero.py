@@ -1,8 +1,8 @@
 """Trains with DeepSpeed's ZeRO instead of MasterAdamW. It divides masters, gradients and moments among the ranks.
 
-A DeepSpeed JSON file says how. If bicot has a setting too, the file must agree with it or say "auto". Checkpoints hold
-the same full state that MasterAdamW writes, so a run can go on with another stage, another number of ranks, or without
-DeepSpeed.
+A DeepSpeed JSON file says how. If bicot has a setting too, the file must agree with it or say "auto". Checkpoints have
+the same full state that MasterAdamW writes, so a run can continue with another stage, another number of ranks, or
+without DeepSpeed.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def _image_slots(batch: Sequence[_Sample], length: int, sequences_per_sample: in
 class RolloutEngine:
     """Samples plans and pictures from a policy. On a GPU it works on CUDA streams of its own.
 
-    The constructor makes the q, k, v weights of each layer views of one tensor, and gate, up likewise. The Parameter
+    The constructor makes the q, k, v weights of each layer views of one tensor, and also gate and up. The Parameter
     objects and their values stay the same.
 
     Args:

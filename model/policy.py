@@ -103,7 +103,7 @@ class Policy:
 
     @property
     def image_head(self) -> Head:
-        """The last linear layer of the image head, likewise; its input is `image_features`."""
+        """The last linear layer of the image head, in the same way. Its input is `image_features`."""
         head = self.model.model.generation_head.vision_head
         return Head(merged(head, "weight"), merged(head, "bias"))
 

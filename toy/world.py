@@ -70,7 +70,7 @@ Scene = tuple[SceneObject, ...]
 
 @dataclass(frozen=True)
 class Kind:
-    """The objects that a prompt means: those of a shape, and of a colour unless that is open."""
+    """A kind of object: all objects of a shape, or of a shape and a colour."""
 
     shape: str
     colour: str | None = None
