@@ -28,7 +28,8 @@ from .harness import Case, Outputs, Provider, Unavailable, main, short
 from .models import SHAPES, policy_of
 
 GUIDANCE, GROUP, SEED = 5.0, 8, 7
-FP8, EARLY = "fp8 KV", "dependent launches"  # variants of ours
+# variants of ours
+FP8, FUSED, EARLY, BOTH = "fp8 KV", "fused layers", "dependent launches", "fused layers, dependent launches"
 NO_EOS = -1  # no token ends a plan
 # bfloat16 rounds in every layer, and guidance multiplies what it rounded: 0.033 at Janus-Pro-1B's shapes. A context
 # that misses one of 440 tokens gives 0.24 and more, a shared prefix that misses one 0.16 and more. fp8 rounds more, but
@@ -105,7 +106,8 @@ def inputs(policy: Callable[[], Policy], stage: Stage, samples: int, drawn: int,
     """Samples that have drawn so many tokens and go on for so many steps."""
     kv: KVDtype = "fp8" if variant == FP8 else "auto"
     engine = RolloutEngine(model := policy(), model.prompt_encoder(PromptFormat()), kv_dtype=kv, kv_bytes=2**50)
-    engine.graphs.dependent_launches = variant == EARLY
+    engine.graphs.dependent_launches = variant in (EARLY, BOTH)
+    engine.decoder.fused_linear = variant in (FUSED, BOTH)
     pool, own = engine.pool, drawn + steps
     needed = int(stage.tokens(samples, own))
     pool.reserve(needed)
@@ -209,7 +211,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
     """Few steps where a step takes long; on a CPU two layers of the true width."""
     if tiny:
         small = partial(case, "tiny", torch.float32, device, steps=4)
-        return [small(TINY_IMAGE, 6), small(TINY_TEXT, 9), small(TINY_IMAGE, 4, variant=FP8)]
+        return [small(TINY_IMAGE, 6), small(TINY_TEXT, 9, variant=FUSED), small(TINY_IMAGE, 4, variant=FP8)]
     if device == "cpu":
         toy = partial(case, "toy", torch.float32, device)
         wide = partial(case, "Janus-Pro-1B of 2 layers", torch.bfloat16, device, steps=16)
@@ -218,8 +220,9 @@ def cases(device: str, tiny: bool) -> list[Case]:
     found = []
     for model in ("Janus-Pro-1B", "Janus-Pro-7B"):
         of = partial(case, model, torch.bfloat16, device, steps=16)
-        found += [of(IMAGE, 32), of(TEXT, 16)]  # of a published step
-        found += [of(IMAGE, 32, variant=EARLY)] if has_dependent_launch(torch.device(device)) else []
+        early = [EARLY, BOTH] if has_dependent_launch(torch.device(device)) else []
+        for stage, rows in ((IMAGE, 32), (TEXT, 16)):  # of a published step
+            found += [of(stage, rows, variant=variant) for variant in ("", FUSED, *early)]
         found += [of(IMAGE, 2), of(IMAGE, 256), of(IMAGE, 256, variant=FP8), of(TEXT, 128)]
     return found
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.cfg_sample import Draw, cfg_sample
 from ..kernels.decode_attention import decode_attention
+from ..kernels.decode_linear import decode_linear, decode_linear_add
 from ..kernels.group_advantages import group_advantages
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope_kv_write import rope_kv_write
@@ -143,6 +144,47 @@ def rotations(device: str, tiny: bool) -> list[Case]:
         for N in ([2] if tiny else [16, 128])
         for dtype in BOTH
     ]
+
+
+def products(device: str, tiny: bool) -> list[Case]:
+    """Half a layer of a decode step of Janus-Pro-1B: a product, residual sum, norm, and the product that follows.
+
+    On a GPU only. Floor: the weights are read once.
+    """
+    eps, impl = 1e-6, "torch" if tiny and device == "cpu" else "triton"
+
+    def ours(x: Any, silu: bool) -> Outputs:
+        given, weight, residual, norm, following, arrived = x
+        normed, squares = decode_linear_add(given, weight, residual, norm, arrived, impl=impl)
+        return decode_linear(normed, following, squares, eps=eps, silu=silu, impl=impl), residual
+
+    def eager(x: Any, silu: bool, fused: bool = False) -> Outputs:
+        given, weight, residual, norm, following, _ = x
+        out = F.linear(given, weight)
+        if fused:
+            out = F.linear(rms_norm(out, norm, eps, residual), following)
+            return silu_mul(out) if silu else out, residual
+        residual = residual + out
+        gate, up = F.linear(F.rms_norm(residual, norm.shape, norm, eps), following).chunk(2, dim=1)
+        return F.silu(gate) * up if silu else torch.cat([gate, up], 1), residual
+
+    def case(what: str, R: int, K: int, D: int, N: int, dtype: torch.dtype) -> Case:
+        silu = what == "o, gate and up"
+        shapes = ((R, K), (D, K), (R, D), (D,), (N, D))
+
+        def inputs() -> Any:
+            arrived = torch.zeros(-(-D // 64), dtype=torch.int32, device=device)
+            return *(normal(shape, dtype, device, seed=i) / shape[-1] ** 0.5 for i, shape in enumerate(shapes)), arrived
+
+        fresh = lambda x: (*x[:2], x[2].clone(), *x[3:])  # noqa: E731
+        more = {"separate": Provider(partial(eager, silu=silu, fused=True), "cuBLAS, rms_norm and silu_mul", fresh)}
+        both = Provider(partial(ours, silu=silu), "adds in place", fresh), Provider(partial(eager, silu=silu), "cuBLAS")
+        return against_eager({"what": what, "R": R}, dtype, inputs, *both, more, bytes=(K + N) * D * dtype.itemsize)
+
+    if tiny:
+        return [case("o, gate and up", 3, 64, 64, 256, torch.float32)]
+    shapes = [("o, gate and up", 2048, 2048, 11264), ("down, q, k and v", 5632, 2048, 6144)] if device == "cuda" else []
+    return [case(what, R, *sizes, torch.bfloat16) for what, *sizes in shapes for R in (16, 32, 64)]
 
 
 def advantages(device: str, tiny: bool) -> list[Case]:
@@ -283,6 +325,7 @@ def draws(device: str, tiny: bool) -> list[Case]:
 # op -> its cases on a device, all or a few small ones
 OPS: dict[str, Callable[[str, bool], list[Case]]] = {
     "decode_attention": attention,
+    "decode_linear": products,
     "rms_norm": norms,
     "silu_mul": gates,
     "rope_kv_write": rotations,
