@@ -20,6 +20,7 @@ from torch import Tensor
 from ..kernels.cfg_sample import Draw, cfg_sample
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_linear import decode_linear, decode_linear_add
+from ..kernels.dispatch import Impl
 from ..kernels.group_advantages import group_advantages
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope_kv_write import rope_kv_write
@@ -151,7 +152,8 @@ def products(device: str, tiny: bool) -> list[Case]:
 
     On a GPU only. Floor: the weights are read once.
     """
-    eps, impl = 1e-6, "torch" if tiny and device == "cpu" else "triton"
+    eps = 1e-6
+    impl: Impl = "triton" if device == "cuda" else "torch"
 
     def ours(x: Any, silu: bool) -> Outputs:
         given, weight, residual, norm, following, arrived = x
@@ -183,8 +185,8 @@ def products(device: str, tiny: bool) -> list[Case]:
 
     if tiny:
         return [case("o, gate and up", 3, 64, 64, 256, torch.float32)]
-    shapes = [("o, gate and up", 2048, 2048, 11264), ("down, q, k and v", 5632, 2048, 6144)] if device == "cuda" else []
-    return [case(what, R, *sizes, torch.bfloat16) for what, *sizes in shapes for R in (16, 32, 64)]
+    shapes = [("o, gate and up", 2048, 11264), ("down, q, k and v", 5632, 6144)] if device == "cuda" else []
+    return [case(what, R, K, 2048, N, torch.bfloat16) for what, K, N in shapes for R in (16, 32, 64)]
 
 
 def advantages(device: str, tiny: bool) -> list[Case]:
