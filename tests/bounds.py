@@ -1,7 +1,7 @@
-"""Triton's interpreter reads and writes any address that a kernel asks for. Here it checks each one first.
+"""Make Triton's interpreter check every address that a kernel reads or writes.
 
-A launch may touch the elements of the tensors that it was given, and no other byte: none before or after them, none
-between the rows of a strided view, none of another tensor.
+A launch may access the elements of its tensors and no other byte: none before or after them, none between the rows of a
+strided view, none of another tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Allowed:
         self.begins, self.ends = begins[np.append(0, apart + 1)], ends[np.append(apart, -1)]
 
     def check(self, verb: str, pointers: Any, mask: Any) -> None:
-        """Raise IndexError unless every element that `mask` lets through is one of them."""
+        """Raise IndexError unless every element selected by `mask` is allowed."""
         addresses = pointers.data[mask.data].astype(np.int64)
         itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         outside = addresses + itemsize > self.ends[np.searchsorted(self.begins, addresses, "right") - 1]
@@ -49,8 +49,8 @@ class Allowed:
 def checked_bounds() -> Iterator[None]:
     """A launch in the interpreter raises `InterpreterError` at its first access out of bounds.
 
-    It also saves time: the interpreter replaces functions of triton.language, and looks for them anew at each call of a
-    @triton.jit function. Here it looks once for each launch.
+    It also saves time: the interpreter replaces functions of triton.language at each call of a @triton.jit function,
+    here only once for each launch.
     """
     from triton.runtime import interpreter
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder

@@ -1,4 +1,4 @@
-"""That the interpreter's check of bounds sees what it is there for: an error here is an illegal access on a GPU."""
+"""The check of bounds in the interpreter: what it reports would be an illegal access on a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _copy(p_x, p_y, stride, first, end, p_free, BLOCK: tl.constexpr):  # type: i
     ("first", "end", "rows"), [(-1, 3, 1), (0, 6, 1), (4, 6, 2), (0, 5, 3)], ids=["before", "gap", "gap only", "after"]
 )
 @pytest.mark.parametrize("written", [False, True])
-def test_sees_what_is_outside(first: int, end: int, rows: int, written: bool) -> None:
+def test_reports_an_access_outside(first: int, end: int, rows: int, written: bool) -> None:
     """Two rows of 5, of 8 columns, within a larger tensor: only these ten elements may be touched."""
     view, free = torch.zeros(4, 8)[1:3, :5], torch.zeros(4, 8)
     x, y = (free[1:], view) if written else (view, free[1:])
@@ -36,7 +36,7 @@ def test_sees_what_is_outside(first: int, end: int, rows: int, written: bool) ->
         _copy[(rows,)](x, y, 8, first, end, free, BLOCK=8)
 
 
-def test_lets_the_rest_through() -> None:
+def test_allows_an_access_inside() -> None:
     x, y = torch.randn(4, 8)[1:3, :5], torch.zeros(4, 8)
     _copy[(2,)](x, y[1:3, :5], 8, 0, 5, x, BLOCK=8)
     assert torch.equal(y[1:3, :5], x) and y[::3].eq(0).all() and y[:, 5:].eq(0).all()
@@ -58,5 +58,5 @@ def _offsets(tensor: torch.Tensor) -> list[int]:
 def test_is_on_in_every_test() -> None:
     with checked_bounds(), pytest.raises(Exception, match="reads"):
         _copy[(1,)](torch.zeros(4), torch.zeros(8), 0, 0, 5, torch.zeros(0), BLOCK=8)
-    with pytest.raises(Exception, match="reads 1 elements"):  # by conftest.py, and still there
+    with pytest.raises(Exception, match="reads 1 elements"):  # the check of conftest.py
         _copy[(1,)](torch.zeros(4), torch.zeros(8), 0, 0, 5, torch.zeros(0), BLOCK=8)

@@ -1,4 +1,4 @@
-"""Which implementation runs, and that everything but Triton's kernels works where Triton is not installed."""
+"""Which implementation runs; what works without Triton."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 WITHOUT_TRITON = """
 import sys
-sys.modules["triton"] = None  # what `import triton` meets where it is not installed
+sys.modules["triton"] = None  # as if it were not installed
 import torch
 from bicot.kernels.cfg_sample import cfg_sample
 from bicot.kernels.grpo_loss import TokenStream, grpo_loss
@@ -54,7 +54,7 @@ def test_without_triton() -> None:
 
 
 @needs_native
-def test_auto_takes_the_fast_one_where_it_takes_the_dtype() -> None:
+def test_auto_takes_the_fast_implementation_for_its_dtypes() -> None:
     assert choose("auto", CPU, torch.float32) == choose("auto", CPU, torch.bfloat16) == "native"
     assert choose("auto", CPU, torch.float64) == choose("auto", CPU, torch.float16) == "torch"
     assert choose("auto", CUDA, torch.float64) == "torch"
@@ -85,7 +85,7 @@ def test_triton_on_a_cpu_is_an_error() -> None:
 
 
 def test_every_triton_kernel_is_launched_by_one_function() -> None:
-    """Which makes the device of the tensors the current one: Triton launches on the current device."""
+    """`launch` makes the device of the tensors the current one, because Triton launches on the current device."""
     launched = {path.name: re.findall(r"kernel\[", path.read_text()) for path in (ROOT / "kernels").glob("*.py")}
     assert {name: len(found) for name, found in launched.items() if found} == {"dispatch.py": 1}
 
@@ -115,7 +115,7 @@ def test_a_launch_is_on_the_device_of_its_first_tensor(monkeypatch: pytest.Monke
     launch(Kernel(), (3,), x, 7, BLOCK=16)
     assert order == [torch.device("meta"), ((3,), (x, 7), {"BLOCK": 16}), "left"]
 
-    # within `dependent_launches`, where the GPU has them, and only for kernels that wait
+    # within `dependent_launches`, if the GPU has them, and only for kernels with an argument PDL
     Kernel.arg_names = ["p_x"]  # type: ignore[attr-defined]
     has = {"has": True}
     monkeypatch.setattr("bicot.kernels.dispatch.has_dependent_launch", lambda device: has["has"])

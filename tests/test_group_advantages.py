@@ -1,6 +1,6 @@
-"""group_advantages against TRL's formulas in plain Python floats, with a missing reward at its group's mean.
+"""group_advantages against TRL's formulas in Python floats, where a missing reward counts as its group's mean.
 
-The kernel takes float32 and the reference float64 as well: what is exact in one is exact in the other.
+The kernel runs in float32, the reference also in float64.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ OPTIONS: list[tuple[Scale, Combine]] = list(
     product(["group", "batch", "none"], ["sum_then_normalize", "normalize_then_sum"])
 )
 IMPLEMENTATIONS = ["torch", TRITON]
-# dtype, and an absolute tolerance for rewards spread over about 1, whose division by std + eps carries float32's 6e-8
-# up to a few 1e-6
+# dtype and absolute tolerance for rewards with a std near 1: division by std + eps turns float32's 6e-8 into a few 1e-6
 PRECISION = {"torch": (torch.float64, 1e-10), "triton": (torch.float32, 1e-5)}
 everywhere = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 each_option = pytest.mark.parametrize(("scale", "combine"), OPTIONS)
@@ -43,7 +42,7 @@ def std(values: list[float]) -> float:
 
 
 def filled(column: list[float], G: int) -> list[float]:
-    """Missing rewards replaced by their group's mean, or by the batch's where the group has none."""
+    """Missing rewards replaced by the mean of their group, or by the mean of all samples if the group has none."""
     result = []
     for start in range(0, len(column), G):
         group = column[start : start + G]
@@ -111,13 +110,15 @@ def test_equals_the_oracle_in_any_order_at_any_level(
 ) -> None:
     rewards, G, weights = problem
     scale, combine = options
-    check(rewards, G, weights, scale, combine, 1e-9, "torch")  # rounding of rewards of 10, divided by eps at worst
+    check(
+        rewards, G, weights, scale, combine, 1e-9, "torch"
+    )  # at worst, the rounding error of rewards of 10 is divided by eps
     ours = group_advantages(rewards, G, weights, scale=scale, combine=combine)
     if combine == "sum_then_normalize" and scale != "batch":
         assert ours.view(-1, G).sum(1).abs().max() < 1e-9
     order = [p * G + i for p in range(len(rewards) // G) for i in random.sample(range(G), G)]  # type: ignore[attr-defined]
     shifts = shift * torch.arange(1.0, rewards.shape[1] + 1, dtype=torch.float64)
-    if scale != "batch":  # whose spread sees the differences between prompts
+    if scale != "batch":  # which depends on the differences between prompts
         shifts = shifts * torch.arange(len(rewards) // G).repeat_interleave(G)[:, None]
     other = group_advantages((rewards + shifts)[order], G, weights, scale=scale, combine=combine)
     torch.testing.assert_close(other, ours[order], rtol=0, atol=1e-7)
@@ -155,17 +156,17 @@ def test_many_groups_and_large_ones(P: int, G: int, R: int, scale: Scale, combin
 
 @everywhere
 @each_option
-def test_a_tiny_spread_on_a_large_offset_survives(scale: Scale, combine: Combine, impl: str) -> None:
+def test_a_tiny_spread_at_a_large_offset(scale: Scale, combine: Combine, impl: str) -> None:
     # multiples of float32's step at 1e6, so that the inputs are exact: E[x²] - E[x]² would be noise of 1e5 here
     rewards = 1e6 + 0.0625 * torch.randint(0, 9, (24, 2), generator=torch.Generator().manual_seed(0)).float()
     check(rewards, 8, [1.0, 0.25], scale, combine, 1e-5, impl)
-    rewards[:8, 0] = NAN  # a whole group at the batch's mean, which float32 cannot hold to the digit it takes
+    rewards[:8, 0] = NAN  # the whole group counts as the mean of all samples, which float32 rounds
     check(rewards, 8, [1.0, 0.25], scale, combine, 1e-5, impl)
 
 
 @everywhere
 @each_option
-def test_equal_rewards_and_no_spread_are_exactly_zero(scale: Scale, combine: Combine, impl: str) -> None:
+def test_equal_rewards_give_exactly_zero(scale: Scale, combine: Combine, impl: str) -> None:
     options = {"scale": scale, "combine": combine, "impl": impl}
     for G, eps in product([1, 3, 7, 8], [EPS, 0.0]):
         for values in ([0.35, 0.1], [0.7, 1 / 3], [1e6 + 0.1, -7.7], [NAN, 0.7]):
@@ -179,7 +180,7 @@ def test_equal_rewards_and_no_spread_are_exactly_zero(scale: Scale, combine: Com
 
 
 @everywhere
-def test_two_samples_are_half_their_distance_over_an_unbiased_std(impl: str) -> None:
+def test_two_samples(impl: str) -> None:
     ours = run(torch.tensor([1.0, 3.0]), 2, impl=impl)
     torch.testing.assert_close(ours, torch.tensor([-1.0, 1.0]) / (math.sqrt(2) + EPS))
 
@@ -187,9 +188,9 @@ def test_two_samples_are_half_their_distance_over_an_unbiased_std(impl: str) -> 
 @everywhere
 class TestMissing:
     @each_option
-    def test_moves_no_sample_for_or_against(self, impl: str, scale: Scale, combine: Combine) -> None:
+    def test_moves_no_advantage(self, impl: str, scale: Scale, combine: Combine) -> None:
         options = {"scale": scale, "combine": combine, "impl": impl}
-        # 0.9 for everybody whom it applies to: as 0 it would punish the two others
+        # the first reward is 0.9 for all samples that have it; counted as 0, it would punish the others
         rewards = torch.tensor([[0.9, 0.5], [NAN, 0.5], [0.9, 0.5], [NAN, 0.5]])
         assert run(rewards, 4, **options).eq(0).all()
         dtype, atol = PRECISION[impl]
@@ -198,19 +199,21 @@ class TestMissing:
         if combine == "sum_then_normalize":
             torch.testing.assert_close(run(gap, 4, **options), run(mean_there, 4, **options), rtol=0, atol=atol)
 
-    def test_in_a_whole_group_leaves_the_other_reward(self, impl: str) -> None:
+    def test_in_a_whole_group(self, impl: str) -> None:
         dtype, atol = PRECISION[impl]
         rewards = random_rewards(8, 2, dtype)
         rewards[:4, 0] = NAN
         ours = run(rewards, 4, impl=impl)
         torch.testing.assert_close(ours[:4], run(rewards[:4, 1], 4, impl=impl), rtol=0, atol=atol)
         torch.testing.assert_close(ours[4:], run(rewards[4:], 4, impl=impl), rtol=0, atol=atol)
-        rewards = torch.tensor([[0.9, 1.0], [0.9, 2.0], [NAN, 1.0], [NAN, 2.0]])  # nor widens the batch's spread
+        rewards = torch.tensor(
+            [[0.9, 1.0], [0.9, 2.0], [NAN, 1.0], [NAN, 2.0]]
+        )  # nor does it change the std of all samples
         ours = run(rewards, 2, scale="batch", impl=impl)
         torch.testing.assert_close(ours, run(rewards[:, 1], 2, scale="batch", impl=impl))
 
     @each_option
-    def test_every_reward_takes_the_sample_out(self, impl: str, scale: Scale, combine: Combine) -> None:
+    def test_all_rewards_of_a_sample(self, impl: str, scale: Scale, combine: Combine) -> None:
         dtype, atol = PRECISION[impl]
         rewards = random_rewards(5, 2, dtype)
         gap = torch.cat([rewards, torch.full((1, 2), NAN, dtype=dtype)])
@@ -229,21 +232,21 @@ class TestMissing:
 
 @everywhere
 @each_option
-def test_a_reward_of_weight_zero_only_watches(scale: Scale, combine: Combine, impl: str) -> None:
+def test_a_reward_of_weight_0_is_only_monitored(scale: Scale, combine: Combine, impl: str) -> None:
     rewards = random_rewards(8, 2, torch.float32)
-    rewards[3, 1] = NAN  # scored by the watching reward alone
+    rewards[3, 1] = NAN  # this sample has only the monitored reward
     kept = run(rewards[:, 1], 4, scale=scale, combine=combine, impl=impl)
-    for watching in (rewards[:, 0], 100 * rewards[:, 0], torch.full((8,), NAN)):
-        both = torch.stack([watching, rewards[:, 1]], dim=1)
+    for monitored in (rewards[:, 0], 100 * rewards[:, 0], torch.full((8,), NAN)):
+        both = torch.stack([monitored, rewards[:, 1]], dim=1)
         ours = run(both, 4, [0.0, 1.0], scale=scale, combine=combine, impl=impl)
-        # another number of rewards is another tile of the Triton kernel, which may add in another order
+        # with another number of rewards, the Triton kernel may sum in another order
         torch.testing.assert_close(ours, kept, rtol=0, atol=2e-6 if impl == "triton" else 0)
     assert kept[3] == 0 and kept.ne(0).sum() == 7
 
 
 @everywhere
 @each_option
-def test_one_sample_alone_and_none_at_all(scale: Scale, combine: Combine, impl: str) -> None:
+def test_one_sample_and_none(scale: Scale, combine: Combine, impl: str) -> None:
     if combine == "sum_then_normalize":
         assert run(torch.tensor([1.0, 5.0, -2.0]), 1, scale=scale, impl=impl).eq(0).all()
     assert run(torch.tensor([[5.0]]), 1, scale=scale, combine=combine, impl=impl).tolist() == [0]
@@ -267,7 +270,7 @@ def test_dtype_and_weights_as_a_tensor(dtype: torch.dtype, impl: str) -> None:
 
 @everywhere
 @each_option
-def test_input_is_left_alone_may_be_strided_and_gets_no_gradient(scale: Scale, combine: Combine, impl: str) -> None:
+def test_strided_input_stays_as_it_is_and_gets_no_gradient(scale: Scale, combine: Combine, impl: str) -> None:
     rewards = random_rewards(8, 3, torch.float32, missing=0.3).to(device(impl)).requires_grad_()
     weights = torch.tensor([1.0, 9.0, 0.5, 9.0, 2.0, 9.0], requires_grad=True, device=device(impl))[::2]
     before, options = rewards.detach().clone(), {"scale": scale, "combine": combine, "impl": impl}
@@ -280,10 +283,10 @@ def test_input_is_left_alone_may_be_strided_and_gets_no_gradient(scale: Scale, c
 
 @everywhere
 @pytest.mark.parametrize("scale", ["group", "none"])
-def test_a_group_does_not_see_the_others(scale: Scale, impl: str) -> None:
+def test_groups_are_independent(scale: Scale, impl: str) -> None:
     rewards = random_rewards(24, 3, torch.float32, missing=0.2)
     alone = torch.cat([run(group, 8, scale=scale, impl=impl) for group in rewards.split(8)])
-    # a GPU may add the groups of a larger tile in another order
+    # a GPU may sum in another order with more groups
     torch.testing.assert_close(run(rewards, 8, scale=scale, impl=impl), alone, rtol=0, atol=2e-6 if CUDA else 0)
 
 
@@ -296,7 +299,7 @@ def test_opcheck(impl: str) -> None:
 
 @everywhere
 def test_compiles_to_one_graph(impl: str) -> None:
-    torch._dynamo.reset()  # the implementations before this one count against its recompilations
+    torch._dynamo.reset()  # compilations for other implementations count towards the limit
     compiled = torch.compile(group_advantages, fullgraph=True, backend="aot_eager")
     for S in (8, 12):  # the second with S unknown to the compiler
         rewards = random_rewards(S, 2, torch.float32, missing=0.2).to(device(impl))
