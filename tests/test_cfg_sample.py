@@ -352,60 +352,58 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     return logits(), draw(st.sampled_from([None, logits()])), options
 
 
-@kernels
-@settings(deadline=None, max_examples=2 * EXAMPLES)
-@given(problems())
-def test_draws_what_the_reference_draws(impl: str, problem: tuple) -> None:
-    cond, uncond, options = problem
-    z = guided(cond.float(), uncond if uncond is None else uncond.float(), options["guidance"])
-    assume(z.amax(-1).isfinite().all())
-    # log-probs reach 1e4 at the lowest temperatures, where float32 has 3 digits
-    assert_draws_what_the_reference_draws(impl, cond, uncond, **options)
+class TestReference:
+    @kernels
+    @settings(deadline=None, max_examples=2 * EXAMPLES)
+    @given(problems())
+    def test_draws_what_the_reference_draws(self, impl: str, problem: tuple) -> None:
+        cond, uncond, options = problem
+        z = guided(cond.float(), uncond if uncond is None else uncond.float(), options["guidance"])
+        assume(z.amax(-1).isfinite().all())
+        # log-probs reach 1e4 at the lowest temperatures, where float32 has 3 digits
+        assert_draws_what_the_reference_draws(impl, cond, uncond, **options)
 
+    @kernels
+    @pytest.mark.parametrize("V", [4097, 102400] if INTERPRETED else [4096, 4097, 16384, 102400, 151_936])
+    @dtypes
+    def test_draws_what_the_reference_draws_from_true_vocabularies(self, dtype: torch.dtype, V: int, impl: str) -> None:
+        cond, uncond = 1.5 * normals(2, 1 if INTERPRETED else 6, V).to(dtype)
+        truncations = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.95}, GREEDY]
+        for guidance in (1.0, 5.0):
+            for truncation in truncations[guidance == 5 :: 2] if INTERPRETED else truncations:
+                assert_draws_what_the_reference_draws(impl, cond, uncond, guidance=guidance, **truncation, seed=3)
 
-@kernels
-@pytest.mark.parametrize("V", [4097, 102400] if INTERPRETED else [4096, 4097, 16384, 102400, 151_936])
-@dtypes
-def test_draws_what_the_reference_draws_from_true_vocabularies(dtype: torch.dtype, V: int, impl: str) -> None:
-    cond, uncond = 1.5 * normals(2, 1 if INTERPRETED else 6, V).to(dtype)
-    truncations = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.95}, GREEDY]
-    for guidance in (1.0, 5.0):
-        for truncation in truncations[guidance == 5 :: 2] if INTERPRETED else truncations:
-            assert_draws_what_the_reference_draws(impl, cond, uncond, guidance=guidance, **truncation, seed=3)
+    @kernels
+    @dtypes
+    def test_short_rows_read_nothing_around_them(self, dtype: torch.dtype, impl: str) -> None:
+        """Few or no whole 16 bytes, the two rows of a guided draw at different offsets from multiples of 16 bytes."""
+        for V in range(1, 18):
+            logits = 1.5 * normals(2, 3, V, seed=V).to(dtype)
+            cond, uncond = (amid_nan(x.to(device(impl)), left)[0] for x, left in zip(logits, (V % 8, 5), strict=True))
+            for i, truncation in enumerate([{}, {"top_k": 2}, {"top_p": 0.7}, GREEDY]):
+                options = {"guidance": 5.0 if i % 2 else 1.0, **truncation, "seed": 3}
+                assert_alike(sample(impl, cond, uncond, **options), sample("torch", *logits, **options))
 
-
-@kernels
-@dtypes
-def test_short_rows_read_nothing_around_them(dtype: torch.dtype, impl: str) -> None:
-    """Few or no whole 16 bytes, the two rows of a guided draw at different offsets from multiples of 16 bytes."""
-    for V in range(1, 18):
-        logits = 1.5 * normals(2, 3, V, seed=V).to(dtype)
-        cond, uncond = (amid_nan(x.to(device(impl)), left)[0] for x, left in zip(logits, (V % 8, 5), strict=True))
-        for i, truncation in enumerate([{}, {"top_k": 2}, {"top_p": 0.7}, GREEDY]):
-            options = {"guidance": 5.0 if i % 2 else 1.0, **truncation, "seed": 3}
-            assert_alike(sample(impl, cond, uncond, **options), sample("torch", *logits, **options))
-
-
-@pytest.mark.parametrize(
-    ("z", "options", "kept"),
-    [
-        ([0.0] * 10, {"top_k": 4}, [0, 1, 2, 3]),
-        ([0.0] * 10, {"top_p": 0.35}, [0, 1, 2, 3]),
-        ([0.0] * 10, {"top_k": 4, "top_p": 0.6}, [0, 1, 2]),  # of what top-k left, not of the whole
-        ([0.0] * 10, {"top_k": 4, "top_p": 0.5}, [0, 1]),  # exactly half: nothing stays beyond it
-        ([-0.0, 0.0, 0.5, -0.0, 0.0], {"top_k": 3}, [0, 1, 2]),  # both zeros are one
-        ([0.0, -0.0, 0.5, 0.0, -0.0], {"top_k": 4, "top_p": 0.75}, [0, 1, 2]),
-        ([-0.0, 0.0], GREEDY, [0]),
-        ([0.0, -0.0], GREEDY, [0]),
-        ([-1.0, -0.0, 0.0, -0.0], GREEDY, [1]),
-        ([-1.0, 0.0, -1.0, 0.0, -1.0], {"top_k": 4, "top_p": 0.99}, [0, 1, 2, 3]),
-        ([-1.0, 0.0, -1.0, 0.0, -1.0], {"top_k": 4, "top_p": 0.7}, [1, 3]),
-        ([-INF, 0.0, -INF, -INF], {"top_k": 3, "top_p": 0.9}, [1]),
-    ],
-)
-def test_ties_go_to_the_smaller_ids(z: list[float], options: dict, kept: list[int], impl: str) -> None:
-    draw = sample(impl, torch.tensor(z).expand(20 if INTERPRETED else 200, -1), None, **options)
-    assert draw.token.unique().tolist() == kept
+    @pytest.mark.parametrize(
+        ("z", "options", "kept"),
+        [
+            ([0.0] * 10, {"top_k": 4}, [0, 1, 2, 3]),
+            ([0.0] * 10, {"top_p": 0.35}, [0, 1, 2, 3]),
+            ([0.0] * 10, {"top_k": 4, "top_p": 0.6}, [0, 1, 2]),  # of what top-k left, not of the whole
+            ([0.0] * 10, {"top_k": 4, "top_p": 0.5}, [0, 1]),  # exactly half: nothing stays beyond it
+            ([-0.0, 0.0, 0.5, -0.0, 0.0], {"top_k": 3}, [0, 1, 2]),  # both zeros are one
+            ([0.0, -0.0, 0.5, 0.0, -0.0], {"top_k": 4, "top_p": 0.75}, [0, 1, 2]),
+            ([-0.0, 0.0], GREEDY, [0]),
+            ([0.0, -0.0], GREEDY, [0]),
+            ([-1.0, -0.0, 0.0, -0.0], GREEDY, [1]),
+            ([-1.0, 0.0, -1.0, 0.0, -1.0], {"top_k": 4, "top_p": 0.99}, [0, 1, 2, 3]),
+            ([-1.0, 0.0, -1.0, 0.0, -1.0], {"top_k": 4, "top_p": 0.7}, [1, 3]),
+            ([-INF, 0.0, -INF, -INF], {"top_k": 3, "top_p": 0.9}, [1]),
+        ],
+    )
+    def test_ties_go_to_the_smaller_ids(self, z: list[float], options: dict, kept: list[int], impl: str) -> None:
+        draw = sample(impl, torch.tensor(z).expand(20 if INTERPRETED else 200, -1), None, **options)
+        assert draw.token.unique().tolist() == kept
 
 
 def horner(x: np.float32, *coefficients: float) -> np.float32:
@@ -492,9 +490,9 @@ def grid(B: int, V: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [0.5, 0.7, 0.9, 1.0, 1.1, 1.3, 3.0])
 def test_top_k_1_is_argmax(temperature: float, impl: str) -> None:
-    low = 1.5 + torch.rand(few(500), generator=torch.Generator().manual_seed(0)) / 2
+    low = 1.5 + torch.rand(few(500) // 2, generator=torch.Generator().manual_seed(0)) / 2
     neighbours = torch.stack([low, torch.nextafter(low, torch.tensor(9.0))], dim=1)  # many are one float once scaled
-    for z in (grid(few(64), 50), neighbours):
+    for z in (grid(few(64) // 2, 50), neighbours):
         for options in ({"top_k": 1}, {"top_p": 1e-9}):
             draw = sample(impl, z, None, temperature=temperature, **options, seed=5)
             assert draw.token.tolist() == [row.index(max(row)) for row in z.tolist()]
@@ -511,7 +509,7 @@ def test_temperature_0_is_argmax_of_the_guided_logits(impl: str) -> None:
 def test_log_probs_are_those_of_the_whole_distributions(V: int, dtype: torch.dtype, impl: str) -> None:
     if dtype == torch.float64 and impl != "torch":
         pytest.skip("float64 is PyTorch's")
-    cond, uncond = normals(2, few(32), V).to(dtype)
+    cond, uncond = normals(2, 4, V).to(dtype)
     for options in ({"guidance": 5.0, "temperature": 0.8, "top_k": 3, "top_p": 0.9}, {"guidance": 5.0, **GREEDY}):
         draw = sample(impl, cond, uncond, **options, seed=1)
         assert draw.logp_cond.dtype == draw.logp_guided.dtype == torch.promote_types(dtype, torch.float32)
@@ -549,101 +547,94 @@ def test_log_probs_are_no_worse_than_the_references(kind: str, V: int, dtype: to
             assert_no_worse(name, getattr(ours, name), getattr(eager, name), gt, 1e-6, 1e-6)
 
 
-def test_a_row_draws_the_same_wherever_and_with_whomever(impl: str) -> None:
-    cond, uncond = normals(2, 9, 1000)
-    offset = torch.arange(9) * 977 + (3 << 32)
-    options = {"guidance": 3.0, "temperature": 0.9, "top_k": 300, "top_p": 0.99, "seed": 4}
-    together = sample(impl, cond, uncond, **options, offset=offset)
-    assert len(set(together.token.tolist())) > 4
-    for order in ([8, 3, 5, 1, 0, 2, 4, 7, 6], [4], [6, 6, 2]):
-        apart = sample(impl, cond[order], uncond[order], **options, offset=offset[order])
-        assert all(torch.equal(a, t[order]) for a, t in zip(apart, together, strict=True))
+class TestInvariance:
+    def test_a_row_draws_the_same_wherever_and_with_whomever(self, impl: str) -> None:
+        cond, uncond = normals(2, 9, 1000)
+        offset = torch.arange(9) * 977 + (3 << 32)
+        options = {"guidance": 3.0, "temperature": 0.9, "top_k": 300, "top_p": 0.99, "seed": 4}
+        together = sample(impl, cond, uncond, **options, offset=offset)
+        assert len(set(together.token.tolist())) > 4
+        for order in ([8, 3, 5, 1, 0, 2, 4, 7, 6], [4], [6, 6, 2]):
+            apart = sample(impl, cond[order], uncond[order], **options, offset=offset[order])
+            assert all(torch.equal(a, t[order]) for a, t in zip(apart, together, strict=True))
 
+    def test_seed_and_offset_decide_the_draw(self, impl: str) -> None:
+        z, offset = torch.zeros(few(64), 5000), torch.arange(few(64))
+        one, again = (sample(impl, z, None, seed=s, offset=offset).token for s in (9, torch.tensor(9)))
+        assert torch.equal(one, again)
+        for seed, counters in ((10, offset), (9 + (1 << 32), offset), (9, offset + 64), (9, offset + (1 << 32))):
+            other = sample(impl, z, None, seed=seed, offset=counters).token
+            assert (one == other).sum() <= 2  # each by a chance of 1 in 5000
 
-def test_seed_and_offset_decide_the_draw(impl: str) -> None:
-    z, offset = torch.zeros(few(64), 5000), torch.arange(few(64))
-    one, again = (sample(impl, z, None, seed=s, offset=offset).token for s in (9, torch.tensor(9)))
-    assert torch.equal(one, again)
-    for seed, counters in ((10, offset), (9 + (1 << 32), offset), (9, offset + 64), (9, offset + (1 << 32))):
-        other = sample(impl, z, None, seed=seed, offset=counters).token
-        assert (one == other).sum() <= 2  # each by a chance of 1 in 5000
+    def test_guidance_1_is_the_conditional_draw(self, impl: str) -> None:
+        cond, uncond = normals(2, few(20), 100)
+        uncond[:, ::7], uncond[:, 1], uncond[2] = -INF, math.nan, -INF  # none of which is read
+        options = {"temperature": 0.8, "top_p": 0.9, "seed": 2}
+        alone = sample(impl, cond, None, **options)
+        assert all(map(torch.equal, sample(impl, cond, uncond, guidance=1.0, **options), alone))
+        assert torch.equal(alone.logp_cond, alone.logp_guided)
+        assert not torch.equal(sample(impl, cond, cond.flip(0), guidance=2.0, **options).token, alone.token)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_16_bit_logits_are_computed_in_float32(self, dtype: torch.dtype, impl: str) -> None:
+        if dtype == torch.float16 and impl == "native":
+            pytest.skip("the C++ kernel takes no float16")
+        cond, uncond = normals(2, few(20), 500).to(dtype)
+        options = {"guidance": 5.0, "temperature": 0.8, "top_k": 50, "seed": 2}
+        ours, wide = sample(impl, cond, uncond, **options), sample(impl, cond.float(), uncond.float(), **options)
+        assert_alike(ours, wide, rtol=0, atol=2e-6)
 
-def test_guidance_1_is_the_conditional_draw(impl: str) -> None:
-    cond, uncond = normals(2, few(20), 100)
-    uncond[:, ::7], uncond[:, 1], uncond[2] = -INF, math.nan, -INF  # none of which is read
-    options = {"temperature": 0.8, "top_p": 0.9, "seed": 2}
-    alone = sample(impl, cond, None, **options)
-    assert all(map(torch.equal, sample(impl, cond, uncond, guidance=1.0, **options), alone))
-    assert torch.equal(alone.logp_cond, alone.logp_guided)
-    assert not torch.equal(sample(impl, cond, cond.flip(0), guidance=2.0, **options).token, alone.token)
+    @pytest.mark.parametrize("shifts", [(1e4, 1e4), (-1e4, -1e4), (1e4, -1e4), (-1e4, 1e4)])
+    def test_large_offsets_change_nothing(self, shifts: tuple[float, float], impl: str) -> None:
+        cond, uncond = (normals(2, few(20), 100) * 64).round() / 64  # so that float32 holds every sum exactly
+        for guidance in (1.0, 5.0):
+            ours = sample(impl, cond + shifts[0], uncond + shifts[1], guidance=guidance, seed=2)
+            assert_alike(ours, sample(impl, cond, uncond, guidance=guidance, seed=2), rtol=0)
 
+    def test_a_token_masked_by_either_row_is_never_drawn(self, impl: str) -> None:
+        cond, uncond = torch.zeros(2, few(500), 6)
+        cond[:, 1], uncond[:, 4], cond[:, 5], uncond[:, 5] = -INF, -INF, -INF, -INF
+        for options in ({}, {"top_k": 5}, {"top_p": 0.99}, GREEDY):
+            for guidance in (0.0, 0.5, 5.0):
+                draw = sample(impl, cond, uncond, guidance=guidance, **options, seed=2)
+                assert set(draw.token.tolist()) == ({0} if options is GREEDY else {0, 2, 3})
+                assert draw.logp_guided.isfinite().all()
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_logits_are_computed_in_float32(dtype: torch.dtype, impl: str) -> None:
-    if dtype == torch.float16 and impl == "native":
-        pytest.skip("the C++ kernel takes no float16")
-    cond, uncond = normals(2, few(20), 500).to(dtype)
-    options = {"guidance": 5.0, "temperature": 0.8, "top_k": 50, "seed": 2}
-    ours, wide = sample(impl, cond, uncond, **options), sample(impl, cond.float(), uncond.float(), **options)
-    assert_alike(ours, wide, rtol=0, atol=2e-6)
+    @dtypes
+    def test_a_mask_is_that_of_the_draw_alone(self, dtype: torch.dtype, impl: str) -> None:
+        cond, mask = normals(few(40), 300).to(dtype), torch.zeros(300, dtype=dtype)
+        mask[::3] = mask[290:] = -INF
+        for options in ({}, TRUNCATED, GREEDY):
+            ours = sample(impl, cond, None, mask=mask, **options, seed=2)
+            masked = sample(impl, cond + mask, None, **options, seed=2)
+            assert (mask[ours.token] == 0).all()
+            logp_cond = log_probs(cond, None, ours.token, **options)[0].float()
+            torch.testing.assert_close(ours.logp_cond, logp_cond, rtol=0, atol=1e-5)
+            assert_alike(ours._replace(logp_cond=masked.logp_cond), masked, rtol=0, atol=2e-6)
 
+    def test_input_is_left_alone_gets_no_gradient_and_may_be_empty(self, impl: str) -> None:
+        cond, uncond = (grid(4, 9, seed=s).to(device(impl)).requires_grad_() for s in (0, 1))
+        before = cond.detach().clone(), uncond.detach().clone()
+        options = {"guidance": 5.0, "top_k": 3, "top_p": 0.9, "seed": 0, "impl": impl}
+        draw = cfg_sample(cond, uncond, **options, offset=torch.arange(4, device=device(impl)))
+        assert torch.equal(cond, before[0]) and torch.equal(uncond, before[1])
+        assert not draw.logp_cond.requires_grad and not draw.logp_guided.requires_grad
+        for other in (None, torch.empty(0, 7)):
+            draw = sample(impl, torch.empty(0, 7), other, guidance=5.0, top_k=3, top_p=0.9)
+            assert draw.token.shape == draw.logp_cond.shape == draw.logp_guided.shape == (0,)
 
-@pytest.mark.parametrize("shifts", [(1e4, 1e4), (-1e4, -1e4), (1e4, -1e4), (-1e4, 1e4)])
-def test_large_offsets_change_nothing(shifts: tuple[float, float], impl: str) -> None:
-    cond, uncond = (normals(2, few(20), 100) * 64).round() / 64  # so that float32 holds every sum exactly
-    for guidance in (1.0, 5.0):
-        ours = sample(impl, cond + shifts[0], uncond + shifts[1], guidance=guidance, seed=2)
-        assert_alike(ours, sample(impl, cond, uncond, guidance=guidance, seed=2), rtol=0)
-
-
-def test_a_token_masked_by_either_row_is_never_drawn(impl: str) -> None:
-    cond, uncond = torch.zeros(2, few(500), 6)
-    cond[:, 1], uncond[:, 4], cond[:, 5], uncond[:, 5] = -INF, -INF, -INF, -INF
-    for options in ({}, {"top_k": 5}, {"top_p": 0.99}, GREEDY):
-        for guidance in (0.0, 0.5, 5.0):
-            draw = sample(impl, cond, uncond, guidance=guidance, **options, seed=2)
-            assert set(draw.token.tolist()) == ({0} if options is GREEDY else {0, 2, 3})
-            assert draw.logp_guided.isfinite().all()
-
-
-@dtypes
-def test_a_mask_is_that_of_the_draw_alone(dtype: torch.dtype, impl: str) -> None:
-    cond, mask = normals(few(40), 300).to(dtype), torch.zeros(300, dtype=dtype)
-    mask[::3] = mask[290:] = -INF
-    for options in ({}, TRUNCATED, GREEDY):
-        ours = sample(impl, cond, None, mask=mask, **options, seed=2)
-        masked = sample(impl, cond + mask, None, **options, seed=2)
-        assert (mask[ours.token] == 0).all()
-        logp_cond = log_probs(cond, None, ours.token, **options)[0].float()
-        torch.testing.assert_close(ours.logp_cond, logp_cond, rtol=0, atol=1e-5)
-        assert_alike(ours._replace(logp_cond=masked.logp_cond), masked, rtol=0, atol=2e-6)
-
-
-def test_input_is_left_alone_gets_no_gradient_and_may_be_empty(impl: str) -> None:
-    cond, uncond = (grid(4, 9, seed=s).to(device(impl)).requires_grad_() for s in (0, 1))
-    before = cond.detach().clone(), uncond.detach().clone()
-    options = {"guidance": 5.0, "top_k": 3, "top_p": 0.9, "seed": 0, "impl": impl}
-    draw = cfg_sample(cond, uncond, **options, offset=torch.arange(4, device=device(impl)))
-    assert torch.equal(cond, before[0]) and torch.equal(uncond, before[1])
-    assert not draw.logp_cond.requires_grad and not draw.logp_guided.requires_grad
-    for other in (None, torch.empty(0, 7)):
-        draw = sample(impl, torch.empty(0, 7), other, guidance=5.0, top_k=3, top_p=0.9)
-        assert draw.token.shape == draw.logp_cond.shape == draw.logp_guided.shape == (0,)
-
-
-@pytest.mark.parametrize("impl", [NATIVE])
-def test_threads_change_no_bit(impl: str) -> None:
-    cond, uncond = normals(2, 7, 16385) / 2
-    threads = torch.get_num_threads()
-    draws = []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            draws.append(sample(impl, cond, uncond, guidance=5.0, top_k=300, top_p=0.9))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(x, y) for draw in draws[1:] for x, y in zip(draw, draws[0], strict=True))
+    @pytest.mark.parametrize("impl", [NATIVE])
+    def test_threads_change_no_bit(self, impl: str) -> None:
+        cond, uncond = normals(2, 7, 16385) / 2
+        threads = torch.get_num_threads()
+        draws = []
+        try:
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                draws.append(sample(impl, cond, uncond, guidance=5.0, top_k=300, top_p=0.9))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(x, y) for draw in draws[1:] for x, y in zip(draw, draws[0], strict=True))
 
 
 class TestCompiler:
@@ -695,17 +686,18 @@ for _bad in (row_2(LAST, math.nan), row_2(LAST, INF)):
 def test_a_row_without_an_answer_is_named(options: dict, impl: str) -> None:
     if device(impl) == "cuda":
         pytest.skip("an assertion on the device")
-    for (message, cond, uncond), guidance in itertools.product(BAD_ROWS, (5.0, -1.0)):
+    for (message, cond, uncond), guidance in itertools.product(BAD_ROWS, (5.0,) if INTERPRETED else (5.0, -1.0)):
         with pytest.raises(ValueError, match="^" + message):
             sample(impl, cond, uncond, guidance=guidance, **options)
 
 
 @gpu
-@pytest.mark.parametrize("impl", ["triton", "torch"])
-@pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_bad_row_is_an_assertion_on_a_gpu(bad: str, impl: str) -> None:
-    for value, fails in (("1.0", False), (bad, True)):
-        script = f"""
+class TestOnAGpu:
+    @pytest.mark.parametrize("impl", ["triton", "torch"])
+    @pytest.mark.parametrize("bad", ["nan", "inf"])
+    def test_a_bad_row_is_an_assertion_on_a_gpu(self, bad: str, impl: str) -> None:
+        for value, fails in (("1.0", False), (bad, True)):
+            script = f"""
 import torch
 from bicot.kernels.cfg_sample import cfg_sample
 z = torch.zeros(4, 9, device="cuda")
@@ -713,60 +705,54 @@ z[2, 8] = float("{value}")
 cfg_sample(z, z.flip(0), guidance=5.0, seed=0, offset=torch.arange(4, device="cuda"), impl="{impl}")
 torch.cuda.synchronize()
 """
-        # in a process of its own: a device-side assertion leaves CUDA unusable
-        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert (result.returncode != 0) == fails, result.stderr
-        assert ("device-side assert" in result.stderr) == fails
+            # in a process of its own: a device-side assertion leaves CUDA unusable
+            result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+            assert (result.returncode != 0) == fails, result.stderr
+            assert ("device-side assert" in result.stderr) == fails
 
+    def test_a_cuda_graph_draws_anew_with_each_replay(self) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        cond, uncond = torch.randn(2, 16, 16384, device="cuda", generator=generator).bfloat16()
+        seed, offset = torch.tensor(3, device="cuda"), torch.arange(16, device="cuda")
+        for options in ({}, {"top_k": 50, "top_p": 0.9}, {"temperature": 0.0}):
+            options |= {"guidance": 5.0, "seed": seed, "offset": offset, "impl": "triton"}
+            cfg_sample(cond, uncond, **options)  # compiles
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                draw = cfg_sample(cond, uncond, **options)
+            for step in range(3):
+                seed.fill_(step)
+                offset.add_(1)
+                graph.replay()
+                expected = cfg_sample(cond, uncond, **options)
+                assert all(map(torch.equal, draw, expected))
 
-@gpu
-def test_a_cuda_graph_draws_anew_with_each_replay() -> None:
-    generator = torch.Generator("cuda").manual_seed(0)
-    cond, uncond = torch.randn(2, 16, 16384, device="cuda", generator=generator).bfloat16()
-    seed, offset = torch.tensor(3, device="cuda"), torch.arange(16, device="cuda")
-    for options in ({}, {"top_k": 50, "top_p": 0.9}, {"temperature": 0.0}):
-        options |= {"guidance": 5.0, "seed": seed, "offset": offset, "impl": "triton"}
-        cfg_sample(cond, uncond, **options)  # compiles
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            draw = cfg_sample(cond, uncond, **options)
-        for step in range(3):
-            seed.fill_(step)
-            offset.add_(1)
-            graph.replay()
-            expected = cfg_sample(cond, uncond, **options)
-            assert all(map(torch.equal, draw, expected))
+    def test_nothing_waits_for_the_device_and_nothing_compiles_again(self) -> None:
+        from triton import knobs
 
+        def step(B: int, V: int, seed: int, guidance: float, temperature: float, top_k: int, top_p: float) -> None:
+            cond, uncond = torch.randn(2, B, V, device="cuda").bfloat16()
+            options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+            cfg_sample(cond, uncond, **options, seed=seed, offset=torch.arange(B, device="cuda"), impl="triton")
 
-@gpu
-def test_nothing_waits_for_the_device_and_nothing_compiles_again() -> None:
-    from triton import knobs
+        step(16, 16384, 0, 5.0, 1.0, 50, 0.9)
+        compiled: list[str] = []
+        knobs.compilation.listener = lambda **event: compiled.append(str(event.get("src")))
+        try:
+            with no_host_sync():
+                step(7, 102400, 1, 3.0, 0.7, 1, 1e-9)
+                step(300, 256, 2**40, 0.0, 1.3, 16, 0.5)
+        finally:
+            knobs.compilation.listener = None
+        assert not compiled
 
-    def step(B: int, V: int, seed: int, guidance: float, temperature: float, top_k: int, top_p: float) -> None:
-        cond, uncond = torch.randn(2, B, V, device="cuda").bfloat16()
-        options = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        cfg_sample(cond, uncond, **options, seed=seed, offset=torch.arange(B, device="cuda"), impl="triton")
-
-    step(16, 16384, 0, 5.0, 1.0, 50, 0.9)
-    compiled: list[str] = []
-    knobs.compilation.listener = lambda **event: compiled.append(str(event.get("src")))
-    try:
-        with no_host_sync():
-            step(7, 102400, 1, 3.0, 0.7, 1, 1e-9)
-            step(300, 256, 2**40, 0.0, 1.3, 16, 0.5)
-    finally:
-        knobs.compilation.listener = None
-    assert not compiled
-
-
-@gpu
-def test_more_elements_than_a_32_bit_offset_reaches() -> None:
-    B, V = 24_000, 102_400  # 2.5e9 logits, 4.9 GB
-    cond = torch.randn(B, V, device="cuda", dtype=torch.bfloat16)
-    ours = cfg_sample(cond, None, seed=0, offset=torch.arange(B, device="cuda"), impl="triton")
-    last = cfg_sample(cond[-3:], None, seed=0, offset=torch.arange(B - 3, B, device="cuda"), impl="torch")
-    assert torch.equal(ours.token[-3:], last.token)
-    torch.testing.assert_close(ours.logp_cond[-3:], last.logp_cond, rtol=1e-6, atol=1e-5)
+    def test_more_elements_than_a_32_bit_offset_reaches(self) -> None:
+        B, V = 24_000, 102_400  # 2.5e9 logits, 4.9 GB
+        cond = torch.randn(B, V, device="cuda", dtype=torch.bfloat16)
+        ours = cfg_sample(cond, None, seed=0, offset=torch.arange(B, device="cuda"), impl="triton")
+        last = cfg_sample(cond[-3:], None, seed=0, offset=torch.arange(B - 3, B, device="cuda"), impl="torch")
+        assert torch.equal(ours.token[-3:], last.token)
+        torch.testing.assert_close(ours.logp_cond[-3:], last.logp_cond, rtol=1e-6, atol=1e-5)
 
 
 Z, OFFSET = torch.zeros(2, 5), torch.arange(2)
