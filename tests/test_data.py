@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import PUBLISHED_PROMPTS
 
@@ -120,7 +120,6 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         PromptFile(tmp_path / "empty.jsonl")
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 3))
 def test_each_epoch_sees_every_example_once(num_examples: int, batch: int, seed: int) -> None:
     steps = -(-3 * num_examples // batch)

@@ -103,7 +103,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, int, list[float]]:
     return torch.tensor(rewards, dtype=torch.float64), G, weights
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(problems(), st.sampled_from(OPTIONS), st.randoms(), st.floats(-100, 100))
 def test_equals_the_oracle_in_any_order_at_any_level(
     problem: tuple, options: tuple[Scale, Combine], random: object, shift: float

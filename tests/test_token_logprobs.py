@@ -156,7 +156,7 @@ def test_float16(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", KERNELS)
-@settings(deadline=None, max_examples=20 if INTERPRETED or CUDA else 60)  # most compile a kernel on a GPU
+@settings(max_examples=20 if INTERPRETED or CUDA else 60)  # most compile a kernel on a GPU
 @given(
     N=st.integers(0, 5),
     V=st.integers(1, 300 if INTERPRETED else 3000),
