@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +41,43 @@ def pytest_runtest_teardown() -> None:
 @pytest.fixture
 def policy() -> Policy:
     return tiny_policy()
+
+
+REDNESS = """
+class Redness:
+    name = "redness"
+    def score(self, images, examples):
+        return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+"""
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with what a run needs: a tiny model, prompts, and a reward module that can be imported."""
+    folder = tmp_path_factory.mktemp("job")
+    tiny_policy(seed=5).save_pretrained(folder / "model")
+    rows = [
+        {"prompt": f"a {colour} {shape} and w{i}", "task_type": "color" if i % 2 else "object"}
+        for i, (colour, shape) in enumerate([("red", "circle"), ("blue", "square")] * 4)
+    ]
+    for name, count in (("train", len(rows)), ("heldout", 1)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+    (folder / "redness.py").write_text(REDNESS)
+    (folder / "plan.txt").write_text("plan {}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+
+
+@pytest.fixture
+def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Writes a module of this name and text, which can then be imported."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name: str, text: str) -> None:
+        (tmp_path / f"{name}.py").write_text(text)
+
+    return write
 
 
 if importlib.util.find_spec("hypothesis"):  # a machine with a GPU may lack it

@@ -1,9 +1,10 @@
-"""What transformers computes for the tokens of a rollout: the measure of whether the engine follows the weights."""
+"""Rollouts of a policy, and what transformers computes for their tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +19,37 @@ from bicot.model.weights import Weights
 FORMAT = PromptFormat("t2i_r1", "", "plan {}")
 PROMPTS = ["a red circle", "two blue square and a circle of w1 w2 w3", "w3"]
 TOLERANCE = 1e-4  # float32 log-probs and pixels
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GREEDY = Sampling(max_completion_length=6, temperature=0, image_temperature=0, cfg_weight=1.0)
 
 
-def engine_of(policy: Policy, max_rows: int = 256) -> RolloutEngine:
-    return RolloutEngine(policy, policy.prompt_encoder(FORMAT), max_rows=max_rows)
+def engine_of(policy: Policy, **options: Any) -> RolloutEngine:
+    return RolloutEngine(policy, policy.prompt_encoder(FORMAT), **options)
+
+
+def draw(
+    engine: RolloutEngine, prompts: Sequence[str], group_size: int, sampling: Sampling, seed: int = 11, **more: Any
+) -> RolloutChunk:
+    return RolloutChunk.cat(list(engine.generate(prompts, group_size, sampling, seed, **more)))
+
+
+def rollout(
+    policy: Policy, prompts: Sequence[str], group_size: int, sampling: Sampling, max_rows: int = 512, **options: Any
+) -> RolloutChunk:
+    return draw(engine_of(policy, max_rows=max_rows, **options), prompts, group_size, sampling)
 
 
 def greedy(engine: RolloutEngine, prompts: Sequence[str] = PROMPTS) -> RolloutChunk:
-    return RolloutChunk.cat(list(engine.generate(prompts, 1, GREEDY, seed=0)))
+    return draw(engine, prompts, 1, GREEDY, seed=0)
+
+
+def assert_same(a: RolloutChunk, b: RolloutChunk) -> None:
+    """The same tokens, and log-probs up to the rounding of differently shaped products."""
+    assert torch.equal(a.plans.offsets, b.plans.offsets) and torch.equal(a.plans.values, b.plans.values)
+    assert torch.equal(a.image_tokens, b.image_tokens)
+    for name in ("image_logprobs", "guided_logprobs"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(a.plan_logprobs.values, b.plan_logprobs.values, atol=TOLERANCE, rtol=0)
 
 
 def numbers(chunk: RolloutChunk) -> Tensor:
@@ -77,3 +100,8 @@ def gap(chunk: RolloutChunk, policy: Policy) -> float:
                 return math.inf
             differences.append(recorded - logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0])
     return max(difference.abs().max().item() for difference in differences)
+
+
+def text_loss(policy: Policy) -> Tensor:
+    """Uses every part of the language model."""
+    return policy.model(input_ids=torch.tensor([[0, 8, 9, 10, 11]])).logits.log_softmax(-1)[0, :, 3].sum()

@@ -49,6 +49,14 @@ def together(target: Callable[..., None], *arguments: Any) -> list[multiprocessi
     return [start(target, *arguments, world | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
+def finish(log: Path, *processes: multiprocessing.process.BaseProcess) -> None:
+    """Wait for processes that must end well, and else show what they wrote into `log`."""
+    for process in processes:
+        process.join(500)
+        process.kill()
+        assert process.exitcode == 0, log.read_text()
+
+
 def kill_at(number: int | None, output: Path) -> None:
     """Kill this process before its change number so many of a file or folder in `output`."""
     left = number

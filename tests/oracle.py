@@ -7,13 +7,15 @@ ours may exceed that of eager only by the stated tolerance.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicot.kernels import native
 from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED
@@ -107,6 +109,18 @@ def peak_bytes(function: Callable[[], object]) -> int:
         function()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.name().removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def assert_no_worse(

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_policy
+from training import SMALL, run
 
 from bicot.grpo.alarms import WINDOW, Alarms
-from bicot.grpo.cli import parse_config
-from bicot.grpo.trainer import train
 from bicot.grpo.view import Run
 
 
@@ -77,19 +75,13 @@ def test_a_run_that_goes_on_repeats_none() -> None:
     assert [alarms.look(row) for row in rows[5:]] == [[]] * 4
 
 
-def test_a_run_says_its_alarms_and_stops_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_alarms_and_may_stop(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Over half of the plans of a random model are cut off: an alarm after WINDOW steps."""
-    tiny_policy(seed=5).save_pretrained(tmp_path / "model")
-    (tmp_path / "train.jsonl").write_text('{"prompt": "a red circle", "task_type": "object"}\n')
-    (tmp_path / "plan.txt").write_text("plan {}")
-    settings = dict(
-        model_name_or_path=tmp_path / "model", train_file=tmp_path / "train.jsonl", output_dir=tmp_path / "run",
-        reasoning_prompt_path=tmp_path / "plan.txt", num_generations=2, per_device_train_batch_size=1,
-        gradient_accumulation_steps=1, max_completion_length=1, max_steps=WINDOW + 5, sample_steps=0, eval_file="null",
-        stop_on_alarm="true", cfg_weight=1.0,
+    changes = dict(
+        train_file=job / "heldout.jsonl", num_generations=2, per_device_train_batch_size=1,
+        gradient_accumulation_steps=1, max_completion_length=1, max_steps=WINDOW + 5, cfg_weight=1.0,
     )  # fmt: skip
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    train(parse_config([*words, "--rewards.names", "scene", "--rewards.monitor", "[]"]))
+    run(job, tmp_path / "run", *SMALL, "--rewards.names", "scene", "--stop_on_alarm", "true", **changes)
     said = capsys.readouterr().out
     alarm = f"alarm after step {WINDOW}: over half of the plans are cut off"
     assert said.count(alarm) == 1 and f"stopped by an alarm after step {WINDOW} of {WINDOW + 5}; continue with" in said

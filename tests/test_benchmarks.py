@@ -8,13 +8,13 @@ import math
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import ROOT, tiny_policy
+from tiny import ROOT, TORCHRUN, tiny_policy
+from training import environment
 
 from bicot import evaluate
 from bicot.grpo.benchmarks import BENCHMARKS, load_picture, tile
@@ -280,10 +280,9 @@ def test_own_scores_and_the_difference_of_two_checkpoints(
     assert not (tmp_path / "c").exists()
 
     lines(prompts, ROWS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     two = words(models, prompts, "bicot", tmp_path / "two", *more)
-    environment = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*torchrun, str(ROOT / "evaluate.py"), *two], check=True, env=environment, timeout=300)
+    command = [*TORCHRUN, str(ROOT / "evaluate.py"), *two]
+    subprocess.run(command, check=True, env=environment(tmp_path), timeout=300)
     for name in ("samples.jsonl", "scores.json", *(f"images/{i:05}_{g:02}.png" for i in range(4) for g in range(3))):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
 

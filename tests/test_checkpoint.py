@@ -7,13 +7,14 @@ import os
 import random
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import killed
 import pytest
 import torch
-from test_trainer import HAS_TORCHAO, assert_same_weights, job, metrics, weights, words  # noqa: F401
+from training import ACCUMULATION, SMALL, assert_same_weights, metrics, on_two_ranks, weights, words
 
 from bicot.grpo.checkpoint import STATE, find_checkpoint, list_checkpoints, load_state
 from bicot.grpo.config import Config
@@ -35,15 +36,14 @@ def outcome(output: Path) -> tuple[object, ...]:
     return metrics(output), [summary[key] for key in summary if "second" not in key], heldout, names
 
 
-def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(job: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(job: Path, tmp_path: Path) -> None:
     """At ten random moments, in between before four of the changes of its files."""
     draws = random.Random(0)
     more = ("--max_steps", str(STEPS), "--save_steps", "1", "--resume", "auto", "--move_output_dir", "false")
     killed.start(print).join()  # from now on, starting one takes no time
     start = time.monotonic()
     whole = killed.start(killed.run, words(job, tmp_path / "whole", *more), job, tmp_path / "whole")
-    whole.join()
-    assert whole.exitcode == 0, (tmp_path / "whole.log").read_text()
+    killed.finish(tmp_path / "whole.log", whole)
     lasted = time.monotonic() - start
     output = tmp_path / "killed"
     arguments = (words(job, output, *more), job, output)
@@ -56,44 +56,35 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(job: Path, tmp_path:
         process.join()
         if process.exitcode == -signal.SIGKILL:  # it had not ended before
             seen.append((change, [path.name for path in list_checkpoints(output)]))
-    last = killed.start(killed.run, *arguments)
-    last.join()
-    assert last.exitcode == 0, (tmp_path / "killed.log").read_text()
-    assert_same_weights(weights(tmp_path / "whole", STEPS), weights(output, STEPS))
+    killed.finish(tmp_path / "killed.log", killed.start(killed.run, *arguments))
+    assert_same_weights(weights(tmp_path / "whole"), weights(output))
     assert outcome(output) == outcome(tmp_path / "whole"), seen
 
 
-def test_two_ranks_of_which_one_is_killed_go_on(job: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_ranks_of_which_one_is_killed_go_on(job: Path, tmp_path: Path) -> None:
     draws = random.Random(1)
-    more = ("--max_steps", "3", "--save_steps", "1", "--resume", "auto", "--gradient_accumulation_steps", "1")
-    more += ("--eval_file", "null", "--sample_steps", "0", "--move_output_dir", "false")
+    more = (*SMALL, "--max_steps", "3", "--save_steps", "1", "--resume", "auto", "--move_output_dir", "false")
     more += ("--ddp_timeout", "30")  # a rank that is killed before the other one meets it is waited for as long
     killed.start(print).join()
     start = time.monotonic()
-    for process in killed.together(killed.run, words(job, tmp_path / "whole", *more), job, tmp_path / "whole", None):
-        process.join()
-        assert process.exitcode == 0, (tmp_path / "whole.log").read_text()
+    on_two_ranks(job, tmp_path / "whole", *more)
     lasted = time.monotonic() - start
     output = tmp_path / "killed"
-    arguments = (words(job, output, *more), job, output, None)
+    arguments = (words(job, output, *more, ACCUMULATION, "1"), job, output, None)
     for number in range(3):
         ranks = killed.together(killed.run, *arguments)
         ranks[number % 2].join(draws.uniform(0.2, 0.8) * lasted)
         ranks[number % 2].kill()
         for process in ranks:
             process.join()
-    for process in killed.together(killed.run, *arguments):
-        process.join()
-        assert process.exitcode == 0, output.with_suffix(".log").read_text()
-    assert_same_weights(weights(tmp_path / "whole", 3), weights(output, 3))
+    on_two_ranks(job, output, *more)
+    assert_same_weights(weights(tmp_path / "whole"), weights(output))
     assert outcome(output) == outcome(tmp_path / "whole")
 
 
-def test_a_checkpoint_that_is_replaced_is_never_missing(job: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_checkpoint_that_is_replaced_is_never_missing(job: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    process = killed.start(killed.replace, job / "model", output)
-    process.join()
-    assert process.exitcode == 0
+    killed.finish(output, killed.start(killed.replace, job / "model", output))
     (first, *seen, last) = json.loads(output.with_suffix(".json").read_text())
     assert first == [False, 0, []] and last == [False, len(seen) + 1, []] and len(seen) > 15
     for number, (was_killed, found, damaged) in enumerate(seen, 1):
@@ -121,7 +112,7 @@ class Watched(MasterAdamW):
     [
         ("adamw_torch_fused", torch.float32),
         ("adamw_torch_fused", torch.bfloat16),
-        *[("adamw_8bit", torch.bfloat16)] * HAS_TORCHAO,
+        *[("adamw_8bit", torch.bfloat16)] * (find_spec("torchao") is not None),
     ],
 )
 def test_a_state_is_read_from_the_file_and_kept_in_memory(optim: str, dtype: torch.dtype, tmp_path: Path) -> None:

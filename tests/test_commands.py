@@ -25,7 +25,7 @@ RUN_BY = {
     "make bench": "test_bench.py::test_gpu_script_walks_to_its_end",
     "bash bench/gpu.sh": "test_bench.py::test_gpu_script_walks_to_its_end",
     "python train.py": "test_trainer.py::test_a_run_leaves_everything",
-    "python train.py --resume": "test_trainer.py::test_resumed_equals_uninterrupted_bit_for_bit",
+    "python train.py --resume": "test_resume.py::test_resumed_equals_uninterrupted_bit_for_bit",
     "python train.py --profile": "test_profile.py::test_training_settings_are_profiled_instead_of_trained",
     "python train.py --config FILE --dry_run": "test_plan.py",
     "python train.py --view": "test_view.py::test_the_view_of_a_job_ends_with_it",

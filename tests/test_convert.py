@@ -39,14 +39,8 @@ def published_files(folder: Path, pad: int) -> None:
     """A tokenizer with its files as DeepSeek publishes them, the pad token at `pad`."""
     folder.mkdir(exist_ok=True)
     special = [
-        "<bos>",
-        "<eos>",
-        "<image_placeholder>",
-        "<begin_of_image>",
-        "<end_of_image>",
-        "<|User|>",
-        "<|Assistant|>",
-    ]
+        "<bos>", "<eos>", "<image_placeholder>", "<begin_of_image>", "<end_of_image>", "<|User|>", "<|Assistant|>",
+    ]  # fmt: skip
     tokens = [*special, *WORDS, *(f"w{i}" for i in range(VOCAB))][: VOCAB - 1]
     tokens.insert(pad, convert.PAD)
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="w0"))

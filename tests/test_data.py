@@ -112,14 +112,6 @@ def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     assert [example.prompt for example in PromptFile(path).examples] == ["a café", "a café"]
 
 
-def test_missing_and_empty_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--train_file"):
-        PromptFile(tmp_path / "none.jsonl")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no prompts"):
-        PromptFile(tmp_path / "empty.jsonl")
-
-
 @given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 3))
 def test_each_epoch_sees_every_example_once(num_examples: int, batch: int, seed: int) -> None:
     steps = -(-3 * num_examples // batch)

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,17 +14,11 @@ from pathlib import Path
 
 import killed
 import pytest
-from tiny import ROOT
+from tiny import ROOT, TORCHRUN, wait_until
+from training import SMALL as NO_PICTURES
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's ranks in /proc")
-SMALL = ("--eval_file", "null", "--sample_steps", "0", "--num_generations", "2", "--max_completion_length", "8")
-
-
-def wait(until: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+SMALL = (*NO_PICTURES, "--num_generations", "2", "--max_completion_length", "8")
 
 
 def alive(pid: int) -> bool:
@@ -39,15 +32,15 @@ def alive(pid: int) -> bool:
 @contextmanager
 def training(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, list[int]]]:
     """Two ranks that train, in step 3 or later -> torchrun and the pids of rank 0 and 1."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    command += [str(ROOT / "train.py"), *SMALL, "--max_steps", "100000", "--output_dir", str(folder / "out")]
+    command = [*TORCHRUN, *options, str(ROOT / "train.py"), *SMALL, "--max_steps", "100000", "--output_dir"]
+    command += [str(folder / "out")]
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
     metrics, ranks = folder / "out" / "metrics.jsonl", []
     try:
-        wait(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 2))
+        wait_until(lambda: process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 2))
         ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         assert len(ranks) == 2
         yield process, ranks
@@ -131,7 +124,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
 def test_ranks_end_with_torchrun(tmp_path: Path) -> None:
     with training(tmp_path) as (process, ranks):
         process.kill()
-        wait(lambda: not any(map(alive, ranks)), 20)
+        wait_until(lambda: not any(map(alive, ranks)), seconds=20)
     assert f"torchrun (process {process.pid}) is gone" in (tmp_path / "log").read_text().splitlines()[-1]
 
 

@@ -3,8 +3,7 @@ goes on."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 from forced import engine_of
-from test_step import config
-from test_trainer import SMALL, assert_same_weights, metrics, run, weights
-from test_trainer import job as job  # a fixture
+from stepping import config
 from torch import Tensor
+from training import SMALL, assert_resumes, metrics, run, write_rows
 
 from bicot.grpo.data import step_indices
 from bicot.grpo.distributed import Ranks
@@ -92,29 +90,17 @@ def test_a_place_takes_the_first_group_with_spread(policy: Policy) -> None:
     assert halves[0][1][1] + halves[1][1][1] == replaced
 
 
-def test_a_run_goes_on_as_if_it_had_not_stopped(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sparse.py").write_text(SOME)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_a_run_resumes(job: Path, tmp_path: Path, write_module: Callable[[str, str], None]) -> None:
+    write_module("sparse", SOME)
     kinds = ["object", "non", "non", "object", "non", "non", "non", "object"]
-    rows = [json.dumps({"prompt": f"a circle and w{i}", "task_type": kind}) for i, kind in enumerate(kinds)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    more = [*SMALL, "--train_file", str(tmp_path / "prompts.jsonl"), "--rewards.names", "sparse:Some", "--beta", "0"]
-    more += ["--max_steps", "4", "--save_steps", "2"]
+    rows = [{"prompt": f"a circle and w{i}", "task_type": kind} for i, kind in enumerate(kinds)]
+    more = [*SMALL, "--train_file", write_rows(tmp_path / "prompts.jsonl", rows), "--rewards.names", "sparse:Some"]
+    more += ["--beta", "0", "--max_steps", "4"]
     run(job, tmp_path / "off", *more)
-    more += ["--dynamic_sampling", "3"]
-    run(job, tmp_path / "whole", *more)
-    run(job, tmp_path / "parts", *more, "--stop_after", "2")
-    run(job, tmp_path / "parts", *more, "--resume", "auto")
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    assert_same_weights(weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4))
+    assert_resumes(job, tmp_path, *more, "--dynamic_sampling", "3")
     off, on = (metrics(tmp_path / name) for name in ("off", "whole"))
     assert not any(key.startswith("dynamic") for key in off[0])
     first = on[0]  # of four prompts of one model
     assert 0 < first["dynamic_sampling/rounds"] <= 3
     fewer = 4 * (off[0]["frac_reward_zero_std"] - first["frac_reward_zero_std"])
     assert first["dynamic_sampling/replaced"] == fewer > 0
-
-
-def test_rounds_are_a_number() -> None:
-    with pytest.raises(ValueError, match="dynamic_sampling=-1 must be 0 to 1000"):
-        config(dynamic_sampling=-1)

@@ -6,10 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from test_step import config
-from test_trainer import SMALL, assert_same_weights, metrics, run, weights
-from test_trainer import job as job  # a fixture
-from test_trainer import reward_module as reward_module  # a fixture
+from stepping import config
+from training import SMALL, assert_resumes, metrics, run
 
 from bicot.grpo.entropy import EntropyTarget
 
@@ -36,20 +34,13 @@ def test_coefficients_follow_the_formula() -> None:
     assert off.applied(off.config) is off.config and off.look({"text/entropy": 0.0}) == {} and off.state == {}
 
 
-def test_a_run_adapts_and_goes_on_as_if_it_had_not_stopped(job: Path, tmp_path: Path) -> None:
+def test_a_run_adapts_and_resumes(job: Path, tmp_path: Path) -> None:
     run(job, tmp_path / "off", *SMALL)
     levels = {name: metrics(tmp_path / "off")[0][f"{name}/entropy"] for name in ("text", "image")}
-    target = (
-        "--entropy_target",
-        f"{{text: {levels['text'] + 1}, image: {levels['image'] * 0.5}}}",
-    )  # one above, one below
-    run(job, tmp_path / "whole", *ADAPTIVE, *target)
-    run(job, tmp_path / "parts", *ADAPTIVE, *target, "--stop_after", "3")
-    run(job, tmp_path / "parts", *ADAPTIVE, *target, "--resume", "auto")
-    rows = metrics(tmp_path / "whole")
-    assert rows == metrics(tmp_path / "parts")
-    assert_same_weights(weights(tmp_path / "whole", 6), weights(tmp_path / "parts", 6))
-    for name, level in (("text", levels["text"] + 1), ("image", levels["image"] * 0.5)):
+    targets = {"text": levels["text"] + 1, "image": levels["image"] * 0.5}  # one above, one below
+    given = "{" + ", ".join(f"{name}: {level}" for name, level in targets.items()) + "}"
+    rows = metrics(assert_resumes(job, tmp_path, *ADAPTIVE, "--entropy_target", given, stop=3))
+    for name, level in targets.items():
         coef, last = 0.02, math.inf
         for row in rows:
             assert row[f"{name}/entropy_coef"] == pytest.approx(coef if last <= level else 0.0)
@@ -66,14 +57,3 @@ def test_the_bonus_raises_the_entropy(job: Path, tmp_path: Path) -> None:
     off, on = (metrics(tmp_path / name) for name in ("off", "on"))
     assert on[1]["entropy"] == off[1]["entropy"], "the first step has no bonus yet"
     assert on[-1]["text/entropy"] > off[-1]["text/entropy"] and on[-1]["image/entropy"] > off[-1]["image/entropy"]
-
-
-def test_settings_are_checked() -> None:
-    for changes, words in (
-        ({"entropy_target": {"text": 1.0}}, "entropy_target=.* must be one number, or one for each of text and image"),
-        ({"entropy_target": 0.0}, "entropy_target=0.0 must be above 0, or null"),
-        ({"entropy_coef_min": 2.0}, "entropy_coef_min=2.0 must be 0 or more, and not above entropy_coef_max=1.0"),
-        ({"entropy_coef_delta": 0.0}, "entropy_coef_delta=0.0 must be above 0"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            config(**changes)

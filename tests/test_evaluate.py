@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import killed
 import pytest
-import test_trainer
 from test_checkpoint import outcome
-from test_trainer import assert_same_weights, metrics, run, weights, words
-from test_trainer import job as job  # a fixture
+from training import assert_same_weights, metrics, run, weights, words, write_rows
 
-from bicot.grpo.config import Config
 from bicot.grpo.evaluate import Best
 from bicot.grpo.samples import heldout_metrics, load_samples
-from bicot.rewards.config import RewardConfig
 
-reward_module = test_trainer.reward_module  # a fixture
 FEW = ("--sample_steps", "0", "--lr_scheduler_type", "constant", "--max_steps", "4")
 BEST = ("--eval_steps", "1", "--load_best_model_at_end", "true", "--save_total_limit", "1", "--save_steps", "2")
 
@@ -94,12 +90,7 @@ def test_the_first_of_equals_is_the_best() -> None:
     assert found == [False, True, False, False, False, True] and (best.step, best.value) == (5, 0.6)
 
 
-def test_what_evaluations_need(job: Path, tmp_path: Path) -> None:
-    rewards = RewardConfig("scene")
-    with pytest.raises(ValueError, match="eval_steps=5 needs eval_file"):
-        Config(rewards=rewards, eval_steps=5)
-    with pytest.raises(ValueError, match="load_best_model_at_end needs eval_steps"):
-        Config(rewards=rewards, load_best_model_at_end=True, eval_file="prompts.jsonl")
+def test_an_unknown_metric_is_refused(job: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metric_for_best_model='reward' is none of heldout/reward, .*by_task/color, "):
         run(job, tmp_path / "out", *BEST, "--metric_for_best_model", "reward")
     assert not (tmp_path / "out").exists()
@@ -121,15 +112,13 @@ class Late:
 
 
 def test_heldout_rewards_score_evaluations_alone(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: Path, tmp_path: Path, write_module: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are neither trained on nor timed, and their `check` sees held-out prompts alone."""
-    (tmp_path / "tardy.py").write_text(LATE)
-    monkeypatch.syspath_prepend(tmp_path)
+    write_module("tardy", LATE)
     rows = [{"prompt": f"a red circle and w{i}", "task_type": "object", "heldout": True} for i in range(2)]
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "w20", "task_type": "object"}) + "\n")
-    files = ("--train_file", str(tmp_path / "train.jsonl"), "--eval_file", str(tmp_path / "eval.jsonl"))
+    trained = write_rows(tmp_path / "train.jsonl", [{"prompt": "w20", "task_type": "object"}])
+    files = ("--train_file", trained, "--eval_file", write_rows(tmp_path / "eval.jsonl", rows))
     more = (*FEW, *files, "--max_steps", "1", "--rewards.heldout", "tardy:Late")
     run(job, tmp_path / "plain", *more, "--rewards.heldout", "[]")
     capsys.readouterr()
@@ -142,10 +131,8 @@ def test_heldout_rewards_score_evaluations_alone(
     assert f"late {row['heldout/rewards/late/mean']:>20.3f}"[-8:] in next(x for x in table.splitlines() if "late" in x)
     assert "<td>late</td>" in (tmp_path / "run" / "report.html").read_text()
     assert float(str(summary_of(tmp_path / "run")["seconds"])) < 1, "evaluations slept for seconds"
-    with pytest.raises(ValueError, match="rewards.heldout=.* needs eval_file"):
-        Config(rewards=RewardConfig("scene", heldout="tardy:Late"))
     with pytest.raises(ValueError, match="two rewards have the name 'redness'"):
         run(job, tmp_path / "none", *more, "--rewards.heldout", "redness:Redness")
     with pytest.raises(ValueError, match="train.jsonl:1: reward 'late': knows no w20"):
-        run(job, tmp_path / "none", *more, "--eval_file", str(tmp_path / "train.jsonl"))
+        run(job, tmp_path / "none", *more, "--eval_file", trained)
     assert not (tmp_path / "none").exists()

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_step import ALONE, G, config, double_policy, frozen_rollout, plain_logprobs
-from test_trainer import SMALL, TWO_RANKS, _environment, metrics, run, weights, words
-from test_trainer import job as job  # a fixture
-from tiny import ROOT
+from stepping import G, config, double_policy, frozen_rollout, our_step, plain_logprobs
 from torch import Tensor
+from training import ACCUMULATION, SMALL, assert_close_weights, metrics, on_two_ranks, run, weights, write_rows
 
 from bicot.grpo import step
 from bicot.grpo.config import Config
 from bicot.grpo.data import step_indices
 from bicot.grpo.optim import MasterAdamW
-from bicot.grpo.step import skips_groups, split, update
+from bicot.grpo.step import skips_groups
 from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
-from bicot.model.prompts import PromptFormat
 
 DULL_SECOND_AND_THIRD = torch.tensor([-1, 0.3, 0.7] + [0.0] * 6 + [0.0, 1.1, -1.1], dtype=torch.float64)
 REWARD = """
@@ -45,11 +41,6 @@ def plain_loss(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) ->
         term = logp if cfg.loss_type == "cispo" else logp - logp.detach() + 1
         loss = loss - (A[s] * term).sum() / n.get(cfg.loss_type, sum(lengths))
     return loss
-
-
-def updated(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) -> dict[str, Tensor]:
-    encoder, optimizer = policy.prompt_encoder(PromptFormat()), MasterAdamW(policy.trainable_parameters(), cfg)
-    return update(policy, optimizer, split(rollout, cfg), A, None, encoder, cfg, ALONE)
 
 
 @pytest.fixture
@@ -86,7 +77,7 @@ def test_groups_without_advantages_are_left_out_and_nothing_changes(loss_type: s
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
     torch.optim.AdamW(parameters, lr=cfg.learning_rate, eps=cfg.adam_epsilon, weight_decay=0.0).step()
 
-    found = updated(policy, rollout, DULL_SECOND_AND_THIRD, cfg)
+    found = our_step(policy, rollout, DULL_SECOND_AND_THIRD, cfg)
     assert forwarded == [2 * G], "two micro-batches with a dull group each have become one without"
     assert found["samples_dropped"] == 0.5
     torch.testing.assert_close([found["loss"], found["grad_norm"]], [loss.detach(), norm], atol=1e-7, rtol=1e-6)
@@ -97,9 +88,8 @@ def test_groups_without_advantages_are_left_out_and_nothing_changes(loss_type: s
 def test_a_step_that_teaches_nothing_moves_weights_by_momentum_alone(forwarded: list[int]) -> None:
     cfg = config(beta=0.0, weight_decay=0.1)
     policy = double_policy(0)
-    rollout, encoder = frozen_rollout(policy, cfg), policy.prompt_encoder(PromptFormat())
-    optimizer = MasterAdamW(policy.trainable_parameters(), cfg)
-    update(policy, optimizer, split(rollout, cfg), DULL_SECOND_AND_THIRD, None, encoder, cfg, ALONE)
+    rollout, optimizer = frozen_rollout(policy, cfg), MasterAdamW(policy.trainable_parameters(), cfg)
+    our_step(policy, rollout, DULL_SECOND_AND_THIRD, cfg, optimizer=optimizer)
     other = [p.detach().clone().requires_grad_() for p in policy.trainable_parameters()]
     adamw = torch.optim.AdamW(other, lr=cfg.learning_rate, weight_decay=0.1)
     adamw.load_state_dict(copy.deepcopy(optimizer.adamw.state_dict()))
@@ -108,7 +98,7 @@ def test_a_step_that_teaches_nothing_moves_weights_by_momentum_alone(forwarded: 
     adamw.step()
 
     forwarded.clear()
-    found = update(policy, optimizer, split(rollout, cfg), torch.zeros(12), None, encoder, cfg, ALONE)
+    found = our_step(policy, rollout, torch.zeros(12), cfg, optimizer=optimizer)
     assert found["grad_norm"] == found["loss"] == 0 and forwarded == [1] and found["samples_dropped"] == 11 / 12
     for a, b in zip(policy.trainable_parameters(), other, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
@@ -123,28 +113,33 @@ def test_where_anything_else_trains_or_counts_nothing_is_left_out(forwarded: lis
         assert not skips_groups(config(**{"beta": 0.0, **changes})), changes
     cfg = config(beta=0.0, loss_type="bnpo")
     policy = double_policy(0)
-    found = updated(policy, frozen_rollout(policy, cfg), DULL_SECOND_AND_THIRD, cfg)
+    found = our_step(policy, frozen_rollout(policy, cfg), DULL_SECOND_AND_THIRD, cfg)
     assert forwarded == [2 * G, 2 * G] and "samples_dropped" not in found
 
 
-def test_a_rank_with_nothing_to_learn_takes_part(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "some_reward.py").write_text(REWARD)
-    monkeypatch.syspath_prepend(tmp_path)
-    rows = [""] * 8
+def test_a_rank_with_nothing_to_learn_takes_part(
+    job: Path, tmp_path: Path, write_module: Callable[[str, str], None]
+) -> None:
+    write_module("some_reward", REWARD)
+    rows: list[dict[str, str]] = [{}] * 8
     for step_, on_ranks in enumerate([(True, False), (False, False), (False, True), (True, True)]):
         for index, says in zip(step_indices(8, 2, step_, seed=0), on_ranks, strict=True):
-            rows[index] = json.dumps({"prompt": f"a circle and w{index}", "task_type": "object" if says else "non"})
-    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    more = [*SMALL, "--train_file", str(tmp_path / "prompts.jsonl"), "--rewards.names", "some_reward:Some"]
-    more += ["--beta", "0", "--max_steps", "4", "--per_device_train_batch_size", "1", "--adam_epsilon", "1e-3"]
-    run(job, tmp_path / "one", *more, "--gradient_accumulation_steps", "2")
+            rows[index] = {"prompt": f"a circle and w{index}", "task_type": "object" if says else "non"}
+    more = [*SMALL, "--train_file", write_rows(tmp_path / "prompts.jsonl", rows), "--beta", "0"]
+    more += [
+        "--rewards.names",
+        "some_reward:Some",
+        "--max_steps",
+        "4",
+        "--per_device_train_batch_size",
+        "1",
+        "--adam_epsilon",
+        "1e-3",
+    ]
+    run(job, tmp_path / "one", *more, ACCUMULATION, "2")
     # a micro-batch for each sample, so the ranks have 4 and 1
-    one_each = ("--gradient_accumulation_steps", "1", "--micro_batch_tokens", "1")
-    given = words(job, tmp_path / "two", *more, *one_each)
-    environment = _environment(job) | {"PYTHONPATH": f"{_environment(job)['PYTHONPATH']}:{tmp_path}"}
-    subprocess.run([*TWO_RANKS, str(ROOT / "train.py"), *given], check=True, env=environment, timeout=300)
-    for name, weight in weights(tmp_path / "one", 4).items():
-        torch.testing.assert_close(weights(tmp_path / "two", 4)[name], weight, atol=1e-6, rtol=0)
+    on_two_ranks(job, tmp_path / "two", *more, "--micro_batch_tokens", "1", modules=tmp_path)
+    assert_close_weights(weights(tmp_path / "two"), weights(tmp_path / "one"))
     dropped = [[row["samples_dropped"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
     assert dropped == [[4 / 8, 7 / 8, 4 / 8, 0], [3 / 8, 6 / 8, 3 / 8, 0]]
     norms = [[row["grad_norm"] for row in metrics(tmp_path / name)] for name in ("one", "two")]

@@ -69,11 +69,8 @@ def tower(weights: dict[str, Tensor], prefix: str, x: Tensor, head: int, mask: T
         y = F.layer_norm(x, (width,), w["ln_1.weight"], w["ln_1.bias"])
         attended, _ = F.multi_head_attention_forward(
             *(y, y, y, width, width // head, w["attn.in_proj_weight"], w["attn.in_proj_bias"], None, None, False, 0.0),
-            *(w["attn.out_proj.weight"], w["attn.out_proj.bias"]),
-            training=False,
-            need_weights=False,
-            attn_mask=mask,
-        )
+            *(w["attn.out_proj.weight"], w["attn.out_proj.bias"]), training=False, need_weights=False, attn_mask=mask,
+        )  # fmt: skip
         x = x + attended
         y = F.layer_norm(x, (width,), w["ln_2.weight"], w["ln_2.bias"])
         y = F.gelu(F.linear(y, w["mlp.c_fc.weight"], w["mlp.c_fc.bias"]))

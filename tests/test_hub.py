@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_trainer
 import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
-from test_trainer import job as job  # a fixture
-from test_trainer import run, words
+from training import run, words
 
 from bicot.grpo.cli import parse_config
 from bicot.grpo.hub import push, write_card
@@ -33,7 +31,6 @@ from bicot.model.policy import PUBLISHED_FREEZE, load_policy
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
 
-reward_module = test_trainer.reward_module  # a fixture
 ONE_STEP = ("--sample_steps", "0", "--max_steps", "1", "--gradient_accumulation_steps", "1", "--push_to_hub", "true")
 
 

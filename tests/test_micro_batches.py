@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import Operators
+from stepping import ALONE, G, config, double_policy, frozen_rollout, move
 from test_groups import DULL_SECOND_AND_THIRD
-from test_step import ALONE, G, config, double_policy, frozen_rollout
 from tiny import tiny_policy
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bicot.grpo.config import STREAMS, Config
 from bicot.grpo.optim import MasterAdamW
@@ -33,10 +33,7 @@ def samples() -> tuple[Policy, RolloutChunk]:
     policy = double_policy(0)
     rollout = frozen_rollout(policy, config())
     assert len(set(rollout.plans.lengths.tolist())) > 2 and 0 < rollout.truncated.sum() < len(rollout)
-    with torch.no_grad():
-        for p in policy.trainable_parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
-    return policy, rollout
+    return move(policy), rollout
 
 
 def counts_of(policy: Policy, rollout: RolloutChunk, cfg: Config) -> tuple[list[int], list[int]]:
@@ -117,16 +114,6 @@ def test_a_step_does_not_depend_on_the_cut(samples: tuple[Policy, RolloutChunk],
     assert {(1,) * 12, (12,)} < cuts and any(size % G for size in cuts - {(1,) * 12} for size in size)
 
 
-class Launches(TorchDispatchMode):
-    """Counts operators, each of which is a kernel or more on a GPU."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_four_micro_batches_pass_through_the_reference_at_once(samples: tuple[Policy, RolloutChunk]) -> None:
     _, rollout = samples
     reference, cfg = tiny_policy(layers=6), config(per_device_train_batch_size=1, gradient_accumulation_steps=4)
@@ -135,9 +122,9 @@ def test_four_micro_batches_pass_through_the_reference_at_once(samples: tuple[Po
     for chosen in (cfg, replace(cfg, micro_batch_tokens=most)):
         parts = micro_batches_of(reference, rollout, encoder, cfg)
         passes = reference_passes(reference, rollout, encoder, chosen)
-        with Launches() as counted:
+        with Operators() as ran:
             found.append(reference_logprobs(reference, parts, encoder, chosen, passes))
-        launches.append(counted.count)
+        launches.append(ran.names.total())
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     assert passes is not None and len(parts) == 4 and len(passes) == 1, "six layers train in the memory of four passes"
     assert launches[1] < launches[0] / 3.5

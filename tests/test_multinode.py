@@ -8,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainer import TWO_RANKS, _environment, job, metrics, run, words  # noqa: F401
-from tiny import ROOT
+from tiny import ROOT, wait_until
+from training import SMALL, environment, metrics, on_two_ranks, run, steps_of, words
 
 from bicot.grpo.data import step_indices
 from bicot.grpo.samples import load_samples
@@ -30,7 +29,7 @@ class Redness:
         time.sleep(0.3 * (os.environ.get("RANK") == "1"))
         return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 """
-STEPS = ("--max_steps", "2", "--sample_steps", "1", "--eval_file", "null", "--rewards.names", "slow_on_one:Redness")
+STEPS = ("--max_steps", "2", "--eval_file", "null", "--sample_steps", "1", "--rewards.names", "slow_on_one:Redness")
 
 
 def free_port() -> int:
@@ -49,23 +48,17 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment(job: Path, module: Path, **more: str) -> dict[str, str]:  # noqa: F811
-    variables = _environment(job)
-    return variables | {"PYTHONPATH": f"{variables['PYTHONPATH']}:{module}", "PATH": PATH, **more}
-
-
 @pytest.fixture(scope="module")
-def two(job: Path, module: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def two(job: Path, module: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two ranks of one machine."""
     output = tmp_path_factory.mktemp("two") / "run"
-    command = [*TWO_RANKS, str(ROOT / "train.py"), *words(job, output, "--gradient_accumulation_steps", "1", *STEPS)]
-    subprocess.run(command, check=True, env=environment(job, module), timeout=300)
+    on_two_ranks(job, output, *STEPS, modules=module)
     return output
 
 
-def test_two_machines_train_as_two_ranks_of_one(two: Path, job: Path, module: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_machines_train_as_two_ranks_of_one(two: Path, job: Path, module: Path, tmp_path: Path) -> None:
     given = {"NNODES": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "NPROC_PER_NODE": "1"}
-    variables = environment(job, module, **given, LOG_DIR=str(tmp_path / "logs"))
+    variables = environment(job, module) | given | {"PATH": PATH, "LOG_DIR": str(tmp_path / "logs")}
     command = [*SCRIPT, *words(job, tmp_path / "run", "--gradient_accumulation_steps", "1", *STEPS)]
     machines = [subprocess.Popen(command, env=variables) for _ in range(2)]
     try:
@@ -79,17 +72,12 @@ def test_two_machines_train_as_two_ranks_of_one(two: Path, job: Path, module: Pa
 
 
 def test_pictures_and_times_are_those_of_all_ranks(
-    two: Path,
-    job: Path,  # noqa: F811
-    module: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    two: Path, job: Path, module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = load_samples(two / "samples" / "step-000001")
     rows = [json.loads(line)["prompt"] for line in (job / "train.jsonl").read_text().splitlines()]
     batch = [rows[i] for i in step_indices(8, 4, 0, seed=0)]  # two of each rank
     assert sorted(sample.prompt for sample in samples) == sorted(batch)
-    monkeypatch.syspath_prepend(job)
     monkeypatch.syspath_prepend(module)
     run(job, tmp_path / "one", *STEPS, "--stop_after", "1")
     alone = load_samples(tmp_path / "one" / "samples" / "step-000001")
@@ -103,7 +91,7 @@ def test_pictures_and_times_are_those_of_all_ranks(
     assert all(row["rewards/redness/milliseconds_hidden"] < 100 for row in written)
 
 
-def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on(job: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on(job: Path, tmp_path: Path) -> None:
     """With stand-ins for Slurm's own commands, and Slurm's signal sent by hand: the script's part of it."""
     stand_ins = {
         "srun": 'exec "$@"',
@@ -117,23 +105,20 @@ def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on(job: Path, tmp_path
     output = tmp_path / "run"
 
     def start(steps: int) -> subprocess.Popen[Any]:
-        options = words(job, output, "--eval_file", "null", "--sample_steps", "0", "--max_steps", str(steps))
+        options = words(job, output, *SMALL, "--max_steps", str(steps))
         command = ["bash", "examples/slurm.sbatch", *options]
-        return subprocess.Popen(command, cwd=ROOT, env=_environment(job) | given, start_new_session=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environment(job) | given, start_new_session=True)
 
     batch = start(100000)
     try:
-        deadline = time.monotonic() + 120
-        while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 3:
-            assert batch.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
+        wait_until(lambda: (output / "metrics.jsonl").exists() and len(metrics(output)) >= 3, batch)
         batch.send_signal(signal.SIGUSR1)
         assert batch.wait(timeout=60) == 0
     finally:
         if batch.poll() is None:
             os.killpg(batch.pid, signal.SIGKILL)
     assert (tmp_path / "asked").read_text() == f"requeue {given['SLURM_JOB_ID']}\n"
-    last = metrics(output)[-1]["step"]
+    last = steps_of(output)[-1]
     assert (output / f"checkpoint-{last:06d}" / "manifest.json").is_file()
-    assert start(int(last) + 1).wait(timeout=120) == 0
-    assert [row["step"] for row in metrics(output)] == list(range(1, int(last) + 2))
+    assert start(last + 1).wait(timeout=120) == 0
+    assert steps_of(output) == list(range(1, last + 2))

@@ -8,28 +8,22 @@ from __future__ import annotations
 import json
 import re
 import resource
-import runpy
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import test_trainer
 from huggingface_hub import constants
-from test_trainer import SMALL, run, words
-from test_trainer import job as job  # a fixture
-from tiny import ROOT
+from training import SMALL, run, run_program, words
 from transformers import LlamaConfig
-from transformers.utils import logging
 
 from bicot.grpo.checkpoint import list_checkpoints
 
-reward_module = test_trainer.reward_module  # a fixture
-GONE = {"peft": "LoRA adapters need peft: pip install 'bicot.peft.'"}
-GONE |= {"deepspeed": "pip install 'bicot.deepspeed.'", "torchao": r"needs torchao: pip install 'bicot.torchao.'"}
+GONE = {"werkzeug": r'the live view needs werkzeug; pip install -e "\.\[view\]"'}
+GONE |= {"peft": "LoRA adapters need peft: pip install 'bicot.peft.'"}
+GONE |= {"deepspeed": "pip install 'bicot.deepspeed.'"}
+GONE |= {"torchao": "optim=adamw_8bit needs torchao: pip install 'bicot.torchao.'"}
 GONE |= {name: f"report_to: {name} is not installed; pip install {name}" for name in ("wandb", "trackio")}
 GONE["torch.utils.tensorboard"] = "report_to: tensorboard is not installed; pip install tensorboard"
 
@@ -143,10 +137,7 @@ TRAIN = {
     "no value": ("--learning_rate", "argument --learning_rate: expected one argument"),
     "an unknown reward": ("--rewards.names hpsv2", "unknown reward 'hpsv2'; built in are git, grounding, hps"),
     "a reward that is not installed": ("--rewards.names my:Own", "reward 'my:Own' cannot be imported: No module named"),
-    "a file as output folder": (
-        "--output_dir W/file",
-        r"output_dir: nothing can be written into W/file \(",
-    ),
+    "a file as output folder": ("--output_dir W/file", r"output_dir: nothing can be written into W/file \("),
     "an output folder in a file": (
         "--output_dir W/file/x",
         r"output_dir: nothing can .*/x \(Not a directory\); give an",
@@ -156,6 +147,7 @@ TRAIN = {
     "a file for rollouts": ("--save_rollouts W/file", "save_rollouts: nothing can be written into W/file"),
     "a profile that is no .json": ("--profile W/file", "profile='W/file' must be a .json file to write"),
     "a read-only profile": ("--profile /proc/x.json", "profile: nothing can be written into /proc"),
+    "a function of token weights that is not there": ("--token_weights my:own", "token_weights 'my:own' cannot be imp"),
     "no hub in sight": (
         "--push_to_hub true",
         "push_to_hub: .* does not let this run write to 'out'.*log in with `hf auth",
@@ -164,6 +156,17 @@ TRAIN = {
     "LoRA without peft": ("--lora_r 4", GONE["peft"]),
     "ZeRO without deepspeed": ("--deepspeed W/zero3.json", GONE["deepspeed"]),
     "8 bits without torchao": ("--optim adamw_8bit", GONE["torchao"]),
+    "a view without werkzeug": ("--view", GONE["werkzeug"]),
+    "a view on a port that does not exist": ("--view 70000", "the live view's port 70000 must be 0 .any free one"),
+    "a memory plan of no model": ("--dry_run --model_name_or_path W/none", "model_name_or_path='W/none' is neither"),
+    "plans without room for a picture": (
+        "--max_completion_length 110",
+        r"train\.jsonl:1: prompt too long: .* lower max_completion_length: 'a red circ",
+    ),
+    "attention of a GPU": (
+        "--attn_implementation varlen --dtype bfloat16 --model_name_or_path W/none",
+        "attn_implementation=varlen needs an NVIDIA GPU",
+    ),
     "wandb without it": ("--report_to wandb", GONE["wandb"]),
     "trackio without it": ("--report_to trackio", GONE["trackio"]),
     "tensorboard without it": ("--report_to tensorboard", GONE["torch.utils.tensorboard"]),
@@ -183,19 +186,12 @@ GENERATE = {
 }
 
 
-def said_by(script: str, given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> tuple[int | str, str]:
+def said_by(script: str, given: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int | str, str]:
     """The exit code and what stands on stderr, of `python script given`."""
-    monkeypatch.setattr(sys, "argv", [script, *given])
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-        logging.enable_progress_bar()  # which the program has switched off
+    with pytest.raises(SystemExit) as end:
+        run_program(script, given)
     code = end.value.code
-    text = capsys.readouterr().err + (f"{code}\n" if isinstance(code, str) else "")  # which Python prints
-    return code, text
+    return code, capsys.readouterr().err + (f"{code}\n" if isinstance(code, str) else "")  # which Python prints
 
 
 @pytest.fixture
@@ -213,7 +209,7 @@ def one_line(
             if message == GONE[name]:
                 monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
         before = {(path, path.stat().st_mtime_ns) for path in job.rglob("*") if path.is_file()}
-        code, text = said_by(script, [*given, *more.replace("W/", f"{wrong}/").split()], monkeypatch, capsys)
+        code, text = said_by(script, [*given, *more.replace("W/", f"{wrong}/").split()], capsys)
         assert text.count("\n") == 1, text
         line = text.rstrip("\n")
         assert code not in (0, None) and re.search(message.replace("W/", f"{wrong}/"), line), line
@@ -233,8 +229,13 @@ def test_generate(case: str, one_line: Callable[..., None]) -> None:
     one_line("generate.py", ["a red circle", "--max_completion_length", "4"], *GENERATE[case])
 
 
+def test_debug_shows_where_an_error_came_from(job: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no trainer_state.pt there"):
+        run_program("train.py", words(job, tmp_path / "out", "--resume", "nowhere", "--debug"))
+
+
 def test_a_full_disk_keeps_the_checkpoints_before(
-    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Files may not become as large as the weights."""
     output, more = tmp_path / "out", [*SMALL, "--save_steps", "1", "--max_steps", "1"]
@@ -245,7 +246,7 @@ def test_a_full_disk_keeps_the_checkpoints_before(
     given = words(job, output, *more, "--max_steps", "2", "--resume", "auto")
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limit[1]))
-        _, text = said_by("train.py", given, monkeypatch, capsys)
+        _, text = said_by("train.py", given, capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert re.search(r"error: .*checkpoint-000002 cannot be written \(.*too large.*\); make room, and continue", text)

@@ -7,28 +7,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_step import ALONE, config, double_policy, frozen_rollout, plain_logprobs
+from stepping import FORMAT, config, double_policy, frozen_rollout, move, our_step, plain_logprobs
 from torch import Tensor
 
 from bicot.grpo.config import Config
 from bicot.grpo.optim import MasterAdamW
-from bicot.grpo.step import reference_logprobs, split, token_streams, update
+from bicot.grpo.step import token_streams
 from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
-from bicot.model.prompts import PromptFormat
 
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-FORMAT = PromptFormat("t2i_r1", "", "plan {}")
 
 
 def drawn(cfg: Config) -> tuple[Policy, RolloutChunk, Tensor]:
     """A policy that has moved since it drew, its samples, and their advantages."""
     policy = double_policy(0)
     rollout = frozen_rollout(policy, cfg)
-    with torch.no_grad():
-        for p in policy.trainable_parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
-    return policy, rollout, torch.linspace(-1, 1.3, len(rollout), dtype=torch.float64)
+    return move(policy, 0.02), rollout, torch.linspace(-1, 1.3, len(rollout), dtype=torch.float64)
 
 
 def plain(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) -> tuple[list[Tensor], list[Tensor]]:
@@ -61,17 +56,11 @@ def plain(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) -> tupl
     return [loss.detach(), torch.nn.utils.get_total_norm([g for g in grads if g is not None])], weights
 
 
-def ours(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) -> dict[str, Tensor]:
-    encoder, parts = policy.prompt_encoder(FORMAT), split(rollout, cfg)
-    ref = reference_logprobs(double_policy(0), parts, encoder, cfg) if cfg.kl_streams else None
-    return update(policy, MasterAdamW(policy.trainable_parameters(), cfg), parts, A, ref, encoder, cfg, ALONE)
-
-
 def assert_equal(cfg: Config) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A step of ours is the plain one -> its metrics, and the plain weights."""
     policy, rollout, A = drawn(cfg)
     expected, weights = plain(policy, rollout, A, cfg)
-    metrics = ours(policy, rollout, A, cfg)
+    metrics = our_step(policy, rollout, A, cfg)
     found = [metrics[key].double() for key in ("loss", "grad_norm")]
     torch.testing.assert_close(found, [e.double() for e in expected], atol=1e-6, rtol=1e-5)
     return metrics, weights
@@ -124,7 +113,7 @@ def test_where_all_plans_are_cut_off_pictures_train_alone() -> None:
     assert len(text.targets) == 0 and len(image.targets) == rollout.image_tokens.numel()
     before = policy.text_head.weight.detach().clone()
     optimizer = MasterAdamW(policy.trainable_parameters(), cfg)
-    found = update(policy, optimizer, split(rollout, cfg), A, None, policy.prompt_encoder(FORMAT), cfg, ALONE)
+    found = our_step(policy, rollout, A, cfg, optimizer=optimizer)
     assert found["grad_norm"] > 0 and torch.equal(policy.text_head.weight, before)
     assert any(policy.text_head.weight is p for p in optimizer.adamw.state)
 
@@ -136,12 +125,5 @@ def test_ratios_of_sequences_train_as_gspo() -> None:
     found = {}
     for name, kind in kinds.items():
         cfg = config(**kind, **more)
-        found[name] = ours(*drawn(cfg), cfg)["loss"].item()
+        found[name] = our_step(*drawn(cfg), cfg)["loss"].item()
     assert found["gspo"] == found["sequence"] != found["grpo"] and math.isfinite(found["grpo"])
-
-
-def test_a_mode_without_the_correction_is_refused() -> None:
-    with pytest.raises(ValueError, match="importance_sampling_mode=token_mask needs importance_sampling_correction=tr"):
-        config(importance_sampling_mode="token_mask")
-    with pytest.raises(ValueError, match="off_policy_mask_threshold=0 must be above 0, or null"):
-        config(off_policy_mask_threshold=0)

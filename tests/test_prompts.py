@@ -45,12 +45,9 @@ def byte_tokenizer(special: bool = True) -> PreTrainedTokenizerFast:
     core.add_special_tokens([token for token in SPECIALS if token != "<boi>"])
     (core.add_special_tokens if special else core.add_tokens)(["<boi>", *ROLES])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
         extra_special_tokens={"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("template", ["t2i_r1", "janus"])

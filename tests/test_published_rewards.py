@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import PUBLISHED_PROMPTS, ROOT, tiny_policy
+from huggingface_hub import constants
+from tiny import PUBLISHED_PROMPTS, ROOT
 from tiny_git import make_git
 from tiny_grounding import make_grounding
 from tiny_hps import make_hps
 from tiny_orm import make_orm
 from torch import Tensor
+from training import SMALL, run, write_rows
 
-from bicot.grpo.cli import parse_config
 from bicot.grpo.data import PromptFile
-from bicot.grpo.trainer import train
-from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
+from bicot.rewards.base import Example, NumeracyInfo, Reward, SpatialInfo
 from bicot.rewards.check import EXAMPLES as CHECKED
 from bicot.rewards.check import main as check_main
-from bicot.rewards.config import RewardConfig
+from bicot.rewards.config import RewardConfig, load_reward
 from bicot.rewards.ensemble import RewardHandle
 from bicot.rewards.worker import RewardError
 
@@ -81,6 +81,13 @@ def test_chunks_micro_batches_and_schedules_change_nothing(options: dict[str, di
     ensemble = config.build()
     handles = [ensemble.submit(images[a:b], EXAMPLES[a:b]) for a, b in ((0, 4), (4, 5), (5, 9))]
     torch.testing.assert_close(RewardHandle.cat(handles).result(), expected, rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_a_reward_whose_model_is_frozen(options: dict[str, dict[str, Any]], name: str) -> None:
+    reward: Any = load_reward(name, **options[name])
+    assert isinstance(reward, Reward) and reward.name == name and isinstance(reward.model, torch.nn.Module)
+    assert not reward.model.training and not any(p.requires_grad for p in reward.model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,20 +150,16 @@ def test_of_the_published_prompts_the_spoiled_ones_are_left_out(
 
 
 @pytest.mark.parametrize("schedule", ["serial", "threads"])
-def test_a_run_is_trained_by_them(options: dict[str, dict[str, Any]], schedule: str, tmp_path: Path) -> None:
-    tiny_policy(seed=5).save_pretrained(tmp_path / "model")
-    (tmp_path / "plan.txt").write_text("plan {}")
+def test_a_run_is_trained_by_them(options: dict[str, dict[str, Any]], schedule: str, job: Path, tmp_path: Path) -> None:
     rows = [{"prompt": e.prompt, "task_type": e.task_type, "nouns": e.nouns} for e in EXAMPLES]
     rows[3] |= {"spatial_info": {"obj1": "dog", "obj2": "cat", "locality": "left of"}}
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rows[0], rows[3])))
-    settings = dict(
-        model_name_or_path=str(tmp_path / "model"), train_file=str(tmp_path / "train.jsonl"), dtype="float32",
-        reasoning_prompt_path=str(tmp_path / "plan.txt"), output_dir=str(tmp_path / "out"), num_generations=4,
-        max_completion_length=6, rollout_max_rows=6, max_steps=2, learning_rate=1e-2, cfg_weight=2.0,
-        rewards=dict(names=NAMES[:3], monitor=NAMES[3:], options=options, schedule=schedule),
+    (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": {"options": options, "schedule": schedule}}))
+    changes = dict(
+        train_file=write_rows(tmp_path / "train.jsonl", (rows[0], rows[3])), per_device_train_batch_size=1,
+        max_completion_length=6, rollout_max_rows=6, max_steps=2,
     )  # fmt: skip
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    train(parse_config(["--config", str(tmp_path / "run.yaml")]))
+    names = ("--rewards.names", ",".join(NAMES[:3]), "--rewards.monitor", NAMES[3])
+    run(job, tmp_path / "out", *SMALL, "--config", str(tmp_path / "rewards.yaml"), *names, **changes)
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2
     for step in steps:
@@ -227,9 +230,15 @@ def test_check_of_a_bad_file(
 
 
 @pytest.mark.parametrize("size", ["1b", "7b"])
-def test_rewards_of_the_published_configurations(size: str) -> None:
+def test_rewards_of_the_published_configurations(
+    size: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without their weights, the check of a shipped file gives the commands that bring them."""
-    done = check(ROOT / "configs" / f"janus-pro-{size}.yaml")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["check", str(ROOT / "configs" / f"janus-pro-{size}.yaml"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match="^True$"):
+        check_main()
+    said = capsys.readouterr().err
     for name in ("hps", "git", "grounding"):
-        assert f"    {DOWNLOADS[name]}\n" in done.stderr
+        assert f"    {DOWNLOADS[name]}\n" in said

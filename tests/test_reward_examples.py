@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from serving import SERVED, example_server
-from tiny import ROOT, TOY, tiny_policy
+from tiny import ROOT, TOY
+from training import metrics, words, write_rows
 
 from bicot.examples import custom_loop
 from bicot.grpo.cli import parse_config
@@ -28,19 +28,12 @@ ROWS = [
 
 
 @pytest.fixture
-def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def settings(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Of two steps of a tiny model, with the rewards of the repository's folder at hand."""
     monkeypatch.chdir(ROOT)
-    tiny_policy(seed=5).save_pretrained(tmp_path / "model")
-    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
-    (tmp_path / "plan.txt").write_text("plan {}")
-    values = dict(
-        model_name_or_path=tmp_path / "model", train_file=tmp_path / "train.jsonl", eval_file="null",
-        reasoning_prompt_path=tmp_path / "plan.txt", output_dir=tmp_path / "out", num_generations=8,
-        per_device_train_batch_size=1, gradient_accumulation_steps=2, max_completion_length=12, max_steps=2,
-        save_steps=9, sample_steps=1, cfg_weight=2.0,
-    )  # fmt: skip
-    return [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    rows = write_rows(tmp_path / "train.jsonl", ROWS)
+    changes = dict(num_generations=8, per_device_train_batch_size=1, max_steps=2, save_steps=9, sample_steps=1)
+    return words(job, tmp_path / "out", "--eval_file", "null", "--train_file", rows, **changes)
 
 
 def test_a_reward_of_plans_and_metadata(settings: list[str], tmp_path: Path) -> None:
@@ -55,8 +48,7 @@ def test_a_reward_of_plans_and_metadata(settings: list[str], tmp_path: Path) -> 
         else:
             assert sample.scores["mentions"] != sample.scores["mentions"]  # NaN
             assert sample.scores["plan"] == float("square" in sample.plan)
-    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in metrics(tmp_path / "out"):
         assert row["rewards/mentions/missing"] == 0.5 and row["rewards/plan/missing"] == 0
         assert 0 < row["rewards/mentions/mean"] < 1
 

@@ -15,15 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from forced import FORMAT, PROMPTS, TOLERANCE, engine_of, gap, greedy
+from forced import FORMAT, PROMPTS, TOLERANCE, assert_same, engine_of, gap, greedy, rollout
 from oracle import BFLOAT16_ROUNDING, CUDA, assert_no_worse, no_host_sync, poisoned_outputs
-from test_engine import assert_same, rollout
+from stepping import G, config, double_policy, frozen_rollout, move, plain_step
 from test_prefill_attention import packed
 from test_rms_norm import inputs as norm_inputs
 from test_rope_kv_write import CANARY
 from test_rope_kv_write import tokens as rope_tokens
 from test_silu_mul import inputs as gate_up_inputs
-from test_step import G, config, double_policy, frozen_rollout, plain_step
 from tiny import tiny_policy
 from tiny_git import make_git
 from tiny_grounding import make_grounding
@@ -425,9 +424,7 @@ def test_an_update_is_the_plain_one(policy: Any) -> None:
     """In float32 on the device, against formulas in float64 on the CPU, sample by sample."""
     cfg, reference, plain = config(), tiny_policy(), double_policy(0)
     reference.model.to(DEVICE)
-    with torch.no_grad():  # a policy that has moved from its reference, so that the KL counts
-        for p in policy.trainable_parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p))
+    move(policy)
     plain.model.load_state_dict(policy.model.state_dict())
     samples = frozen_rollout(policy, cfg)
     rewards = torch.randn(len(samples), 2, generator=torch.Generator().manual_seed(2))

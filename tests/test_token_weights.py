@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from test_step import ALONE, config, double_policy, frozen_rollout, plain_logprobs
+from stepping import FORMAT, config, double_policy, frozen_rollout, move, our_step, plain_logprobs
 from tiny import ROOT, tiny_policy
 from torch import Tensor
+from training import ACCUMULATION, SMALL, assert_resumes, assert_same_weights, metrics, run, weights
 
-from bicot.grpo.cli import parse_config
 from bicot.grpo.config import STREAMS, Config
-from bicot.grpo.optim import MasterAdamW
-from bicot.grpo.step import reference_logprobs, split, update
+from bicot.grpo.step import reference_logprobs, split
 from bicot.grpo.token_weights import Tokens, TokenWeights
-from bicot.grpo.trainer import train
 from bicot.kernels.token_stream import TokenStream
 from bicot.model.chunk import RolloutChunk
 from bicot.model.policy import Policy
-from bicot.model.prompts import PromptFormat
 
-FORMAT = PromptFormat("t2i_r1", "", "plan {}")
 WEIGHTS = """
 import torch
 
@@ -55,15 +48,6 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def moved_policy() -> Policy:
-    """One that has moved from `double_policy(0)`, so that the KL counts."""
-    policy = double_policy(0)
-    with torch.no_grad():
-        for p in policy.trainable_parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1), dtype=p.dtype))
-    return policy
-
-
 Weigh = Callable[[str, Tensor, Tensor, Tensor, int], Tensor]  # name, log-probs, reference's, advantage, sample
 
 
@@ -87,19 +71,13 @@ def plain(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config, weigh: 
     return [loss.detach() / count, torch.nn.utils.get_total_norm([g for g in grads if g is not None])]
 
 
-def ours(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) -> dict[str, Tensor]:
-    encoder, parts = policy.prompt_encoder(FORMAT), split(rollout, cfg)
-    ref = reference_logprobs(double_policy(0), parts, encoder, cfg) if cfg.kl_streams else None
-    return update(policy, MasterAdamW(policy.trainable_parameters(), cfg), parts, A, ref, encoder, cfg, ALONE)
-
-
 def compared(cfg: Config, weigh: Weigh | None = None) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """A step of ours, found equal to the plain formula -> both."""
-    policy = moved_policy()
+    """A step, equal to the plain formula -> the metrics of ours, and loss and gradient norm of the plain one."""
+    policy = move(double_policy(0))
     rollout = frozen_rollout(policy, cfg)
     A = torch.linspace(-1, 1.3, len(rollout), dtype=torch.float64)
     expected = plain(policy, rollout, A, cfg, weigh)
-    metrics = ours(policy, rollout, A, cfg)
+    metrics = our_step(policy, rollout, A, cfg)
     found = [metrics[key].double() for key in ("loss", "grad_norm")]
     torch.testing.assert_close(found, [e.double() for e in expected], atol=1e-6, rtol=1e-6)
     return metrics, expected
@@ -147,7 +125,7 @@ def test_clip_range_and_entropy_bonus_of_a_stream() -> None:
     policy = double_policy(0)
     cfg = config(beta=0.0, entropy_coef={"text": 0.5, "image": 0.0})
     rollout = frozen_rollout(policy, cfg)
-    metrics = ours(policy, rollout, torch.zeros(len(rollout), dtype=torch.float64), cfg)
+    metrics = our_step(policy, rollout, torch.zeros(len(rollout), dtype=torch.float64), cfg)
     text, image = len(rollout.plans.values), rollout.image_tokens.numel()
     expected = -0.5 * metrics["text/entropy"] * text / (text + image)
     torch.testing.assert_close(metrics["loss"], expected.to(metrics["loss"]), atol=1e-6, rtol=1e-6)
@@ -156,7 +134,7 @@ def test_clip_range_and_entropy_bonus_of_a_stream() -> None:
     for setting, side, advantage in (("epsilon", "low", -1.0), ("epsilon_high", "high", 1.0)):
         cfg = config(beta=0.0, num_iterations=2, learning_rate=0.05, **{setting: wide})
         A = torch.full((len(rollout),), advantage, dtype=torch.float64)
-        metrics = ours(double_policy(0), rollout, A, cfg)
+        metrics = our_step(double_policy(0), rollout, A, cfg)
         assert metrics[f"text/clip_ratio/{side}"] > 0 and metrics[f"image/clip_ratio/{side}"] == 0
 
 
@@ -183,7 +161,7 @@ def test_without_token_weights_nothing_is_computed_for_them(monkeypatch: pytest.
         policy = tiny_policy()
         cfg = config(beta=0.0, num_iterations=2, token_weights=name)
         rollout = frozen_rollout(policy, cfg)
-        ours(policy, rollout, torch.linspace(-1, 1, len(rollout)), cfg)
+        our_step(policy, rollout, torch.linspace(-1, 1, len(rollout)), cfg)
         assert calls == [False] * count
 
 
@@ -207,11 +185,7 @@ def test_a_name_that_leads_to_no_function(name: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [
-        ("short", r"a tensor \[2\] on cpu"),
-        ("listed", "list"),
-        ("infinite", "weights that are not finite"),
-    ],
+    [("short", r"a tensor \[2\] on cpu"), ("listed", "list"), ("infinite", "weights that are not finite")],
 )
 def test_weights_of_another_shape_or_not_finite(name: str, found: str) -> None:
     weigh = TokenWeights(f"my_weights:{name}")
@@ -255,52 +229,23 @@ def test_critical_tokens_weigh_early_and_moved_tokens_more() -> None:
     torch.testing.assert_close(moved.mean(), torch.tensor(1.0))
 
 
-@pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The words of two steps of a tiny model, in the repository's folder."""
+TWO_STEPS = (*SMALL, ACCUMULATION, "1", "--max_steps", "2")
+
+
+def test_the_examples_train(job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    tiny_policy(seed=5).save_pretrained(tmp_path / "model")
-    rows = [{"prompt": f"a red circle and w{i}", "task_type": "color"} for i in range(4)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "plan.txt").write_text("plan {}")
-    (tmp_path / "my_redness.py").write_text("def redness(images, examples):\n    return images[:, 0].mean((1, 2))\n")
-    settings = dict(
-        model_name_or_path=tmp_path / "model", train_file=tmp_path / "train.jsonl", eval_file="null",
-        reasoning_prompt_path=tmp_path / "plan.txt", num_generations=4, per_device_train_batch_size=2,
-        gradient_accumulation_steps=1, max_completion_length=12, max_steps=2, save_steps=2, sample_steps=0,
-        learning_rate=1e-2, warmup_steps=0, cfg_weight=2.0,
-    )  # fmt: skip
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    return [*words, "--rewards.names", "my_redness:redness"]
-
-
-def run(job: list[str], output: Path, *more: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    train(parse_config([*job, "--output_dir", str(output), *more]))
-    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return rows, load_file(output / "checkpoint-000002" / "model.safetensors")
-
-
-def test_the_examples_train(job: list[str], tmp_path: Path) -> None:
-    _, plain = run(job, tmp_path / "plain")
-    _, ones = run(job, tmp_path / "ones", "--token_weights", "my_weights:ones")
-    assert all(torch.equal(plain[name], ones[name]) for name in plain), "weights of 1 change no bit"
+    run(job, tmp_path / "plain", *TWO_STEPS)
+    run(job, tmp_path / "ones", *TWO_STEPS, "--token_weights", "my_weights:ones")
+    plain = weights(tmp_path / "plain")
+    assert_same_weights(plain, weights(tmp_path / "ones"))
     for name in ("entropy_selective", "critical_tokens"):
-        rows, weights = run(job, tmp_path / name, "--token_weights", f"examples.{name}:weights")
+        run(job, tmp_path / name, *TWO_STEPS, "--token_weights", f"examples.{name}:weights")
+        rows = metrics(tmp_path / name)
         assert [row["update_skipped"] for row in rows] == [0, 0] and all(row["grad_norm"] > 0 for row in rows)
-        assert not torch.equal(plain["lm_head.weight"], weights["lm_head.weight"])
+        assert not torch.equal(plain["lm_head.weight"], weights(tmp_path / name)["lm_head.weight"])
 
 
-def test_settings_of_a_stream_train_and_resume(job: list[str], tmp_path: Path) -> None:
-    more = ("--beta", "{text: 0.01, image: 0.0}", "--epsilon", "{text: 0.2, image: 0.1}", "--save_steps", "1")
-    rows, whole = run(job, tmp_path / "whole", *more)
+def test_settings_of_a_stream_train_and_resume(job: Path, tmp_path: Path) -> None:
+    more = ("--beta", "{text: 0.01, image: 0.0}", "--epsilon", "{text: 0.2, image: 0.1}")
+    rows = metrics(assert_resumes(job, tmp_path, *TWO_STEPS, *more, stop=1))
     assert rows[0]["text/kl"] == 0 < rows[1]["text/kl"] and all("image/kl" not in row for row in rows)
-    again, parts = run(job, tmp_path / "whole", *more, "--resume", str(tmp_path / "whole" / "checkpoint-000001"))
-    assert again[-1]["grad_norm"] == rows[-1]["grad_norm"]
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-
-
-def test_a_wrong_name_is_found_before_anything_is_touched(job: list[str], tmp_path: Path) -> None:
-    more = ("--token_weights", "my_weights:none", "--model_name_or_path", "no/such/model")
-    with pytest.raises(ValueError, match="token_weights 'my_weights:none' cannot be imported"):
-        run(job, tmp_path / "out", *more)
-    assert not (tmp_path / "out").exists()

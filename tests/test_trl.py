@@ -47,17 +47,9 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random models of two layers, their logits far from flat; the second one's head is its embedding."""
     sizes = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
     torch.manual_seed(0)
     models = {
         "qwen2": Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=False)),
@@ -103,16 +95,9 @@ def train(trainer_class: type, checkpoints: dict[str, Path], output: Path, setti
     from trl import GRPOConfig
 
     defaults = dict(
-        max_steps=1,
-        max_completion_length=16,
-        per_device_train_batch_size=8,
-        num_generations=4,
-        optim="sgd",
-        lr_scheduler_type="constant",
-        learning_rate=0.01,
-        max_grad_norm=1e9,
-        bf16=False,
-    )
+        max_steps=1, max_completion_length=16, per_device_train_batch_size=8, num_generations=4, optim="sgd",
+        lr_scheduler_type="constant", learning_rate=0.01, max_grad_norm=1e9, bf16=False,
+    )  # fmt: skip
     unlogged = dict(use_cpu=True, logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
     settings = defaults | settings
     rollout_func, name = settings.pop("rollout_func", None), settings.pop("model", "qwen2")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chromium import Chromium
-from tiny import ROOT
+from tiny import wait_until
 
 from bicot.grpo.cli import parse
 from bicot.grpo.config import Config, RewardConfig
@@ -219,13 +218,6 @@ def gone(port: int) -> bool:
     return False
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_the_view_of_a_job_ends_with_it(run: Path) -> None:
     """However it ends; Ctrl-C is for the job alone."""
     job = subprocess.Popen([sys.executable, "-c", BESIDE, str(run)], stdout=subprocess.PIPE, text=True)
@@ -236,7 +228,7 @@ def test_the_view_of_a_job_ends_with_it(run: Path) -> None:
     assert answer.status == 200 and "step 3 of 10" in text and len(path) > 40
     job.kill()
     job.wait()
-    wait_for(lambda: gone(int(place)))
+    wait_until(lambda: gone(int(place)))
     job.stdout.close()
 
 
@@ -253,24 +245,6 @@ def test_the_command(run: Path) -> None:
         ):
             done = subprocess.run([sys.executable, "-m", "bicot.view", *words], capture_output=True, text=True)
             assert done.returncode == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (("--view",), 'error: the live view needs werkzeug; pip install -e ".[view]"'),
-        (("--view", "70000"), "error: the live view's port 70000 must be 0 (any free one) to 65535"),
-    ],
-)
-def test_a_job_refuses_before_anything_is_touched(
-    words: tuple[str, ...], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if words == ("--view",):
-        monkeypatch.setitem(sys.modules, "werkzeug", None)
-    monkeypatch.setattr(sys, "argv", ["train.py", *words, "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match=".") as stopped:
-        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert str(stopped.value).startswith(line) and list(tmp_path.iterdir()) == []
 
 
 def test_who_does_not_ask_gets_no_view(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 import torch
 from oracle import gpu
-from tiny import tiny_policy
 
 from bicot.model.graphs import StepGraphs
+from bicot.model.policy import Policy
 from bicot.model.vq import ImageDecoder
 
 
-def test_pictures_are_those_of_the_vq_model() -> None:
-    policy = tiny_policy()
+def decoder_of(policy: Policy) -> ImageDecoder:
     decoder = ImageDecoder(policy)
     decoder.refresh(policy.model.model.vqmodel)
+    return decoder
+
+
+def test_pictures_are_those_of_the_vq_model(policy: Policy) -> None:
+    decoder = decoder_of(policy)
     tokens = torch.randint(0, 37, (5, 16))
     raw = policy.model.model.vqmodel.decode(tokens)
     whole = decoder(tokens)
@@ -28,10 +32,8 @@ def test_pictures_are_those_of_the_vq_model() -> None:
     torch.testing.assert_close(decoder(tokens), whole)
 
 
-def test_refresh_follows_the_vq_model() -> None:
-    policy = tiny_policy()
-    decoder = ImageDecoder(policy)
-    decoder.refresh(policy.model.model.vqmodel)
+def test_refresh_follows_the_vq_model(policy: Policy) -> None:
+    decoder = decoder_of(policy)
     tokens = torch.randint(0, 37, (2, 16))
     before = decoder(tokens)
     with torch.no_grad():
@@ -41,7 +43,7 @@ def test_refresh_follows_the_vq_model() -> None:
     torch.testing.assert_close(decoder(tokens), (before + 0.1).clamp(0, 1))
 
 
-def test_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """What surrounds CUDA graphs, without CUDA; on a GPU the rollouts of other tests have them."""
     captured = []
 
@@ -50,9 +52,7 @@ def test_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(replay=step)
 
     monkeypatch.setattr(StepGraphs, "_record", record)
-    policy = tiny_policy()
-    decoder = ImageDecoder(policy)
-    decoder.refresh(policy.model.model.vqmodel)
+    decoder = decoder_of(policy)
     tokens, more = torch.randint(0, 37, (2, 5, 16))
     decoder.most = 2
     whole = decoder(torch.cat([tokens, more]))
@@ -63,11 +63,9 @@ def test_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @gpu
-def test_graphs_decode_what_eager_passes_decode() -> None:
-    policy = tiny_policy()
+def test_graphs_decode_what_eager_passes_decode(policy: Policy) -> None:
     policy.model.cuda()
-    decoder = ImageDecoder(policy)
-    decoder.refresh(policy.model.model.vqmodel)
+    decoder = decoder_of(policy)
     decoder.most, tokens = 2, torch.randint(0, 37, (5, 16), device="cuda")
     eager, stream = decoder(tokens), torch.cuda.Stream()
     decoder.graphs = StepGraphs(stream)
@@ -79,9 +77,8 @@ def test_graphs_decode_what_eager_passes_decode() -> None:
     torch.testing.assert_close(graphed, eager)
 
 
-def test_memory_bounds_the_chunk() -> None:
+def test_memory_bounds_the_chunk(policy: Policy) -> None:
     """Janus-Pro's decoder: 384 x 384 pixels, 128 channels, bfloat16."""
-    policy = tiny_policy()
     policy.model.bfloat16()
     vq = policy.config.vq_config
     vq.num_patches, vq.base_channels, vq.channel_multiplier = 24, 128, [1, 1, 2, 2, 4]

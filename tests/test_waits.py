@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from oracle import gpu, host_sync_allowed, no_host_sync
-from test_trainer import SMALL, words
-from test_trainer import job as job  # a fixture
 from torch import Tensor
+from training import SMALL, words
 from waits import Waits
 
 from bicot.grpo import step

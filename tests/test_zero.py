@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_trainer import job as train_job  # noqa: F401, a fixture
-from tiny import ROOT, made_once
+from tiny import ROOT, TORCHRUN, made_once
 from zero_training import DTYPES, FACTORS, GROWN, LORA, RESUMED, SAVED, SHARDED, SHRUNK, STAGES, STEPS, words
 
 from bicot.grpo.cli import parse_config
@@ -34,26 +33,17 @@ TWO = Ranks(0, 2, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def job(train_job: Path) -> Path:  # noqa: F811
-    """The job of test_trainer.py with a held-out prompt, and a ZeRO-3 that shards every parameter."""
-    (train_job / "heldout.jsonl").write_text((train_job / "train.jsonl").read_text().split("\n")[0] + "\n")
-    zero3 = json.loads((ROOT / "configs" / "zero3.json").read_text())
-    zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (train_job / SHARDED).write_text(json.dumps(zero3))
-    return train_job
-
-
-@pytest.fixture(scope="module")
 def runs(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have left their runs, and one rank its own, `one <dtype>`."""
 
     def make(out: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.syspath_prepend(job)
-            for name, more in {"lora": LORA, **{dtype: {"dtype": dtype} for dtype in DTYPES}}.items():
-                train(parse_config(words(job, out / f"one {name}", **more, per_device_train_batch_size=2)))
-        for ranks in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
-            command = [sys.executable, *ranks, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
+        for name, more in {"lora": LORA, **{dtype: {"dtype": dtype} for dtype in DTYPES}}.items():
+            train(parse_config(words(job, out / f"one {name}", **more, per_device_train_batch_size=2)))
+        zero3 = json.loads((ROOT / "configs" / "zero3.json").read_text())
+        zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # every parameter in shares
+        (out / SHARDED).write_text(json.dumps(zero3))
+        for launcher in (TORCHRUN, [sys.executable]):
+            command = [*launcher, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
             subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
 
     return made_once(tmp_path_factory, "zero_runs", make)
@@ -197,16 +187,6 @@ def test_auto_and_equal_values_are_ours(tmp_path: Path) -> None:
 def test_files_that_are_no_zero_are_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"zero\.json"):
         settings_of(tmp_path, text)
-
-
-def test_distributed_and_deepspeed_agree() -> None:
-    with pytest.raises(ValueError, match="distributed=deepspeed needs deepspeed=a file, such as configs/zero2.json"):
-        Config(distributed="deepspeed", rewards=RewardConfig("scene"))
-    with pytest.raises(ValueError, match="distributed=ddp needs deepspeed=null"):
-        Config(distributed="ddp", deepspeed="configs/zero2.json", rewards=RewardConfig("scene"))
-    with pytest.raises(ValueError, match="optim=adamw_8bit does not go with deepspeed"):
-        Config(optim="adamw_8bit", deepspeed="configs/zero2.json", rewards=RewardConfig("scene"))
-    assert parse_config(["--deepspeed", "configs/zero2.json"]).distributed == "auto"
 
 
 def test_the_memory_plan_knows_the_shares() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy" / "assets"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PUBLISHED_PROMPTS = ROOT.parent / "shared" / "data" / "t2i_r1_prompts.jsonl"
 
 
@@ -44,6 +48,14 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+def wait_until(done: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 120) -> None:
+    """Until `done()`, while `process` runs."""
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert (process is None or process.poll() is None) and time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of exactly `vocab_size` entries, with the special tokens that Janus has."""
     special = ["<bos>", "<eos>", "<pad>", "<unk>", "<image>", "<boi>", "<eoi>"]
@@ -53,13 +65,9 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
-    )
+    )  # fmt: skip
 
 
 def tiny_policy(
@@ -83,39 +91,18 @@ def tiny_policy(
     """
     torch.manual_seed(seed)
     text = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=context,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        attention_bias=biased,
-        mlp_bias=biased,
-        tie_word_embeddings=tied,
-    )
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=kv_heads, max_position_embeddings=context, bos_token_id=0,
+        eos_token_id=1, pad_token_id=2, attention_bias=biased, mlp_bias=biased, tie_word_embeddings=tied,
+    )  # fmt: skip
     vision = JanusVisionConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=image_size,
-        patch_size=2,
-        projection_dim=hidden,
-        num_image_tokens=(image_size // 2) ** 2,
-    )
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=image_size, patch_size=2,
+        projection_dim=hidden, num_image_tokens=(image_size // 2) ** 2,
+    )  # fmt: skip
     vq = JanusVQVAEConfig(
-        embed_dim=8,
-        num_embeddings=codes,
-        latent_channels=32,
-        base_channels=32,
-        channel_multiplier=[1, 1],
-        num_res_blocks=1,
-        projection_dim=hidden,
-        image_token_embed_dim=hidden,
-    )
+        embed_dim=8, num_embeddings=codes, latent_channels=32, base_channels=32, channel_multiplier=[1, 1],
+        num_res_blocks=1, projection_dim=hidden, image_token_embed_dim=hidden,
+    )  # fmt: skip
     config = JanusConfig(
         text_config=text, vision_config=vision, vq_config=vq, image_token_id=4, tie_word_embeddings=tied
     )

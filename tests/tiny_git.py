@@ -29,14 +29,9 @@ def git_model(size: int = SIZE) -> GitForCausalLM:
     config = GitConfig(
         vision_config=vision,
         vocab_size=len(git_tokenizer()),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64,
+        bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
     model = GitForCausalLM(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -26,31 +26,16 @@ def make_grounding(folder: Path, seed: int = 7) -> Path:
     tokenizer = tiny_bert_tokenizer()
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(
-            image_size=SIZE,
-            embed_dim=8,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 1, 2, 2],
-            window_size=4,
+            image_size=SIZE, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
             out_indices=[2, 3, 4],
         ),
         text_config=BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=MAX_TOKENS,
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=48, max_position_embeddings=MAX_TOKENS,
         ),
-        num_queries=20,
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        max_text_len=MAX_TOKENS,
-    )
+        num_queries=20, d_model=32, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_text_len=MAX_TOKENS,
+    )  # fmt: skip
     model = GroundingDinoForObjectDetection(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -72,12 +57,9 @@ def make_grounding(folder: Path, seed: int = 7) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     settings = {
-        "image_processor_type": "GroundingDinoImageProcessor",
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "resample": 2,
-        "size": {"shortest_edge": SIZE, "longest_edge": 160},
-    }
+        "image_processor_type": "GroundingDinoImageProcessor", "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225], "resample": 2, "size": {"shortest_edge": SIZE, "longest_edge": 160},
+    }  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return folder
 

@@ -62,27 +62,17 @@ def orm_parts(*, size: int = SIZE, tied: bool = False) -> Parts:
     torch.manual_seed(0)
     tower = SiglipVisionModel(
         SiglipVisionConfig(
-            hidden_size=144,
-            intermediate_size=96,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=size,
+            hidden_size=144, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, image_size=size,
             patch_size=PATCH,
         )
-    )
+    )  # fmt: skip
     language = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=264,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-            tie_word_embeddings=tied,
+            vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=4096,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=tied,
         )
-    )
+    )  # fmt: skip
     projector = nn.Sequential(nn.Linear(144, 64), nn.GELU(), nn.Linear(64, 64))
     with torch.no_grad():
         for module in (tower, language, projector):
@@ -137,75 +127,42 @@ def write_tokenizer(folder: Path, words: tuple[str, ...] = WORDS) -> None:
     config = {
         "add_prefix_space": False,
         "added_tokens_decoder": {str(len(tokens) + i): {"content": t, **flags} for i, t in enumerate(SPECIAL)},
-        "additional_special_tokens": list(SPECIAL[1:]),
-        "bos_token": None,
-        "eos_token": "<|im_end|>",
-        "errors": "replace",
-        "model_max_length": 32768,
-        "pad_token": "<|endoftext|>",
-        "tokenizer_class": "Qwen2Tokenizer",
-        "unk_token": None,
-    }
+        "additional_special_tokens": list(SPECIAL[1:]), "bos_token": None, "eos_token": "<|im_end|>",
+        "errors": "replace", "model_max_length": 32768, "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer", "unk_token": None,
+    }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def _original_config(text: Qwen2Config) -> dict:
     """As LLaVA-NeXT writes it: Qwen2's fields of transformers 4, and of the tower nothing but its name."""
     return {
-        "architectures": ["LlavaQwenForCausalLM"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 257,
-        "eos_token_id": 260,
-        "hidden_act": "silu",
-        "hidden_size": text.hidden_size,
-        "image_aspect_ratio": "anyres_max_9",
+        "architectures": ["LlavaQwenForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 257, "eos_token_id": 260,
+        "hidden_act": "silu", "hidden_size": text.hidden_size, "image_aspect_ratio": "anyres_max_9",
         "image_crop_resolution": None,
         "image_grid_pinpoints": [[384, 384], [384, 768], [768, 384]],
-        "initializer_range": 0.02,
-        "intermediate_size": text.intermediate_size,
-        "max_position_embeddings": text.max_position_embeddings,
-        "max_window_layers": 28,
-        "mm_hidden_size": 144,
-        "mm_patch_merge_type": "spatial_unpad",
-        "mm_projector_lr": None,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "google/siglip-so400m-patch14-384",
-        "model_type": "llava",
-        "num_attention_heads": text.num_attention_heads,
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_key_value_heads": text.num_key_value_heads,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "sliding_window": 131072,
-        "tie_word_embeddings": text.tie_word_embeddings,
-        "tokenizer_model_max_length": 32768,
-        "tokenizer_padding_side": "right",
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.40.0.dev0",
-        "use_cache": True,
-        "use_mm_proj": True,
-        "use_sliding_window": False,
-        "vision_tower_pretrained": None,
-        "vocab_size": text.vocab_size,
-    }
+        "initializer_range": 0.02, "intermediate_size": text.intermediate_size,
+        "max_position_embeddings": text.max_position_embeddings, "max_window_layers": 28, "mm_hidden_size": 144,
+        "mm_patch_merge_type": "spatial_unpad", "mm_projector_lr": None, "mm_projector_type": "mlp2x_gelu",
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model", "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False, "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+        "mm_vision_tower": "google/siglip-so400m-patch14-384", "model_type": "llava",
+        "num_attention_heads": text.num_attention_heads, "num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": text.num_key_value_heads, "rms_norm_eps": 1e-06, "rope_scaling": None,
+        "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": text.tie_word_embeddings,
+        "tokenizer_model_max_length": 32768, "tokenizer_padding_side": "right", "torch_dtype": "bfloat16",
+        "transformers_version": "4.40.0.dev0", "use_cache": True, "use_mm_proj": True, "use_sliding_window": False,
+        "vision_tower_pretrained": None, "vocab_size": text.vocab_size,
+    }  # fmt: skip
 
 
 def _transformers_model(parts: Parts) -> LlavaOnevisionForConditionalGeneration:
     vision = {**parts.tower.config.to_dict(), "vision_use_head": False}
     vision["num_hidden_layers"] -= 1
     config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=parts.language.config.to_dict(),
-        tie_word_embeddings=parts.language.config.tie_word_embeddings,
-        image_token_index=262,
-        video_token_index=263,
-    )
+        vision_config=vision, text_config=parts.language.config.to_dict(),
+        tie_word_embeddings=parts.language.config.tie_word_embeddings, image_token_index=262, video_token_index=263,
+    )  # fmt: skip
     model = LlavaOnevisionForConditionalGeneration(config)
     model.lm_head.load_state_dict(parts.language.lm_head.state_dict())
     model.model.language_model.load_state_dict(parts.language.model.state_dict())

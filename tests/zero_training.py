@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import training
 from tiny import ROOT, tiny_policy
 
 from bicot.grpo.cli import parse_config
@@ -39,14 +40,11 @@ LORA = {"lora_r": 4, "learning_rate": 0.02}
 
 def words(job: Path, output: Path, **changes: Any) -> list[str]:
     settings = dict(
-        model_name_or_path=job / "model", train_file=job / "train.jsonl", eval_file=job / "heldout.jsonl",
-        reasoning_prompt_path=job / "plan.txt", output_dir=output, num_generations=4, per_device_train_batch_size=1,
-        gradient_accumulation_steps=2, max_completion_length=12, max_steps=STEPS, save_steps=SAVED, sample_steps=0,
-        learning_rate=1e-3, warmup_steps=0, cfg_weight=2.0, beta=0.1, num_iterations=2, dtype="float32",
-        max_grad_norm=0.5, weight_decay=0.1, save_total_limit="null",
+        eval_file=job / "heldout.jsonl", per_device_train_batch_size=1, max_steps=STEPS, save_steps=SAVED,
+        sample_steps=0, learning_rate=1e-3, beta=0.1, num_iterations=2, dtype="float32", max_grad_norm=0.5,
+        weight_decay=0.1, save_total_limit="null",
     )  # fmt: skip
-    options = [word for key, value in {**settings, **changes}.items() for word in (f"--{key}", str(value))]
-    return [*options, "--rewards.names", "redness:Redness", "--rewards.monitor", "[]"]
+    return training.words(job, output, **settings | changes)
 
 
 def run(job: Path, output: Path, ranks: Ranks, **changes: Any) -> None:
@@ -90,7 +88,7 @@ def main() -> None:
         runs[name] = {**runs[name], "resume": str(out / other / f"checkpoint-{SAVED:06d}")}
     for name, changes in runs.items():
         file = STAGES[name.split()[0]]
-        settings = job / SHARDED if "checkpointing" in name and "zero3" in name else ROOT / "configs" / str(file)
+        settings = out / SHARDED if "checkpointing" in name and "zero3" in name else ROOT / "configs" / str(file)
         run(job, out / name, ranks, **uneven, **changes, deepspeed=settings if file else "null")
     if ranks.size == 1:
         return ranks.close()
