@@ -58,20 +58,17 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": case.get("dtype") == torch.bfloat16},
-        "zero_optimization": {
-            "stage": case["stage"],
-            "stage3_param_persistence_threshold": case.get("whole_below", 0),
-        },
+        "zero_optimization": {"stage": case["stage"], "stage3_param_persistence_threshold": case.get("whole_below", 0)},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.02, "torch_adam": True}},
     }
     policy = policy_of(case)
     prompts, max_rows = ([PROMPTS[0]], 8) if rank == 0 else (PROMPTS[::-1], 2)
-    engine = None if case.get("after") else engine_of(policy, max_rows)
+    engine = None if case.get("after") else engine_of(policy, max_rows=max_rows)
     trainable: list[Any] = policy.trainable_parameters()
     if case.get("apart"):
         trainable = [{"params": [parameter]} for parameter in trainable]
     trainer, *_ = deepspeed.initialize(model=policy.model, model_parameters=trainable, config=config)
-    engine = engine or engine_of(policy, max_rows)
+    engine = engine or engine_of(policy, max_rows=max_rows)
     seen: dict[str, Any] = {"gap": [], "change": [], "equal": [], "moved": [], "addresses": []}
     before = None
     for step in range(STEPS + 1):
@@ -81,7 +78,7 @@ def run(case: dict[str, Any], rank: int) -> dict[str, Any]:
         seen["sharded"] = sorted({name.split(".")[-2] for name, parameter in body if parameter.numel() == 0})
         chunk, same = greedy(engine, prompts), unsharded(policy, case)
         seen["gap"].append(gap(chunk, same))
-        seen["equal"].append(torch.equal(numbers(chunk), numbers(greedy(engine_of(same, max_rows), prompts))))
+        seen["equal"].append(torch.equal(numbers(chunk), numbers(greedy(engine_of(same, max_rows=max_rows), prompts))))
         if before is not None:
             seen["change"].append(gap(before, same))
         before = chunk

@@ -62,7 +62,7 @@ def train_adapters(policy: Policy) -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_rollouts_follow_adapters(name: str, when: str) -> None:
+def test_rollouts_use_the_adapters(name: str, when: str) -> None:
     policy = tiny_policy(biased=name == "bias")
     bare = gap(greedy(engine_of(policy)), policy)
     assert bare < TOLERANCE
@@ -139,7 +139,7 @@ def test_adapters_of_bfloat16_weights_are_added_before_rounding() -> None:
     assert not torch.equal(merged, module.base_layer.weight)
 
 
-def test_other_adapters_are_named() -> None:
+def test_other_kinds_of_adapters_are_refused() -> None:
     policy = tiny_policy()
     adapt(policy, "linears", use_dora=True)
     with pytest.raises(ValueError, match="plain LoRA adapters, and no other kind"):
@@ -151,7 +151,7 @@ def test_other_adapters_are_named() -> None:
         greedy(engine)
 
 
-def test_a_bias_that_adapters_add_goes_with_them() -> None:
+def test_a_bias_of_an_adapter_is_removed_with_it() -> None:
     policy = tiny_policy()
     adapted = adapt(policy, "linears")
     engine = engine_of(policy)

@@ -1,4 +1,4 @@
-"""Alarms: each from rows that show it, none from rows that do not."""
+"""Each alarm is raised by metrics that show its fault, and by no others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_each_alarm_is_raised_once(changed: dict[str, Any], after: int, words: s
     assert abs(int(alarm.split()[3].rstrip(":")) - after) <= 6
 
 
-def test_what_may_be() -> None:
+def test_healthy_changes_raise_none() -> None:
     assert raised(grad_norm=0.0, reward_std=0.0) == [], "groups without spread have no gradient"
     assert raised(text__ratio_max=1.2, num_iterations=2) == []
     assert raised(image__sampling_ratio=0.8, num_iterations=2) == [] == raised(image__sampling_ratio=1.05)
@@ -68,7 +68,7 @@ def test_what_may_be() -> None:
     assert raised(reward=0.1, rewards__other__mean=0.1) == [], "both fall"
 
 
-def test_a_run_that_goes_on_repeats_none() -> None:
+def test_a_resumed_run_repeats_no_alarm() -> None:
     draw = random.Random(0)
     rows = [healthy(step, draw) | {"grad_norm": 0.0} for step in range(1, 10)]
     alarms = Alarms(["scene"], ["other"], 1, rows[:5])

@@ -44,8 +44,8 @@ def oracle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
 @pytest.mark.parametrize("recompute", [False, "selective", True])
-def test_rows_end_to_end_are_padded_rows(kv_heads: int, recompute: bool | str) -> None:
-    """Two streams as one block, in float64: outputs and gradients are those of the rectangles of `sdpa`."""
+def test_packed_rows_equal_padded_rows(kv_heads: int, recompute: bool | str) -> None:
+    """Two streams as one block, in float64: outputs and gradients equal those of padded batches through `sdpa`."""
     policy = tiny_policy(kv_heads=kv_heads)
     policy.model.double().requires_grad_(True)
     expected = policy.hidden(*streams(policy))
@@ -85,7 +85,7 @@ def both(name: str, heads: int, kv_heads: int, width: int, dtype: torch.dtype, t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)])
-def test_the_kernels_around_rows_end_to_end(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+def test_kernels_on_packed_rows(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
     both("one_by_one", heads, kv_heads, 16, dtype, "cpu")
 
 
@@ -98,7 +98,7 @@ def test_as_precise_as_sdpa(name: str, heads: int, kv_heads: int, width: int) ->
     both(name, heads, kv_heads, width, torch.bfloat16, "cuda")
 
 
-def test_what_cannot_run_says_why() -> None:
+def test_an_implementation_that_cannot_run_says_why() -> None:
     """Without a package the line that installs it, and otherwise what the device or the dtype lacks."""
     install = {"flash_attn": "pip install flash-attn --no-build-isolation", "xformers": "pip install xformers"}
     for name in OTHERS:
@@ -115,8 +115,8 @@ def test_what_cannot_run_says_why() -> None:
         assert resolve(name, CPU, torch.float32).name == name
 
 
-def test_auto_takes_the_fastest_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Measured in the first pass, and the same for a reference that shares the choice."""
+def test_auto_measures_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It measures in the first pass; a reference model that shares the choice does not measure again."""
     sdpa, calls = IMPLEMENTATIONS["sdpa"], []
 
     def slow(q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float | None) -> Tensor:

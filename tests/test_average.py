@@ -42,7 +42,7 @@ def test_the_average_is_evaluated_and_saved(job: Path, tmp_path: Path) -> None:
 
 
 def test_a_bfloat16_model_has_a_float32_average(job: Path, tmp_path: Path) -> None:
-    """Of the masters: in bfloat16 it would not move at all."""
+    """It averages the masters. In bfloat16 it would not move at all."""
     more = (*SMALL, *LAST, "--dtype", "bfloat16", "--learning_rate", "1e-5", "--ema_decay", "0.999")
     run(job, tmp_path / "run", *more, "--stop_after", "2")
     first, second = (
@@ -83,7 +83,7 @@ def test_the_reference_follows_the_policy(more: tuple[str, ...], job: Path, tmp_
     assert kl[0][:2] == kl[1][:2] and kl[0][2] < kl[1][2]
 
 
-def test_the_reference_follows_weights_in_shares(job: Path, tmp_path: Path) -> None:
+def test_the_reference_follows_sharded_weights(job: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     zero3 = json.loads((ROOT / "configs" / "zero3.json").read_text())
     zero3["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # or none of these small ones would be

@@ -139,7 +139,7 @@ def test_wise(models: Path, tmp_path: Path) -> None:
     assert load_picture(tmp_path / "out" / "1.png")[1] == [""], "no plan"
 
 
-def test_goes_on_where_it_stopped(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_evaluation_resumes(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.txt").write_text("a red circle\ntwo blue square\na blue circle\n")
     command = words(models, tmp_path / "p.txt", "t2i_compbench", tmp_path / "out", "--num_generations", "2")
     evaluate.main(command)

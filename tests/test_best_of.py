@@ -1,4 +1,4 @@
-"""Best of N: what cannot be ranked is named."""
+"""Best of N: pictures without a score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is killed anywhere, a checkpoint that is replaced, a state that changes after it was read."""
+"""Runs that are killed resume; a checkpoint is whole at any moment; its state is read without a copy."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def outcome(output: Path) -> tuple[object, ...]:
     return metrics(output), [summary[key] for key in summary if "second" not in key], heldout, names
 
 
-def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(job: Path, tmp_path: Path) -> None:
-    """At ten random moments, in between before four of the changes of its files."""
+def test_a_killed_run_resumes_bit_for_bit(job: Path, tmp_path: Path) -> None:
+    """Killed at ten random moments, and before four of the changes that it makes to its files."""
     draws = random.Random(0)
     more = ("--max_steps", str(STEPS), "--save_steps", "1", "--resume", "auto", "--move_output_dir", "false")
     killed.start(print).join()  # from now on, starting one takes no time
@@ -61,7 +61,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(job: Path, tmp_path:
     assert outcome(output) == outcome(tmp_path / "whole"), seen
 
 
-def test_two_ranks_of_which_one_is_killed_go_on(job: Path, tmp_path: Path) -> None:
+def test_two_ranks_resume_after_one_is_killed(job: Path, tmp_path: Path) -> None:
     draws = random.Random(1)
     more = (*SMALL, "--max_steps", "3", "--save_steps", "1", "--resume", "auto", "--move_output_dir", "false")
     more += ("--ddp_timeout", "30")  # a rank that is killed before the other one meets it is waited for as long
@@ -146,7 +146,7 @@ def test_a_state_is_read_from_the_file_and_kept_in_memory(optim: str, dtype: tor
             assert torch.equal(one, other), "the moments too are those that were saved"
 
 
-def test_what_a_kill_left_half_deleted_goes(tmp_path: Path) -> None:
+def test_a_half_deleted_checkpoint_is_removed(tmp_path: Path) -> None:
     """Also where no checkpoint is written any more."""
     (tmp_path / ".checkpoint-000004.partial" / "ema").mkdir(parents=True)
     assert find_checkpoint("auto", tmp_path) == (None, []) and not list(tmp_path.iterdir())

@@ -63,12 +63,12 @@ def two_ranks(target: Callable[..., None], folder: Path, *words: list[str]) -> t
     return [process.exitcode for process in ranks], [(folder / f"{rank}.log").read_text() for rank in range(2)]
 
 
-def test_gradients_in_buckets_are_those_of_one_message(tmp_path: Path) -> None:
+def test_gradients_summed_in_buckets_equal_one_sum(tmp_path: Path) -> None:
     codes, said = two_ranks(killed.sum_in_buckets, tmp_path)
     assert codes == [0, 0] and said == ["equal\n"] * 2, said
 
 
-def test_what_rank_0_alone_does_fails_on_all(tmp_path: Path) -> None:
+def test_an_error_of_rank_0_ends_all_ranks(tmp_path: Path) -> None:
     codes, said = two_ranks(killed.fail_alone, tmp_path)
     assert codes == [1, 1] and said[0] == "error: this is refused (--debug shows where)\n"
     assert re.match(

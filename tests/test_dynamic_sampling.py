@@ -1,5 +1,4 @@
-"""Other prompts in the places of groups that teach nothing: which, with which draws, on any ranks and in a run that
-goes on."""
+"""Dynamic sampling replaces groups of equal rewards by other prompts: which ones, on how many ranks, after a resume."""
 
 from __future__ import annotations
 
@@ -62,8 +61,8 @@ def drawn_by(policy: Policy, rank: int, size: int) -> tuple[list[Any], list[int]
     return [(example.prompt, example.plan, tokens, score) for example, tokens, score in rows], counts
 
 
-def test_a_place_takes_the_first_group_with_spread(policy: Policy) -> None:
-    """By the rule written plainly: group by group, each drawn alone."""
+def test_a_group_without_spread_is_replaced_by_the_first_with_spread(policy: Policy) -> None:
+    """Against the rule written plainly, which draws each group alone."""
     engine, expected, took = engine_of(policy), [], []
     for place in range(4):
         tries = []

@@ -105,7 +105,7 @@ def test_tokens_do_not_depend_on_the_chunk(policy: Policy, max_rows: int, cfg_we
     assert_same(RolloutChunk.cat(parts), rollout(policy, PROMPTS, 3, sampling))
 
 
-def test_tokens_do_not_depend_on_the_company(policy: Policy) -> None:
+def test_tokens_do_not_depend_on_the_other_samples(policy: Policy) -> None:
     sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
     engine = engine_of(policy)
     whole = draw(engine, PROMPTS, 3, sampling)
@@ -143,7 +143,7 @@ def test_fused_linear_layers_change_nothing(options: dict[str, Any], monkeypatch
     assert_same(fused, rollout(policy, PROMPTS, 4, sampling))
 
 
-def test_a_cache_given_back_changes_nothing(policy: Policy) -> None:
+def test_releasing_the_kv_cache_changes_nothing(policy: Policy) -> None:
     sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
     keeps, gives = (engine_of(policy, kv_release=release) for release in (False, True))
     for seed in (11, 12):  # the second rollout takes the memory again
@@ -161,8 +161,8 @@ def test_a_prompt_that_the_cache_cannot_hold_is_named(policy: Policy) -> None:
         next(engine.generate(["a red circle and a blue square"], 2, sampling, seed=0))  # its plan fits, the picture not
 
 
-def test_rows_that_fill_a_bucket_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets of 16, and looks at finished plans that come late, as on a GPU."""
+def test_padding_rows_of_a_bucket_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets have 16 rows, and finished plans are seen late, as on a GPU."""
 
     class LateLook:
         def __init__(self, device: torch.device, rows: int) -> None:
@@ -185,8 +185,8 @@ def test_rows_that_fill_a_bucket_change_nothing(policy: Policy, monkeypatch: pyt
     assert_same(rollout(policy, PROMPTS, 8, sampling), exact)
 
 
-def test_a_longer_plan_moves_nothing(policy: Policy) -> None:
-    """The pool has room for the longest from the first step on: graphs that were captured stay valid."""
+def test_longer_plans_do_not_move_the_kv_cache(policy: Policy) -> None:
+    """The pool has room for the longest plan from the first step on, so captured graphs stay valid."""
     engine, sampling = engine_of(policy), Sampling(max_completion_length=40)
     next(engine.generate(PROMPTS, 1, sampling, seed=0))
     place, longest = engine.pool.layer(0)[0].data_ptr(), []
@@ -281,7 +281,7 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_named(policy: Policy
 
 
 @gpu
-def test_too_large_a_cache_becomes_a_smaller_one() -> None:
+def test_a_kv_cache_that_does_not_fit_becomes_smaller() -> None:
     policy = tiny_policy()
     policy.model.cuda()
     engine = engine_of(policy, kv_bytes=2**50, max_rows=2**20)

@@ -120,7 +120,7 @@ def test_metrics_of_scores() -> None:
     assert math.isnan(metrics["rewards/b/std"])
 
 
-def test_rewards_work_while_the_caller_does() -> None:
+def test_threaded_rewards_run_beside_the_caller() -> None:
     begun, caller_worked = threading.Event(), threading.Event()
 
     class Waiting(Red):
@@ -141,7 +141,7 @@ def test_rewards_work_while_the_caller_does() -> None:
         assert handle.metrics[f"rewards/{name}/milliseconds_hidden"] == handle.metrics[f"rewards/{name}/milliseconds"]
 
 
-def test_nothing_is_hidden_in_series() -> None:
+def test_serial_rewards_hide_no_time() -> None:
     ensemble = RewardEnsemble([Red(), Red("second")], schedule="serial")
     handle = RewardHandle.cat([ensemble.submit(IMAGES, EXAMPLES), ensemble.submit(IMAGES, EXAMPLES)])
     assert len(handle.result()) == 4
@@ -259,8 +259,8 @@ def test_models_are_frozen_and_offloaded(schedule: Any, offload: bool) -> None:
 
 
 @pytest.mark.parametrize(("own", "used"), [("cuda:2", "cuda:2"), ("cpu", "cuda:1")])
-def test_a_reward_s_thread_uses_its_gpu_or_the_run_s(own: str, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Never GPU 0 for want of another, where each rank would have a second CUDA context."""
+def test_a_reward_thread_uses_its_gpu_or_that_of_the_run(own: str, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never GPU 0 by default: each rank would open a second CUDA context there."""
     seen: list[tuple[str, torch.device]] = []
     monkeypatch.setattr(workers, "_device", lambda name, reward: torch.device(name))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.current_thread().name, device)))
@@ -287,7 +287,7 @@ def test_rewards_on_a_gpu(schedule: Any, offload: bool) -> None:
     assert rewards[0].model.weight.is_cuda != offload  # type: ignore[attr-defined]
 
 
-def test_what_cannot_be_placed() -> None:
+def test_bad_placements_are_refused() -> None:
     with pytest.raises(ValueError, match="two rewards have the name 'a'"):
         RewardEnsemble([Constant("a", 1.0)], None, [Constant("a", 1.0)])
     for device in ("nowhere", "cuda:63"):

@@ -1,4 +1,4 @@
-"""An entropy bonus that adapts: by its formula, from the entropies that a run reports, and in a run that goes on."""
+"""The adaptive entropy bonus follows its formula, in a run and after a resume."""
 
 from __future__ import annotations
 

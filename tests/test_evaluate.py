@@ -24,7 +24,7 @@ def summary_of(output: Path) -> dict[str, object]:
     return json.loads((output / "summary.json").read_text())
 
 
-def test_an_evaluation_within_a_run_is_that_of_a_run_that_ends_there(job: Path, tmp_path: Path) -> None:
+def test_an_evaluation_during_a_run_equals_one_at_its_end(job: Path, tmp_path: Path) -> None:
     run(job, tmp_path / "plain", *FEW)
     run(job, tmp_path / "short", *FEW, "--max_steps", "3")
     run(job, tmp_path / "run", *FEW, "--eval_steps", "3")
@@ -111,10 +111,10 @@ class Late:
 """
 
 
-def test_heldout_rewards_score_evaluations_alone(
+def test_heldout_rewards_score_only_evaluations(
     job: Path, tmp_path: Path, write_module: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They are neither trained on nor timed, and their `check` sees held-out prompts alone."""
+    """They do not train, their time does not count, and their `check` sees held-out prompts only."""
     write_module("tardy", LATE)
     rows = [{"prompt": f"a red circle and w{i}", "task_type": "object", "heldout": True} for i in range(2)]
     trained = write_rows(tmp_path / "train.jsonl", [{"prompt": "w20", "task_type": "object"}])

@@ -1,4 +1,4 @@
-"""`generate.py` from outside: what it draws, writes, says and refuses."""
+"""`generate.py`: what it draws, writes, prints and refuses."""
 
 from __future__ import annotations
 

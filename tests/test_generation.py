@@ -80,7 +80,7 @@ def test_a_given_plan_on_a_gpu() -> None:
 
 
 def test_without_a_plan_the_prompt_stands_alone(toy: Policy) -> None:
-    """Not "{prompt}. ", which is what an empty plan makes of it."""
+    """Not as "{prompt}. ", which an empty plan would give."""
     chunk = next(toy.engine.generate(["two circles"] * 2, 1, toy.settings.sampling, 0, plans=[None, ""]))
     texts = [toy.tokenizer.decode(ids[1:-1]) for ids in chunk.image_prompts.tolist()]
     want = [toy.settings.prompts.image_text(*pair) for pair in (("two circles", None), ("two circles", ""))]
@@ -91,8 +91,8 @@ def test_without_a_plan_the_prompt_stands_alone(toy: Policy) -> None:
     assert picture.plan == "" and torch.equal(picture.tokens, chunk.image_tokens[0])
 
 
-def test_pictures_come_while_others_are_still_to_draw(toy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that many prompts take no more memory than few."""
+def test_stream_yields_pictures_before_all_are_drawn(toy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many prompts take no more memory than few."""
     drawn, engine = [], toy.engine
     monkeypatch.setattr(engine, "max_rows", 4)
     monkeypatch.setattr(engine, "_draw", lambda *a: (drawn.append(len(a[0])), type(engine)._draw(engine, *a))[1])
@@ -125,12 +125,12 @@ def test_sampling_is_that_of_the_checkpoint_unless_given(toy: Policy) -> None:
         ({"guidance": 2}, "unexpected keyword argument 'guidance'"),
     ],
 )
-def test_what_cannot_be_drawn_is_named(toy: Policy, given: dict[str, object], error: str) -> None:
+def test_bad_arguments_are_named(toy: Policy, given: dict[str, object], error: str) -> None:
     with pytest.raises((ValueError, TypeError), match=error):
         toy.generate(**{"prompts": "a circle", **given})  # type: ignore[arg-type]
 
 
-def test_a_checkpoint_brings_its_settings(tmp_path: Path) -> None:
+def test_settings_are_loaded_with_a_checkpoint(tmp_path: Path) -> None:
     """In Hugging Face layout, and LoRA adapters on one; test_convert.py does the same in DeepSeek's layout."""
     policy = tiny_policy()
     policy.save_pretrained(tmp_path / "model")

@@ -104,7 +104,7 @@ def test_pictures_of_other_sizes(folder: Path, reward: GitReward, size: tuple[in
     assert scores.std() > 10 * follows
 
 
-def test_rows_that_do_not_apply(reward: GitReward) -> None:
+def test_rows_without_a_question_have_no_score(reward: GitReward) -> None:
     rows = [SPATIAL, EXAMPLES[0], BARE, NUMERACY, EXAMPLES[4]]
     assert [reward.applies(e) for e in rows] == [False, True, False, False, True]
     images = pictures(5)
@@ -114,7 +114,7 @@ def test_rows_that_do_not_apply(reward: GitReward) -> None:
     assert reward.score(images[:2], [SPATIAL, BARE]).isnan().all()
 
 
-def test_rows_that_cannot_be_asked_about(reward: GitReward) -> None:
+def test_nouns_that_cannot_be_asked_about_are_refused(reward: GitReward) -> None:
     for example in (*EXAMPLES, SPATIAL, BARE):
         reward.check(example)
     reward.check(Example("p", "object", ("a" * 62,)))
@@ -123,7 +123,7 @@ def test_rows_that_cannot_be_asked_about(reward: GitReward) -> None:
             reward.check(Example("p", "object", ("cat", noun)))
 
 
-def test_published_payments(folder: Path, reward: GitReward) -> None:
+def test_compat_scores_rows_as_published(folder: Path, reward: GitReward) -> None:
     compat = GitReward.from_pretrained(folder, t2i_r1_compat=True)
     rows = [SPATIAL, EXAMPLES[0], BARE, NUMERACY]
     assert all(compat.applies(e) for e in rows)
@@ -170,7 +170,7 @@ def test_files_that_are_missing_or_of_something_else(folder: Path, tmp_path: Pat
         GitReward.from_pretrained(tmp_path)
 
 
-def test_words_that_are_not_known() -> None:
+def test_yes_and_no_must_be_single_tokens() -> None:
     tokenizer = git_tokenizer()
     vocab = {w: i for w, i in tokenizer.get_vocab().items() if w != "no"}
     with pytest.raises(ValueError, match=r"'no' must be one known token, but the tokenizer gives \[\d+, \d+\]"):

@@ -40,7 +40,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
 def test_warming_up_and_replaying_change_nothing(
     policy: Policy, replays: tuple[list[Any], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replay runs what was captured first under its key."""
+    """A replay runs the step that was captured first under its key."""
     captured, replayed = replays
     monkeypatch.setattr(stages, "_BUCKETS", list(range(1, 41)))  # each row that leaves means another graph
     engine = engine_of(policy, max_rows=40)

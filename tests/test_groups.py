@@ -1,4 +1,4 @@
-"""Groups that teach nothing: left out of the update, whose loss, gradients and weights stay those of all samples."""
+"""Groups without advantages are left out of the update: loss, gradients and weights stay those of all samples."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_chunks_join_with_what_the_host_knows_of_them() -> None:
+def test_joined_chunks_keep_their_ids_on_the_host() -> None:
     cfg = config()
     rollout = frozen_rollout(double_policy(0), cfg)
     plain = RolloutChunk.cat([rollout[:3], rollout[9:]])
@@ -85,7 +85,7 @@ def test_groups_without_advantages_are_left_out_and_nothing_changes(loss_type: s
         torch.testing.assert_close(a, b, atol=1e-8, rtol=0)
 
 
-def test_a_step_that_teaches_nothing_moves_weights_by_momentum_alone(forwarded: list[int]) -> None:
+def test_a_step_without_advantages_moves_weights_by_momentum_alone(forwarded: list[int]) -> None:
     cfg = config(beta=0.0, weight_decay=0.1)
     policy = double_policy(0)
     rollout, optimizer = frozen_rollout(policy, cfg), MasterAdamW(policy.trainable_parameters(), cfg)
@@ -104,7 +104,7 @@ def test_a_step_that_teaches_nothing_moves_weights_by_momentum_alone(forwarded: 
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
-def test_where_anything_else_trains_or_counts_nothing_is_left_out(forwarded: list[int]) -> None:
+def test_groups_are_kept_where_they_affect_the_update(forwarded: list[int]) -> None:
     assert skips_groups(config(beta=0.0)) and not skips_groups(config())
     for changes in (
         {"beta": {"text": 0.0, "image": 0.1}}, {"entropy_coef": {"text": 0.0, "image": 0.1}}, {"loss_type": "bnpo"},
@@ -117,7 +117,7 @@ def test_where_anything_else_trains_or_counts_nothing_is_left_out(forwarded: lis
     assert forwarded == [2 * G, 2 * G] and "samples_dropped" not in found
 
 
-def test_a_rank_with_nothing_to_learn_takes_part(
+def test_a_rank_without_advantages_joins_the_update(
     job: Path, tmp_path: Path, write_module: Callable[[str, str], None]
 ) -> None:
     write_module("some_reward", REWARD)

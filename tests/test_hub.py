@@ -193,7 +193,7 @@ def test_a_license_is_the_base_models_and_curves_are_drawn(job: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("refused", ["whoami", "create", "auth-check", "closed port", "no token"])
-def test_a_hub_that_does_not_let_one_write_is_found_at_the_start(
+def test_a_hub_that_refuses_is_found_at_the_start(
     refused: str, hub: type[Hub], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "refuses", refused)

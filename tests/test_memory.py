@@ -45,7 +45,7 @@ def test_a_whole_step_is_within_15_percent_of_an_h200() -> None:
     assert (2 * 2 * weights + Training().held(trained) + update + cache) / MIB == pytest.approx(39771, rel=0.15)
 
 
-def test_stages_divide_what_they_should() -> None:
+def test_zero_stages_divide_masters_moments_and_gradients() -> None:
     eight = [Training(ranks=8, stage=stage) for stage in range(4)]
     assert [training.held(8000) for training in eight] == [96000, 12000, 12000, 12000]
     peaks = [update_peak(JANUS_1B, batch_of(2), TRAINED, 0, training, 2, True).total for training in eight]

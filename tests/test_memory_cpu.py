@@ -161,11 +161,10 @@ TORCHAO = pytest.mark.skipif(not find_spec("torchao"), reason="needs torchao")
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"),
-    [*product(CASES, DTYPES), pytest.param({"optim": "adamw_8bit"}, torch.bfloat16, marks=TORCHAO)],
+    ("case", "dtype"), [*product(CASES, DTYPES), pytest.param({"optim": "adamw_8bit"}, torch.bfloat16, marks=TORCHAO)]
 )
 def test_an_update_takes_what_the_plan_says(case: dict[str, Any], dtype: torch.dtype) -> None:
-    """From 3 % less to 15 % more than was measured: with all activations kept, 5 % more at most."""
+    """The plan says 3 % less to 15 % more than was measured; 5 % more at most where all activations are kept."""
     step = Step(dtype, **case)
     _, left, _ = measured(step.update)
     assert left == pytest.approx(step.training.moments * sum(step.trained), rel=0.03, abs=MIB)

@@ -98,7 +98,7 @@ def step(policy: Policy, rollout: RolloutChunk, A: Tensor, cfg: Config) -> tuple
     ids=["masked", "guided", "text alone", "dull groups"],
 )
 def test_a_step_does_not_depend_on_the_cut(samples: tuple[Policy, RolloutChunk], changes: dict[str, Any]) -> None:
-    """Nor the weights it leaves: with parts of one sample, of parts of a group, of groups, and with one of all."""
+    """Nor do the weights: with parts of one sample, of a part of a group, of groups, and of all samples."""
     policy, rollout = samples
     cfg = config(adam_epsilon=1e-3, **changes)
     A = DULL_SECOND_AND_THIRD if cfg.beta == 0.0 else torch.linspace(-1, 1, len(rollout), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Several machines, as far as one can show it: the scripts in examples, and what rank 0 reports of all ranks."""
+"""Several machines, tested on one: the scripts in examples, and what rank 0 reports of all ranks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_two_machines_train_as_two_ranks_of_one(two: Path, job: Path, module: Pa
     assert sorted("2 steps in" in log for log in logs) == [False, True], "each rank's own, and rank 0 says the end"
 
 
-def test_pictures_and_times_are_those_of_all_ranks(
+def test_pictures_and_times_come_from_all_ranks(
     two: Path, job: Path, module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = load_samples(two / "samples" / "step-000001")
@@ -91,8 +91,8 @@ def test_pictures_and_times_are_those_of_all_ranks(
     assert all(row["rewards/redness/milliseconds_hidden"] < 100 for row in written)
 
 
-def test_a_slurm_job_saves_before_its_time_is_up_and_goes_on(job: Path, tmp_path: Path) -> None:
-    """With stand-ins for Slurm's own commands, and Slurm's signal sent by hand: the script's part of it."""
+def test_a_slurm_job_saves_before_its_time_is_up_and_resumes(job: Path, tmp_path: Path) -> None:
+    """Slurm's commands are replaced by stand-ins, and the test sends Slurm's signal."""
     stand_ins = {
         "srun": 'exec "$@"',
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {tmp_path}/asked; fi',

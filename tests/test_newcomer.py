@@ -1,4 +1,4 @@
-"""What a hurried newcomer types wrong: one line that names the thing and the fix, and nothing is left behind.
+"""What newcomers type wrong: one line names the thing and the fix, and no file is written.
 
 The programs run in this process, since another imports everything for 4 seconds; test_trainer.py has real ones.
 """

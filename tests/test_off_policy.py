@@ -80,7 +80,7 @@ def test_each_mode_is_its_formula(mode: str, beta: float) -> None:
 
 
 @pytest.mark.parametrize("mode", [None, "token_mask", "sequence_truncate"])
-def test_bad_samples_that_the_policy_has_left_are_masked(mode: str | None) -> None:
+def test_off_policy_samples_with_negative_advantages_are_masked(mode: str | None) -> None:
     more = dict(importance_sampling_correction=mode is not None, importance_sampling_mode=mode or "token_truncate")
     _, before = assert_equal(config(**more))
     most = 3.0 if mode else 0.9  # which bounds ratios alone
@@ -95,7 +95,7 @@ def test_bad_samples_that_the_policy_has_left_are_masked(mode: str | None) -> No
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_plans_that_are_cut_off_do_not_train_and_do_not_count(loss_type: str, beta: float) -> None:
+def test_truncated_plans_are_left_out_of_the_loss(loss_type: str, beta: float) -> None:
     more = dict(loss_type=loss_type, beta=beta, max_completion_length=6, importance_sampling_correction=True)
     more["importance_sampling_mode"] = "sequence_truncate"
     _, rollout, _ = drawn(config(**more))
@@ -104,7 +104,7 @@ def test_plans_that_are_cut_off_do_not_train_and_do_not_count(loss_type: str, be
     assert abs(whole["loss"] / masked["loss"] - 1) > 1e-3 and whole["image/entropy"] == masked["image/entropy"]
 
 
-def test_where_all_plans_are_cut_off_pictures_train_alone() -> None:
+def test_pictures_train_alone_if_all_plans_are_truncated() -> None:
     """And the text head still has a gradient, of 0, for ranks whose plans ended."""
     cfg = config(beta=0.0, max_completion_length=1, mask_truncated_completions=True, max_grad_norm=1e9)
     policy, rollout, A = drawn(cfg)

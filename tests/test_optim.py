@@ -38,7 +38,7 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
 
 
 def test_gradients_are_collected_by_few_kernels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bits of one gradient after another; a parameter may have none in some backward passes."""
+    """Bit for bit as one gradient after another. A parameter may have no gradient in some backward passes."""
     monkeypatch.setattr(optim, "PART", 4000)
     parameters = [torch.nn.Parameter(torch.zeros(n, 10, dtype=torch.bfloat16)) for n in [*[5] * 100, 900, 1, 1]]
     parameters += [torch.nn.Parameter(torch.zeros(3))]  # its own master
@@ -70,8 +70,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert torch.equal(weight.data, torch.ones(2))
 
 
-def test_adamw_8bit_moves_bfloat16_weights_as_float32_does_and_goes_on() -> None:
-    """Without masters: by lr 1e-5, a 390th of the spacing of bfloat16 below 1."""
+def test_adamw_8bit_moves_bfloat16_weights_as_float32_does_and_resumes() -> None:
+    """There are no masters, and lr 1e-5 is a 390th of the spacing of bfloat16 below 1."""
     pytest.importorskip("torchao")
     settings: dict[str, Any] = dict(learning_rate=1e-5, max_grad_norm=1e9, lr_scheduler_type="linear", max_steps=60)
 

@@ -219,11 +219,6 @@ def test_missing_files_name_the_download(broken: Path, missing: str) -> None:
         OrmReward.from_pretrained(broken)
 
 
-def test_no_folder() -> None:
-    with pytest.raises(MissingCheckpoint, match="hf download CaraJ/ORM-T2I-R1"):
-        OrmReward.from_pretrained("/no/such/folder")
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -92,7 +92,7 @@ def test_both_layouts_and_adapters_have_a_plan(models: dict[str, Any], tmp_path:
         assert [p.shape for p in other.parameters()] == [p.shape for p in model.parameters()]
 
 
-def test_shares_and_what_is_on_the_host(models: dict[str, Any]) -> None:
+def test_sharded_and_offloaded_tensors_are_counted(models: dict[str, Any]) -> None:
     config, model, size = config_of("7b", "--gradient_checkpointing", "true"), models["7b"], int(H100 * GIB)
     weights = 2 * sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(tuple(config.freeze)))
@@ -116,7 +116,7 @@ def test_shares_and_what_is_on_the_host(models: dict[str, Any]) -> None:
     assert [pinned(n) for n in (1, 2, 3, 4096, 4097)] == [1, 2, 4, 4096, 8192]
 
 
-def test_the_rest_of_the_settings_counts(models: dict[str, Any]) -> None:
+def test_every_other_setting_is_counted(models: dict[str, Any]) -> None:
     config, model, size = config_of("1b", "--gradient_checkpointing", "true"), models["1b"], int(H100 * GIB)
 
     def rows(**changed: Any) -> dict[str, tuple[int, int, int]]:
@@ -142,7 +142,7 @@ def test_the_rest_of_the_settings_counts(models: dict[str, Any]) -> None:
     assert two > one, "between micro-batches gradients are kept"
 
 
-def test_micro_batches_of_tokens_count(models: dict[str, Any]) -> None:
+def test_micro_batches_of_tokens_are_counted(models: dict[str, Any]) -> None:
     config, model = config_of("1b", "--gradient_checkpointing", "true"), models["1b"]
     prompt = PLAN_PROMPT + IMAGE_PROMPT + 8 * (2 * 1024 + 576 - 2)
 

@@ -19,7 +19,7 @@ from bicot.model.engine import RolloutEngine
 from bicot.model.packed import Packed
 from bicot.model.policy import Policy, load_policy
 from bicot.model.prompts import PromptFormat
-from bicot.model.settings import RolloutSettings, Sampling
+from bicot.model.settings import Sampling
 
 
 def test_round_trip_through_the_hugging_face_layout(tmp_path: Path) -> None:
@@ -140,13 +140,6 @@ def with_token_at(tokenizer: PreTrainedTokenizerFast, place: int) -> PreTrainedT
     more = {name: getattr(tokenizer, name) for name in ("image_token", "boi_token", "eoi_token")}
     backend = Tokenizer.from_str(json.dumps(core))
     return PreTrainedTokenizerFast(tokenizer_object=backend, extra_special_tokens=more, **names)
-
-
-def test_settings_travel_with_a_checkpoint(tmp_path: Path) -> None:
-    settings = RolloutSettings(PromptFormat("janus", "s", "r {}"), Sampling(max_completion_length=7, cfg_weight=2.0))
-    settings.save(tmp_path)
-    assert RolloutSettings.load(tmp_path) == settings
-    assert RolloutSettings.load(tmp_path / "none") == RolloutSettings()
 
 
 def test_packed_rows() -> None:

@@ -74,7 +74,7 @@ def test_each_sample_is_scored_with_its_own_plan(policy: Policy, schedule: Any) 
     assert seen == each and [replace(example, plan="") for example in each] == [e for e in given for _ in range(4)]
 
 
-def test_as_many_rows_as_pictures_make_two_chunks_of_one_batch_of_plans(policy: Policy) -> None:
+def test_one_batch_of_plans_is_drawn_in_two_chunks_of_pictures(policy: Policy) -> None:
     chunks = list(engine_of(policy, max_rows=12).generate([e.prompt for e in EXAMPLES], 4, SAMPLING, 7))
     assert [len(chunk) for chunk in chunks] == [6, 6]
     assert [span.name for chunk in chunks for span in chunk.spans] == ["plan", *["draw", "decode"] * 2]

@@ -190,7 +190,7 @@ def test_the_same_rows_twice_are_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("to", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_the_gradient_of_a_row_that_a_group_takes_is_rounded_once(to: str) -> None:
+def test_gradients_of_shared_tokens_are_summed_in_float32(to: str) -> None:
     """Sums in bfloat16 would lose what is 2^-8 of the first."""
     at = [3, *[0] * 40, 2, 3, *[0] * 24]
     given = torch.randn(len(at), 48, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -205,7 +205,7 @@ def test_the_gradient_of_a_row_that_a_group_takes_is_rounded_once(to: str) -> No
     assert ((first - exact).abs() <= 2**-8 * exact.abs()).all()
 
 
-def test_without_rows_the_model_is_as_it_was() -> None:
+def test_other_calls_of_the_model_go_through_sdpa() -> None:
     """Padded batches with masks, and generation, go through transformers' SDPA."""
     policy = tiny_policy()
     assert "attn" not in policy.model.config.to_json_string()

@@ -45,7 +45,7 @@ def test_update_equals_the_plain_step(policy_logits: str, detach_uncond: bool) -
 
 
 def test_a_lora_step_equals_one_of_peft_and_torch() -> None:
-    """And its reference is the model that the adapters started from."""
+    """The reference is the model that the adapters started from."""
     pytest.importorskip("peft")
     cfg = config()
     policy, reference = double_policy(0), double_policy(0)

@@ -115,7 +115,7 @@ def test_a_stream_without_kl_has_no_reference_pass(
 
 
 def test_the_corrected_kl_has_another_gradient_and_the_same_value() -> None:
-    """On policy the ratio is 1, but not its derivative."""
+    """On policy the ratio is 1, but its derivative is not 0."""
     _, uncorrected = compared(config(beta=0.5))
     _, corrected = compared(config(beta=0.5, use_bias_correction_kl=True))
     assert differ(corrected, uncorrected) == [False, True]
@@ -178,7 +178,7 @@ def stream(N: int) -> TokenStream:
         ("my_weights:number", "token_weights 'my_weights:number' must be a function of one argument"),
     ],
 )
-def test_a_name_that_leads_to_no_function(name: str, message: str) -> None:
+def test_names_of_no_function_are_refused(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenWeights(name)
 

@@ -21,16 +21,7 @@ from bicot.model.prompts import PromptEncoder, PromptFormat
 from bicot.model.settings import RolloutSettings
 from bicot.toy.recipe import SETTINGS, Recipe, make_tokenizer, make_toy
 from bicot.toy.reward import SceneReward
-from bicot.toy.world import (
-    POSITIONS,
-    Scene,
-    make_prompts,
-    mistaken,
-    plan_cell_entropy,
-    plan_of,
-    random_scene,
-    render,
-)
+from bicot.toy.world import POSITIONS, Scene, make_prompts, mistaken, plan_cell_entropy, plan_of, random_scene, render
 
 FILES = [
     "bicot.json",
@@ -83,7 +74,7 @@ def test_a_picture_is_its_plan(scenes: list[tuple[dict, Scene]]) -> None:
         assert torch.equal(picture[part], blank[part]) == (cell not in {thing.cell for thing in scene})
 
 
-def test_a_mistake_costs_points_or_moves_something(scenes: list[tuple[dict, Scene]]) -> None:
+def test_a_mistaken_scene_differs_and_scores_less(scenes: list[tuple[dict, Scene]]) -> None:
     rng = random.Random(0)
     wrong = [mistaken(scene, rng) for _, scene in scenes]
     assert all(a != b for a, (_, b) in zip(wrong, scenes, strict=True))
@@ -98,7 +89,7 @@ def test_plan_cell_entropy() -> None:
     assert plan_cell_entropy([]) == 0
 
 
-def test_loads_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_checkpoint_loads_without_warnings(caplog: pytest.LogCaptureFixture) -> None:
     assert sorted(f for f in FILES if (TOY / f).is_file()) == FILES
     assert (TOY / "model.safetensors").stat().st_size < 6e6
     logging.enable_propagation()

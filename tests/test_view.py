@@ -1,4 +1,4 @@
-"""The live view, as a browser shows it and as who should not see it gets it."""
+"""The live view in a browser, and who may read it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_browser_shows_the_run(browser: Chromium, port: int, width: int, dark:
     assert browser.said == [], "no script ran that should not, none failed, and nothing was loaded from elsewhere"
 
 
-def test_new_steps_appear_where_the_reader_is(browser: Chromium, port: int, run: Path) -> None:
+def test_new_steps_appear_without_moving_the_page(browser: Chromium, port: int, run: Path) -> None:
     browser.look(f"http://127.0.0.1:{port}/?token={TOKEN}", 360)
     browser.value("document.querySelector('details').open = true; scrollTo(0, 900)")
     browser.wait("scrollY === 900")
@@ -140,7 +140,7 @@ def test_samples_of_an_earlier_step(browser: Chromium, port: int) -> None:
     assert "plan of step 1" in text and "plan of step 2" not in text.split("Held-out prompts")[0]
 
 
-def test_only_who_has_the_token_reads(port: int) -> None:
+def test_requests_without_the_token_are_refused(port: int) -> None:
     for path in ("/", "/?token=", "/?token=a-tokem", "/?token=%C3%A9", "/other", f"/?x={TOKEN}"):
         answer, text = ask(port, path)
         assert answer.status == 403 and "run" not in text, path
@@ -154,7 +154,7 @@ def test_only_who_has_the_token_reads(port: int) -> None:
         assert listening.getsockname()[0] == "127.0.0.1", "other machines do not reach it"
 
 
-def test_the_page_forbids_all_but_its_own(port: int) -> None:
+def test_the_page_loads_nothing_from_elsewhere(port: int) -> None:
     answer, text = ask(port)
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
@@ -164,7 +164,7 @@ def test_the_page_forbids_all_but_its_own(port: int) -> None:
     assert again.status == 304 and nothing == ""
 
 
-def test_what_the_page_says_of_the_run(run: Path) -> None:
+def test_the_page_says_how_far_the_run_is(run: Path) -> None:
     view, metrics = Run(run), run / "metrics.jsonl"
     with open(metrics, "a") as file:
         file.write('{"step": 4, "rew')
@@ -219,7 +219,7 @@ def gone(port: int) -> bool:
 
 
 def test_the_view_of_a_job_ends_with_it(run: Path) -> None:
-    """However it ends; Ctrl-C is for the job alone."""
+    """However the job ends. Ctrl-C stops the job, not the view."""
     job = subprocess.Popen([sys.executable, "-c", BESIDE, str(run)], stdout=subprocess.PIPE, text=True)
     assert job.stdout
     said = job.stdout.readline()
@@ -247,7 +247,7 @@ def test_the_command(run: Path) -> None:
             assert done.returncode == 1 and done.stderr.startswith(line) and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_who_does_not_ask_gets_no_view(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_no_view_unless_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert [parse(words)[1].view for words in ([], ["--view"], ["--view", "8000"])] == [None, 0, 8000]
     monkeypatch.setenv("RANK", "1")
     for port in (None, 0):

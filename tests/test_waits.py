@@ -1,4 +1,4 @@
-"""Where a training step waits for its GPU: at the places named here, so often, and nowhere else."""
+"""How often a training step waits for its GPU, and where: at the places named here alone."""
 
 from __future__ import annotations
 

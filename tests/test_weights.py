@@ -223,7 +223,7 @@ def test_weights_in_storage_of_others_are_copied_and_followed() -> None:
     assert attention.k_proj.weight.data_ptr() == flat[1].data_ptr()
 
 
-def test_other_bodies_are_named() -> None:
+def test_other_architectures_are_refused() -> None:
     policy = tiny_policy()
     policy.config.text_config.hidden_act = "gelu"
     with pytest.raises(ValueError, match="'llama' with 'gelu'"):
@@ -272,7 +272,7 @@ def test_rollouts_follow_deepspeed(sharded: list[dict[str, Any]], case: str) -> 
 
 
 @pytest.mark.parametrize("case", ["zero2, engine after", "zero2, a group for each", "zero3", "zero3, small ones whole"])
-def test_rollouts_change_nothing_about_training(sharded: list[dict[str, Any]], case: str) -> None:
+def test_rollouts_do_not_change_training(sharded: list[dict[str, Any]], case: str) -> None:
     """Every way to share the work ends at the same weights, so no rollout came between a trainer and its parameters."""
     for seen in sharded:
         torch.testing.assert_close(seen[case]["numbers"], seen["zero1"]["numbers"], atol=TOLERANCE, rtol=0)

@@ -84,7 +84,7 @@ def test_recomputed_activations_change_nothing(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_goes_on(runs: Path, name: str) -> None:
+def test_a_checkpoint_resumes(runs: Path, name: str) -> None:
     """At the same stage exactly; at another, or without DeepSpeed, as closely as the stages themselves agree."""
     same = name.split()[0] == RESUMED[name].split()[0]
     bound = 0 if same else BOUND["bfloat16" if "bfloat16" in name else "float32"]
@@ -96,7 +96,7 @@ def test_a_checkpoint_goes_on(runs: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*GROWN, *SHRUNK])
-def test_a_checkpoint_goes_on_with_another_number_of_ranks(runs: Path, name: str) -> None:
+def test_a_checkpoint_resumes_on_another_number_of_ranks(runs: Path, name: str) -> None:
     bound = BOUND["bfloat16" if "bfloat16" in name else "float32"]
     assert_same(metrics(runs / name), metrics(runs / (GROWN | SHRUNK)[name])[SAVED:], bound)
 
@@ -131,7 +131,7 @@ def test_gradients_that_are_zero_or_not_finite(runs: Path, stage: str) -> None:
 
 
 def test_one_process_without_torchrun(job: Path, tmp_path: Path) -> None:
-    """One GPU with its masters in memory of the host, say."""
+    """For example one GPU, whose masters are in the memory of the host."""
     options = words(job, tmp_path, deepspeed="configs/zero2_offload.json", max_steps=1, eval_file="null")
     subprocess.run([sys.executable, str(ROOT / "train.py"), *options], check=True, cwd=job, timeout=300)
     assert len(metrics(tmp_path)) == 1
@@ -173,7 +173,7 @@ def test_zero3_has_no_adapters(tmp_path: Path) -> None:
         settings_of(tmp_path, '{"zero_optimization": {"stage": 3}}', lora_r=4)
 
 
-def test_auto_and_equal_values_are_ours(tmp_path: Path) -> None:
+def test_auto_and_equal_values_are_taken_from_the_config(tmp_path: Path) -> None:
     zero = '"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}'
     text = '{"optimizer": {"params": {"lr": "auto", "eps": 1e-8}}, "train_batch_size": "auto", ' + zero + "}"
     settings = settings_of(tmp_path, text, learning_rate=3e-6)
@@ -184,12 +184,12 @@ def test_auto_and_equal_values_are_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"zero_optimization": true}', '{"zero_optimization": {"stage": 0}}', "{"]
 )
-def test_files_that_are_no_zero_are_named(tmp_path: Path, text: str) -> None:
+def test_files_without_zero_settings_are_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"zero\.json"):
         settings_of(tmp_path, text)
 
 
-def test_the_memory_plan_knows_the_shares() -> None:
+def test_the_memory_plan_divides_among_ranks() -> None:
     words = ["--config", str(ROOT / "configs" / "toy.yaml"), "--gradient_accumulation_steps", "2"]
     plain = parse_config(words)
     model = load_model(plain.model_name_or_path)
