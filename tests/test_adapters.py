@@ -86,8 +86,7 @@ def test_rollouts_use_the_adapters(name: str, when: str) -> None:
         assert addresses(engine.weights) == places
 
 
-def test_what_has_no_adapter_is_not_copied() -> None:
-    policy = tiny_policy()
+def test_what_has_no_adapter_is_not_copied(policy: Policy) -> None:
     adapt(policy, "copies")
     weights = Weights(policy)
     layers = range(policy.config.text_config.num_hidden_layers)
@@ -98,8 +97,7 @@ def test_what_has_no_adapter_is_not_copied() -> None:
         assert weights.layers[0].gate_up.weight.data_ptr() == policy.decoder.layers[0].mlp.gate_proj.weight.data_ptr()
 
 
-def test_merged_adapters_count_once() -> None:
-    policy = tiny_policy()
+def test_merged_adapters_count_once(policy: Policy) -> None:
     adapted = adapt(policy, "linears")
     engine = engine_of(policy)
     first, places = numbers(greedy(engine)), addresses(engine.weights)
@@ -112,8 +110,7 @@ def test_merged_adapters_count_once() -> None:
     assert addresses(engine.weights) == places
 
 
-def test_several_adapters_at_once() -> None:
-    policy = tiny_policy()
+def test_several_adapters_at_once(policy: Policy) -> None:
     adapted = adapt(policy, "linears")
     engine = engine_of(policy)
     adapted.add_adapter("more", peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False))
@@ -126,8 +123,7 @@ def test_several_adapters_at_once() -> None:
     assert len({tuple(values.tolist()) for values in seen}) == 3
 
 
-def test_adapters_of_bfloat16_weights_are_added_before_rounding() -> None:
-    policy = tiny_policy()
+def test_adapters_of_bfloat16_weights_are_added_before_rounding(policy: Policy) -> None:
     policy.model.to(torch.bfloat16)
     adapt(policy, "linears")
     weights = Weights(policy)
@@ -139,8 +135,7 @@ def test_adapters_of_bfloat16_weights_are_added_before_rounding() -> None:
     assert not torch.equal(merged, module.base_layer.weight)
 
 
-def test_other_kinds_of_adapters_are_refused() -> None:
-    policy = tiny_policy()
+def test_other_kinds_of_adapters_are_refused(policy: Policy) -> None:
     adapt(policy, "linears", use_dora=True)
     with pytest.raises(ValueError, match="plain LoRA adapters, and no other kind"):
         Weights(policy)
@@ -151,8 +146,7 @@ def test_other_kinds_of_adapters_are_refused() -> None:
         greedy(engine)
 
 
-def test_a_bias_of_an_adapter_is_removed_with_it() -> None:
-    policy = tiny_policy()
+def test_a_bias_of_an_adapter_is_removed_with_it(policy: Policy) -> None:
     adapted = adapt(policy, "linears")
     engine = engine_of(policy)
     assert engine.weights.layers[0].qkv.bias is None
@@ -172,9 +166,8 @@ def test_a_bias_of_an_adapter_is_removed_with_it() -> None:
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])
-def test_the_loss_sees_adapters_on_the_heads(lora_bias: bool) -> None:
+def test_the_loss_sees_adapters_on_the_heads(policy: Policy, lora_bias: bool) -> None:
     """Its log-probs are those of the rollout, and its gradients those of PEFT's own forward."""
-    policy = tiny_policy()
     policy.model.double()
     config = peft.LoraConfig(
         r=4, init_lora_weights=False, target_modules=["lm_head", "vision_head", "q_proj"], lora_bias=lora_bias

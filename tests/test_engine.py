@@ -281,8 +281,7 @@ def test_a_rotary_embedding_that_changes_with_the_length_is_named(policy: Policy
 
 
 @gpu
-def test_a_kv_cache_that_does_not_fit_becomes_smaller() -> None:
-    policy = tiny_policy()
+def test_a_kv_cache_that_does_not_fit_becomes_smaller(policy: Policy) -> None:
     policy.model.cuda()
     engine = engine_of(policy, kv_bytes=2**50, max_rows=2**20)
     torch.cuda.set_per_process_memory_fraction(0.05)  # other tests run beside this one

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from oracle import gpu
-from tiny import ROOT, TOY, tiny_policy
+from tiny import ROOT, TOY
 
 import bicot
 from bicot import Policy
@@ -130,9 +130,8 @@ def test_bad_arguments_are_named(toy: Policy, given: dict[str, object], error: s
         toy.generate(**{"prompts": "a circle", **given})  # type: ignore[arg-type]
 
 
-def test_settings_are_loaded_with_a_checkpoint(tmp_path: Path) -> None:
+def test_settings_are_loaded_with_a_checkpoint(policy: Policy, tmp_path: Path) -> None:
     """In Hugging Face layout, and LoRA adapters on one; test_convert.py does the same in DeepSeek's layout."""
-    policy = tiny_policy()
     policy.save_pretrained(tmp_path / "model")
     settings = RolloutSettings(PromptFormat("janus", "", "plan {}"), Sampling(6, cfg_weight=2.0))
     settings.save(tmp_path / "model")

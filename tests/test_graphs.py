@@ -129,8 +129,7 @@ def test_a_model_that_triton_does_not_take_decodes_without_graphs() -> None:
 
 @gpu
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
-def test_graphs_draw_what_eager_steps_draw(kv_dtype: str) -> None:
-    policy = tiny_policy()
+def test_graphs_draw_what_eager_steps_draw(policy: Policy, kv_dtype: str) -> None:
     policy.model.cuda()
     sampling = Sampling(max_completion_length=40, cfg_weight=2.0)
     eager, graphed = (
@@ -146,8 +145,7 @@ def test_graphs_draw_what_eager_steps_draw(kv_dtype: str) -> None:
 
 
 @gpu
-def test_a_rollout_waits_for_the_device_only_for_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = tiny_policy()
+def test_a_rollout_waits_for_the_device_only_for_its_plans(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     policy.model.cuda()
     engine = engine_of(policy, max_rows=16)
     sampling, read, tolist = Sampling(max_completion_length=10, cfg_weight=2.0), [], Tensor.tolist

@@ -22,8 +22,7 @@ from bicot.model.prompts import PromptFormat
 from bicot.model.settings import Sampling
 
 
-def test_round_trip_through_the_hugging_face_layout(tmp_path: Path) -> None:
-    policy = tiny_policy()
+def test_round_trip_through_the_hugging_face_layout(policy: Policy, tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path)
     loaded = load_policy(tmp_path, dtype=torch.float32)
     for (name, a), (_, b) in zip(policy.model.named_parameters(), loaded.model.named_parameters(), strict=True):
@@ -98,8 +97,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tokens", [15, 64])
-def test_pictures_that_the_vq_model_cannot_decode_are_refused(tokens: int, tmp_path: Path) -> None:
-    policy = tiny_policy()
+def test_pictures_that_the_vq_model_cannot_decode_are_refused(policy: Policy, tokens: int, tmp_path: Path) -> None:
     policy.config.vision_config.num_image_tokens = tokens
     policy.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"num_image_tokens is {tokens}, .* a grid of 4 x 4 = 16 image tokens"):

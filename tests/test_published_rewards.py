@@ -31,6 +31,7 @@ from bicot.rewards.ensemble import RewardHandle
 from bicot.rewards.worker import RewardError
 
 NAMES = ["hps", "git", "grounding", "orm"]
+Options = dict[str, dict[str, Any]]
 DOWNLOADS = {
     "hps": "hf download xswu/HPSv2 HPS_v2.1_compressed.pt",
     "git": "hf download microsoft/git-large-vqav2",
@@ -46,7 +47,7 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def options(tmp_path_factory: pytest.TempPathFactory) -> Options:
     folder = tmp_path_factory.mktemp("rewards")
     hps = make_hps(folder / "hps")
     return {
@@ -64,7 +65,7 @@ def pictures(count: int, size: int = 48) -> Tensor:
 
 
 @pytest.mark.parametrize("schedule", ["serial", "threads"])
-def test_chunks_micro_batches_and_schedules_change_nothing(options: dict[str, dict[str, Any]], schedule: Any) -> None:
+def test_chunks_micro_batches_and_schedules_change_nothing(options: Options, schedule: Any) -> None:
     images = pictures(len(EXAMPLES))
     alone = RewardConfig(NAMES, options={name: {**options[name], "micro_batch": 1} for name in NAMES}).build()
     expected = alone.submit(images, EXAMPLES).result()
@@ -84,14 +85,14 @@ def test_chunks_micro_batches_and_schedules_change_nothing(options: dict[str, di
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_each_is_a_reward_whose_model_is_frozen(options: dict[str, dict[str, Any]], name: str) -> None:
+def test_each_is_a_reward_whose_model_is_frozen(options: Options, name: str) -> None:
     reward: Any = load_reward(name, **options[name])
     assert isinstance(reward, Reward) and reward.name == name and isinstance(reward.model, torch.nn.Module)
     assert not reward.model.training and not any(p.requires_grad for p in reward.model.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_score_that_is_no_number_is_an_error(options: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_score_that_is_no_number_is_an_error(options: Options, name: str) -> None:
     """Not a reward that does not apply."""
     ensemble = RewardConfig([name], options=options).build()
     model: Any = ensemble.workers[0].reward.model  # type: ignore[attr-defined]
@@ -103,7 +104,7 @@ def test_a_score_that_is_no_number_is_an_error(options: dict[str, dict[str, Any]
 
 
 @pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="the published prompts are not here")
-def test_every_published_prompt_has_a_score_that_depends_on_the_picture(options: dict[str, dict[str, Any]]) -> None:
+def test_every_published_prompt_has_a_score_that_depends_on_the_picture(options: Options) -> None:
     """HPS and GIT on every row, the ORM, which sees every row alike, on one in 40; layouts are in test_layout.py."""
     examples = PromptFile(PUBLISHED_PROMPTS).examples
     ensemble = RewardConfig(["hps", "git"], options=options | {"hps": {**options["hps"], "micro_batch": 256}}).build()
@@ -121,9 +122,7 @@ def test_every_published_prompt_has_a_score_that_depends_on_the_picture(options:
 
 
 @pytest.mark.skipif(not PUBLISHED_PROMPTS.exists(), reason="the published prompts are not here")
-def test_of_the_published_prompts_the_spoiled_ones_are_left_out(
-    options: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_of_the_published_prompts_the_spoiled_ones_are_left_out(options: Options, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in PUBLISHED_PROMPTS.read_text(encoding="utf-8").splitlines()]
     relation = {"obj1": "cat", "obj2": "dog", "locality": "in front of"}
     spoiled = [{"spatial_info": relation}, {"nouns": [f"thing {i}" for i in range(60)]}, {"nouns": ["cat", "\u200b"]}]
@@ -150,7 +149,7 @@ def test_of_the_published_prompts_the_spoiled_ones_are_left_out(
 
 
 @pytest.mark.parametrize("schedule", ["serial", "threads"])
-def test_a_run_is_trained_by_them(options: dict[str, dict[str, Any]], schedule: str, job: Path, tmp_path: Path) -> None:
+def test_a_run_is_trained_by_them(options: Options, schedule: str, job: Path, tmp_path: Path) -> None:
     rows = [{"prompt": e.prompt, "task_type": e.task_type, "nouns": e.nouns} for e in EXAMPLES]
     rows[3] |= {"spatial_info": {"obj1": "dog", "obj2": "cat", "locality": "left of"}}
     (tmp_path / "rewards.yaml").write_text(yaml.safe_dump({"rewards": {"options": options, "schedule": schedule}}))
@@ -181,7 +180,7 @@ def check(config: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_check_shows_what_works(options: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_check_shows_what_works(options: Options, tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({"seed": 1, "rewards": {"names": NAMES, "options": options}}))
     done = check(tmp_path / "my.yaml", "--pictures", "6")
     assert done.returncode == 0, done.stderr

@@ -133,8 +133,7 @@ def test_each_common_beginning_is_computed_once() -> None:
     assert seen == [len(text) + len(image) + 6 * 15]
 
 
-def test_an_empty_completion_has_no_states() -> None:
-    policy = tiny_policy()
+def test_an_empty_completion_has_no_states(policy: Policy) -> None:
     (hidden,) = policy.hidden(([[0, 8], [0, 8]], [[], [9, 1]]))
     assert torch.equal(hidden, policy.hidden(([[0, 8]], [[9, 1]]))[0])
 
@@ -182,8 +181,7 @@ def test_any_layout(blocks: list[list[list[int]]], padded: bool) -> None:
     assert len(ids) >= beginnings == len(lay_out(list(map(sorted, blocks)), CPU)[0]), "sorted, each is there once"
 
 
-def test_the_same_rows_twice_are_the_same_bits() -> None:
-    policy = tiny_policy()
+def test_the_same_rows_twice_are_the_same_bits(policy: Policy) -> None:
     first, second = (policy.hidden(*streams(policy)) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert all(map(torch.equal, gradients(policy, first), gradients(policy, second)))
@@ -205,9 +203,8 @@ def test_gradients_of_shared_tokens_are_summed_in_float32(to: str) -> None:
     assert ((first - exact).abs() <= 2**-8 * exact.abs()).all()
 
 
-def test_other_calls_of_the_model_go_through_sdpa() -> None:
+def test_other_calls_of_the_model_go_through_sdpa(policy: Policy) -> None:
     """Padded batches with masks, and generation, go through transformers' SDPA."""
-    policy = tiny_policy()
     assert "attn" not in policy.model.config.to_json_string()
     plain = copy.deepcopy(policy.model)
     plain.model.language_model.config._attn_implementation = "sdpa"

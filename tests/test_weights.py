@@ -120,8 +120,7 @@ def test_rollouts_follow_what_is_written(options: dict[str, Any], change: Callab
     assert engine.weights.refresh() is False and addresses(engine.weights) == places and copied(engine.weights) == []
 
 
-def test_rollouts_follow_bfloat16_weights_and_their_masters() -> None:
-    policy = tiny_policy()
+def test_rollouts_follow_bfloat16_weights_and_their_masters(policy: Policy) -> None:
     policy.model.to(torch.bfloat16)
     engine = engine_of(policy)
     first = numbers(greedy(engine))
@@ -135,8 +134,7 @@ def test_rollouts_follow_bfloat16_weights_and_their_masters() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["generation_embeddings", "generation_aligner", "generation_head", "vqmodel"])
-def test_rollouts_follow_the_modules_that_usually_stay_frozen(frozen: str) -> None:
-    policy = tiny_policy()
+def test_rollouts_follow_the_modules_that_usually_stay_frozen(policy: Policy, frozen: str) -> None:
     engine = engine_of(policy)
     first = greedy(engine)
     with torch.no_grad():
@@ -166,8 +164,7 @@ def there_and_back(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("move", [replace_one, replace_parameter, replace_module, there_and_back])
-def test_parameters_that_move_are_followed(move: Callable[[Policy], None]) -> None:
-    policy = tiny_policy()
+def test_parameters_that_move_are_followed(policy: Policy, move: Callable[[Policy], None]) -> None:
     engine = engine_of(policy)
     first = greedy(engine)
     move(policy)
@@ -180,9 +177,8 @@ def test_parameters_that_move_are_followed(move: Callable[[Policy], None]) -> No
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_a_refresh_copies_nothing_that_stayed(trains: bool) -> None:
+def test_a_refresh_copies_nothing_that_stayed(policy: Policy, trains: bool) -> None:
     """All but the table of image tokens, which is computed; pictures' weights where they stay frozen."""
-    policy = tiny_policy()
     vq = policy.model.model.vqmodel.requires_grad_(trains)
     weights = engine_of(policy).weights
     weights.refresh()
@@ -197,17 +193,15 @@ def test_a_refresh_copies_nothing_that_stayed(trains: bool) -> None:
         assert torch.equal(weights.image_decoder.model.decoder.conv_out.bias, vq.decoder.conv_out.bias)
 
 
-def test_another_dtype_needs_another_engine() -> None:
-    policy = tiny_policy()
+def test_another_dtype_needs_another_engine(policy: Policy) -> None:
     engine = engine_of(policy)
     policy.model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="float32.* is .*bfloat16.* now: build its RolloutEngine after that"):
         greedy(engine)
 
 
-def test_weights_in_storage_of_others_are_copied_and_followed() -> None:
+def test_weights_in_storage_of_others_are_copied_and_followed(policy: Policy) -> None:
     """Parameters that are views, with gaps, of a buffer whose owner writes to it: moving them would cut them off."""
-    policy = tiny_policy()
     attention = policy.decoder.layers[0].self_attn
     flat = torch.zeros(3, 2000)
     for row, module in zip(flat, (attention.q_proj, attention.k_proj, attention.v_proj), strict=True):
@@ -223,8 +217,7 @@ def test_weights_in_storage_of_others_are_copied_and_followed() -> None:
     assert attention.k_proj.weight.data_ptr() == flat[1].data_ptr()
 
 
-def test_other_architectures_are_refused() -> None:
-    policy = tiny_policy()
+def test_other_architectures_are_refused(policy: Policy) -> None:
     policy.config.text_config.hidden_act = "gelu"
     with pytest.raises(ValueError, match="'llama' with 'gelu'"):
         Weights(policy)
