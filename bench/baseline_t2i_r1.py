@@ -21,10 +21,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..grpo.config import Config
@@ -41,7 +43,7 @@ FIXED += ["token_weights", "num_iterations", "importance_sampling_correction"]
 
 
 class Rollout(NamedTuple):
-    """S samples: ids of both prompts and of the plan to its first EOS, image tokens [S, T], pictures [S, 3, H, W]."""
+    """S samples: ids of both prompts, of the plan up to its first EOS, image tokens [S, T], pictures [S, 3, H, W]."""
 
     prompts: list[list[int]]
     plans: list[list[int]]
@@ -51,18 +53,18 @@ class Rollout(NamedTuple):
 
     @classmethod
     def of(cls, chunk: RolloutChunk) -> Rollout:
-        """The samples of our engine."""
+        """Take the samples from a rollout of our engine."""
         prompts, plans, image_prompts = (x.tolist() for x in (chunk.prompts, chunk.plans, chunk.image_prompts))
         return cls(prompts, plans, image_prompts, chunk.image_tokens, chunk.images)
 
     @property
     def num_tokens(self) -> int:
-        """That train."""
+        """The number of tokens that train."""
         return sum(map(len, self.plans)) + self.image_tokens.numel()
 
 
 class Phases:
-    """Wall seconds of named phases, each until the device has done its work."""
+    """Measures wall seconds of named phases. A phase ends when the device has done its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -78,31 +80,27 @@ class Phases:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    """[S, longest] ids and their mask, both int64."""
-    longest = max(map(len, rows))
-    fills = [longest - len(row) for row in rows]
-    ids = [[*[pad] * n, *row] if left else [*row, *[pad] * n] for n, row in zip(fills, rows, strict=True)]
-    mask = [[0] * n + [1] * len(row) if left else [1] * len(row) + [0] * n for n, row in zip(fills, rows, strict=True)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    """Return ids and mask, both int64 [S, longest]."""
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    pad_to_longest = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    mask = pad_to_longest([torch.ones_like(row) for row in ids])
+    return pad_to_longest(ids, padding_value=pad).to(device), mask.to(device)
 
 
 @torch.no_grad()
 def write_plans(policy: Policy, prompts: Sequence[Sequence[int]], config: Config) -> list[list[int]]:
-    """Stage 1: plans up to and with their first EOS."""
+    """Stage 1: write plans, which end with their first EOS."""
     eos = policy.tokenizer.eos_token_id
     ids, mask = padded(prompts, policy.tokenizer.pad_token_id, policy.device, left=True)
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": config.top_k}
     drawn = policy.model.generate(
         ids,
         attention_mask=mask,
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=config.top_k,
         max_length=ids.shape[1] + config.max_completion_length,
         bos_token_id=policy.tokenizer.bos_token_id,
         eos_token_id=eos,
         pad_token_id=eos,
-        use_cache=True,
+        **sampling,
     )
     plans = drawn[:, ids.shape[1] :].tolist()
     return [plan[: plan.index(eos) + 1] if eos in plan else plan for plan in plans]
@@ -110,13 +108,9 @@ def write_plans(policy: Policy, prompts: Sequence[Sequence[int]], config: Config
 
 @torch.no_grad()
 def draw(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    encoder: PromptEncoder,
-    config: Config,
-    length: int | None = None,
+    policy: Policy, prompts: Sequence[Sequence[int]], encoder: PromptEncoder, config: Config, length: int | None = None
 ) -> Tensor:
-    """Stage 2: image tokens [S, T], or only the first `length`."""
+    """Stage 2: draw image tokens [S, T], or only the first `length`."""
     rows = [row for prompt in prompts for row in (prompt, encoder.unconditional_ids(len(prompt)))]
     ids, mask = padded(rows, policy.tokenizer.pad_token_id, policy.device, left=True)
     embeds, cache, drawn = policy.embed_text(ids), DynamicCache(), []
@@ -134,13 +128,13 @@ def draw(
 
 @torch.no_grad()
 def decode(policy: Policy, tokens: Tensor) -> Tensor:
-    """[S, T] -> [S, 3, H, W] float32 in [0, 1]."""
+    """Decode image tokens [S, T] to pictures [S, 3, H, W], float32 in [0, 1]."""
     return policy.model.model.vqmodel.decode(tokens).float().add(1).div(2).clamp(0, 1)
 
 
 @torch.no_grad()
 def score(rewards: Sequence[Reward], images: Tensor, examples: Sequence[Example]) -> Tensor:
-    """[S, R], one picture and one reward after the other."""
+    """Score one picture and one reward after the other -> [S, R]."""
     columns = [
         torch.cat([reward.score(images[i : i + 1], [example]) for i, example in enumerate(examples)])
         for reward in rewards
@@ -149,14 +143,14 @@ def score(rewards: Sequence[Reward], images: Tensor, examples: Sequence[Example]
 
 
 def hidden_states(policy: Policy, embeds: Tensor, mask: Tensor) -> Tensor:
-    """[S, L, D] -> [S, L, D]; the causal language model, whose logits nobody reads."""
+    """Run the causal language model, [S, L, D] -> [S, L, D]. As published, it computes logits that are not used."""
     hidden = policy.decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
     policy.model.lm_head(hidden)
     return hidden
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """[S, L, V] and [S, L] -> [S, L]."""
+    """Log-probs [S, L] of targets [S, L] by logits [S, L, V]."""
     rows = [
         row.log_softmax(-1, dtype=torch.promote_types(row.dtype, torch.float32)).gather(1, target[:, None])[:, 0]
         for row, target in zip(logits, targets, strict=True)
@@ -165,7 +159,7 @@ def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def logprobs(policy: Policy, rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """[S, C + T] of plan and picture, and the mask of those that were drawn."""
+    """Log-probs [S, C + T] of plan and picture, and the mask of the tokens that were drawn."""
     pad, device = policy.tokenizer.pad_token_id, policy.device
     prompt_ids, prompt_mask = padded(rollout.prompts, pad, device, left=True)
     plan_ids, plan_mask = padded(rollout.plans, pad, device, left=False)
@@ -192,12 +186,12 @@ def baseline_loss(
     num_tokens: int | None = None,
     phases: Phases | None = None,
 ) -> Tensor:
-    """The loss of a micro-batch of whole groups, ready for `backward`.
+    """Return the loss of a micro-batch of whole groups, ready for `backward`.
 
     Args:
-        reference: not used where beta is 0.
-        rewards: [S, R], all there.
-        num_tokens: what it divides by; None = the tokens of this micro-batch.
+        reference: not used if beta is 0.
+        rewards: [S, R], without missing ones.
+        num_tokens: the loss is divided by it; None = the tokens of this micro-batch.
 
     Raises:
         ValueError: a setting that the published code does not have, or a missing reward.
@@ -236,7 +230,7 @@ def baseline_step(
     seed: int,
     phases: Phases,
 ) -> list[Rollout]:
-    """One step on these prompts -> its micro-batches."""
+    """Take one step on these prompts -> its micro-batches."""
     torch.manual_seed(seed)
     policy.model.eval()
     parts, scores = [], []

@@ -1,11 +1,12 @@
 """rollout: a decode step of the image and of the text stage of a rollout, ours against transformers'.
 
 python -m bicot.bench.bench_rollout [--device cpu|cuda] [--output FILE.json]
-The toy, and random weights at true shapes. Image rows are pairs, conditional and unconditional, with guidance 5; a text
-row is a sample, eight share a prompt, and none ends early. A run begins near the middle of its stage, from keys and
-values that are random and the same for all; prefill is not timed. Floor: layers, last norm and head, and the keys and
-values of all rows, a shared prefix once. Checked: the tokens of a greedy run and the log-probs that ours records,
-against transformers' teacher forcing, as a share of the distance from a row's largest logit to its mean.
+The toy, and random weights at true shapes. Rows are sequences. A picture has two, conditional and unconditional, with
+guidance 5. Of the text stage each is a sample; eight share a prompt, and no plan ends early. A run begins near the
+middle of its stage, from keys and values that are random and the same for all; prefill is not timed. Floor: the weights
+of layers, last norm and head, and the keys and values of all sequences, a shared prefix once. Checked: the tokens of a
+greedy run and the log-probs that ours records, against transformers' teacher forcing, as a share of the distance from a
+sequence's largest logit to its mean.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ EXACT, ROUNDED = 1e-4, 8e-2
 
 
 class Stage(NamedTuple):
-    """A row has `prompt` tokens before it and writes `length`; top_k 0 = all."""
+    """A sequence has `prompt` tokens before it, and writes `length`. top_k 0 = all."""
 
     name: str
     prompt: int
@@ -46,7 +47,7 @@ class Stage(NamedTuple):
     top_k: int = 0
 
     def tokens(self, samples: int, written: float) -> float:
-        """In the cache, when each row has written so many."""
+        """The number of tokens in the cache when each sequence has written so many."""
         if self.name == "image":
             return (samples + 1) * self.prompt + 2 * samples * written
         return -(-samples // GROUP) * self.prompt + samples * written
@@ -58,7 +59,7 @@ TINY_IMAGE, TINY_TEXT = Stage("image", 9, 12), Stage("text", 7, 8, top_k=5)
 
 
 class Inputs(NamedTuple):
-    """Rows whose keys and values lie in the engine's pool, and the stage that continues them."""
+    """Sequences whose keys and values lie in the engine's pool, and the stage that continues them."""
 
     engine: RolloutEngine
     decode: ImageStage | PlanStage
@@ -76,11 +77,11 @@ class Inputs(NamedTuple):
         return model.model.generation_head(hidden) if self.unconditional else model.lm_head(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[S, L] drawn tokens -> [R, L, D]."""
+        """Embed drawn tokens, [S, L] -> [R, L, D]."""
         return self.policy.embed_image(tokens.repeat(2, 1)) if self.unconditional else self.policy.embed_text(tokens)
 
     def first_embeds(self) -> Tensor:
-        """[R, 1, D] of `<begin_of_image>`, which every row of either stage reads first."""
+        """Embed `<begin_of_image>` -> [R, 1, D]. Every sequence of either stage reads it first."""
         shape, token = (len(self.rows) + len(self.unconditional), 1), self.policy.tokenizer.boi_token_id
         return self.policy.embed_text(torch.full(shape, token, device=self.policy.device))
 
@@ -91,7 +92,7 @@ class Inputs(NamedTuple):
         return uncond + GUIDANCE * (cond - uncond)
 
     def cache(self) -> DynamicCache:
-        """A copy of all rows' keys and values as transformers wants them (the scales of fp8 are 1)."""
+        """Copy all keys and values to a cache of transformers (the scales of fp8 are 1)."""
         spans = [((r.prefix_start, r.prefix_length), (r.start, r.length)) for r in (*self.rows, *self.unconditional)]
         slots = [[slot for start, length in row for slot in range(start, start + length)] for row in spans]
         index, cache = torch.tensor(slots, device=self.policy.device), DynamicCache()
@@ -103,7 +104,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(policy: Callable[[], Policy], stage: Stage, samples: int, drawn: int, steps: int, variant: str) -> Inputs:
-    """Samples that have drawn so many tokens and go on for so many steps."""
+    """Make samples that have drawn so many tokens and go on for so many steps."""
     kv: KVDtype = "fp8" if variant == FP8 else "auto"
     engine = RolloutEngine(model := policy(), model.prompt_encoder(PromptFormat()), kv_dtype=kv, kv_bytes=2**50)
     engine.graphs.dependent_launches = variant in (EARLY, BOTH)
@@ -137,7 +138,7 @@ def inputs(policy: Callable[[], Policy], stage: Stage, samples: int, drawn: int,
 
 @torch.no_grad()
 def ours(x: Inputs, *, greedy: bool = False) -> Outputs:
-    """Tokens, their log-probs, and in the image stage their guided log-probs, each [S, T]."""
+    """Draw tokens -> tokens, log-probs, and in the image stage guided log-probs, each [S, T]."""
     temperature, boi = float(not greedy), x.policy.tokenizer.boi_token_id
     if isinstance(x.decode, ImageStage):
         sampling = Sampling(image_temperature=temperature, image_top_k=x.stage.top_k, cfg_weight=GUIDANCE)
@@ -183,7 +184,7 @@ def truth(x: Inputs) -> Callable[[Outputs], float]:
 
 
 def case(model: str, dtype: torch.dtype, device: str, stage: Stage, rows: int, steps: int, variant: str = "") -> Case:
-    """The `steps` in the middle of a stage. Transformers has no variants."""
+    """The case of the `steps` in the middle of a stage. Only ours has variants."""
     shape, image, fp8 = SHAPES[model], stage.name == "image", variant == FP8
     samples, drawn = rows // 2 if image else rows, (stage.length - steps) // 2
     labels = {"model": model, "stage": stage.name, "rows": rows, "context": stage.prompt + drawn, "steps": steps}
@@ -208,7 +209,7 @@ def case(model: str, dtype: torch.dtype, device: str, stage: Stage, rows: int, s
 
 
 def cases(device: str, tiny: bool) -> list[Case]:
-    """Few steps where a step takes long; on a CPU two layers of the true width."""
+    """A run has few steps if a step takes long. On a CPU there are two layers of the true width."""
     if tiny:
         small = partial(case, "tiny", torch.float32, device, steps=4)
         return [small(TINY_IMAGE, 6), small(TINY_TEXT, 9, variant=FUSED), small(TINY_IMAGE, 4, variant=FP8)]

@@ -45,7 +45,7 @@ WARM_UP = 4  # tokens of each kind that the baseline draws before it is timed
 
 @dataclass(frozen=True)
 class Setting:
-    """What both train: a model of `SHAPES`, a run's settings, image tokens of a picture, prompts of a baseline step."""
+    """What both train: a model of `SHAPES` with a run's settings. The baseline takes so many prompts a step."""
 
     model: str
     config: Config
@@ -54,7 +54,7 @@ class Setting:
 
     @property
     def images(self) -> dict[str, int]:
-        """Of a step of each provider."""
+        """The number of pictures in a step of each provider."""
         prompts = {"ours": self.config.prompts_per_device, "baseline": self.baseline_prompts}
         return {name: count * self.config.num_generations for name, count in prompts.items()}
 
@@ -68,7 +68,7 @@ class Setting:
 
 
 class Contest(ShapeTrainer):
-    """A trainer, whose steps are ours; the baseline trains its policy too."""
+    """A trainer whose own steps are ours. The baseline trains the same policy."""
 
     def __init__(self, setting: Setting, ranks: Ranks, folder: str) -> None:
         self.baseline_prompts = setting.baseline_prompts
@@ -82,7 +82,7 @@ class Contest(ShapeTrainer):
         return drawn
 
     def ours(self, step: int, phases: Phases) -> float:
-        """A step -> mean tokens of a plan."""
+        """Take a step -> mean tokens of a plan."""
         self.step = step
         metrics, _ = self._train_step()
         self.grad_norm = metrics["grad_norm"]
@@ -90,7 +90,7 @@ class Contest(ShapeTrainer):
         return metrics["plan_tokens"]
 
     def baseline(self, step: int, phases: Phases) -> float:
-        """A step -> mean tokens of a plan."""
+        """Take a step -> mean tokens of a plan."""
         self.step = step
         examples = self._step_examples()[: self.baseline_prompts]
         rewards = [worker.reward for worker in self.ensemble.workers]
@@ -99,7 +99,7 @@ class Contest(ShapeTrainer):
         return statistics.mean(len(plan) for part in parts for plan in part.plans)
 
     def warm_up(self, alone: bool) -> None:
-        """A step of ours, and a few tokens and pictures of the baseline; `check` runs its training."""
+        """Take a step of ours, and draw some tokens and pictures by the baseline. `check` warms up its training."""
         self.ours(0, Phases(self.ranks.device))
         if alone:
             return
@@ -158,7 +158,7 @@ def timed(step: Callable[[Phases], float], device: torch.device) -> dict[str, fl
 
 
 def row(steps: Sequence[dict[str, float]], images: int, held: int) -> dict[str, Any]:
-    """Of the JSON; `held` bytes of the peak belong to the other provider."""
+    """Sum up the steps of a provider for the JSON. `held` bytes of the peak belong to the other one."""
     each = {key: [step[key] for step in steps] for key in steps[0]}
     median = {key: statistics.median(values) for key, values in each.items()}
     return {
@@ -178,7 +178,7 @@ def measure(
 ) -> None:
     """Time steps of both in turn, or of ours alone; add their rows to the result, and save it after each step.
 
-    No round begins if it would end after the time `until`, were it as long as those before it.
+    A round does not begin if it would probably end after the time `until`.
     """
     rows = result["rows"]
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +209,7 @@ def measure(
 
 
 def settings(device: str, tiny: bool, model: str | None = None, image_tokens: int | None = None) -> list[Setting]:
-    """The toy twice on a CPU, the true shapes on a GPU; or what is asked for."""
+    """The settings of the bench: the toy twice on a CPU, the true shapes on a GPU, or the model that is asked for."""
     toy = toy_config(rewards=RewardConfig(["scene"]), eval_file=None, sample_steps=0)
     published = replace(toy, cfg_weight=5.0, per_device_train_batch_size=1, gradient_accumulation_steps=8)
     real = published_config()

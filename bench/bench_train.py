@@ -27,7 +27,6 @@ from ..grpo.step import reference_logprobs, split, update
 from ..kernels.group_advantages import group_advantages
 from ..model.attention import Attention, available
 from ..model.chunk import RolloutChunk
-from ..model.policy import Policy
 from .baseline_t2i_r1 import Rollout, baseline_loss
 from .baseline_t2i_r1 import logprobs as baseline_logprobs
 from .bench_step import Contest, Setting, settings
@@ -57,7 +56,7 @@ def settings_of(device: str, tiny: bool) -> list[Setting]:
 
 @lru_cache(maxsize=1)
 def prepared(device: str, model: str, tiny: bool) -> tuple[Contest, RolloutChunk]:
-    """The models, and the rollout of a step."""
+    """Make the models and the rollout of a step."""
     setting = next(each for each in settings_of(device, tiny) if each.model == model)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(setting.config, beta=1.0)  # without a KL there would be no reference
@@ -74,7 +73,7 @@ def inputs(device: str, model: str, tiny: bool, config: Config) -> Training:
 
 
 def refer(x: Training) -> Outputs:
-    """Log-probs of all texts and of all pictures."""
+    """Compute the log-probs of all texts and of all pictures."""
     config = replace(x.config, beta=1.0)  # without a KL nothing would be computed
     assert x.contest.reference
     each = reference_logprobs(x.contest.reference, x.parts, x.contest.encoder, config)
@@ -82,7 +81,7 @@ def refer(x: Training) -> Outputs:
 
 
 def train(x: Training) -> Outputs:
-    """The gradient norm."""
+    """Update the policy -> the gradient norm."""
     contest = x.contest
     advantages = group_advantages(x.rewards, x.config.num_generations)
     given = (contest.policy, contest.optimizer, x.parts, advantages, None, contest.encoder, x.config)
@@ -90,7 +89,7 @@ def train(x: Training) -> Outputs:
 
 
 def with_attention(name: str, ours: Callable[[Training], Outputs], x: Training) -> Outputs:
-    """Ours with this implementation of attention."""
+    """Run ours with this implementation of attention."""
     for policy in (x.contest.policy, x.contest.reference):
         if policy:
             policy.attention = Attention(name)
@@ -98,7 +97,7 @@ def with_attention(name: str, ours: Callable[[Training], Outputs], x: Training) 
 
 
 def with_layers(compiled: bool, theirs: Callable[[Training], Outputs], x: Training) -> Outputs:
-    """Theirs with the forward pass of each layer compiled, or not. Ours does not call it."""
+    """Run theirs with the forward pass of each layer compiled, or not. Ours does not call that."""
     for layer in x.contest.policy.decoder.layers:
         layer._compiled_call_impl = None
         if compiled:
@@ -118,16 +117,13 @@ def their_reference(x: Training) -> Outputs:
     return torch.cat(texts), torch.cat(pictures), None
 
 
-def _loss(policy: Policy, part: Rollout, rewards: Tensor, config: Config, num_tokens: int) -> tuple[Tensor, None]:
-    return baseline_loss(policy, None, part, rewards, config, num_tokens=num_tokens), None
-
-
 def their_update(x: Training) -> Outputs:
     parts = list(map(Rollout.of, x.parts))
     total = sum(part.num_tokens for part in parts)
     policy, optimizer = x.contest.policy, x.contest.optimizer
     for part, rewards in zip(parts, x.rewards.split(x.config.micro_batch), strict=True):
-        optimizer.backward(partial(_loss, policy, part, rewards, x.config, total))
+        baseline_loss(policy, None, part, rewards, x.config, num_tokens=total).backward()
+        optimizer.collect()
     norm = optimizer.step(x.contest.ranks.sum_gradients)
     policy.model.eval()
     return (None, None, norm)
@@ -139,7 +135,7 @@ def truth(device: str, model: str, tiny: bool, x: Training) -> Callable[[Outputs
 
 
 def case(device: str, tiny: bool, setting: Setting, count: int, phase: str, recompute: bool) -> Case:
-    """A phase with the step in `count` micro-batches."""
+    """The case of a phase, with the step in `count` micro-batches."""
     config, dtype = setting.config, getattr(torch, setting.config.dtype)
     batch: dict[str, Any] = {"per_device_train_batch_size": config.prompts_per_device // count}
     batch |= {"gradient_accumulation_steps": count, "gradient_checkpointing": recompute}

@@ -32,7 +32,7 @@ class Share(NamedTuple):
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result with rows that can be compared; ValueError if it is not one."""
+    """Read a result whose rows can be compared. Raises ValueError if it is not one."""
     result = json.loads(path.read_text())
     rows = result.get("rows", []) if isinstance(result, dict) else []
     if not any(row.get("provider") in BASELINES for row in rows):
@@ -41,7 +41,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def by_case(result: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """Case -> provider -> p20, p50 and p80. Whole steps by the image: those of two providers can differ in size."""
+    """Case -> provider -> p20, p50 and p80. Steps count by the image: those of two providers can differ in size."""
     cases: dict[str, dict[str, list[float]]] = {}
     for row in result["rows"]:
         times = row["ms"] if "ms" in row else [seconds / row.get("images", 1) for seconds in row["seconds"]]
@@ -50,7 +50,7 @@ def by_case(result: Mapping[str, Any]) -> dict[str, dict[str, list[float]]]:
 
 
 def shares(times: Mapping[str, list[float]]) -> dict[str, Share]:
-    """Of each provider of ours; none where there is no baseline."""
+    """The share of each provider of ours; empty without a baseline."""
     base = next((times[name] for name in BASELINES if name in times), None)
     ours = {name: spread for name, spread in times.items() if name.startswith("ours")} if base else {}
     return {name: Share(t[0] / base[2], t[1] / base[1], t[2] / base[0]) for name, t in ours.items() if base}
@@ -65,7 +65,7 @@ def verdict(old: Share, new: Share) -> str:
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """The lines to print, and whether nothing got worse and nothing vanished."""
+    """Return the lines to print, and whether nothing got worse and nothing vanished."""
     before, after, bad = by_case(old), by_case(new), []
     lines = [f"{old['bench']}: {old.get('commit')} → {new.get('commit')}"]
     for key in {**old, **new}:

@@ -45,7 +45,7 @@ from .report import PARTS, dumps, label
 
 Outputs = Sequence[Tensor | None]  # None: this provider does not compute it
 
-# Of `relative_error`. bfloat16 has eight bits, and a head rounds its logits to it before the softmax.
+# The largest `relative_error`. bfloat16 has eight bits, and a head rounds its logits to it before the softmax.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 FLUSH_BYTES, FLUSHES = 2**28, 16  # several times the L2 cache of any GPU; together about a millisecond on a large one
 SECONDS = {"cpu": 8, "cuda": 3}  # of the timed runs of a case, after three of each provider
@@ -168,7 +168,7 @@ def gpu_only(tensor: Tensor) -> None:
 
 
 def relative_error(outputs: Outputs, expected: Sequence[Tensor]) -> float:
-    """The largest over the outputs of ‖x - true‖ / ‖true‖ and max|x - true| / max|true|. NaN gives NaN."""
+    """The largest of ‖x - true‖ / ‖true‖ and max|x - true| / max|true| over the outputs. NaN gives NaN."""
     errors = []
     for x, true in zip(outputs, expected, strict=True):
         if x is not None:
@@ -183,7 +183,7 @@ def expect(expected: Outputs) -> Callable[[Outputs], float]:
 
 
 def _run(provider: Provider, inputs: Any, flush: Tensor | None) -> tuple[float, float]:
-    """Milliseconds, and the MiB that were allocated at most."""
+    """Run once -> milliseconds, and the peak of allocated MiB."""
     given = provider.given(inputs)
     if flush is None:
         begin = time.perf_counter()

@@ -39,7 +39,7 @@ def random(high: int, shape: tuple[int, ...], device: str) -> Tensor:
 
 
 def decoded_and_trained(case: Callable[..., Case], width: int, trained: int, device: str, tiny: bool) -> list[Case]:
-    """Two decode steps and, forward and backward, a micro-batch: on a GPU a published one, on a CPU of `trained`."""
+    """Two decode steps, and a micro-batch forward and backward: on a GPU a published one, on a CPU of `trained`."""
     width, rows = (64, (2,)) if tiny else (width, (16, 128))
     trained = 3 if tiny else 11_000 if device == "cuda" else trained
     decoded = [case({}, N, width, dtype) for N in rows for dtype in BOTH]
@@ -208,16 +208,16 @@ def advantages(device: str, tiny: bool) -> list[Case]:
 
 
 def attention(device: str, tiny: bool) -> list[Case]:
-    """One query a row over keys and values in a pool; rows have different lengths, and half of them share a prefix.
+    """One query a sequence over keys and values in a pool. Lengths differ, and half of the sequences share a prefix.
 
-    Floor: the keys and values of every row are read once. A layer of Janus-Pro-1B (16 heads of 128), rows of up to 736
-    keys, a prefix of 160; a layer of the toy model (4 heads of 32), 128 rows of about 70 keys. The padded cache is as
-    wide as the longest row. It is made before the clock starts, as a static cache of transformers would be.
+    Floor: the keys and values of every sequence are read once. A layer of Janus-Pro-1B (16 heads of 128) with R
+    sequences of up to 736 keys and a prefix of 160; a layer of the toy model (4 heads of 32) with 128 sequences of
+    about 70 keys. The padded cache is as wide as the longest sequence. It is made before the clock starts, as a static
+    cache of transformers would be.
     """
 
     def inputs(H: int, E: int, total: Tensor, prefix: Tensor, dtype: torch.dtype) -> Any:
-        """q, keys, values, the four columns of the rows; for the padded rows [R, L], their slots and a mask of what
-        belongs to the row."""
+        """q, keys, values, the four columns that describe the sequences; slots and mask of the padded ones [R, L]."""
         length = total - prefix
         start = prefix.amax() + length.cumsum(0) - length
         q = normal((len(total), 3 * H, E), dtype, device)[:, :H]
@@ -228,7 +228,7 @@ def attention(device: str, tiny: bool) -> list[Case]:
         return q, keys, values, *(x.to(device) for x in rows)
 
     def padded(x: Any) -> Any:
-        """q, keys and values [R, H, L, E], and the mask."""
+        """Gather q, keys and values [R, H, L, E], and the mask."""
         q, keys, values, *_, slots, inside = x
         return q, keys[slots].transpose(1, 2), values[slots].transpose(1, 2), inside
 
@@ -253,7 +253,7 @@ def attention(device: str, tiny: bool) -> list[Case]:
         return against_eager(labels, dtype, given, ours, gather, more, bytes=floor)
 
     def lengths(R: int, shortest: int, longest: int) -> Tensor:
-        """The number of keys of each row, the prefix included; at least one row is the longest."""
+        """The number of keys of each sequence, prefix included. One sequence has the longest length."""
         total = shortest + random(longest + 1 - shortest, (R,), "cpu")
         total[R // 2] = longest
         return total
@@ -265,9 +265,9 @@ def attention(device: str, tiny: bool) -> list[Case]:
 
 
 def draws(device: str, tiny: bool) -> list[Case]:
-    """Draw one token a row from guided logits, from all tokens or from the 50 likeliest, with its log-probs.
+    """Draw one token a sequence from guided logits, from all tokens or from the 50 likeliest, with its log-probs.
 
-    Floor: every logit is read once. Image rows [16, 16384] with guidance 5; text rows [16, 102400] and, truncated,
+    Floor: every logit is read once. Image tokens [16, 16384] with guidance 5; text [16, 102400] and, truncated,
     [2, 102400] without guidance. Checked: the log-probs, and that ours draws the tokens of its reference in PyTorch.
     """
 

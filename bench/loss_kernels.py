@@ -37,12 +37,12 @@ def source(N: int, V: int, D: int | None, dtype: torch.dtype, device: str) -> tu
 
 
 def copied(x: Any) -> Any:
-    """The inputs with a copy of the logits, for a provider that overwrites them."""
+    """Copy the logits, for a provider that overwrites them."""
     return x[0].clone(), *x[1:]
 
 
 def log_softmax(of: Any) -> Tensor:
-    """Of (logits,) or (hidden, weight), in float32 at least."""
+    """Log-softmax of (logits,) or (hidden, weight), in float32 at least."""
     logits = F.linear(*of) if len(of) == 2 else of[0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -68,7 +68,7 @@ def case_of(
     weights: Sequence[float] = (1.0,),
     passes: int = 0,
 ) -> Case:
-    """Of inputs of shape [N, V], whose floor are `passes` over the logits, or [N, V, D], whose floor are products."""
+    """The case of logits [N, V], whose floor is `passes` over them, or of a head [N, V, D] with its FLOPs."""
     (N, V), D = shape[:2], shape[2] if len(shape) == 3 else None
     flops, bytes = 2 * (1 + trained) * N * V * (D or 0), passes * N * V * dtype.itemsize
     labels, given = {**labels, **dict(zip("NVD", shape, strict=False))}, partial(inputs, N, V, D, dtype)
@@ -106,7 +106,7 @@ def of_logits(device: str, tiny: bool) -> list[Case]:
 
 
 def trl_chunked(x: Any) -> Outputs:
-    """As TRL's trainers call it, entropy included."""
+    """TRL's kernel as TRL's trainers call it, with the entropy."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
 
@@ -149,7 +149,7 @@ def of_hidden(device: str, tiny: bool) -> list[Case]:
 
 
 def terms(N: int, V: int, D: int | None, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """`source`, then old and reference log-probs and the sample of each token [N], and advantages [SAMPLES]."""
+    """Add to `source` old and reference log-probs and the sample of each token [N], and advantages [SAMPLES]."""
     *of, targets = source(N, V, D, dtype, device)
     logprob = picked(log_softmax(of), targets)
     noise = torch.rand((2, N), generator=torch.Generator(device).manual_seed(2), device=device)
@@ -195,12 +195,12 @@ def liger_loss(x: Any) -> Outputs:
 
 
 def liger_rows(x: Any) -> Any:
-    """A copy of the logits with one more row a sample, which Liger wants and does not use."""
+    """Copy the logits and add a row to each sample, which Liger wants and does not use."""
     return F.pad(x[0].view(SAMPLES, -1, x[0].shape[-1]), (0, 0, 0, 1)), *x[1:]
 
 
 def liger_value(x: Any) -> Outputs:
-    """The loss without its gradient, which has more rows than that of the others."""
+    """The loss without the gradient, which has more rows than that of the others."""
     return *liger_loss(x), None
 
 

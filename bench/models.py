@@ -122,7 +122,7 @@ def brightness(images: Tensor, examples: Sequence[Example]) -> Tensor:
 
 
 def toy_config(**changes: Any) -> Config:
-    """configs/toy.yaml with some changes, read without the packages that a command line needs."""
+    """Read configs/toy.yaml, without the packages that a command line needs, and change some settings."""
     values = yaml.safe_load((ROOT / "configs" / "toy.yaml").read_text())
     for name in ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path"):
         values[name] = str(ROOT / values[name])
@@ -131,7 +131,7 @@ def toy_config(**changes: Any) -> Config:
 
 
 def published_config(**changes: Any) -> Config:
-    """A run of random weights: the toy's prompts, the published settings but plans of at most 80 tokens."""
+    """The published settings with the toy's prompts and plans of at most 80 tokens, for random weights."""
     files = {name: getattr(toy_config(), name) for name in ("train_file", "model_name_or_path")}
     settings = {"gradient_checkpointing": True, "max_completion_length": 80, "eval_file": None, "sample_steps": 0}
     rewards = RewardConfig(["bicot.bench.models:brightness"])

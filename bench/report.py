@@ -26,12 +26,12 @@ Result = Mapping[str, Any]
 
 
 def label(labels: Mapping[str, Any]) -> str:
-    """A case in a few words: numbers with their names, words without."""
+    """Name a case: numbers with their names, words without."""
     return ", ".join(value if isinstance(value, str) else f"{name} {value}" for name, value in labels.items())
 
 
 def dumps(result: Mapping[str, Any]) -> str:
-    """JSON with an item of each list on a line of its own."""
+    """Write JSON with one line for each item of a list."""
     lines = []
     for key, value in result.items():
         text = json.dumps(value)
@@ -42,7 +42,7 @@ def dumps(result: Mapping[str, Any]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, without the columns that are empty."""
+    """A Markdown table without its empty columns."""
     shown = [i for i, name in enumerate(header) if not rows or not name or any(row[i] for row in rows)]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line[i] for i in shown)} |" for line in lines)
@@ -67,7 +67,7 @@ def machine(result: Result) -> str:
 
 
 def head(result: Result, title: str = "", more: str = "") -> str:
-    """Of every section: what ran where, and how."""
+    """The beginning of every section: what ran where, and how."""
     title = title or f"{result['bench']} on {result.get('gpu', 'the CPU')}"
     said = " ".join(filter(None, [result.get("about"), more, result.get("note")]))
     command = f"`{result['command']}` on" if "command" in result else "On"
@@ -106,7 +106,7 @@ def tables(result: Result) -> str:
 
 
 def kernel(result: Result) -> str:
-    """Any bench of cases and providers: one table, and the notes on the providers."""
+    """The section of a bench with cases and providers: one table, and the notes on the providers."""
     ours = {label(row["case"]): row["ms"][1] for row in result["rows"] if row["provider"] == "ours"}
     rows, above = [], ""
     for row in result["rows"]:
@@ -127,7 +127,7 @@ def kernel(result: Result) -> str:
 
 
 def step(result: Result) -> str:
-    """Whole steps of ours and of the baseline, compared by the image."""
+    """The section of whole steps of ours and of the baseline, compared by the image."""
     rows, phases = [], []
     ours: dict[str, float] = {}
     for row in result["rows"]:
@@ -192,19 +192,17 @@ def step_profile(result: Result) -> str:
 
 
 def draw(result: Result, path: Path) -> None:
-    """A PNG of stacked bars, one colour a phase; what is not in a phase is grey."""
+    """Draw a PNG of stacked bars with a colour for each phase. Time outside of phases is grey."""
     from matplotlib.figure import Figure
 
+    unit, named = "ms of a step", {}
     if result["bench"] == "step":
-        unit, named = (
-            "seconds an image",
-            {
-                f"{label(row['case'])}: {row['provider']}": {k: s / row["images"] for k, s in row["phases"].items()}
-                for row in result["rows"]
-            },
-        )
+        unit = "seconds an image"
+        for row in result["rows"]:
+            bar = {phase: seconds / row["images"] for phase, seconds in row["phases"].items()}
+            named[f"{label(row['case'])}: {row['provider']}"] = bar
     else:
-        unit, named = "ms of a step", {"step": {row["phase"]: row["ms"] for row in result["rows"]}}
+        named["step"] = {row["phase"]: row["ms"] for row in result["rows"]}
         named |= {"floors": {row["phase"]: row["floor_ms"] or 0.0 for row in result["rows"]}} | result["streams"]
     figure = Figure(figsize=(10, 1.8 + 0.4 * len(named)), layout="constrained")
     axes = figure.subplots()

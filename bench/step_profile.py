@@ -33,12 +33,12 @@ TINY = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_
 
 
 def matrices(module: Any) -> int:
-    """Weights of a module's matrices."""
+    """The number of weights in a module's matrices."""
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
-    """Phase -> bytes and FLOPs that a step like the last one cannot do without."""
+    """Phase -> bytes and FLOPs that every implementation of the last step needs."""
     policy, config, rollout, pool = trainer.policy, trainer.config, trainer.rollout, trainer.engine.pool
     body, text, image = matrices(policy.decoder.layers), policy.text_head.weight, policy.image_head.weight
     generation, e = policy.model.model.generation_head, policy.dtype.itemsize

@@ -50,7 +50,7 @@ PYTEST = ["env", "CUBLAS_WORKSPACE_CONFIG=:4096:8", sys.executable, "-m", "pytes
 
 
 class Step(NamedTuple):
-    """A bench: a module of bicot.bench with its options; or a program with its arguments."""
+    """A bench (a module of bicot.bench and its options) or a program (a command)."""
 
     name: str
     seconds: int
@@ -65,7 +65,7 @@ def parallel_tests(out: Path, seconds: int, selected: Sequence[str] = ("-m", "gp
     workers = ["-n", str(os.cpu_count()), "--dist", "worksteal", "--max-worker-restart", "1000"]
     each = ["-v", "--continue-on-collection-errors", "-o", "faulthandler_timeout=120"]
     each += ["-o", "faulthandler_exit_on_timeout=true", f"--junitxml={out / 'tests.xml'}"]
-    command = [*limit, *PYTEST, *workers, *each, *selected]
+    command = ["env", "OMP_NUM_THREADS=1", *limit, *PYTEST, *workers, *each, *selected]
     return ["bash", "-o", "pipefail", "-c", '"$@" 2>&1 | tee "$0"', str(out / "tests.log"), *command]
 
 
