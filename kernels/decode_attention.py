@@ -1,8 +1,8 @@
 """Attention of one query token per sequence over keys and values in a pool of slots, forward only.
 
-The keys of sequence r are in two segments of slots: first those of a prefix that sequences may share, then its own. Key
-j is in slot `prefix_start + j` if j < prefix_length, else in slot `start + j - prefix_length`. Query head h reads key
-and value head h // (Hq // Hkv):
+The keys of sequence r fill two segments of slots: a prefix, which sequences may share, and its own keys. Key j is in
+slot `prefix_start + j` if j < prefix_length, else in slot `start + j - prefix_length`. Query head h reads key and value
+head h // (Hq // Hkv):
 
     out_rh = Σ_j p_rhj·v_j,   p_rh = softmax_j(scale · q_rh·k_j)
 

@@ -215,7 +215,7 @@ def launch_tokens(logits: Tensor, terms: Terms, impl: str, results: Tensor, grad
     t, (N, V) = terms, logits.shape
     optional = (t.old, t.ref if t.kl else None, t.sampling, t.token_weight)
     if impl == "native":
-        run = native.function(f"bicot_grpo_rows_{NATIVE_DTYPES[logits.dtype]}", *_NATIVE)
+        run = native.function(f"bicot_fused_grpo_{NATIVE_DTYPES[logits.dtype]}", *_NATIVE)
         *addresses, weight = [None if x is None else x.data_ptr() for x in optional]
         numbers = (ctypes.c_double * 6)(t.beta, t.low, t.high, t.delta, t.clip_max, float(t.entropy_weight))
         gradient = (None, 0) if grad is None else (grad.data_ptr(), grad.stride(0))

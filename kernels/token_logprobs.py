@@ -114,7 +114,7 @@ def row_stats(p_row, V, scale, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # t
 
 @triton.jit
 def softmax_term(b_x, high, low, scale, a, b):  # type: ignore[no-untyped-def]
-    """p·(a + b·log2 p), the gradient but for the target's own term; log2 p = (x - high - low)·scale."""
+    """p·(a + b·log2 p), the gradient without the target's own term; log2 p = (x - high - low)·scale."""
     b_d = ((b_x - high) - low) * scale
     return tl.exp2(b_d) * (a + b * tl.maximum(b_d, -150.0))
 

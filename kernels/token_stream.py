@@ -32,8 +32,8 @@ class TokenStream:
         sampling_logprob: [N] recorded while sampling; None = no truncated importance weights.
         token_weight: [N] factor of each token's whole term of the loss (policy, KL and entropy bonus); None = 1. It
             gets no gradient and does not change the normaliser: a weight of 0 takes a token out of the sum, not out of
-            the count. Loss and gradient of such a token are exactly 0, even if its terms are not finite. The exception
-            are ratios of sequences, to which all tokens of a sample contribute.
+            the count. Loss and gradient of such a token are exactly 0, even if its terms are not finite, except with
+            ratios of sequences, to which all tokens of a sample contribute.
         beta, epsilon, epsilon_high, entropy_coef: of this stream; None = as in the call.
         temperature: the sampling temperature.
         name: prefix of this stream's metrics.

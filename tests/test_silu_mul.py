@@ -24,26 +24,11 @@ from bicot.kernels.silu_mul import _backward_op, _op, silu_mul, silu_mul_ref
 # Bfloat16: both roundings are where the reference has them.
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2 * BFLOAT16_ROUNDING if INTERPRETED else 2**-12}
 DTYPES = list(RELATIVE)
-SHAPES = [(1, 1), (3, 7), (2, 5632), (5, 1025), (33, 128)]
 
 
 def inputs(N: int, size: int, dtype: torch.dtype, to: str = "cpu", scale: float = 3.0) -> Tensor:
     generator = torch.Generator().manual_seed(N + size)
     return (torch.randn(N, 2 * size, generator=generator) * scale).to(to, dtype)
-
-
-@pytest.mark.parametrize("impl", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "size"), SHAPES)
-def test_kernels(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
-    for scale in (3.0, 0.01, 40.0):
-        gate_up = inputs(N, size, dtype, device(impl), scale)
-        before = gate_up.clone()
-        with poisoned_outputs():
-            out = silu_mul(gate_up, impl=impl)
-        eager, gt = silu_mul_ref(gate_up), silu_mul_ref(gate_up.double())
-        assert_no_worse("out", out, eager, gt, RELATIVE[dtype], 1e-7)
-        assert torch.equal(gate_up, before)
 
 
 def gradient(gate_up: Tensor, impl: str) -> Tensor:
@@ -56,10 +41,16 @@ def gradient(gate_up: Tensor, impl: str) -> Tensor:
 
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "size"), SHAPES)
-def test_gradients(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
+@pytest.mark.parametrize(("N", "size"), [(1, 1), (3, 7), (2, 5632), (5, 1025), (33, 128)])
+def test_kernels(N: int, size: int, dtype: torch.dtype, impl: str) -> None:
     for scale in (3.0, 0.01, 40.0):
         gate_up = inputs(N, size, dtype, device(impl), scale)
+        before = gate_up.clone()
+        with poisoned_outputs():
+            out = silu_mul(gate_up, impl=impl)
+        eager, gt = silu_mul_ref(gate_up), silu_mul_ref(gate_up.double())
+        assert_no_worse("out", out, eager, gt, RELATIVE[dtype], 1e-7)
+        assert torch.equal(gate_up, before)
         eager, gt = gradient(gate_up, "torch"), gradient(gate_up.double(), "torch")
         assert_no_worse("gate_up", gradient(gate_up, impl), eager, gt, RELATIVE[dtype], 1e-6)
     assert gradient(gate_up[:0], impl).shape == (0, 2 * size)

@@ -59,7 +59,6 @@ BICOT_INLINE void mix_row(const T* cond, const T* uncond, float guidance, Row& r
   row_c.top = top_c, row.top = top;
 }
 
-// target_clones does not apply to templates: one plain function for each dtype.
 BICOT_CLONES void mix(const float* cond, const float* uncond, float guidance, Row& row_c, Row& row) {
   mix_row(cond, uncond, guidance, row_c, row);
 }

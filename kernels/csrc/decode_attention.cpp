@@ -218,14 +218,14 @@ void attend_all(const Q* q, int64_t q_stride, const Pool<T>& pool, const int64_t
   const int64_t G = Hq / Hkv;
   int64_t total = 0;
   for (int64_t r = 0; r < R; ++r) total += prefix_length[r] + length[r];
-  int64_t groups = 1;  // of heads of a sequence, if there are fewer sequences than threads
-  while (R * groups < num_threads && groups < Hkv) ++groups;
+  int64_t blocks = 1;  // of heads of a sequence, if there are fewer sequences than threads
+  while (R * blocks < num_threads && blocks < Hkv) ++blocks;
 #pragma omp parallel num_threads(num_threads) if (total * Hkv * E > kSerial)
   {
     std::vector<float> work(work_size(Hq, E));
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < R * groups; ++i) {
-      const int64_t r = i / groups, first = i % groups * Hkv / groups, end = (i % groups + 1) * Hkv / groups;
+    for (int64_t i = 0; i < R * blocks; ++i) {
+      const int64_t r = i / blocks, first = i % blocks * Hkv / blocks, end = (i % blocks + 1) * Hkv / blocks;
       const Sequence sequence = {prefix_start[r], prefix_length[r], start[r], length[r], Hkv, first, end - first};
       attend_one(q + r * q_stride + first * G * E, pool, sequence, G, E, static_cast<float>(scale * kLog2e),
                  work.data(), out + (r * Hq + first * G) * E);

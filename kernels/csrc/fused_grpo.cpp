@@ -107,7 +107,7 @@ void fused_grpo(const T* logits, int64_t stride, const int64_t* targets, int64_t
 }  // namespace bicot
 
 #define BICOT_FUSED_GRPO(suffix, T)                                                                                 \
-  BICOT_EXPORT void bicot_grpo_rows_##suffix(                                                                       \
+  BICOT_EXPORT void bicot_fused_grpo_##suffix(                                                                      \
       const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,            \
       int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,         \
       const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, int correct_kl, \

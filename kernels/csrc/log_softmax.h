@@ -111,7 +111,6 @@ BICOT_INLINE void row_backward(const T* x, T* grad, int64_t V, int64_t target, d
   store(grad + target, at_target);
 }
 
-// target_clones does not apply to templates: one plain function for each dtype and direction.
 static BICOT_CLONES RowStats forward_row(const float* x, int64_t V, int64_t target, double inv_temperature) {
   return row_forward(x, V, target, inv_temperature);
 }

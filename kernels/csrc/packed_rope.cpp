@@ -55,7 +55,6 @@ BICOT_INLINE void gather_token(const T* q, const T* k, const T* v, const T* cos,
   for (int64_t j = (Hq + Hkv) * E; j < (Hq + 2 * Hkv) * E; ++j) store(qkv + j, sums[j]);
 }
 
-// target_clones does not apply to templates: one plain function for each dtype.
 BICOT_CLONES void spread(const float* qkv, const float* cos, const float* sin, float* q, float* k, float* v, int64_t Hq,
                          int64_t Hkv, int64_t half) {
   spread_token(qkv, cos, sin, q, k, v, Hq, Hkv, half);

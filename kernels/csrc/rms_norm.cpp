@@ -23,7 +23,6 @@ BICOT_INLINE void norm_token(const T* x, const T* weight, T* residual, T* out, i
   for (int64_t j = 0; j < D; ++j) store(out + j, rounded(x, load(x + j) * scale) * load(weight + j));
 }
 
-// target_clones does not apply to templates: one plain function for each dtype.
 BICOT_CLONES void forward(const float* x, const float* weight, float* residual, float* out, int64_t D, float eps) {
   norm_token(x, weight, residual, out, D, eps);
 }

@@ -26,7 +26,6 @@ BICOT_INLINE void write_token(T* qkv, const T* cos, const T* sin, T* key, T* val
   std::memcpy(value, qkv + (Hq + Hkv) * E, Hkv * E * sizeof(T));
 }
 
-// target_clones does not apply to templates: one plain function for each dtype.
 BICOT_CLONES void token(float* qkv, const float* cos, const float* sin, float* key, float* value, int64_t Hq,
                         int64_t Hkv, int64_t half) {
   write_token(qkv, cos, sin, key, value, Hq, Hkv, half);

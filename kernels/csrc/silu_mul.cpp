@@ -16,7 +16,6 @@ BICOT_INLINE void forward_token(const T* gate, const T* up, T* out, int64_t I) {
   }
 }
 
-// target_clones does not apply to templates: one plain function for each dtype.
 BICOT_CLONES void forward(const float* gate, const float* up, float* out, int64_t I) {
   forward_token(gate, up, out, I);
 }

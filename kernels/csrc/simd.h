@@ -5,6 +5,7 @@
 #include <cstring>
 
 // Compiles a function three times; the loader picks the widest version for the processor (ifunc: x86 with glibc only).
+// It does not apply to templates, so kernels have a plain function for each dtype.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__has_attribute)
 #if __has_attribute(target_clones) && __GNUC__ >= 12
 // AVX-512 with its 16-bit instructions: without them bfloat16 runs at half the speed.
