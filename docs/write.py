@@ -109,14 +109,16 @@ def kernels() -> str:
     page = [KERNELS]
     for file in sorted((ROOT / "kernels").glob("*.py")):
         module = importlib.import_module(f"bicot.kernels.{file.stem}")
-        for name, op in vars(module).items():
-            if not inspect.isfunction(op) or op.__module__ != module.__name__ or name.startswith("_"):
-                continue
-            parameters = inspect.signature(op).parameters
-            if "impl" in parameters and parameters["impl"].default == "auto":
-                page.append(f"## {name}\n\n[kernels/{file.name}](../kernels/{file.name}):")
-                page.append(f"`{name}({', '.join(parameters)})`\n")
-                page += [f"```text\n{(module.__doc__ or '').strip()}\n```\n", measured(name)]
+        ops = {
+            name: inspect.signature(op).parameters
+            for name, op in vars(module).items()
+            if inspect.isfunction(op) and op.__module__ == module.__name__ and not name.startswith("_")
+        }
+        ops = {name: given for name, given in ops.items() if "impl" in given and given["impl"].default == "auto"}
+        if ops:
+            page.append(f"## {', '.join(ops)}\n\n[kernels/{file.name}](../kernels/{file.name}):")
+            page += [f"`{name}({', '.join(given)})`\n" for name, given in ops.items()]
+            page += [f"```text\n{(module.__doc__ or '').strip()}\n```\n", *map(measured, ops)]
     return "\n".join(part for part in page if part)
 
 
