@@ -13,11 +13,9 @@ without our KV cache. Under torchrun, the ranks share the steps of ours.
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -174,12 +172,9 @@ def row(steps: Sequence[dict[str, float]], images: int, held: int) -> dict[str, 
 
 
 def measure(
-    setting: Setting, ranks: Ranks, repeats: int, until: float, alone: bool, result: dict[str, Any], output: Path | None
+    setting: Setting, ranks: Ranks, repeats: int, alone: bool, result: dict[str, Any], output: Path | None
 ) -> None:
-    """Time steps of both in turn, or of ours alone; add their rows to the result, and save it after each step.
-
-    A round does not begin if it would probably end after the time `until`.
-    """
+    """Time steps of both in turn, or of ours alone; add their rows to the result, and save it after each step."""
     rows = result["rows"]
     with tempfile.TemporaryDirectory() as folder:
         contest = Contest(setting, ranks, folder)
@@ -192,7 +187,6 @@ def measure(
         held = {"ours": 0, "baseline": pool.capacity * pool.bytes_per_token}
         note = {"ours": "", "baseline": "one micro-batch and an optimizer step; compared by the image" if part else ""}
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in (["ours"] if alone else ["ours", "baseline"])}
-        begin = time.perf_counter()
         with short_collections():
             for step in range(2, 2 + repeats):
                 for name, steps in taken.items():
@@ -203,9 +197,6 @@ def measure(
                         if each
                     ]
                     save(result, output)  # now, in case this process is ended before its last step
-                now = time.perf_counter()
-                if now + (now - begin) / (step - 1) > until:
-                    break
 
 
 def settings(device: str, tiny: bool, model: str | None = None, image_tokens: int | None = None) -> list[Setting]:
@@ -229,10 +220,8 @@ def settings(device: str, tiny: bool, model: str | None = None, image_tokens: in
 def main() -> int:
     parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, help="timed steps of each (7 on a CPU, 3 on a GPU)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no step begins that would take longer")
     parser.add_argument("--model", choices=[*SHAPES], help="random weights, except for the toy")
     parser.add_argument("--ours-alone", action="store_true", help="the baseline is checked against, but not timed")
-    begin = time.perf_counter()
     arguments, result = start(parser, __doc__)
     device, tiny = arguments.device, arguments.tiny
     logging.disable_progress_bar()
@@ -245,7 +234,7 @@ def main() -> int:
         for setting in settings(device, tiny, arguments.model):
             rows = result["rows"]
             try:
-                measure(setting, ranks, repeats, begin + arguments.seconds, alone, result, output)
+                measure(setting, ranks, repeats, alone, result, output)
                 if alone:
                     left_out(result, "skipped", setting.labels, "baseline", "checked against, but not timed, as asked")
             except Exception as problem:  # the exit status will be 1, unless there was no room

@@ -337,7 +337,7 @@ def start(parser: argparse.ArgumentParser, doc: str | None) -> tuple[argparse.Na
         parser.error("--device cuda: there is no GPU here")
     first, command, *how = filter(None, (doc or "").strip().splitlines())
     name, _, what = first.partition(": ")
-    hidden = r" --(output|repeats|seconds|steps)[ =]\S+| --tiny"
+    hidden = r" --(output|repeats|steps)[ =]\S+| --tiny"
     typed = re.sub(hidden, "", " ".join([command.split(" [")[0], *sys.argv[1:]]))
     about = " ".join([what[0].upper() + what[1:], *how])
     return arguments, {"bench": name, "about": about, "command": typed, **hardware(arguments.device)}
@@ -392,23 +392,15 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
 
 def main(doc: str | None, cases: Callable[[str, bool], list[Case]]) -> int:
     """Run a bench of cases from its command line -> the exit status. `doc`: as of `start`."""
-    begin, parser = time.perf_counter(), command_line(doc)
+    parser = command_line(doc)
     parser.add_argument("--repeats", type=int, help="timed runs of each provider (15 on a CPU, 50 on a GPU)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="no case begins that would take longer")
     arguments, result = start(parser, doc)
     device, tiny = arguments.device, arguments.tiny
     if tiny:
         torch.compiler.set_stance("force_eager")  # compiling would take longer than everything else
     repeats = arguments.repeats or (2 if tiny else 50 if device == "cuda" else 15)
     result |= {"ceilings": {}, "rows": [], "skipped": [], "failed": []}
-    longest = 0.0
     for case in cases(device, tiny):
-        before = time.perf_counter()
-        if before + longest < begin + arguments.seconds:
-            _measure(case, result, repeats, device, tiny)
-            longest = max(longest, time.perf_counter() - before)
-        else:
-            for name in case.providers:
-                left_out(result, "skipped", case.labels, name, "no time was left")
+        _measure(case, result, repeats, device, tiny)
         save(result, arguments.output)  # now, in case this process is ended before its last case
     return finish(result, arguments.output)

@@ -26,10 +26,9 @@ from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope_kv_write import rope_kv_write
 from ..kernels.silu_mul import silu_mul
 from .harness import Case, Outputs, Provider, against_eager, kernel, main, normal, relative_error
-from .loss_kernels import loss, of_hidden, of_logits
+from .loss_kernels import DTYPES, loss, of_hidden, of_logits
 
 BOTH = (torch.bfloat16, torch.float32)
-DTYPES = {"cpu": BOTH[::-1], "cuda": BOTH[:1]}
 CONTEXT = 800  # positions of a rotary embedding
 GUIDANCE, SEED = 5.0, 7
 
@@ -55,11 +54,8 @@ def norms(device: str, tiny: bool) -> list[Case]:
     """
     eps, impl = 1e-6, kernel(device)
     training = Provider(lambda x: add_rms_norm(x[0], x[1], x[2], eps, impl=impl))
-    decoding = Provider(
-        lambda x: (rms_norm(x[0], x[2], eps, x[1], impl=impl), x[1]),
-        "adds in place",
-        lambda x: (x[0], x[1].clone(), x[2]),
-    )
+    in_place: Any = lambda x: (rms_norm(x[0], x[2], eps, x[1], impl=impl), x[1])  # noqa: E731
+    decoding = Provider(in_place, "adds in place", lambda x: (x[0], x[1].clone(), x[2]))
 
     def eager(given: Any) -> Outputs:
         x, residual, weight = given
@@ -132,19 +128,15 @@ def rotations(device: str, tiny: bool) -> list[Case]:
         keys[slots], values[slots] = k * cos + turned(k) * sin, v
         return q * cos + turned(q) * sin, keys, values
 
-    ours = Provider(
-        lambda x: (rope_kv_write(*x, impl=kernel(device)), *x[5:]),
-        "rotates in place",
-        lambda x: (x[0].clone(), *x[1:]),
-    )
+    run: Any = lambda x: (rope_kv_write(*x, impl=kernel(device)), *x[5:])  # noqa: E731
+    ours = Provider(run, "rotates in place", lambda x: (x[0].clone(), *x[1:]))
     theirs = Provider(eager, "transformers' apply_rotary_pos_emb, and a write to the same pool")
-    return [
-        against_eager(
-            {"N": N}, dtype, partial(inputs, N, dtype), ours, theirs, bytes=2 * 3 * N * heads * E * dtype.itemsize
-        )
-        for N in ([2] if tiny else [16, 128])
-        for dtype in BOTH
-    ]
+    found = []
+    for N in [2] if tiny else [16, 128]:
+        for dtype in BOTH:
+            floor = 2 * 3 * N * heads * E * dtype.itemsize
+            found.append(against_eager({"N": N}, dtype, partial(inputs, N, dtype), ours, theirs, bytes=floor))
+    return found
 
 
 def products(device: str, tiny: bool) -> list[Case]:

@@ -16,12 +16,11 @@ from ..kernels.token_logprobs import token_logprobs
 from .harness import Case, Outputs, Provider, Unavailable, against_eager, gpu_only, kernel, normal
 
 LOGITS = {"cpu": [(4096, 16384), (512, 102400)], "cuda": [(4608, 16384), (2048, 102400)]}  # N, V
-LOGIT_DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
+DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}  # of a head the first
 HEADS = {  # N, V, D
     "cpu": [(512, 16384, 512)],
     "cuda": [(4608, 16384, 4096), (2048, 102400, 4096), (4608, 16384, 2048), (2048, 102400, 2048)],
 }
-HEAD_DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 SAMPLES, BETA, EPSILON = 8, 0.01, 0.2
 IN_PLACE = "overwrites the logits with their gradient"
 ROUNDS = "rounds the logits to the dtype of the weights before the softmax"
@@ -98,7 +97,7 @@ def of_logits(device: str, tiny: bool) -> list[Case]:
     backward = forward | {"ours, in place": Provider(lambda x: both(*x), IN_PLACE, copied)}
     found = []
     for shape in [(16, 384)] if tiny else LOGITS[device]:
-        for dtype in LOGIT_DTYPES[device]:
+        for dtype in DTYPES[device]:
             for name, more, trained, passes in (("forward", forward, 0, 1), ("forward + backward", backward, 1, 3)):
                 given = (shape, dtype, inputs, ours, eager, more)
                 found.append(case_of({"pass": name}, *given, trained=trained, weights=(1.0, 0.01), passes=passes))
@@ -142,7 +141,7 @@ def of_hidden(device: str, tiny: bool) -> list[Case]:
     ours, eager = Provider(lambda x: linear_logprobs(*x, impl=kernel(device))), Provider(eager_stats, ROUNDS)
     given = (partial(source, device=device), ours, eager, peers)
     return [
-        case_of({"pass": name}, shape, HEAD_DTYPE[device], *given, trained=trained)
+        case_of({"pass": name}, shape, DTYPES[device][0], *given, trained=trained)
         for shape in ([(16, 384, 32)] if tiny else HEADS[device])
         for name, trained in (("forward", 0), ("forward + backward", 2))
     ]
@@ -241,11 +240,11 @@ def loss(device: str, tiny: bool) -> list[Case]:
     logits, heads = ([(16, 384)], [(16, 384, 32)]) if tiny else (LOGITS[device], HEADS[device])
     found = []
     for shape in logits:
-        for dtype in LOGIT_DTYPES[device]:
+        for dtype in DTYPES[device]:
             given = (shape, dtype, inputs, Provider(ours), Provider(eager_loss), from_logits)
             found.append(case_of({"input": "logits"}, *given, trained=1, passes=2))
     for head, trained, shapes in (("trained head", 2, heads), ("frozen head", 1, heads[:2])):
         labels, eager = {"input": "hidden", "head": head}, Provider(eager_loss, ROUNDS)
-        same = (HEAD_DTYPE[device], inputs, Provider(ours), eager, from_hidden)
+        same = (DTYPES[device][0], inputs, Provider(ours), eager, from_hidden)
         found += [case_of(labels, shape, *same, trained=trained) for shape in shapes]
     return found

@@ -251,10 +251,7 @@ def render(folder: Path, pictures: bool = True) -> str:
 
 def write(folder: Path) -> None:
     """Write RESULTS.md beside `folder`."""
-    pictures = importlib.util.find_spec("matplotlib") is not None
-    if not pictures:
-        print("without pictures: matplotlib is not installed")
-    page = render(folder, pictures)
+    page = render(folder, pictures=importlib.util.find_spec("matplotlib") is not None)
     with whole(folder.parent / "RESULTS.md") as part:
         part.write_text(page)
 

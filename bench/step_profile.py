@@ -134,8 +134,7 @@ def main() -> None:
     arguments, result = start(parser, __doc__)
     logging.disable_progress_bar()
     shape = arguments.shape
-    several = "WORLD_SIZE" in os.environ or arguments.device == "cuda"
-    ranks = Ranks.start() if several else Ranks(0, 1, torch.device("cpu"))
+    ranks = Ranks.start() if "WORLD_SIZE" in os.environ else Ranks(0, 1, torch.device(arguments.device))
     settings = toy_config if shape == "toy" else published_config
     output = arguments.output if ranks.main else None
     try:

@@ -6,7 +6,8 @@
     bash bench/gpu.sh --tests OUTDIR    at most 9.5 minutes: all tests for a GPU, in parallel; needs pytest-xdist
     bash bench/run.sh OUTDIR            every bench, without a time limit
 
-The benches leave OUTDIR/results/*.json, each written while its bench runs, and OUTDIR/RESULTS.md. The tests leave
+The benches leave OUTDIR/results/*.json and OUTDIR/RESULTS.md. A bench writes its file after each case, so one that is
+ended at its limit (exit status 124) leaves the cases that were measured. The tests leave
 OUTDIR/tests.log with a line for each test that ended, and OUTDIR/tests.xml. A test that takes over two minutes, and a
 test that breaks its process, fails alone. `--device cpu` takes the same way without a GPU, and `--tiny` takes small
 shapes, whose times mean nothing.
@@ -38,12 +39,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-MARGIN = 8  # a bench that takes the option --seconds is told to end so many seconds before its limit
 SECONDS = {  # the limit of each bench in the 9 minutes of gpu.sh
     "train": 45, "rollout": 40, "decode_attention": 15, "decode_linear": 15, "rms_norm": 10, "silu_mul": 10,
     "rope_kv_write": 10, "group_advantages": 10, "token_logprobs": 20, "linear_logprobs": 25, "grpo_loss": 20,
     "cfg_sample": 20,
 }  # fmt: skip
+PRELOADED = "bicot.bench.models"  # imports what the benches need, and is not run as a bench
 FILES = ("step", "train", "rollout")  # bench_step.py and so on; the other benches are in kernels.py
 # Without this variable, PyTorch refuses deterministic matrix products on a GPU.
 PYTEST = ["env", "CUBLAS_WORKSPACE_CONFIG=:4096:8", sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
@@ -56,7 +57,6 @@ class Step(NamedTuple):
     seconds: int
     words: list[str]
     is_bench: bool = True
-    takes_seconds: bool = True
 
 
 def parallel_tests(out: Path, seconds: int, selected: Sequence[str] = ("-m", "gpu or triton")) -> list[str]:
@@ -73,17 +73,17 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
     """The steps of the modes "quick", "full", "tests", and "all" (run.sh)."""
     gpu = device == "cuda"
 
-    def bench(name: str, seconds: int, *options: str, module: str = "", takes_seconds: bool = True) -> Step:
+    def bench(name: str, seconds: int, *options: str, module: str = "") -> Step:
         module = module or (f"bench_{name}" if name in FILES else "kernels")
         file = out / "results" / f"{name}_{device}.json"
         words = [module, *[name] * (module == "kernels"), "--device", device, *["--tiny"] * tiny, *options]
-        return Step(name, seconds, [*words, "--output", str(file)], takes_seconds=takes_seconds)
+        return Step(name, seconds, [*words, "--output", str(file)])
 
     if mode == "tests":
         collect = [*PYTEST, "-q", "--collect-only", "-m", "gpu or triton"]
         return [Step("tests", 560, parallel_tests(out, 530) if gpu else collect, is_bench=False)]
     shape = ["--shape", "Janus-Pro-1B"] * gpu
-    profile = bench("step_profile", 60, *shape, module="step_profile", takes_seconds=False)
+    profile = bench("step_profile", 60, *shape, module="step_profile")
     every = [bench(name, seconds) for name, seconds in SECONDS.items()]
     if mode == "all":
         return [profile, bench("step", 0), *every]
@@ -96,18 +96,12 @@ def steps(mode: str, device: str, tiny: bool, out: Path) -> list[Step]:
     return [smoke, profile, whole, bench("step_7b", 50, *large, module="bench_step"), *every]
 
 
-def _preload() -> None:
-    """Import what the benches need, without a module that is run as a bench."""
-    importlib.import_module("bicot.bench.models")
-
-
-def _run(step: Step, limit: float | None) -> None:
+def _run(step: Step) -> None:
     os.setpgid(0, 0)  # whoever ends this process can end what it starts too
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not step.is_bench:
         sys.exit(subprocess.run(step.words).returncode)
-    within = ["--seconds", f"{limit - MARGIN:.0f}"] if limit and step.takes_seconds else []
-    sys.argv = [*step.words, *within]
+    sys.argv = step.words
     runpy.run_module(f"bicot.bench.{step.words[0]}", run_name="__main__", alter_sys=True)
 
 
@@ -123,14 +117,14 @@ def walk(todo: Sequence[Step], begin: float | None = None) -> list[str]:
         allowed += step.seconds
         print(f"\n===== {step.name}", flush=True)
         if step.is_bench:
-            _preload()
+            importlib.import_module(PRELOADED)
         start = time.monotonic()
         limit = None if begin is None else max(1.0, begin + allowed - start)
-        process: Any = multiprocessing.get_context("fork").Process(target=_run, args=(step, limit))
+        process: Any = multiprocessing.get_context("fork").Process(target=_run, args=(step,))
         process.start()
         try:
             if any(other.is_bench for other in todo):
-                _preload()  # while a program runs
+                importlib.import_module(PRELOADED)  # while a program runs
             process.join(limit and max(0.0, start + limit - time.monotonic()))
             status = 124 if process.is_alive() else process.exitcode
         finally:

@@ -111,26 +111,6 @@ def test_steps_rates_and_what_does_not_fit() -> None:
     replace(loose, tolerance=0.6).check(drawing, x, lambda outputs: 0.5)
 
 
-def test_no_case_begins_that_would_end_too_late(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def cases(device: str, tiny: bool) -> list[Case]:
-        slow = {"ours": Provider(lambda x: [time.sleep(0.25) or x * 2])}
-        case = replace(double_cases(device, tiny)[0], providers=slow)  # takes 1 s: a check, a warm-up, two runs
-        return [replace(case, labels={"N": n}) for n in range(3)]
-
-    monkeypatch.setattr(harness, "copy_gbps", lambda *_: 1.0)
-    for seconds, measured in (("1.5", 1), ("0", 0)):
-        monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--tiny", "--seconds", seconds])
-        assert harness.main(DOC, cases) == 0
-        result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert [row["case"]["N"] for row in result["rows"]] == [*range(measured)]
-        assert {e["case"]["N"]: e["reason"] for e in result["skipped"]} == dict.fromkeys(
-            range(measured, 3), "no time was left"
-        )
-    torch.compiler.set_stance("default")
-
-
 def test_a_time_budget_leaves_three_rounds() -> None:
     count = []
     harness.measured({"a": (Provider(lambda x: count.append(x) or []), None)}, 50, "cpu", seconds=0)
@@ -273,23 +253,6 @@ def test_modes_fit_their_time(tmp_path: Path) -> None:
     every = [step.name for step in walk.steps("all", "cpu", False, tmp_path)]
     assert every == ["step_profile", "step", *report.KERNELS]
     assert {step.name for step in walk.steps("full", "cuda", False, tmp_path)} >= set(report.KERNELS)
-
-
-def test_a_bench_knows_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(walk.runpy, "run_module", lambda name, **_: seen.append((name, sys.argv[1:])))
-    monkeypatch.setattr(walk.os, "setpgid", lambda *_: None)
-    monkeypatch.setattr(walk.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", [])
-    todo = {step.name: step for step in walk.steps("full", "cuda", True, tmp_path) if step.is_bench}
-    walk._run(todo["step"], 100.0)
-    given = (
-        f"--device cuda --tiny --model Janus-Pro-1B --repeats 2 --output {tmp_path}/results/step_cuda.json --seconds 92"
-    )
-    assert seen.pop() == ("bicot.bench.bench_step", given.split())
-    walk._run(todo["step_profile"], 100.0)
-    walk._run(todo["step_7b"], None)
-    assert "--seconds" not in seen[0][1] + seen[1][1] and "--ours-alone" in seen[1][1]
 
 
 def test_a_bad_gpu_test_fails_alone(tmp_path: Path) -> None:
