@@ -113,3 +113,10 @@ def our_step(
     ref = reference_logprobs(reference or double_policy(0), parts, encoder, cfg) if cfg.kl_streams else None
     optimizer = optimizer or MasterAdamW(policy.trainable_parameters(), cfg)
     return update(policy, optimizer, parts, A, ref, encoder, cfg, ALONE)
+
+
+def apply_gradient(optimizer: MasterAdamW, gradient: Tensor) -> None:
+    """Update the first parameter by this gradient."""
+    optimizer.parameters[0].grad = gradient
+    optimizer.collect()
+    optimizer.step(lambda parameters: None)

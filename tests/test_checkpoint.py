@@ -14,6 +14,7 @@ from typing import Any
 import killed
 import pytest
 import torch
+from stepping import apply_gradient
 from training import ACCUMULATION, SMALL, assert_same_weights, metrics, on_two_ranks, weights, words
 
 from bicot.grpo.checkpoint import STATE, find_checkpoint, list_checkpoints, load_state
@@ -123,9 +124,7 @@ def test_a_state_is_read_from_the_file_and_kept_in_memory(optim: str, dtype: tor
         optimizers.append(kind([torch.nn.Parameter(torch.randn(4096, 1024, dtype=dtype))], settings))
     saved, loaded = optimizers
     weight = saved.parameters[0]
-    weight.grad = torch.randn_like(weight)
-    saved.collect()
-    saved.step(lambda masters: None)
+    apply_gradient(saved, torch.randn_like(weight))
     path = tmp_path / STATE
     torch.save({"step": 1, "seconds": 1.0, "run": {}, "optimizer": saved.state_dict()}, path)
     with torch.no_grad():
@@ -138,10 +137,7 @@ def test_a_state_is_read_from_the_file_and_kept_in_memory(optim: str, dtype: tor
     path.unlink()
     for _ in range(2):
         for optimizer in optimizers:
-            parameter = optimizer.parameters[0]
-            parameter.grad = torch.ones_like(parameter)
-            optimizer.collect()
-            optimizer.step(lambda masters: None)
+            apply_gradient(optimizer, torch.ones_like(weight))
         for one, other in ((loaded.masters[0], saved.masters[0]), (loaded.parameters[0], weight)):
             assert torch.equal(one, other), "the moments too are those that were saved"
 

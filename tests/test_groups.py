@@ -126,16 +126,8 @@ def test_a_rank_without_advantages_joins_the_update(
         for index, says in zip(step_indices(8, 2, step_, seed=0), on_ranks, strict=True):
             rows[index] = {"prompt": f"a circle and w{index}", "task_type": "object" if says else "non"}
     more = [*SMALL, "--train_file", write_rows(tmp_path / "prompts.jsonl", rows), "--beta", "0"]
-    more += [
-        "--rewards.names",
-        "some_reward:Some",
-        "--max_steps",
-        "4",
-        "--per_device_train_batch_size",
-        "1",
-        "--adam_epsilon",
-        "1e-3",
-    ]
+    more += ["--rewards.names", "some_reward:Some", "--max_steps", "4", "--per_device_train_batch_size", "1"]
+    more += ["--adam_epsilon", "1e-3"]
     run(job, tmp_path / "one", *more, ACCUMULATION, "2")
     # a micro-batch for each sample, so the ranks have 4 and 1
     on_two_ranks(job, tmp_path / "two", *more, "--micro_batch_tokens", "1", modules=tmp_path)

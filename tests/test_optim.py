@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import config
+from stepping import apply_gradient, config
 from torch import Tensor
 
 from bicot.grpo import optim
@@ -19,9 +19,7 @@ def test_a_bfloat16_weight_of_magnitude_one_moves_at_lr_1e_6() -> None:
     weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = MasterAdamW([weight], cfg)
     for _ in range(4000):
-        weight.grad = torch.ones_like(weight)
-        optimizer.collect()
-        optimizer.step(lambda parameters: None)
+        apply_gradient(optimizer, torch.ones_like(weight))
     assert optimizer.masters[0].dtype == torch.float32
     # an update of 1e-6 is 16.8 spacings of float32 below 1 and rounds to 17: 1.3 % too far
     torch.testing.assert_close(optimizer.masters[0].data, torch.full((4,), 1 - 4e-3 * 17 / 16.78), atol=1e-6, rtol=0)
@@ -84,9 +82,7 @@ def test_adamw_8bit_moves_bfloat16_weights_as_float32_does_and_resumes() -> None
     def go_on(weight: torch.nn.Parameter, optimizer: MasterAdamW, steps: range) -> None:
         for step in steps:
             noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(step))
-            weight.grad = (1 + noise).bfloat16()
-            optimizer.collect()
-            optimizer.step(lambda parameters: None)
+            apply_gradient(optimizer, (1 + noise).bfloat16())
             optimizer.schedule.step()
 
     weight, optimizer = train("adamw_8bit")

@@ -24,13 +24,9 @@ from bicot.toy.reward import SceneReward
 from bicot.toy.world import POSITIONS, Scene, make_prompts, mistaken, plan_cell_entropy, plan_of, random_scene, render
 
 FILES = [
-    "bicot.json",
-    "config.json",
-    "generation_config.json",
-    "heldout.jsonl",
-    "model.safetensors",
+    "bicot.json", "config.json", "generation_config.json", "heldout.jsonl", "model.safetensors",
     "reasoning_prompt.txt",
-]
+]  # fmt: skip
 FILES += ["tokenizer.json", "tokenizer_config.json", "train.jsonl"]
 
 
