@@ -9,6 +9,7 @@ D hidden, N packed prompt tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from ..kernels.rope_kv_write import rope_kv_write
 from ..kernels.silu_mul import silu_mul
 from .graphs import StepGraphs
 from .kv import SCRATCH, KVPool
+from .packed import int64
 from .policy import Policy
 from .weights import Weights
 
@@ -148,7 +150,7 @@ class Decoder:
         tokens = int(lengths.sum())
         size = self._bucket(tokens)
         table = torch.zeros(4, size, dtype=torch.int64)
-        table[0, :tokens] = torch.tensor([token for prompt in prompts for token in prompt])
+        table[0, :tokens] = int64(list(chain(*prompts)))
         table[3] = torch.arange(size)  # each padding token is a prompt of its own, in the scratch slot
         table[3, :tokens] = torch.repeat_interleave(begins, lengths)
         table[1, :tokens] = torch.arange(tokens) - table[3, :tokens]

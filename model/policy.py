@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from . import body
 from .adapters import adapter_base, load_lora, merged
 from .attention import Attention
 from .convert import ORIGINAL, load_original, original_config, original_tokenizer
+from .packed import int64
 from .prompts import PromptEncoder, PromptFormat
 from .sequences import Layout, Stream, fastest, lay_out, sequences_of, take
 from .settings import RolloutSettings, save_for_transformers
@@ -155,11 +157,11 @@ class Policy:
         """
         ids, tables, layout = self.lay_out(sequences_of(streams))
         hidden = body.forward(self.decoder, self._embed(ids), layout, self.selective)
-        predicting = []
-        for stream, table in zip(streams, tables, strict=True):
-            at = [i for tokens, p, c in zip(table, *stream, strict=True) for i in tokens[len(p) - 1 :][: len(c)]]
-            predicting.append(take(hidden, at))
-        return predicting
+        predicting = [
+            [i for tokens, p, c in zip(table, *stream, strict=True) for i in tokens[len(p) - 1 :][: len(c)]]
+            for stream, table in zip(streams, tables, strict=True)
+        ]
+        return list(take(hidden, int64(list(chain(*predicting)))).split([len(at) for at in predicting]))
 
     @record_function("layout")
     def lay_out(self, blocks: Sequence[Sequence[Sequence[int]]]) -> tuple[list[int], list[list[list[int]]], Layout]:
@@ -177,14 +179,14 @@ class Policy:
 
     def _embed(self, ids: list[int]) -> Tensor:
         """[N, D] embeddings of N ids of text and image tokens."""
-        vocab = self.config.text_config.vocab_size
-        order = [i for i, token in enumerate(ids) if token < vocab]
-        texts = len(order)
-        order += [i for i, token in enumerate(ids) if token >= vocab]
-        text, image = upload([ids[i] for i in order], self.device).split([texts, len(ids) - texts])
+        vocab, tokens = self.config.text_config.vocab_size, int64(ids)
+        is_image = (tokens >= vocab).long()
+        order = is_image.argsort(stable=True)  # the text tokens, then the image tokens
+        images = int(is_image.sum())
+        text, image = upload(tokens[order], self.device).split([len(ids) - images, images])
         embedded = self.embed_text(text)
         embedded = torch.cat([embedded, self.embed_image(image[None] - vocab)[0].to(embedded.dtype)])
-        return take(embedded, torch.tensor(order).argsort().tolist())
+        return take(embedded, order.argsort())
 
     def save_pretrained(
         self,

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..kernels.host import upload
 from ..kernels.packed_rope import rope_gather, rope_spread
 from .attention import Places, attend, available
+from .packed import int64
 from .recompute import Keep, keep_all
 
 Stream = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]  # prompts and completions
@@ -104,7 +105,7 @@ def lay_out(
         ends.append(len(ids))
     padded = attention == "sdpa"
     found = _blocks(indices, ends, padded) if padded else _blocks([list(chain(*indices))], [len(ids)], padded)
-    on_host = [tensor for *_, tensors in found for tensor in tensors] + [torch.tensor(positions, dtype=torch.int64)]
+    on_host = [tensor for *_, tensors in found for tensor in tensors] + [int64(positions)]
     *tensors, on_device = upload(torch.cat(on_host), device).split([len(tensor) for tensor in on_host])  # in one copy
     laid = []
     for (shape, lengths, own_tokens, _), i in zip(found, range(0, len(tensors), 5), strict=True):
@@ -122,29 +123,33 @@ def _blocks(
     for own, end in zip(indices, ends, strict=True):
         lengths = tuple(map(len, own))
         longest = max(lengths)
-        pad = longest if padded else 0
-        at = torch.tensor([i for tokens in own for i in (*tokens, *[-1] * (pad - len(tokens)))], dtype=torch.int64)
-        at = torch.where(at < 0, at, at - begin)
-        starts, places = _places(at, end - begin)
-        tensors = [torch.tensor([0, *lengths]).cumsum(0), at.clamp(min=0), starts, places, places[starts[:-1]]]
+        sizes, tokens = int64(lengths), int64(list(chain(*own))) - begin
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        place = torch.arange(len(tokens))  # of each of the tokens
+        if padded:
+            place += torch.repeat_interleave(torch.arange(len(own)) * longest - offsets[:-1], sizes)
+        at = place.new_zeros(len(own) * longest if padded else len(tokens))
+        at.index_copy_(0, place, tokens)
+        starts, order = _places(tokens, end - begin)
+        places = place[order]
+        tensors = [offsets, at, starts, places, places[starts[:-1]]]
         found.append(((len(own), longest), lengths, slice(begin, end), tensors))
         begin = end
     return found
 
 
 def _places(at: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """at [M], which of `count` tokens is at each place, -1 at padding -> `starts` and `places` as in `Block`."""
-    counts = torch.bincount(at[at >= 0], minlength=count)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return starts, at.argsort(stable=True)[len(at) - int(starts[-1]) :]
+    """at [M], which of `count` tokens is at each place -> `starts` and `places` as in `Block`."""
+    counts = torch.bincount(at, minlength=count)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]), at.argsort(stable=True)
 
 
-def take(x: Tensor, at: Sequence[int]) -> Tensor:
-    """x[at]: [N, D] -> [M, D]. Where a row of x is taken several times, its gradients add up in float32, in order.
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x[index]: [N, D] -> [M, D], for an int64 index on the CPU.
 
-    The backward pass of `index_select` adds them in the dtype of x, and on a GPU in any order.
+    If a row of x is taken several times, its gradients add up in float32 and in a fixed order. The backward pass of
+    `index_select` adds them in the dtype of x, and on a GPU in any order.
     """
-    index = torch.tensor(at, dtype=torch.int64)
     tensors = [index, *_places(index, len(x))]
     return _Take.apply(x, *upload(torch.cat(tensors), x.device).split([len(tensor) for tensor in tensors]))
 

@@ -194,7 +194,7 @@ def test_gradients_of_shared_tokens_are_summed_in_float32(to: str) -> None:
     given = torch.randn(len(at), 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     given[1] *= 256
     x = torch.zeros(4, 48, dtype=torch.bfloat16, device=to, requires_grad=True)
-    first, second = (torch.autograd.grad(take(x, at), x, given.to(to))[0].cpu() for _ in range(2))
+    first, second = (torch.autograd.grad(take(x, torch.tensor(at)), x, given.to(to))[0].cpu() for _ in range(2))
     exact = torch.zeros(4, 48, dtype=torch.float64).index_add_(0, torch.tensor(at), given.double())
     in_order = torch.zeros(4, 48)
     for row, grad in zip(at, given.float(), strict=True):
