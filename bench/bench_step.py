@@ -8,7 +8,8 @@ one prompt a micro-batch. On a GPU: random weights at true shapes. There plans r
 tokens as published, the reward is the brightness of a picture, and activations are recomputed. Of Janus-Pro-7B only the
 last layers and the text head train, so that it fits into 80 GB. On a GPU a step of the baseline is one micro-batch, and
 the two are compared by the image. Phases of ours can overlap on a GPU. The peak memory of the baseline is counted
-without our KV cache. Under torchrun, the ranks share the steps of ours.
+without our KV cache. Under torchrun, the ranks share the steps of ours. `--vary num_generations 4 8` times ours alone,
+with each value of a setting.
 """
 
 from __future__ import annotations
@@ -49,6 +50,13 @@ class Setting:
     config: Config
     image_tokens: int
     baseline_prompts: int
+    varied: tuple[str, int] | None = None
+
+    def vary(self, name: str, value: int) -> Setting:
+        if name == "image_tokens":
+            return replace(self, image_tokens=value)
+        changed: dict[str, Any] = {name: value}
+        return replace(self, config=replace(self.config, **changed), varied=(name, value))
 
     @property
     def images(self) -> dict[str, int]:
@@ -61,7 +69,7 @@ class Setting:
         c = self.config
         batch = f"{c.gradient_accumulation_steps}x{c.per_device_train_batch_size} prompts of {c.num_generations}"
         labels = {"model": self.model, "batch": batch, "guidance": c.cfg_weight, "plan": c.max_completion_length}
-        labels |= {"image tokens": self.image_tokens, "dtype": c.dtype}
+        labels |= {"image tokens": self.image_tokens, "dtype": c.dtype} | dict([self.varied] if self.varied else [])
         return labels | ({"layers trained": TRAINED[self.model]} if self.model in TRAINED else {})
 
 
@@ -222,16 +230,22 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="timed steps of each (7 on a CPU, 3 on a GPU)")
     parser.add_argument("--model", choices=[*SHAPES], help="random weights, except for the toy")
     parser.add_argument("--ours-alone", action="store_true", help="the baseline is checked against, but not timed")
+    parser.add_argument("--vary", nargs="+", metavar="SETTING VALUE", help="time ours with these values of a setting")
     arguments, result = start(parser, __doc__)
-    device, tiny = arguments.device, arguments.tiny
+    device, tiny, vary = arguments.device, arguments.tiny, arguments.vary or []
+    chosen = settings(device, tiny, arguments.model)
+    try:
+        chosen = [chosen[0].vary(vary[0], int(value)) for value in vary[1:]] or chosen
+    except (TypeError, ValueError) as error:
+        parser.error(f"--vary {' '.join(vary)}: {error}")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     repeats = arguments.repeats or (2 if tiny else 3 if device == "cuda" else 7)
     ranks = Ranks.start() if "WORLD_SIZE" in os.environ else Ranks(0, 1, torch.device(device))
-    alone, output = arguments.ours_alone or ranks.size > 1, arguments.output if ranks.main else None
+    alone, output = arguments.ours_alone or bool(vary) or ranks.size > 1, arguments.output if ranks.main else None
     result |= {"rows": [], "skipped": [], "failed": []}
     try:
-        for setting in settings(device, tiny, arguments.model):
+        for setting in chosen:
             rows = result["rows"]
             try:
                 measure(setting, ranks, repeats, alone, result, output)

@@ -151,7 +151,7 @@ def against_eager(
     The truth is the formula in float64. If `trained`, each provider runs forward and backward: see `with_gradients`.
     """
     wrap: Any = partial(with_gradients, trained=trained, weights=weights) if trained else torch.no_grad()
-    compiled = Provider(torch.compile(eager.run, dynamic=False, fullgraph=True), "of eager")
+    compiled = Provider(torch.compile(eager.run, dynamic=False, fullgraph=True), "of eager", eager.prepare)
     providers = {"ours": ours, "eager": eager, "torch.compile": compiled, **(more or {})}
     providers = {name: replace(each, run=wrap(each.run)) for name, each in providers.items()}
 

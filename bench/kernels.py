@@ -20,7 +20,6 @@ from torch import Tensor
 from ..kernels.cfg_sample import Draw, cfg_sample
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_linear import decode_linear, decode_linear_add
-from ..kernels.dispatch import Impl
 from ..kernels.group_advantages import group_advantages
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope_kv_write import rope_kv_write
@@ -144,35 +143,30 @@ def products(device: str, tiny: bool) -> list[Case]:
 
     On a GPU only. Floor: the weights are read once.
     """
-    eps = 1e-6
-    impl: Impl = "triton" if device == "cuda" else "torch"
+    eps, impl = 1e-6, kernel(device) if device == "cuda" else "torch"
 
     def ours(x: Any, silu: bool) -> Outputs:
         given, weight, residual, norm, following, arrived = x
         normed, squares = decode_linear_add(given, weight, residual, norm, arrived, impl=impl)
         return decode_linear(normed, following, squares, eps=eps, silu=silu, impl=impl), residual
 
-    def eager(x: Any, silu: bool, fused: bool = False) -> Outputs:
+    def separate(x: Any, silu: bool, impl: Any) -> Outputs:
         given, weight, residual, norm, following, _ = x
-        out = F.linear(given, weight)
-        if fused:
-            out = F.linear(rms_norm(out, norm, eps, residual), following)
-            return silu_mul(out) if silu else out, residual
-        residual = residual + out
-        gate, up = F.linear(F.rms_norm(residual, norm.shape, norm, eps), following).chunk(2, dim=1)
-        return F.silu(gate) * up if silu else torch.cat([gate, up], 1), residual
+        out = F.linear(rms_norm(F.linear(given, weight), norm, eps, residual, impl=impl), following)
+        return silu_mul(out, impl=impl) if silu else out, residual
 
     def case(what: str, R: int, K: int, D: int, N: int, dtype: torch.dtype) -> Case:
-        silu = what == "o, gate and up"
-        shapes = ((R, K), (D, K), (R, D), (D,), (N, D))
+        shapes, silu = ((R, K), (D, K), (R, D), (D,), (N, D)), what == "o, gate and up"
 
         def inputs() -> Any:
             arrived = torch.zeros(-(-D // 64), dtype=torch.int32, device=device)
             return *(normal(shape, dtype, device, seed=i) / shape[-1] ** 0.5 for i, shape in enumerate(shapes)), arrived
 
-        fresh = lambda x: (*x[:2], x[2].clone(), *x[3:])  # noqa: E731
-        more = {"separate": Provider(partial(eager, silu=silu, fused=True), "cuBLAS, rms_norm and silu_mul", fresh)}
-        both = Provider(partial(ours, silu=silu), "adds in place", fresh), Provider(partial(eager, silu=silu), "cuBLAS")
+        def provider(run: Any, note: str) -> Provider:
+            return Provider(partial(run, silu=silu), note, lambda x: (*x[:2], x[2].clone(), *x[3:]))  # adds in place
+
+        both = provider(ours, ""), provider(partial(separate, impl="torch"), "cuBLAS and plain PyTorch")
+        more = {"separate": provider(partial(separate, impl=impl), "cuBLAS, rms_norm and silu_mul")}
         return against_eager({"what": what, "R": R}, dtype, inputs, *both, more, bytes=(K + N) * D * dtype.itemsize)
 
     if tiny:
@@ -195,8 +189,8 @@ def advantages(device: str, tiny: bool) -> list[Case]:
 
     ours = Provider(lambda x: (group_advantages(x[0], G, eps=eps, impl=impl),))
     theirs = Provider(eager, "no missing rewards, no checks")
-    given = partial(normal, (S, 3), torch.float32, device)
-    return [against_eager({"S": S, "G": G, "R": 3}, torch.float32, lambda: (given(),), ours, theirs)]
+    given = lambda: (normal((S, 3), torch.float32, device),)  # noqa: E731
+    return [against_eager({"S": S, "G": G, "R": 3}, torch.float32, given, ours, theirs)]
 
 
 def attention(device: str, tiny: bool) -> list[Case]:
@@ -306,7 +300,6 @@ def draws(device: str, tiny: bool) -> list[Case]:
             partial(inputs, B, V, guidance, dtype),
             Provider(partial(ours, top_k=top_k, impl=kernel(device))),
             Provider(partial(eager, top_k=top_k), "softmax and torch.multinomial"),
-            {"ours in PyTorch": Provider(partial(ours, top_k=top_k, impl="torch"), 'impl="torch"; the same tokens')},
             bytes=(1 + guidance) * B * V * dtype.itemsize,
         )
         return replace(case, truth=partial(truth, top_k=top_k), tolerance=1e-4)  # all compute in float32

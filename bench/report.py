@@ -19,7 +19,6 @@ from typing import Any
 from ..grpo.files import whole
 
 UNITS = {"gbps": "GB/s", "tflops": "TFLOP/s"}
-HERE = Path(__file__).resolve().parent
 SHOWN = 6  # kernels by name of a part of a step
 
 Result = Mapping[str, Any]
@@ -259,7 +258,7 @@ def write(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     help = "a folder of JSON files; RESULTS.md is written beside it"
-    parser.add_argument("results", type=Path, nargs="?", default=HERE / "results", help=help)
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("results"), help=help)
     try:
         write(parser.parse_args().results.resolve())
     except ValueError as error:

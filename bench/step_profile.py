@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -110,12 +109,11 @@ def measure(trainer: ShapeTrainer, steps: int, result: dict[str, Any], output: P
     on_gpu = device == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    before, begin = joules() if on_gpu else None, time.perf_counter()
+    before = joules() if on_gpu else None
     result |= step_times(trainer, steps, warm_up=0) | {"power": {}, "rows": [], "kernels": {}, "streams": {}}
     if before is not None:
-        used, images = (joules() or 0.0) - before, result["images"] // trainer.ranks.size * steps
-        result["power"]["watts"] = round(used / (time.perf_counter() - begin), 1)
-        result["power"]["joules_per_image"] = round(used / images, 2)
+        images = result["images"] // trainer.ranks.size * steps
+        result["power"]["joules_per_image"] = round(((joules() or 0.0) - before) / images, 2)
     result["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
     copy, gemm = copy_gbps(device, tiny), gemm_tflops(device, getattr(torch, config.dtype), tiny)
     result["ceilings"] = {"copy_gbps": copy, "gemm_tflops": {config.dtype: gemm}}
@@ -133,14 +131,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="profiled steps, in each of the two passes")
     arguments, result = start(parser, __doc__)
     logging.disable_progress_bar()
-    shape = arguments.shape
     ranks = Ranks.start() if "WORLD_SIZE" in os.environ else Ranks(0, 1, torch.device(arguments.device))
-    settings = toy_config if shape == "toy" else published_config
+    settings = toy_config if arguments.shape == "toy" else published_config
     output = arguments.output if ranks.main else None
     try:
         with tempfile.TemporaryDirectory() as folder:
             config = settings(eval_file=None, output_dir=folder, **TINY if arguments.tiny else {})
-            trainer = ShapeTrainer(shape, 16 if shape == "tiny" else 576, config, ranks)
+            trainer = ShapeTrainer(arguments.shape, 16 if arguments.shape == "tiny" else 576, config, ranks)
             measure(trainer, arguments.steps, result, output, arguments.tiny)
         if ranks.main:
             finish(result, output)

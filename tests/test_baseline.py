@@ -325,6 +325,18 @@ def test_a_step_is_written_when_it_has_been_measured(tmp_path: Path, monkeypatch
     assert result["rows"] == [row] and result["failed"][0]["provider"] == "baseline"
 
 
+def test_steps_along_a_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(monkeypatch, "--vary", "num_generations", "2", "4", "--repeats", "1") == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [(row["case"]["num_generations"], row["images"], row["provider"]) for row in rows] == [
+        (2, 4, "ours"), (4, 8, "ours"),
+    ]  # fmt: skip
+    for wrong in (["num_generation", "2"], ["num_generations", "many"]):
+        with pytest.raises(SystemExit):
+            run_main(monkeypatch, "--vary", *wrong)
+        assert f"--vary {' '.join(wrong)}" in capsys.readouterr().err
+
+
 def test_ours_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(monkeypatch, "--ours-alone", "--repeats", "1") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
