@@ -17,10 +17,7 @@ Source: github.com/CaraJ7/T2I-R1, src/t2i-r1/src/open_r1/trainer/grpo_trainer.py
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..grpo.config import Config
+from ..grpo.metrics import Phases
 from ..grpo.optim import MasterAdamW
 from ..model.chunk import RolloutChunk
 from ..model.policy import Policy
@@ -61,22 +59,6 @@ class Rollout(NamedTuple):
     def num_tokens(self) -> int:
         """The number of tokens that train."""
         return sum(map(len, self.plans)) + self.image_tokens.numel()
-
-
-class Phases:
-    """Measures wall seconds of named phases. A phase ends when the device has done its work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - start
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -204,7 +186,7 @@ def baseline_loss(
         raise ValueError(f"not the published algorithm: {different or config.loss_type}")
     if rewards.isnan().any():
         raise ValueError("a reward does not apply to a sample; the published code has no missing rewards")
-    phases = phases or Phases(policy.device)
+    phases = phases or Phases([], policy.device)
     groups = rewards.sum(1).view(-1, config.num_generations)
     advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
     policy.model.train(config.gradient_checkpointing)

@@ -29,11 +29,12 @@ from transformers.utils import logging
 
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
+from ..grpo.metrics import Phases
 from ..grpo.profile import short_collections
 from ..grpo.step import split
-from ..model.chunk import RolloutChunk
+from ..model.chunk import RolloutChunk, Span
 from ..rewards.config import RewardConfig
-from .baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, decode, draw, write_plans
+from .baseline_t2i_r1 import Rollout, baseline_loss, baseline_step, decode, draw, write_plans
 from .harness import Unavailable, command_line, finish, joules, left_out, quantiles, save, start
 from .models import SHAPES, TRAINED, ShapeTrainer, published_config, toy_config
 
@@ -92,7 +93,7 @@ class Contest(ShapeTrainer):
         self.step = step
         metrics, _ = self._train_step()
         self.grad_norm = metrics["grad_norm"]
-        phases.seconds.update({name: metrics[f"seconds/{name}"] for name in PHASES if f"seconds/{name}" in metrics})
+        phases.spans += [Span(x, 0.0, metrics[f"seconds/{x}"]) for x in PHASES if f"seconds/{x}" in metrics]
         return metrics["plan_tokens"]
 
     def baseline(self, step: int, phases: Phases) -> float:
@@ -106,7 +107,7 @@ class Contest(ShapeTrainer):
 
     def warm_up(self, alone: bool) -> None:
         """Take a step of ours, and draw some tokens and pictures by the baseline. `check` warms up its training."""
-        self.ours(0, Phases(self.ranks.device))
+        self.ours(0, Phases([], self.ranks.device))
         if alone:
             return
         few = replace(self.config, max_completion_length=min(WARM_UP, self.config.max_completion_length))
@@ -136,7 +137,7 @@ class Contest(ShapeTrainer):
             self.optimizer.adamw.zero_grad(set_to_none=True)
 
         self.inspect = baseline_norm
-        self.ours(step, Phases(self.ranks.device))
+        self.ours(step, Phases([], self.ranks.device))
         self.inspect = None
         error, limit = abs(norms[0] - self.grad_norm) / self.grad_norm, TOLERANCE[self.policy.dtype]
         said = f"{error:.2g}, beyond {limit}: {self.grad_norm:.6g}, baseline {norms[0]:.6g}"
@@ -150,10 +151,11 @@ def timed(step: Callable[[Phases], float], device: torch.device) -> dict[str, fl
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    phases, whole, before = Phases(device), Phases(device), joules() if on_gpu else None
+    phases, whole, before = Phases([], device), Phases([], device), joules() if on_gpu else None
     with whole("step"):
         plan_tokens = step(phases)
-    found = {name: phases.seconds.get(name, 0.0) for name in PHASES}
+    seconds = phases.seconds
+    found = {name: seconds.get(name, 0.0) for name in PHASES}
     found["rest"] = max(0.0, whole.seconds["step"] - sum(found.values()))
     found |= {"seconds": whole.seconds["step"], "plan_tokens": plan_tokens}
     if on_gpu:

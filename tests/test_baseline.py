@@ -16,9 +16,10 @@ from tiny import tiny_policy
 from torch import Tensor
 
 from bicot.bench import bench_step, bench_train, report
-from bicot.bench.baseline_t2i_r1 import Phases, Rollout, baseline_loss, baseline_step, draw, score, write_plans
+from bicot.bench.baseline_t2i_r1 import Rollout, baseline_loss, baseline_step, draw, score, write_plans
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
+from bicot.grpo.metrics import Phases
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.step import reference_logprobs, split, update
 from bicot.kernels.group_advantages import group_advantages
@@ -218,7 +219,7 @@ def test_a_step_ends_where_ours_does(loss_type: str, checkpointing: bool) -> Non
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
     training = []
     policy.decoder.register_forward_hook(lambda *_: training.append((torch.is_grad_enabled(), policy.model.training)))
-    optimizer, phases, reward = Recording(policy.trainable_parameters(), cfg), Phases(policy.device), Brightness()
+    optimizer, phases, reward = Recording(policy.trainable_parameters(), cfg), Phases([], policy.device), Brightness()
     arguments = (policy, reference, optimizer, encoder_of(policy), [reward], EXAMPLES, cfg)
     parts = baseline_step(*arguments, seed=3, phases=phases)
     assert phases.seconds.keys() == PHASES and min(phases.seconds.values()) > 0
@@ -251,7 +252,7 @@ def test_bfloat16_weights_train_through_their_masters() -> None:
         each.model.bfloat16()
     before = policy.model.lm_head.weight.detach().clone()
     arguments = (policy, reference, MasterAdamW(policy.trainable_parameters(), cfg), encoder_of(policy))
-    baseline_step(*arguments, [Brightness()], EXAMPLES, cfg, seed=3, phases=Phases(policy.device))
+    baseline_step(*arguments, [Brightness()], EXAMPLES, cfg, seed=3, phases=Phases([], policy.device))
     assert not torch.equal(policy.model.lm_head.weight, before)
 
 
@@ -266,7 +267,7 @@ def test_both_start_from_one_policy_and_train_it(contest: bench_step.Contest) ->
     trained = {name.split(".")[1] for name, p in contest.policy.model.named_parameters() if p.requires_grad}
     assert trained == {"language_model", "weight"}, "the body, and lm_head.weight"
     for run in (contest.baseline, contest.ours):
-        before, phases = weights.detach().clone(), Phases(contest.ranks.device)
+        before, phases = weights.detach().clone(), Phases([], contest.ranks.device)
         assert run(1, phases) == 4.0, "plans run to their limit"
         assert not torch.equal(weights, before) and phases.seconds.keys() == PHASES
 
