@@ -342,15 +342,39 @@ def test_bad_input_is_named(logits: Tensor, targets: Tensor, options: dict, mess
         token_logprobs(logits, targets, **options)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def unloaded() -> Iterator[None]:
+    """The library is looked for again, also by the tests that follow."""
+
+    def clear() -> None:
+        for cached in (native._load, native.function):
+            cached.cache_clear()
+
+    clear()
+    yield
+    clear()
+
+
+def test_without_the_library(unloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
-    caches = (native._load, native.function)
-    for cached in caches:
-        cached.cache_clear()
     with pytest.warns(UserWarning, match=r"_native.so does not exist.*pip install -e \."):
         stats = token_logprobs(LOGITS_OK, TARGETS_OK)
     assert torch.equal(stats.logprob, token_logprobs_ref(LOGITS_OK, TARGETS_OK).logprob)
     with pytest.raises(RuntimeError, match="_native.so does not exist"):
         token_logprobs(LOGITS_OK, TARGETS_OK, impl="native")
-    for cached in caches:
-        cached.cache_clear()
+
+
+@needs_native
+def test_a_library_of_other_sources_is_not_called(
+    unloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its functions may take other arguments, and would write anywhere."""
+    shutil.copytree(native.SOURCES, tmp_path / "csrc")
+    (tmp_path / "csrc" / "simd.h~").touch()  # an editor's copy is no source
+    monkeypatch.setattr(native, "SOURCES", tmp_path / "csrc")
+    assert native.available()
+    native._load.cache_clear()
+    with (tmp_path / "csrc" / "simd.h").open("a") as file:
+        file.write("// changed\n")
+    with pytest.warns(UserWarning, match=r"built from other sources than those in .*csrc\).*pip install -e \."):
+        assert not native.available()
