@@ -44,7 +44,9 @@ def runs(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (out / SHARDED).write_text(json.dumps(zero3))
         for launcher in (TORCHRUN, [sys.executable]):
             command = [*launcher, str(ROOT / "tests" / "zero_training.py"), str(job), str(out)]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, timeout=900)
+            subprocess.run(
+                command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, timeout=900
+            )
 
     return made_once(tmp_path_factory, "zero_runs", make)
 
