@@ -62,7 +62,7 @@ def test_options_and_links_exist(name: str) -> None:
     options = {field.name for field in dataclasses.fields(Config)}
     options |= {f"rewards.{field.name}" for field in dataclasses.fields(RewardConfig)}
     options |= {"config", "help", "print_config", "dry_run", "gpu_gib", "gpus", "force_memory", "debug"}  # of train.py
-    options |= {"output", "gpu", "shape", "quick", "tests", "model"}  # of the benches
+    options |= {"output", "gpu", "shape", "quick", "tests", "model", "vary"}  # of the benches
     options |= {"nproc-per-node", "log-dir", "tee"} | {"view"}  # of torchrun, and of train.py too
     scripts = "".join((ROOT / script).read_text() for script in ("generate.py", "evaluate.py"))
     options |= set(re.findall(r'"--(\w+)"', scripts))
