@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.cfg_sample import Draw, cfg_sample
 from ..kernels.decode_attention import decode_attention
-from ..kernels.decode_linear import decode_linear, decode_linear_add
+from ..kernels.decode_linear import BLOCK_OUTPUTS, decode_linear, decode_linear_add
 from ..kernels.group_advantages import group_advantages
 from ..kernels.rms_norm import add_rms_norm, rms_norm
 from ..kernels.rope_kv_write import rope_kv_write
@@ -159,7 +159,7 @@ def products(device: str, tiny: bool) -> list[Case]:
         shapes, silu = ((R, K), (D, K), (R, D), (D,), (N, D)), what == "o, gate and up"
 
         def inputs() -> Any:
-            arrived = torch.zeros(-(-D // 64), dtype=torch.int32, device=device)
+            arrived = torch.zeros(-(-D // BLOCK_OUTPUTS), dtype=torch.int32, device=device)
             return *(normal(shape, dtype, device, seed=i) / shape[-1] ** 0.5 for i, shape in enumerate(shapes)), arrived
 
         def provider(run: Any, note: str) -> Provider:

@@ -9,8 +9,8 @@
 The benches leave OUTDIR/results/*.json and OUTDIR/RESULTS.md. A bench writes its file after each case, so one that is
 ended at its limit (exit status 124) leaves the cases that were measured. The tests leave
 OUTDIR/tests.log with a line for each test that ended, and OUTDIR/tests.xml. A test that takes over two minutes, and a
-test that breaks its process, fails alone. `--device cpu` takes the same way without a GPU, and `--tiny` takes small
-shapes, whose times mean nothing.
+test that breaks its process, fails alone. `--device cpu` runs the same steps without a GPU, and `--tiny` uses
+small shapes, whose times mean nothing.
 
 The benches need torch, triton, transformers, numpy and pytest. Other libraries take part if they can be imported. A
 failed step does not stop the others: the last line names it, and the exit status is 1. PYTHON names the interpreter,

@@ -132,9 +132,7 @@ class Replay:
         first = self.load(steps[0] if steps else 1)
         if weights is not None and len(weights) != len(first.trained):
             raise ValueError(f"reward_weights has {len(weights)} entries, {folder} has rewards {first.trained}")
-        self.ensemble = RewardEnsemble([])  # only names and weights, since the scores are in the files
-        self.ensemble.names = [*first.trained, *first.monitored]
-        self.ensemble.weights = torch.tensor([*(weights or [1.0] * len(first.trained)), *[0.0] * len(first.monitored)])
+        self.ensemble = RewardEnsemble.of_names(first.trained, weights, first.monitored)
 
     def load(self, step: int) -> SavedRollout:
         """Read this rank's samples of a step."""

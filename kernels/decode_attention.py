@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, register, tl, triton
+from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, processors, register, tl, triton
 from .kv_pool import check_pool, choose_for_pool
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
@@ -175,10 +175,6 @@ def num_splits(programs: int, P: int, processors: int) -> int:
     return int(triton.next_power_of_2(max(wanted, 1)))
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _launch(
     q: Tensor,
     keys: Tensor,
@@ -211,7 +207,7 @@ def _launch(
     elif R:
         config = launch_config(Hq // Hkv, E)
         blocks = Hkv * triton.cdiv(Hq // Hkv, config["GB"])
-        splits = num_splits(R * blocks, P, _processors(q.device))
+        splits = num_splits(R * blocks, P, processors(q.device, 1))
         partial = top = sums = out
         if splits > 1:
             partial = q.new_empty(R * Hq * splits * E, dtype=torch.float32)

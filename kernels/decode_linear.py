@@ -26,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import INTERPRETED, Impl, choose, forward_only, launch, register, tl, triton
+from .dispatch import INTERPRETED, Impl, choose, forward_only, launch, processors, register, tl, triton
+from .silu_mul import silu
 
 MAX_SEQUENCES = 64  # in one tile; for more, cuBLAS is near the floor
-_OUTPUTS = 64  # of one program
+BLOCK_OUTPUTS = 64  # a program computes so many; `arrived` has a counter for each block of them
 
 
 def decode_linear_ref(
@@ -61,8 +62,7 @@ def _store(  # type: ignore[no-untyped-def]
     dtype = p_out.dtype.element_ty
     if SILU:
         b_gate, b_up = b_y.reshape(b_y.shape[0], OUTPUTS // 2, 2).split()
-        b_e = tl.exp(-tl.abs(b_gate))  # never overflows
-        b_y = tl.where(b_gate < 0, b_gate * b_e, b_gate) / (1 + b_e) * b_up
+        b_y = silu(b_gate) * b_up
     WIDTH: tl.constexpr = OUTPUTS // 2 if SILU else OUTPUTS
     o_n = block * WIDTH + tl.arange(0, WIDTH)[None, :]
     size = N // 2 if SILU else N
@@ -139,12 +139,12 @@ def _decode_linear_kernel(  # type: ignore[no-untyped-def]
 def launch_config(R: int, itemsize: int = 2) -> dict[str, Any]:
     """A multiprocessor holds up to three programs, each of which loads three tiles of 16 KiB of weights ahead."""
     sequences = max(16, triton.next_power_of_2(R))
-    return {"SEQUENCES": sequences, "OUTPUTS": _OUTPUTS, "DEPTH": 256 // itemsize, "num_warps": 4, "num_stages": 4}
+    return {"SEQUENCES": sequences, "OUTPUTS": BLOCK_OUTPUTS, "DEPTH": 256 // itemsize, "num_warps": 4, "num_stages": 4}
 
 
 def num_splits(N: int, K: int, processors: int) -> int:
     """A power of two: about one program for each multiprocessor, with 256 inputs at least."""
-    wanted = min(processors // triton.cdiv(N, _OUTPUTS), K // 256, 8)
+    wanted = min(processors // triton.cdiv(N, BLOCK_OUTPUTS), K // 256, 8)
     return 1 << max(wanted, 1).bit_length() - 1
 
 
@@ -155,13 +155,13 @@ def _run(
     """-> out, squares of the residual (None without one)."""
     (R, K), N = x.shape, len(weight)
     config = launch_config(R, x.element_size())
-    blocks, splits = triton.cdiv(N, _OUTPUTS), 1
+    blocks, splits = triton.cdiv(N, BLOCK_OUTPUTS), 1
     out, new_squares, partial = x.new_empty(R, N // 2 if silu else N), None, None
     if residual is not None:
-        splits = num_splits(N, K, _processors(x.device))
+        splits = num_splits(N, K, processors(x.device, 4))  # the interpreter also splits
         new_squares = x.new_empty(R, blocks, dtype=torch.float32)
         if splits > 1:
-            partial = x.new_empty(blocks * splits * config["SEQUENCES"] * _OUTPUTS, dtype=torch.float32)
+            partial = x.new_empty(blocks * splits * config["SEQUENCES"] * BLOCK_OUTPUTS, dtype=torch.float32)
             arrived = x.new_zeros(blocks, dtype=torch.int32) if arrived is None else arrived
     if R:
         launch(
@@ -170,11 +170,6 @@ def _run(
             ADD=residual is not None, SPLITS=splits, WIDE=INTERPRETED, **config,
         )  # fmt: skip
     return out, new_squares
-
-
-def _processors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU; 4 for the interpreter, so that inputs are split."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _launch(x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, silu: bool) -> Tensor:
@@ -194,7 +189,7 @@ def _launch_add(
 
 
 def _fake_add(x: Tensor, weight: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(residual), x.new_empty(len(x), -(-len(weight) // _OUTPUTS), dtype=torch.float32)
+    return torch.empty_like(residual), x.new_empty(len(x), -(-len(weight) // BLOCK_OUTPUTS), dtype=torch.float32)
 
 
 _op = register("decode_linear", _launch, _fake)
@@ -293,7 +288,7 @@ def decode_linear_add(
 
     Source: arXiv 1910.07467.
     """
-    N, counters = len(weight), -(-len(weight) // _OUTPUTS)
+    N, counters = len(weight), -(-len(weight) // BLOCK_OUTPUTS)
     chosen = _check(
         "decode_linear_add", impl, x, weight, residual=(residual, x.dtype, (len(x), N)),
         norm_weight=(norm_weight, x.dtype, (N,)), arrived=(arrived, torch.int32, (counters,)),

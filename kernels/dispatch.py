@@ -51,6 +51,7 @@ __all__ = [
     "forward_only",
     "has_dependent_launch",
     "launch",
+    "processors",
     "register",
     "tl",
     "triton",
@@ -100,6 +101,11 @@ def choose(impl: Impl, device: torch.device, dtype: torch.dtype, *, cpp: bool = 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current one, because Triton launches on the current GPU, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def processors(device: torch.device, interpreted: int) -> int:
+    """Number of multiprocessors of a GPU; `interpreted` for Triton's interpreter, which has none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else interpreted
 
 
 _dependent = ContextVar("dependent launches", default=False)

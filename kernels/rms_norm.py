@@ -26,7 +26,18 @@ import torch
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, forward_only, launch, register, tl, triton, wants_gradient
+from .dispatch import (
+    NATIVE_DTYPES,
+    Impl,
+    choose,
+    forward_only,
+    launch,
+    processors,
+    register,
+    tl,
+    triton,
+    wants_gradient,
+)
 
 _NATIVE = (ctypes.c_void_p,) * 4 + (ctypes.c_int64,) * 2 + (ctypes.c_double, ctypes.c_int)
 _NATIVE_BACKWARD = (ctypes.c_void_p,) * 6 + (ctypes.c_int64,) * 3 + (ctypes.c_double, ctypes.c_int)
@@ -144,7 +155,7 @@ def _launch_backward(
     d_x = torch.empty_like(total)
     native_impl = impl == "native"
     # float32 sums, one for each program or for each _TOKENS_PER_SUM tokens, are added in a fixed order
-    num_sums = -(-N // _TOKENS_PER_SUM) if native_impl else min(N, 2 * _processors(total.device))
+    num_sums = -(-N // _TOKENS_PER_SUM) if native_impl else min(N, 2 * processors(total.device, 2))
     sums = total.new_empty(num_sums, D, dtype=torch.float32) if trains else None
     if native_impl:
         pointers = [None if t is None else t.data_ptr() for t in (total, weight, d_out, d_total, d_x, sums)]
@@ -262,11 +273,6 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, impl: Impl) -> st
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
         raise ValueError(f"residual must be like x, {_of(x)}, got {_of(residual)}")
     return choose(impl, x.device, x.dtype)
-
-
-def _processors(device: torch.device) -> int:
-    """Number of multiprocessors of a GPU; 2 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def _of(x: Tensor) -> str:

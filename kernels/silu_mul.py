@@ -35,6 +35,12 @@ def silu_mul_ref(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def silu(b_x):  # type: ignore[no-untyped-def]
+    b_e = tl.exp(-tl.abs(b_x))  # never overflows
+    return tl.where(b_x < 0, b_x * b_e, b_x) / (1 + b_e)
+
+
+@triton.jit
 def _silu_mul_kernel(p_gate_up, p_out, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False):  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -44,8 +50,7 @@ def _silu_mul_kernel(p_gate_up, p_out, SIZE: tl.constexpr, BLOCK: tl.constexpr, 
     p_gate = p_gate_up + token * (2 * SIZE) + o
     b_gate = tl.load(p_gate, m, other=0).to(tl.float32)
     b_up = tl.load(p_gate + SIZE, m, other=0).to(tl.float32)
-    b_e = tl.exp(-tl.abs(b_gate))  # never overflows
-    b_silu = (tl.where(b_gate < 0, b_gate * b_e, b_gate) / (1 + b_e)).to(p_out.dtype.element_ty)
+    b_silu = silu(b_gate).to(p_out.dtype.element_ty)
     tl.store(p_out + token * SIZE + o, (b_silu.to(tl.float32) * b_up).to(p_out.dtype.element_ty), m)
 
 

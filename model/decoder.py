@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..kernels.decode_attention import decode_attention
-from ..kernels.decode_linear import MAX_SEQUENCES, decode_linear, decode_linear_add
+from ..kernels.decode_linear import BLOCK_OUTPUTS, MAX_SEQUENCES, decode_linear, decode_linear_add
 from ..kernels.host import upload
 from ..kernels.prefill_attention import prefill_attention
 from ..kernels.rms_norm import rms_norm
@@ -62,7 +62,7 @@ class Decoder:
         self._tables: dict[int, Tensor] = {}  # number of tokens -> the input of its graph
         self.eps = config.rms_norm_eps
         self.fused_linear = False
-        self._arrived = torch.zeros(-(-config.hidden_size // 64), dtype=torch.int32, device=policy.device)
+        self._arrived = torch.zeros(-(-config.hidden_size // BLOCK_OUTPUTS), dtype=torch.int32, device=policy.device)
         positions = torch.arange(max_context, device=policy.device)
         like = torch.empty(0, dtype=policy.dtype, device=policy.device)
         self.cos, self.sin = (t[0, :, : pool.dim // 2].contiguous() for t in rotary(like, positions[None]))

@@ -100,10 +100,7 @@ class RewardEnsemble:
         on_reward_error: OnError = "raise",
         failures: str | Path | None = None,
     ) -> None:
-        every = [*rewards, *monitors]
-        self.names = _different([reward.name for reward in every])
-        trained = [1.0] * len(rewards) if weights is None else list(weights)
-        self.weights = torch.tensor([*trained, *[0.0] * len(monitors)])
+        self._weigh([reward.name for reward in rewards], weights, [reward.name for reward in monitors])
         threads = torch.device(device).type == "cuda" if schedule == "auto" else schedule == "threads"
         places = placements or {}
         self.workers = [
@@ -115,8 +112,22 @@ class RewardEnsemble:
                 on_error=on_reward_error,
                 failures=Path(failures) if failures else None,
             )
-            for reward in every
+            for reward in (*rewards, *monitors)
         ]
+
+    @classmethod
+    def of_names(
+        cls, rewards: Sequence[str], weights: Sequence[float] | None, monitors: Sequence[str]
+    ) -> RewardEnsemble:
+        """An ensemble for scores that exist already, such as those in files."""
+        ensemble = cls([])
+        ensemble._weigh(rewards, weights, monitors)
+        return ensemble
+
+    def _weigh(self, rewards: Sequence[str], weights: Sequence[float] | None, monitors: Sequence[str]) -> None:
+        self.names = _different([*rewards, *monitors])
+        trained = [1.0] * len(rewards) if weights is None else list(weights)
+        self.weights = torch.tensor([*trained, *[0.0] * len(monitors)])
 
     def beside(self, other: RewardEnsemble) -> RewardEnsemble:
         """An ensemble of the rewards of both, this one's first. The rewards are shared, not copied.

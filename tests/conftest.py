@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bounds import checked_bounds
+from oracle import IMPLEMENTATIONS, poisoned_outputs
 from tiny import tiny_policy
 
 from bicot.kernels.dispatch import INTERPRETED
@@ -36,6 +37,18 @@ def pytest_runtest_teardown() -> None:
             if os.environ.get("PYTEST_XDIST_WORKER"):
                 os._exit(1)
             raise
+
+
+@pytest.fixture(params=IMPLEMENTATIONS, scope="module")
+def impl(request: pytest.FixtureRequest) -> str:
+    """Every implementation of a kernel that can run here, unless a test has its own list."""
+    return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    with poisoned_outputs():
+        yield
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,9 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import (
-    IMPLEMENTATIONS,
     NATIVE,
     amid_nan,
     device,
-    poisoned_outputs,
 )
 from sampling import (
     EXAMPLES,
@@ -27,6 +24,7 @@ from sampling import (
     INF,
     INT64,
     LEAST,
+    MARKS,
     MOST,
     TOLERANCE,
     assert_alike,
@@ -45,20 +43,7 @@ from bicot.kernels import cfg_sample as module
 from bicot.kernels.cfg_sample import exponential, philox
 from bicot.kernels.dispatch import INTERPRETED
 
-# the interpreter's NumPy warns of -inf - -inf, which a masked token is
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-@pytest.fixture(params=IMPLEMENTATIONS, scope="module")
-def impl(request: pytest.FixtureRequest) -> str:
-    """Every implementation that can run here, unless a test has its own list."""
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poison_outputs() -> Iterator[None]:
-    with poisoned_outputs():
-        yield
+pytestmark = MARKS
 
 
 def philox4x32(counter: list[int], key: list[int], rounds: int = 7) -> list[int]:
@@ -114,7 +99,7 @@ class TestPhilox:
         pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
         assert philox4x32(pi, [0xA4093822, 0x299F31D0], 10) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     @given(INT64, st.lists(INT64, min_size=1, max_size=5), st.integers(0, 2**32 - 1))
     def test_equals_the_oracle_for_any_key_and_counter(self, seed: int, offsets: list[int], call: int) -> None:
         words = torch.stack(philox(seed, torch.tensor(offsets), torch.tensor(call)), dim=1)
@@ -231,7 +216,7 @@ def short_rows(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     return draw(values), draw(st.none() | values), options
 
 
-@settings(deadline=None, max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES)
 @given(short_rows(), INT64, st.integers(0, 2**63 - 1))
 def test_draws_the_token_that_comes_in_first(impl: str, row: tuple, seed: int, offset: int) -> None:
     cond, uncond, options = row
@@ -308,7 +293,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
 
 class TestReference:
     @kernels
-    @settings(deadline=None, max_examples=2 * EXAMPLES)
+    @settings(max_examples=2 * EXAMPLES)
     @given(problems())
     def test_draws_what_the_reference_draws(self, impl: str, problem: tuple) -> None:
         cond, uncond, options = problem

@@ -6,22 +6,21 @@ import itertools
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from oracle import (
-    IMPLEMENTATIONS,
     NATIVE,
     assert_no_worse,
     device,
     gpu,
     no_host_sync,
-    poisoned_outputs,
 )
 from sampling import (
     GREEDY,
     INF,
+    MARKS,
     TOLERANCE,
     TRUNCATED,
     assert_alike,
@@ -38,20 +37,7 @@ from torch import Tensor
 from bicot.kernels.cfg_sample import Draw, cfg_sample
 from bicot.kernels.dispatch import INTERPRETED
 
-# the interpreter's NumPy warns of -inf - -inf, which a masked token is
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-@pytest.fixture(params=IMPLEMENTATIONS, scope="module")
-def impl(request: pytest.FixtureRequest) -> str:
-    """Every implementation that can run here, unless a test has its own list."""
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poison_outputs() -> Iterator[None]:
-    with poisoned_outputs():
-        yield
+pytestmark = MARKS
 
 
 def grid(B: int, V: int, seed: int = 0) -> Tensor:

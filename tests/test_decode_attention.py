@@ -319,7 +319,7 @@ def test_splits(dtype: torch.dtype, impl: str, monkeypatch: pytest.MonkeyPatch) 
     for fp8 in (False, True):
         p = pool(2, 2, 64, dtype, [(0, 1), (37, 91), (0, 263)])
         for processors in (1, 2, 10**4):
-            monkeypatch.setattr(module, "_processors", lambda _, n=processors: n)
+            monkeypatch.setattr(module, "processors", lambda *_, n=processors: n)
             monkeypatch.setattr(module, "_SPLIT_KEYS", 16)
             compare(p.to_fp8() if fp8 else p, impl)
     assert module.num_splits(6, len(p.keys), 10**4) == 32

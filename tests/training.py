@@ -45,7 +45,7 @@ def run(job: Path, output: Path, *more: str, **changes: Any) -> dict[str, Any]:
 
 
 def run_program(script: str, given: Iterable[str]) -> None:
-    """`python script given` in this process: another imports everything for 4 seconds."""
+    """Run `python script given` in this process, because a new one would import for 4 seconds."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -57,7 +57,7 @@ def run_program(script: str, given: Iterable[str]) -> None:
 
 
 def environment(*folders: Path) -> dict[str, str]:
-    """Of a process that finds the modules in `folders`."""
+    """The environment of a process that finds the modules in `folders`."""
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *map(str, folders)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
