@@ -105,9 +105,14 @@ class MasterAdamW:
         wide = torch.promote_types(grads[0].dtype, torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
         nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
-        self._require_finite(norm)
-        with self._rounding() if self.rounds else nullcontext():
+        if self.rounds:
+            self._require_finite(norm)
+            with self._rounding():
+                self.adamw.step()
+        else:  # the host waits for the norm when AdamW is on its way, which changes nothing where found_inf is 1
+            self.adamw.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
             self.adamw.step()
+            self._require_finite(norm)
         self.adamw.zero_grad(set_to_none=True)
         pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
         if pairs:

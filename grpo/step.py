@@ -334,7 +334,7 @@ def update(
             meter.add(result.metrics, {"text": counts[i][0], "image": counts[i][1]}, loss)
         grad_norm = optimizer.step(ranks.sum_gradients)
     optimizer.schedule.step()
-    policy.model.eval()
+    _set_mode(policy, training=False)
     return {**meter.reduce(ranks), **dropped, "grad_norm": grad_norm}
 
 
@@ -363,7 +363,12 @@ def _text_tokens(rollout: RolloutChunk, config: Config) -> slice | Tensor:
 
 def _train_mode(policy: Policy, config: Config) -> None:
     """Switch on training mode if it is needed: for recomputing activations or for LoRA's dropout."""
-    policy.model.train(config.gradient_checkpointing is True or config.lora_dropout > 0)
+    _set_mode(policy, training=config.gradient_checkpointing is True or config.lora_dropout > 0)
+
+
+def _set_mode(policy: Policy, training: bool) -> None:
+    if policy.model.training != training:  # setting it in all modules takes milliseconds, in which a GPU is idle
+        policy.model.train(training)
 
 
 class _Meter:

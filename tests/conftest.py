@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tiny import tiny_policy
 
 from bicot.kernels.dispatch import INTERPRETED
 from bicot.model.policy import Policy
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it; tests send it
 
 if INTERPRETED:
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import math
 from typing import Any
 
 import pytest
@@ -59,13 +61,28 @@ def test_gradients_are_collected_by_few_kernels_in_parts(monkeypatch: pytest.Mon
         assert (master.grad is None and grad is None) or torch.equal(master.grad, grad)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = MasterAdamW([weight], config())
-    weight.grad = torch.tensor([1.0, float("nan")])
-    with pytest.raises(FloatingPointError, match="the loss diverged"):
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_changes_nothing(dtype: torch.dtype, bad: float, optim: str) -> None:
+    if optim == "adamw_8bit":
+        pytest.importorskip("torchao")
+    weights = [torch.nn.Parameter(torch.ones(64, 64, dtype=dtype)) for _ in range(2)]
+    optimizer = MasterAdamW(weights, config(dtype=str(dtype).removeprefix("torch."), optim=optim, ema_decay=0.5))
+    grads = [torch.randn(64, 64, dtype=dtype) for _ in range(2)]
+
+    def step() -> None:
+        for weight, grad in zip(weights, grads, strict=True):
+            weight.grad = grad.clone()
+        optimizer.collect()
         optimizer.step(lambda parameters: None)
-    assert torch.equal(weight.data, torch.ones(2))
+
+    step()
+    before = copy.deepcopy((optimizer.state_dict(), weights))
+    grads[1][0, 0] = bad
+    with pytest.raises(FloatingPointError, match="the loss diverged"):
+        step()
+    torch.testing.assert_close((optimizer.state_dict(), weights), before, rtol=0, atol=0)
 
 
 def test_adamw_8bit_moves_bfloat16_weights_as_float32_does_and_resumes() -> None:
