@@ -6,10 +6,11 @@ guidance. The VQ model decodes them, and every reward scores them one at a time,
 each take two padded passes, text and image. As published, both passes run the text head over every position and drop
 those logits; the text pass computes them again. Log-softmax goes row by row over whole rows of logits.
 
-In three points it is faster than the published code: pictures reach the rewards as tensors, not through PIL; only what
-`gradient_checkpointing` asks for is recomputed (there, everything); all micro-batches are drawn before the first is
-trained on, so no graph of a forward pass is kept while pictures are drawn. The published loss divides by the tokens of
-each micro-batch and averages (loss_type bnpo); dapo, which divides by those of the whole step, is here too.
+In three points it is faster than the published code: pictures reach the rewards as tensors, not through PIL;
+activations are recomputed only if `gradient_checkpointing` is true (there, always); all micro-batches are drawn before
+the first is trained on, so no graph of a forward pass is kept while pictures are drawn. The published loss divides by
+the tokens of each micro-batch and averages (loss_type bnpo); dapo, which divides by those of the whole step, is here
+too.
 
 Shapes: S samples of a micro-batch, P longest prompt, C longest plan, T image tokens, V a vocabulary.
 Source: github.com/CaraJ7/T2I-R1, src/t2i-r1/src/open_r1/trainer/grpo_trainer.py.
@@ -189,7 +190,7 @@ def baseline_loss(
     phases = phases or Phases([], policy.device)
     groups = rewards.sum(1).view(-1, config.num_generations)
     advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
-    policy.model.train(config.gradient_checkpointing)
+    policy.model.train(config.gradient_checkpointing is True)
     with phases("train"):
         logp, mask = logprobs(policy, rollout)
     loss = -(logp - logp.detach()).exp() * advantages.to(logp)

@@ -5,11 +5,12 @@ Both train one policy in turn, with the same optimizer, prompts, seeds, rewards 
 the baseline as bench/baseline_t2i_r1.py says (it draws two rows a picture, also without guidance). First the gradient
 norms of both on one rollout must agree. On a CPU: the toy with its own settings, and with the published guidance and
 one prompt a micro-batch. On a GPU: random weights at true shapes. There plans run to their limit, pictures have 576
-tokens as published, the reward is the brightness of a picture, and activations are recomputed. Of Janus-Pro-7B only the
-last layers and the text head train, so that it fits into 80 GB. On a GPU a step of the baseline is one micro-batch, and
-the two are compared by the image. Phases of ours can overlap on a GPU. The peak memory of the baseline is counted
-without our KV cache. Under torchrun, the ranks share the steps of ours. `--vary num_generations 4 8` times ours alone,
-with each value of a setting.
+tokens as published, and the reward is the brightness of a picture. As much is recomputed, and as many tokens are
+trained at a time, as `auto` takes for the GPU; the note says what. Of Janus-Pro-7B only the last layers and the text
+head train, so that it fits into 80 GB. On a GPU a step of the baseline is one micro-batch, and the two are compared by
+the image. Phases of ours can overlap on a GPU. The peak memory of the baseline is counted without our KV cache. Under
+torchrun, the ranks share the steps of ours. `--vary num_generations 4 8` times ours alone, with each value of a
+setting.
 """
 
 from __future__ import annotations
@@ -195,7 +196,11 @@ def measure(
         part = images["baseline"] < images["ours"]
         pool = contest.engine.pool
         held = {"ours": 0, "baseline": pool.capacity * pool.bytes_per_token}
-        note = {"ours": "", "baseline": "one micro-batch and an optimizer step; compared by the image" if part else ""}
+        memory = contest.memory_settings if ranks.device.type == "cuda" else ""
+        note = {
+            "ours": memory,
+            "baseline": "one micro-batch and an optimizer step; compared by the image" if part else "",
+        }
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in (["ours"] if alone else ["ours", "baseline"])}
         with short_collections():
             for step in range(2, 2 + repeats):

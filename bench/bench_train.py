@@ -46,7 +46,7 @@ def settings_of(device: str, tiny: bool) -> list[Setting]:
     names = ["tiny"] if tiny else ["toy", "Janus-Pro-1B of 2 layers"] if device == "cpu" else ["Janus-Pro-1B"]
     found = []
     for name in names:
-        few: dict[str, Any] = {"learning_rate": 0.0, "beta": 0.0}
+        few: dict[str, Any] = {"learning_rate": 0.0, "beta": 0.0, "micro_batch_tokens": None}
         if name.endswith("layers"):
             few |= {"num_generations": 2, "gradient_accumulation_steps": 1}
         setting = settings(device, tiny, name, 64 if name.endswith("layers") else None)[-1]

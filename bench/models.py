@@ -6,6 +6,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from ..grpo.config import Config, RewardConfig
 from ..grpo.distributed import Ranks
+from ..grpo.plan import AUTO, settle, yaml_text
 from ..grpo.trainer import Trainer
 from ..model.policy import Policy, load_policy
 from ..rewards.base import Example
@@ -123,19 +125,21 @@ def brightness(images: Tensor, examples: Sequence[Example]) -> Tensor:
 
 def toy_config(**changes: Any) -> Config:
     """Read configs/toy.yaml, without the packages that a command line needs, and change some settings."""
-    values = yaml.safe_load((ROOT / "configs" / "toy.yaml").read_text())
-    for name in ("model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path"):
-        values[name] = str(ROOT / values[name])
-    values["rewards"] = RewardConfig(**values["rewards"])
-    return Config(**values | changes)
+    values = _read("toy")
+    return Config(**values | {"rewards": RewardConfig(**values["rewards"])} | changes)
 
 
 def published_config(**changes: Any) -> Config:
-    """The published settings with the toy's prompts and plans of at most 80 tokens, for random weights."""
-    files = {name: getattr(toy_config(), name) for name in ("train_file", "model_name_or_path")}
-    settings = {"gradient_checkpointing": True, "max_completion_length": 80, "eval_file": None, "sample_steps": 0}
-    rewards = RewardConfig(["bicot.bench.models:brightness"])
-    return Config(**files | settings | {"rewards": rewards} | changes)
+    """Read configs/janus-pro-1b.yaml; the toy's prompts, plans of at most 80 tokens, and a reward without weights."""
+    values = _read("janus-pro-1b") | {name: _read("toy")[name] for name in ("train_file", "model_name_or_path")}
+    values |= {"max_completion_length": 80, "eval_file": None, "sample_steps": 0}
+    return Config(**values | {"rewards": RewardConfig(["bicot.bench.models:brightness"])} | changes)
+
+
+def _read(name: str) -> dict[str, Any]:
+    values = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    paths = {"model_name_or_path", "train_file", "eval_file", "reasoning_prompt_path"} & set(values)
+    return values | {path: str(ROOT / values[path]) for path in paths}
 
 
 class ShapeTrainer(Trainer):
@@ -146,7 +150,17 @@ class ShapeTrainer(Trainer):
 
     def __init__(self, shape: str, image_tokens: int, config: Config, ranks: Ranks) -> None:
         self.shape, self.image_tokens = shape, image_tokens
-        super().__init__(config, ranks)
+        if shape in TRAINED:
+            first = SHAPES[shape].layers - TRAINED[shape]
+            parts = ("embed_tokens", *(f"layers.{i}" for i in range(first)))
+            config = replace(config, freeze=[*config.freeze, *(f"model.language_model.{part}." for part in parts)])
+        given = (SHAPES[shape], getattr(torch, config.dtype), "meta", image_tokens)
+        super().__init__(settle(config, ranks, lambda _: _random_model(*given)), ranks)
+
+    @property
+    def memory_settings(self) -> str:
+        """What the settings that depend on the size of the GPU are."""
+        return ", ".join(f"{name} {yaml_text(getattr(self.config, name))}" for name in AUTO)
 
     def _roll_out(self, examples: list[Example]) -> Any:
         drawn = super()._roll_out(examples)
@@ -166,11 +180,6 @@ class ShapeTrainer(Trainer):
             with torch.device(self.ranks.device):
                 pictures: Any = JanusVQVAE(policy.config.vq_config)
             policy.model.model.vqmodel = pictures.to(dtype).eval()
-        frozen = [*self.config.freeze]
-        if self.shape in TRAINED:
-            first = SHAPES[self.shape].layers - TRAINED[self.shape]
-            parts = ("embed_tokens", *(f"layers.{i}" for i in range(first)))
-            frozen += [f"model.language_model.{part}." for part in parts]
         for name, parameter in policy.model.named_parameters():
-            parameter.requires_grad_(not reference and not name.startswith(tuple(frozen)))
+            parameter.requires_grad_(not reference and not name.startswith(tuple(self.config.freeze)))
         return policy.freeze() if reference else policy

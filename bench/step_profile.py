@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ..grpo.distributed import Ranks
 from ..grpo.profile import profiled, step_times
-from ..grpo.step import split
+from ..grpo.step import micro_batches_of
 from .harness import command_line, copy_gbps, finish, gemm_tflops, joules, save, start
 from .models import SHAPES, ShapeTrainer, published_config, toy_config
 
@@ -66,7 +66,8 @@ def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
     flops["image decode"] = 2 * (body + matrices(generation)) * rows * T
     # training: each token once, the common beginning of neighbours too
     drawn = policy.image_ids(pictures)
-    for part in split(rollout, config):
+    parts = micro_batches_of(policy, rollout, trainer.encoder, config)
+    for part in parts:
         prompts, plans, image_prompts, _ = part.ids
         pairs = (prompts, plans), (image_prompts, drawn[: len(part)])
         blocks = [[[*p, *c[:-1]] for p, c in zip(*pair, strict=True)] for pair in pairs]
@@ -81,7 +82,7 @@ def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
         flops["reference"] = flops["forward"] + 2 * sum(tokens * weight.numel() for tokens, weight in heads)
     # the gradient is read twice, the first time for its norm; master and moments are read and written
     for p, master in zip(trainer.optimizer.parameters, trainer.optimizer.masters, strict=True):
-        apart = p.itemsize + config.gradient_accumulation_steps * (p.itemsize + 4) if p is not master else 0
+        apart = p.itemsize + len(parts) * (p.itemsize + 4) if p is not master else 0
         read["optimizer"] += p.numel() * (32 + apart)
     decoder = trainer.engine.weights.image_decoder.model
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -108,6 +109,7 @@ def measure(trainer: ShapeTrainer, steps: int, result: dict[str, Any], output: P
     step_times(trainer, 1)
     on_gpu = device == "cuda"
     if on_gpu:
+        result["note"] = f"Here, {trainer.memory_settings}."
         torch.cuda.reset_peak_memory_stats()
     before = joules() if on_gpu else None
     result |= step_times(trainer, steps, warm_up=0) | {"power": {}, "rows": [], "kernels": {}, "streams": {}}

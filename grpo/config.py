@@ -67,8 +67,9 @@ class Config:
         micro_batch_tokens: maximum number of tokens in a micro-batch, where a group's prompt counts once. The two
             settings above then only say how many prompts a step has, which is their product. A group that fits is not
             split, and a sample never is. The loss stays the same. auto takes the largest number that fits this GPU
-            (after gradient_checkpointing is chosen), and is null without a GPU; null = per_device_train_batch_size
-            prompts. verl calls this ppo_max_token_len_per_gpu.
+            (after gradient_checkpointing is chosen), and is null without a GPU and with deepspeed, bnpo or
+            token_weights, which exclude a number; null = per_device_train_batch_size prompts. verl calls this
+            ppo_max_token_len_per_gpu.
         max_completion_length: maximum number of tokens in a plan.
         temperature: sampling temperature of the plan.
         top_k: sample each token of the plan from the top_k most probable ones; 0 = from all.

@@ -36,7 +36,7 @@ def changes(config: Config, ranks: int = 1) -> Iterator[tuple[str, Config]]:
     if config.kl_streams and not config.lora_r and not config.reference_device:
         yield "--reference_device cpu", replace(config, reference_device="cpu")
     if config.optim != "adamw_8bit" and not config.deepspeed:
-        if ranks > 1 and config.micro_batch_tokens is None:
+        if ranks > 1 and not isinstance(config.micro_batch_tokens, int):
             file = "configs/zero2.json"
             yield f"--deepspeed {file}", replace(config, deepspeed=str(ROOT / file))
         yield "--optim adamw_8bit", replace(config, optim="adamw_8bit")

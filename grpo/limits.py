@@ -92,7 +92,7 @@ def _of_devices(config: Config) -> Iterator[str]:
         yield f"attn_implementation={config.attn_implementation} needs dtype=bfloat16, not {config.dtype}"
     if config.deepspeed and config.optim != "adamw_torch_fused":
         yield f"optim={config.optim} does not go with deepspeed: it trains with adamw_torch_fused"
-    if config.micro_batch_tokens is not None and (why := config.needs_equal_micro_batches):
+    if isinstance(config.micro_batch_tokens, int) and (why := config.needs_equal_micro_batches):
         yield f"micro_batch_tokens does not go with {why}: leave one out"
     if config.ema_decay is not None and config.deepspeed:
         yield "ema_decay does not go with deepspeed, which divides the weights among ranks: leave one out"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
@@ -120,10 +121,12 @@ def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
     """The settings with each `auto` replaced by a value.
 
     `gradient_checkpointing` becomes the first of false, selective and true with which the plan leaves `ROOM` of the GPU
-    free, or else true. Then `micro_batch_tokens` becomes the largest number that fits. This order is faster, since
-    recomputing costs more time than smaller micro-batches.
+    free, or else true. Then `micro_batch_tokens` becomes the largest number that fits, or null if another setting
+    excludes it. This order is faster, since recomputing costs more time than smaller micro-batches.
     """
     most = (1 - ROOM) * gpu_bytes
+    if config.micro_batch_tokens == "auto" and config.needs_equal_micro_batches:
+        config = replace(config, micro_batch_tokens=None)
 
     def fits(**changed: Any) -> bool:
         return plan_of(replace(config, **changed), model, ranks, gpu_bytes).peak <= most
@@ -143,14 +146,17 @@ def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
     return config
 
 
-def settle(config: Config, ranks: Ranks) -> Config:
-    """`settled` for the smallest GPU of all ranks. Without GPUs, nothing is recomputed or cut by tokens."""
+def settle(config: Config, ranks: Ranks, load: Callable[[str], Any] = load_model) -> Config:
+    """`settled` for the smallest GPU of all ranks. Without GPUs, nothing is recomputed or cut by tokens.
+
+    `load` builds the model of `model_name_or_path` on the meta device.
+    """
     if not (auto := [name for name in AUTO if getattr(config, name) == "auto"]):
         return config
     if ranks.device.type != "cuda":
         return replace(config, **{name: AUTO[name] for name in auto})
     sizes = torch.tensor([-torch.cuda.get_device_properties(ranks.device).total_memory], device=ranks.device)
-    size, model = -int(ranks.max(sizes).item()), load_model(config.model_name_or_path)
+    size, model = -int(ranks.max(sizes).item()), load(config.model_name_or_path)
     chosen = settled(config, model, ranks.size, size)
     if ranks.main:
         print(auto_text(config, chosen) + plan_of(chosen, model, ranks.size, size).line(), file=sys.stderr)
@@ -160,8 +166,13 @@ def settle(config: Config, ranks: Ranks) -> Config:
 def auto_text(config: Config, chosen: Config) -> str:
     """What became of the settings that are `auto`, as the beginning of a line; empty if there are none."""
     names = [name for name in AUTO if getattr(config, name) == "auto"]
-    said = ", ".join(f"{name} auto: {str(getattr(chosen, name)).lower()}" for name in names)
+    said = ", ".join(f"{name} auto: {yaml_text(getattr(chosen, name))}" for name in names)
     return f"{said}; " if said else ""
+
+
+def yaml_text(value: Any) -> str:
+    """A value as a configuration file has it."""
+    return "null" if value is None else str(value).lower()
 
 
 def _cut(config: Config, model: Any, plan: int) -> tuple[Batch, Batch, int]:

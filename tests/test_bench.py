@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bicot.bench import bench_rollout, bench_train, harness, kernels, loss_kernels, models, report, walk
 from bicot.bench.harness import Case, Provider, Unavailable, expect, relative_error
+from bicot.grpo.plan import settled
 
 BENCHES = {"train": bench_train.cases, "rollout": bench_rollout.cases, **kernels.OPS}
 DOC = "rms_norm: twice.\n\npython -m x\nFloor: none."
@@ -133,7 +134,10 @@ def test_the_toys_settings_without_a_command_line(tmp_path: Path, monkeypatch: p
     assert models.toy_config(max_steps=3) == cli.parse_config(["--max_steps", "3"])
     published = models.published_config()
     assert (published.dtype, published.cfg_weight, published.prompts_per_device) == ("bfloat16", 5.0, 2)
-    assert published.num_generations == 8 and published.beta == 0.01 and published.gradient_checkpointing
+    assert published.num_generations == 8 and published.beta == 0.01 and published.top_k == 50
+    model = models._random_model(models.SHAPES["Janus-Pro-1B"], torch.bfloat16, "meta", 576)
+    on_80_gb = settled(published, model, 1, 79 * 2**30)
+    assert on_80_gb.gradient_checkpointing is False and on_80_gb.micro_batch_tokens > 16 * (576 + 2 * 80)
 
 
 def test_relative_error_sees_one_element() -> None:

@@ -148,7 +148,7 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--micro_batch_tokens", "0"], "micro_batch_tokens=0 must be at least 1, auto, or null"),
         (["--micro_batch_tokens", "most"], "micro_batch_tokens"),
         (["--micro_batch_tokens", "9", "--deepspeed", "configs/zero2.json"], "does not go with deepspeed, which wants"),
-        (["--micro_batch_tokens", "auto", "--loss_type", "bnpo"], "does not go with loss_type=bnpo, which averages"),
+        (["--micro_batch_tokens", "9", "--loss_type", "bnpo"], "does not go with loss_type=bnpo, which averages"),
         (["--micro_batch_tokens", "9", "--token_weights", "a:b"], "does not go with token_weights, whose function"),
         (["--save_total_limit", "-1"], "save_total_limit=-1 must be at least 1, or null"),
         (["--reference_device", "cpu", "--lora_r", "4"], "reference_device=cpu does not go with lora_r"),

@@ -117,7 +117,8 @@ def test_sharded_and_offloaded_tensors_are_counted(models: dict[str, Any]) -> No
 
 
 def test_every_other_setting_is_counted(models: dict[str, Any]) -> None:
-    config, model, size = config_of("1b", "--gradient_checkpointing", "true"), models["1b"], int(H100 * GIB)
+    words = ("--gradient_checkpointing", "true", "--micro_batch_tokens", "null")
+    config, model, size = config_of("1b", *words), models["1b"], int(H100 * GIB)
 
     def rows(**changed: Any) -> dict[str, tuple[int, int, int]]:
         return plan_of(replace(config, **changed), model, 1, size).rows
@@ -172,8 +173,9 @@ def test_micro_batches_of_tokens_are_counted(models: dict[str, Any]) -> None:
 
 def test_dry_run_says_what_auto_is(models: dict[str, Any], tmp_path: Path) -> None:
     config = config_of("1b", "--model_name_or_path", str(write_original(tmp_path, "1b")))
-    said = dry_run(config, 1, H100)
+    said = dry_run(replace(config, micro_batch_tokens=None), 1, H100)
     assert "gradient_checkpointing auto: selective; memory: peak" in said and "it fits 79 GiB" in said
     assert "gradient_checkpointing auto: true" in dry_run(config, 1, 60.0)
-    said = dry_run(replace(config, micro_batch_tokens="auto"), 1, H100)
-    assert "gradient_checkpointing auto: selective, micro_batch_tokens auto: " in said
+    assert "gradient_checkpointing auto: selective, micro_batch_tokens auto: " in dry_run(config, 1, H100)
+    said = dry_run(replace(config, deepspeed=str(ROOT / "configs" / "zero2.json")), 2, H100)
+    assert "micro_batch_tokens auto: null; memory" in said, "DeepSpeed excludes it"

@@ -262,7 +262,7 @@ def test_energy_is_measured_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_random_weights_of_a_shape(tmp_path: Path) -> None:
-    """As gpu.sh profiles Janus-Pro-1B: bfloat16, guidance, activations recomputed."""
+    """As gpu.sh profiles Janus-Pro-1B: bfloat16, guidance."""
     config = models.published_config(**step_profile.TINY, output_dir=str(tmp_path / "run"))
     trainer = models.ShapeTrainer("tiny", 16, config, ALONE)
     names = [name for name, p in trainer.policy.model.named_parameters() if p.requires_grad]
