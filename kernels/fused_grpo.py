@@ -96,6 +96,7 @@ def _token_terms(  # type: ignore[no-untyped-def]
     do_not_specialize=[
         "p_targets",
         "p_sample",
+        "p_advantages",
         "p_old",
         "p_ref",
         "p_sampling",

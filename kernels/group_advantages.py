@@ -96,7 +96,7 @@ def _divisor(b_c, m, eps, axis: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.where(b_std > 0, b_std, float("inf"))
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["p_rewards", "P"])
 def _group_advantages_kernel(  # type: ignore[no-untyped-def]
     p_rewards, p_weights, p_advantages, P, eps, G: tl.constexpr, R: tl.constexpr,
     SCALE: tl.constexpr, NORMALIZE: tl.constexpr, PB: tl.constexpr, GB: tl.constexpr, RB: tl.constexpr,

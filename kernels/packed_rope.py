@@ -77,7 +77,7 @@ def _heads(block, HQ: tl.constexpr, HKV: tl.constexpr, HB: tl.constexpr):  # typ
     return role, count * HB + tl.arange(0, HB), heads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_token_at"])  # part of a larger tensor, so its alignment differs between passes
 def _spread_kernel(  # type: ignore[no-untyped-def]
     p_qkv, p_cos, p_sin, p_token_at, p_q, p_k, p_v,
     HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr,
@@ -110,7 +110,7 @@ def _spread_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_v + o_out + HALF, b_b, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_starts", "p_places"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
     p_q, p_k, p_v, p_cos, p_sin, p_starts, p_places, p_qkv,
     HQ: tl.constexpr, HKV: tl.constexpr, HALF: tl.constexpr, HB: tl.constexpr, EB: tl.constexpr,

@@ -165,7 +165,7 @@ def write_zeros(p_grad, V, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type:
         tl.store(p_grad + o_rim, tl.zeros((16,), p_grad.dtype.element_ty), mask=m_rim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_targets"])  # slices of tokens begin at any address
 def _forward_kernel(  # type: ignore[no-untyped-def]
     p_logits, stride, p_targets, V, inv_temperature, p_logprob, p_entropy, p_lse,
     BLOCK: tl.constexpr, ALIGNED: tl.constexpr,

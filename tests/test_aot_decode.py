@@ -54,14 +54,14 @@ def test_dependent_launches_wait_before_the_first_access() -> None:
 
 
 def compiled(kernel: Any, element: str, config: dict[str, Any], constants: dict[str, Any], arch: int) -> Compiled:
-    """Every argument that is no constant is a pointer that torch allocated, but for eps."""
+    """Every argument that is no constant is a pointer that torch allocated, but for eps and indices of training."""
     options = {name: config[name] for name in ("num_warps", "enable_fp_fusion")}
     constants = {name: value for name, value in config.items() if name not in options} | constants
     types = POINTERS | {"eps": "fp32", "size": "i64"}
     signature = {name: types.get(name, element) for name in kernel.arg_names if name not in constants}
     if constants.get("FP8"):
         signature |= dict.fromkeys(("p_keys", "p_values"), "*fp8e4nv")
-    divisible = signature.keys() - {"eps"}
+    divisible = signature.keys() - {"eps", *INDICES}
     return compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **options)
 
 
