@@ -18,18 +18,21 @@ Source: github.com/CaraJ7/T2I-R1, src/t2i-r1/src/open_r1/trainer/grpo_trainer.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..grpo.config import Config
 from ..grpo.metrics import Phases
 from ..grpo.optim import MasterAdamW
+from ..model.body import Norm
 from ..model.chunk import RolloutChunk
 from ..model.policy import Policy
 from ..model.prompts import PromptEncoder
@@ -39,6 +42,21 @@ from ..rewards.base import Example, Reward
 FIXED = ["temperature", "top_p", "image_temperature", "image_top_k", "image_top_p", "reward_weights", "scale_rewards"]
 FIXED += ["multi_objective_aggregation", "kl_estimator", "use_bias_correction_kl", "policy_logits", "entropy_coef"]
 FIXED += ["token_weights", "num_iterations", "importance_sampling_correction"]
+
+
+@contextmanager
+def transformers_norms(*policies: Policy | None) -> Iterator[None]:
+    """Inside, the norms of these policies are transformers' own, without bicot's kernel."""
+    norms: list[nn.Module] = [
+        module for policy in policies if policy for module in policy.decoder.modules() if isinstance(module, Norm)
+    ]
+    for norm in norms:
+        norm.__class__ = LlamaRMSNorm
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.__class__ = Norm
 
 
 class Rollout(NamedTuple):

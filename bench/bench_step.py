@@ -35,7 +35,7 @@ from ..grpo.profile import short_collections
 from ..grpo.step import split
 from ..model.chunk import RolloutChunk, Span
 from ..rewards.config import RewardConfig
-from .baseline_t2i_r1 import Rollout, baseline_loss, baseline_step, decode, draw, write_plans
+from .baseline_t2i_r1 import Rollout, baseline_loss, baseline_step, decode, draw, transformers_norms, write_plans
 from .harness import Unavailable, command_line, finish, joules, left_out, quantiles, save, start
 from .models import SHAPES, TRAINED, ShapeTrainer, published_config, toy_config
 
@@ -103,7 +103,8 @@ class Contest(ShapeTrainer):
         examples = self._step_examples()[: self.baseline_prompts]
         rewards = [worker.reward for worker in self.ensemble.workers]
         given = (self.policy, self.reference, self.optimizer, self.encoder, rewards, examples, self.config)
-        parts = baseline_step(*given, step, phases)
+        with transformers_norms(self.policy, self.reference):
+            parts = baseline_step(*given, step, phases)
         return statistics.mean(len(plan) for part in parts for plan in part.plans)
 
     def warm_up(self, alone: bool) -> None:
@@ -114,8 +115,9 @@ class Contest(ShapeTrainer):
         few = replace(self.config, max_completion_length=min(WARM_UP, self.config.max_completion_length))
         some = self._step_examples()[: few.per_device_train_batch_size]
         each = [self.encoder.plan_ids(e.prompt, few.max_completion_length) for e in some] * few.num_generations
-        write_plans(self.policy, each, few)
-        draw(self.policy, each, self.encoder, few, WARM_UP)
+        with transformers_norms(self.policy):
+            write_plans(self.policy, each, few)
+            draw(self.policy, each, self.encoder, few, WARM_UP)
         tokens = torch.zeros(len(each), self.policy.num_image_tokens, dtype=torch.int64, device=self.policy.device)
         decode(self.policy, tokens)
 
@@ -131,7 +133,9 @@ class Contest(ShapeTrainer):
             plain = [Rollout.of(part) for part in split(rollout, self.config)]
             total = sum(part.num_tokens for part in plain)
             for part, scored in zip(plain, scores.split(self.config.micro_batch), strict=True):
-                baseline_loss(self.policy, self.reference, part, scored, self.config, num_tokens=total).backward()
+                with transformers_norms(self.policy, self.reference):
+                    loss = baseline_loss(self.policy, self.reference, part, scored, self.config, num_tokens=total)
+                loss.backward()
                 self.optimizer.collect()
             grads = [master.grad for master in self.optimizer.masters if master.grad is not None]
             norms.append(torch.nn.utils.get_total_norm(grads).item())

@@ -5,21 +5,26 @@ The rollout is that of one step: on a GPU of Janus-Pro-1B, 16 pictures of 576 to
 toy, and of two layers of Janus-Pro-1B's width with one prompt of two samples. Its rewards are random. The learning rate
 is 0, so that every update is given the same weights, and beta is 0, so that an update has no reference pass in it.
 Eager is the forward pass and loss of bench/baseline_t2i_r1.py: padded, text and image apart, by transformers' layers.
-torch.compile is the same with each layer compiled. "ours, varlen" and the like, on a GPU, are ours with each other
-attn_implementation that is installed. Peak MiB is beyond weights, masters and moments. Checked: log-probs and gradient
-norm against those of the batch that bench_step trains.
+torch.compile is the same with each layer compiled, and Liger the same with Liger's norms, rotary embedding and SwiGLU
+(on a GPU). "ours, varlen" and the like, on a GPU, are ours with each other attn_implementation that is installed. Peak
+MiB is beyond weights, masters and moments. Checked: log-probs and gradient norm against those of the batch that
+bench_step trains.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
@@ -27,10 +32,13 @@ from ..grpo.step import reference_logprobs, split, update
 from ..kernels.group_advantages import group_advantages
 from ..model.attention import Attention, available
 from ..model.chunk import RolloutChunk
-from .baseline_t2i_r1 import Rollout, baseline_loss
+from ..model.policy import Policy
+from .baseline_t2i_r1 import Rollout, baseline_loss, transformers_norms
 from .baseline_t2i_r1 import logprobs as baseline_logprobs
 from .bench_step import Contest, Setting, settings
-from .harness import Case, Outputs, Provider, expect, main, short
+from .harness import Case, Outputs, Provider, Unavailable, expect, main, short
+
+Layers = Callable[[Policy], AbstractContextManager[None]]
 
 
 class Training(NamedTuple):
@@ -96,13 +104,46 @@ def with_attention(name: str, ours: Callable[[Training], Outputs], x: Training) 
     return ours(x)
 
 
-def with_layers(compiled: bool, theirs: Callable[[Training], Outputs], x: Training) -> Outputs:
-    """Run theirs with the forward pass of each layer compiled, or not. Ours does not call that."""
-    for layer in x.contest.policy.decoder.layers:
-        layer._compiled_call_impl = None
-        if compiled:
-            layer.compile(dynamic=True)
-    return theirs(x)
+@contextmanager
+def compiled(policy: Policy) -> Iterator[None]:
+    """The forward pass of each layer is compiled. Ours does not call it."""
+    layers = list(policy.decoder.layers)
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+@contextmanager
+def liger(policy: Policy) -> Iterator[None]:
+    """Norms, activations and rotary embedding are Liger's kernels, as its `apply_liger_kernel_to_llama` puts them."""
+    if policy.device.type == "cpu":
+        raise Unavailable("its kernels need a GPU")
+    from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return liger_rms_norm(x, self.weight, self.variance_epsilon)
+
+    def mlp(self: Any, x: Tensor) -> Tensor:
+        return self.down_proj(liger_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    with (
+        patch.object(LlamaRMSNorm, "forward", norm),
+        patch.object(LlamaMLP, "forward", mlp),
+        patch.object(modeling_llama, "apply_rotary_pos_emb", liger_rotary_pos_emb),
+    ):
+        yield
+
+
+def with_layers(layers: Layers, theirs: Callable[[Training], Outputs], x: Training) -> Outputs:
+    """Run theirs with transformers' layers, as they are inside `layers`."""
+    policy = x.contest.policy
+    with transformers_norms(policy), layers(policy):
+        return theirs(x)
 
 
 @torch.no_grad()
@@ -146,9 +187,10 @@ def case(device: str, tiny: bool, setting: Setting, count: int, phase: str, reco
     ours, theirs = (refer, their_reference) if phase == "reference" else (train, their_update)
     implementations = {"ours" if x == "sdpa" else f"ours, {x}": x for x in available(torch.device(device), dtype)}
     providers = {name: Provider(partial(with_attention, x, ours)) for name, x in implementations.items()}
-    providers["eager"] = Provider(partial(with_layers, False, theirs))
+    layers: dict[str, Layers] = {"eager": lambda policy: nullcontext(), "Liger": liger}
     if phase == "update" or device == "cuda" or tiny:  # Inductor 2.13 fails on the toy's pass without gradients
-        providers["torch.compile"] = Provider(partial(with_layers, True, theirs))
+        layers["torch.compile"] = compiled
+    providers |= {name: Provider(partial(with_layers, kind, theirs)) for name, kind in layers.items()}
     where, makes = (device, setting.model, tiny), ("images", float(images))
     given = partial(inputs, *where, replace(config, **batch))
     return Case(labels, dtype, given, partial(truth, *where), providers, makes=makes)

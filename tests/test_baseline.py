@@ -14,15 +14,18 @@ import pytest
 import torch
 from tiny import tiny_policy
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bicot.bench import bench_step, bench_train, report
 from bicot.bench.baseline_t2i_r1 import Rollout, baseline_loss, baseline_step, draw, score, write_plans
+from bicot.bench.harness import Unavailable
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.metrics import Phases
 from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.step import reference_logprobs, split, update
 from bicot.kernels.group_advantages import group_advantages
+from bicot.model.body import Norm
 from bicot.model.chunk import RolloutChunk
 from bicot.model.engine import RolloutEngine
 from bicot.model.packed import Packed
@@ -362,10 +365,15 @@ def test_training_variants_and_peers_agree_and_recompute() -> None:
         x = case.inputs()
         error_of = case.truth(x)
         for name in ("ours", "eager"):
-            layer, calls = x.contest.policy.decoder.layers[0].mlp.down_proj, []
-            hook = layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            decoder, calls, norms = x.contest.policy.decoder, [], set()
+            hooks = [
+                decoder.layers[0].mlp.down_proj.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1)),
+                decoder.norm.register_forward_pre_hook(lambda norm, _, norms=norms: norms.add(type(norm))),
+            ]
             assert case.check(case.providers[name], x, error_of) < 1e-5, "and no update changes the weights"
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
+            assert case.labels["phase"] == "reference" or norms == {Norm if name == "ours" else LlamaRMSNorm}
             if case.labels["phase"] == "update":
                 with pytest.raises(AssertionError, match="beyond"):
                     case.check(
@@ -373,6 +381,8 @@ def test_training_variants_and_peers_agree_and_recompute() -> None:
                     )
                 recomputed = "recomputed" in case.labels["activations"]
                 seen.append((name, case.labels["micro-batches"], recomputed, len(calls)))
+        with pytest.raises(Unavailable, match="a GPU"):
+            case.providers["Liger"].run(x)
     assert [s for s in seen if s[0] == "ours"] == [
         ("ours", 1, False, 1), ("ours", 2, False, 2), ("ours", 1, True, 2), ("ours", 2, True, 4)
     ]  # fmt: skip
