@@ -37,6 +37,7 @@ from .baseline_t2i_r1 import Rollout, baseline_loss, transformers_norms
 from .baseline_t2i_r1 import logprobs as baseline_logprobs
 from .bench_step import Contest, Setting, settings
 from .harness import Case, Outputs, Provider, Unavailable, expect, main, short
+from .step_profile import training_flops
 
 Layers = Callable[[Policy], AbstractContextManager[None]]
 
@@ -193,7 +194,12 @@ def case(device: str, tiny: bool, setting: Setting, count: int, phase: str, reco
     providers |= {name: Provider(partial(with_layers, kind, theirs)) for name, kind in layers.items()}
     where, makes = (device, setting.model, tiny), ("images", float(images))
     given = partial(inputs, *where, replace(config, **batch))
-    return Case(labels, dtype, given, partial(truth, *where), providers, makes=makes)
+
+    def flops(x: Training) -> float:
+        of = training_flops(x.contest.policy, x.parts)
+        return of["reference"] if phase == "reference" else of["forward"] + of["loss"] + of["backward"]
+
+    return Case(labels, dtype, given, partial(truth, *where), providers, flops=flops, makes=makes)
 
 
 def cases(device: str, tiny: bool) -> list[Case]:

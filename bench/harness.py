@@ -77,8 +77,8 @@ class Case:
     """What the providers are compared on.
 
     `truth` takes the inputs, and returns the function that measures a provider's error; `tolerance` is by default that
-    of the dtype. `bytes` or `flops` is the floor. Times and floor are reported for one of the `steps` of a run, which
-    `makes` so many of a thing (name, number).
+    of the dtype. `bytes` or `flops` (or a function of the inputs) is the floor. Times and floor are reported for one of
+    the `steps` of a run, which `makes` so many of a thing (name, number).
     """
 
     labels: dict[str, Any]
@@ -87,7 +87,7 @@ class Case:
     truth: Callable[[Any], Callable[[Outputs], float]]
     providers: dict[str, Provider]
     bytes: int = 0
-    flops: int = 0
+    flops: int | Callable[[Any], float] = 0
     steps: int = 1
     makes: tuple[str, float] | None = None
     tolerance: float | None = None
@@ -358,7 +358,7 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
         for name in case.providers:
             left_out(result, "skipped", case.labels, name, problem)
         return
-    error_of = case.truth(inputs)
+    error_of, flops = case.truth(inputs), case.flops(inputs) if callable(case.flops) else case.flops
     errors: dict[str, float] = {}
     for name, provider in case.providers.items():
         try:
@@ -374,10 +374,10 @@ def _measure(case: Case, result: dict[str, Any], repeats: int, device: str, tiny
     if case.bytes:
         rate = result["ceilings"]["copy_gbps"] = copy_gbps(device, tiny)
         floor_ms = case.bytes / rate / 1e6
-    if case.flops:
+    if flops:
         rate = gemm_tflops(device, case.dtype, tiny)
         result["ceilings"].setdefault("gemm_tflops", {})[short(case.dtype)] = rate
-        floor_ms, unit, work = case.flops / rate / 1e9, "tflops", case.flops / 1e9
+        floor_ms, unit, work = flops / rate / 1e9, "tflops", flops / 1e9
     for name, error in errors.items():
         times, peaks = zip(*runs[name], strict=True)
         ms, peak = [t / case.steps for t in quantiles(times)], round(max(peaks), 1) if device == "cuda" else None

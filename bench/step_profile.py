@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from transformers.utils import logging
 from ..grpo.distributed import Ranks
 from ..grpo.profile import profiled, step_times
 from ..grpo.step import micro_batches_of
+from ..model.chunk import RolloutChunk
+from ..model.policy import Policy
+from ..model.sequences import sequences_of
 from .harness import command_line, copy_gbps, finish, gemm_tflops, joules, save, start
 from .models import SHAPES, ShapeTrainer, published_config, toy_config
 
@@ -36,10 +40,37 @@ def matrices(module: Any) -> int:
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
+def training_flops(policy: Policy, parts: Sequence[RolloutChunk]) -> dict[str, float]:
+    """FLOPs of the matrix products of the reference pass and of an update, by phase, without guided log-probs.
+
+    Each token counts once, the common beginning of neighbours too.
+    """
+    layers, generation = policy.decoder.layers, policy.model.model.generation_head
+    packed = plan = picture = 0
+    for part in parts:
+        prompts, plans, image_prompts, tokens = part.ids
+        pairs = (prompts, plans), (image_prompts, policy.image_ids(tokens))
+        packed += len(policy.lay_out(sequences_of(pairs))[0])
+        plan, picture = plan + sum(map(len, plans)), picture + sum(map(len, tokens))
+    heads = [(plan, policy.text_head.weight), (picture, policy.image_head.weight)]
+    projection = 2 * matrices(generation.proj_out) * picture
+    forward = 2 * matrices(layers) * packed + projection
+    # gradients of the weights that train, and of all inputs from the first layer that trains on
+    trained = sum(p.numel() for p in layers.parameters() if p.ndim == 2 and p.requires_grad)
+    first = next((i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters())), len(layers))
+    return {
+        "reference": forward + 2 * sum(tokens * weight.numel() for tokens, weight in heads),
+        "forward": forward,
+        "loss": sum((6 if weight.requires_grad else 4) * tokens * weight.numel() for tokens, weight in heads),
+        "backward": 2 * (trained + sum(map(matrices, layers[first:]))) * packed
+        + projection,  # of the frozen image head
+    }
+
+
 def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
     """Phase -> bytes and FLOPs that every implementation of the last step needs."""
     policy, config, rollout, pool = trainer.policy, trainer.config, trainer.rollout, trainer.engine.pool
-    body, text, image = matrices(policy.decoder.layers), policy.text_head.weight, policy.image_head.weight
+    body, text = matrices(policy.decoder.layers), policy.text_head.weight
     generation, e = policy.model.model.generation_head, policy.dtype.itemsize
     prompts, plans, image_prompts, pictures = rollout.ids
     group, T = config.num_generations, policy.num_image_tokens
@@ -64,22 +95,10 @@ def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
     cached = rows * T * (T + 1) // 2 + T * (filled[1] if guided else sum(len(ids) - 1 for ids in image_prompts))
     read["image decode"] = T * (body + matrices(generation)) * e + pool.bytes_per_token * cached
     flops["image decode"] = 2 * (body + matrices(generation)) * rows * T
-    # training: each token once, the common beginning of neighbours too
-    drawn = policy.image_ids(pictures)
     parts = micro_batches_of(policy, rollout, trainer.encoder, config)
-    for part in parts:
-        prompts, plans, image_prompts, _ = part.ids
-        pairs = (prompts, plans), (image_prompts, drawn[: len(part)])
-        blocks = [[[*p, *c[:-1]] for p, c in zip(*pair, strict=True)] for pair in pairs]
-        drawn = drawn[len(part) :]
-        flops["forward"] += 2 * body * len(policy.lay_out(blocks)[0])
-    projection = 2 * matrices(generation.proj_out) * rollout.image_tokens.numel()
-    heads = [(sum(steps), text), (rollout.image_tokens.numel(), image)]
-    flops["backward"] = 2 * flops["forward"] + projection  # the image head is frozen: one product, not two
-    flops["forward"] += projection
-    flops["loss"] = sum((6 if weight.requires_grad else 4) * tokens * weight.numel() for tokens, weight in heads)
-    if trainer.reference:
-        flops["reference"] = flops["forward"] + 2 * sum(tokens * weight.numel() for tokens, weight in heads)
+    flops |= training_flops(policy, parts)
+    if not trainer.reference:
+        del flops["reference"]
     # the gradient is read twice, the first time for its norm; master and moments are read and written
     for p, master in zip(trainer.optimizer.parameters, trainer.optimizer.masters, strict=True):
         apart = p.itemsize + len(parts) * (p.itemsize + 4) if p is not master else 0

@@ -204,6 +204,11 @@ def test_floors_count_what_a_step_reads_and_trains(profiled: tuple[Any, Path, mo
     assert work["backward"][1] == 2 * (forward - projection) + projection
     heads = sum(plans) * shape.text_head_weights, samples * T * 128 * 64
     assert work["reference"][1] == forward + 2 * sum(heads) and work["loss"][1] == 6 * heads[0] + 4 * heads[1]
+    policy.decoder.layers[:3].requires_grad_(False)
+    last = step_profile.matrices(policy.decoder.layers[3])
+    found = step_profile.training_flops(policy, [rollout])
+    policy.decoder.layers[:3].requires_grad_(True)
+    assert found["forward"] == forward and found["backward"] == 4 * last * tokens + projection
     trained = sum(p.numel() for p in policy.trainable_parameters())
     assert work["optimizer"][0] == 32 * trained, "float32 weights are their own masters"
     assert work["VQ"][1] > 0 and work["VQ"][1] % samples == 0
