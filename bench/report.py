@@ -196,7 +196,7 @@ def draw(result: Result, path: Path) -> None:
 
     unit, named = "ms of a step", {}
     if result["bench"] == "step":
-        unit = "seconds an image"
+        unit = "seconds per image"
         for row in result["rows"]:
             bar = {phase: seconds / row["images"] for phase, seconds in row["phases"].items()}
             named[f"{label(row['case'])}: {row['provider']}"] = bar
