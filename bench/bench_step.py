@@ -31,8 +31,8 @@ from transformers.utils import logging
 from ..grpo.config import Config
 from ..grpo.distributed import Ranks
 from ..grpo.metrics import Phases
-from ..grpo.profile import short_collections
 from ..grpo.step import split
+from ..grpo.trainer import short_collections
 from ..model.chunk import RolloutChunk, Span
 from ..rewards.config import RewardConfig
 from .baseline_t2i_r1 import Rollout, baseline_loss, baseline_step, decode, draw, transformers_norms, write_plans

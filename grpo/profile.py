@@ -12,7 +12,6 @@ Without a GPU, PyTorch's operators take the place of kernels. Times in a trace a
 
 from __future__ import annotations
 
-import gc
 import gzip
 import itertools
 import json
@@ -23,8 +22,7 @@ import tempfile
 import time
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +33,7 @@ from torch.profiler import ProfilerActivity, _ExperimentalConfig, record_functio
 from .config import Config
 from .distributed import Ranks
 from .files import whole
-from .trainer import Trainer
+from .trainer import Trainer, short_collections
 
 STEP, IDLE = "step", "idle"  # the range around all phases; the name in the results for time outside of all phases
 # In the order of a step. Rewards come after them, under their own names.
@@ -67,17 +65,6 @@ class Launch(NamedTuple):
     end: float
     stream: str
     name: str
-
-
-@contextmanager
-def short_collections() -> Iterator[None]:
-    """Keep garbage collections short: a full one would scan all imported objects, which adds 0.2 s to what is timed."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def trained_ms(trainer: Trainer, steps: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import signal
@@ -113,6 +114,17 @@ def test_equal_rewards_have_no_spread(job: Path, tmp_path: Path, write_module: W
     more = (*SMALL, "--max_steps", "1", "--num_generations", "8")
     run(job, tmp_path / "out", "--rewards.names", "even:even", *more)
     assert metrics(tmp_path / "out")[0]["frac_reward_zero_std"] == 1.0
+
+
+def test_collections_in_a_step_do_not_scan_what_was_imported(
+    job: Path, tmp_path: Path, write_module: WriteModule
+) -> None:
+    lines = ["import gc", "counts = []", "def scan(images, examples):", "    counts.append(len(gc.get_objects()))"]
+    write_module("scan", "\n".join([*lines, "    return images.mean((1, 2, 3))\n"]))
+    before = len(gc.get_objects())
+    run(job, tmp_path / "out", *SMALL, "--rewards.names", "scan:scan", "--max_steps", "2")
+    assert len(sys.modules["scan"].counts) == 2 and max(sys.modules["scan"].counts) < before / 4
+    assert len(gc.get_objects()) > before / 2 and gc.get_freeze_count() == 0
 
 
 def test_a_reward_that_fails_ends_the_run_and_saves_its_picture(
