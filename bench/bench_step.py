@@ -5,8 +5,8 @@ Both train one policy in turn, with the same optimizer, prompts, seeds, rewards 
 the baseline as bench/baseline_t2i_r1.py says (it draws two rows a picture, also without guidance). First the gradient
 norms of both on one rollout must agree. On a CPU: the toy with its own settings, and with the published guidance and
 one prompt a micro-batch. On a GPU: random weights at true shapes. There plans run to their limit, pictures have 576
-tokens as published, and the reward is the brightness of a picture. As much is recomputed, and as many tokens are
-trained at a time, as `auto` takes for the GPU; the note says what. Of Janus-Pro-7B only the last layers and the text
+tokens as published, and the reward is the brightness of a picture. What is recomputed, and how many tokens a
+micro-batch has, is `auto`; the note says what that is on this GPU. Of Janus-Pro-7B only the last layers and the text
 head train, so that it fits into 80 GB. On a GPU a step of the baseline is one micro-batch, and the two are compared by
 the image. Phases of ours can overlap on a GPU. The peak memory of the baseline is counted without our KV cache. Under
 torchrun, the ranks share the steps of ours. `--vary num_generations 4 8` times ours alone, with each value of a

@@ -6,9 +6,10 @@ toy, and of two layers of Janus-Pro-1B's width with one prompt of two samples. I
 is 0, so that every update is given the same weights, and beta is 0, so that an update has no reference pass in it.
 Eager is the forward pass and loss of bench/baseline_t2i_r1.py: padded, text and image apart, by transformers' layers.
 torch.compile is the same with each layer compiled, and Liger the same with Liger's norms, rotary embedding and SwiGLU
-(on a GPU). "ours, varlen" and the like, on a GPU, are ours with each other attn_implementation that is installed. Peak
-MiB is beyond weights, masters and moments. Checked: log-probs and gradient norm against those of the batch that
-bench_step trains.
+(on a GPU). "ours, varlen" and the like, on a GPU, are ours with each other attn_implementation that is installed. The
+floor is the matrix products of the packed sequences, without recomputing, so "% of floor" is the MFU, relative to the
+measured rate of a product. Peak MiB is beyond weights, masters and moments. Checked: log-probs and gradient norm
+against those of the batch that bench_step trains.
 """
 
 from __future__ import annotations
