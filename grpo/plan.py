@@ -24,7 +24,8 @@ from ..model.decoder import PREFILL_TOKENS
 from ..model.kv import SHARE_OF_FREE, KVPool
 from ..model.policy import read_config
 from ..model.vq import PICTURE_BYTES
-from .config import Config
+from ..rewards.worker import PICTURES
+from .config import Config, RewardConfig
 from .distributed import Ranks
 from .memory import (
     Batch,
@@ -121,21 +122,34 @@ def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
     """The settings with each `auto` replaced by a value.
 
     `gradient_checkpointing` becomes the first of false, selective and true with which the plan leaves `ROOM` of the GPU
-    free, or else true. Then `micro_batch_tokens` becomes the largest number that fits, or null if another setting
-    excludes it. This order is faster, since recomputing costs more time than smaller micro-batches.
+    free, or else true. Then rewards get as many pictures at a time as fit, and `micro_batch_tokens` becomes the largest
+    number that fits, or null if another setting excludes it. This order is faster, since recomputing costs more time
+    than smaller micro-batches.
     """
     most = (1 - ROOM) * gpu_bytes
     if config.micro_batch_tokens == "auto" and config.needs_equal_micro_batches:
         config = replace(config, micro_batch_tokens=None)
+    tokens = None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
+    rewards = auto_rewards(config)
 
     def fits(**changed: Any) -> bool:
         return plan_of(replace(config, **changed), model, ranks, gpu_bytes).peak <= most
 
+    def with_pictures(count: int) -> RewardConfig:
+        options = {
+            name: {**own, "micro_batch": count} for name, own in config.rewards.options.items() if name in rewards
+        }
+        return replace(config.rewards, options=config.rewards.options | options)
+
     if config.gradient_checkpointing == "auto":
-        tokens = None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
-        choices = (False, "selective", True)
-        how = next((how for how in choices if fits(gradient_checkpointing=how, micro_batch_tokens=tokens)), True)
+        fewest = {"rewards": with_pictures(1), "micro_batch_tokens": tokens}
+        how = next((how for how in (False, "selective", True) if fits(gradient_checkpointing=how, **fewest)), True)
         config = replace(config, gradient_checkpointing=how)  # type: ignore[arg-type]
+    if rewards:
+        counts = [PICTURES >> i for i in range(PICTURES.bit_length())]
+        each = map(with_pictures, counts)
+        chosen = next((x for x in each if fits(rewards=x, micro_batch_tokens=tokens)), with_pictures(1))
+        config = replace(config, rewards=chosen)
     if config.micro_batch_tokens == "auto":
         whole = _cut(config, model, config.max_completion_length)[0].tokens
         sizes = range(100, whole, 100)
@@ -151,7 +165,8 @@ def settle(config: Config, ranks: Ranks, load: Callable[[str], Any] = load_model
 
     `load` builds the model of `model_name_or_path` on the meta device.
     """
-    if not (auto := [name for name in AUTO if getattr(config, name) == "auto"]):
+    auto = [name for name in AUTO if getattr(config, name) == "auto"]
+    if not auto and not auto_rewards(config):
         return config
     if ranks.device.type != "cuda":
         return replace(config, **{name: AUTO[name] for name in auto})
@@ -165,9 +180,15 @@ def settle(config: Config, ranks: Ranks, load: Callable[[str], Any] = load_model
 
 def auto_text(config: Config, chosen: Config) -> str:
     """What became of the settings that are `auto`, as the beginning of a line; empty if there are none."""
-    names = [name for name in AUTO if getattr(config, name) == "auto"]
-    said = ", ".join(f"{name} auto: {yaml_text(getattr(chosen, name))}" for name in names)
+    found = {name: getattr(chosen, name) for name in AUTO if getattr(config, name) == "auto"}
+    found |= {f"{name}'s micro_batch": chosen.rewards.options[name]["micro_batch"] for name in auto_rewards(config)}
+    said = ", ".join(f"{name} auto: {yaml_text(value)}" for name, value in found.items())
     return f"{said}; " if said else ""
+
+
+def auto_rewards(config: Config) -> list[str]:
+    """The rewards whose `micro_batch` is auto."""
+    return [name for name, options in config.rewards.options.items() if options.get("micro_batch") == "auto"]
 
 
 def yaml_text(value: Any) -> str:
@@ -361,7 +382,7 @@ def _rewards(config: Config) -> tuple[int, int, int]:
             count, each = REWARDS[name]
             default = "bfloat16" if name == "orm" else "float32"
             itemsize = 4 if name == "grounding" else getattr(torch, options.get("dtype", default)).itemsize
-            pictures += each * GIB * options.get("micro_batch", 16)
+            pictures += each * GIB * options.get("micro_batch", PICTURES)
             if options.get("offload"):
                 pictures += count * itemsize
                 host += count * itemsize

@@ -104,6 +104,7 @@ class Trainer:
         files = [PromptFile(path, config.skip_bad_prompts) for path in paths]
         self.settings = rollout_settings(config)
         checkpoint, said = ranks.on_main(lambda: find_checkpoint(config.resume, self.output))
+        self.config = config = settle(config, ranks)
         judges = self._build_rewards(checkpoint, bool(heldout))
         for file, ensemble in zip(files, (self.ensemble, judges), strict=False):
             file.check(ensemble.check)
@@ -118,7 +119,6 @@ class Trainer:
             said += file.said()
         self.examples, examples = ([*(file.examples for file in files), [], []])[:2]
         self.heldout = Heldout(config, judges, examples, config.seed * _SEED_STRIDE + _EVAL_STEP, ranks)
-        self.config = config = settle(config, ranks)
         self.policy.recompute(config.gradient_checkpointing)
         self.reference, self.reference_moves = build_reference(config, checkpoint, self.policy, self._load)
         self.with_reference: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -28,6 +28,7 @@ from ..kernels.host import now, seconds_between, upload
 from .base import Example, Reward, Unavailable
 
 OnError = Literal["raise", "skip"]
+PICTURES = 16  # in one call of a reward
 
 
 class RewardError(RuntimeError):
@@ -40,17 +41,20 @@ class Placement:
 
     Args:
         device: "cpu", "cuda:1", …; None = the run's device.
-        micro_batch: maximum number of pictures in one call of `score`.
+        micro_batch: maximum number of pictures in one call of `score`; "auto" = `PICTURES`, or in a run as many as fit
+            by its memory plan.
         offload: keep the weights in host memory, and copy them to the device for each chunk of pictures.
     """
 
     device: str | None = None
-    micro_batch: int = 16
+    micro_batch: int = PICTURES
     offload: bool = False
 
     def __post_init__(self) -> None:
-        if self.micro_batch < 1:
-            raise ValueError(f"micro_batch={self.micro_batch!r} must be at least 1")
+        if self.micro_batch == "auto":
+            object.__setattr__(self, "micro_batch", PICTURES)
+        if not isinstance(self.micro_batch, int) or self.micro_batch < 1:
+            raise ValueError(f"micro_batch={self.micro_batch!r} must be at least 1, or auto")
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_reward_options_are_given_reward_by_reward() -> None:
     words = ["--config", str(ROOT / "configs/janus-pro-7b.yaml"), "--rewards.options.hps", "{path: x, micro_batch: 8}"]
     rewards = parse_config(words).rewards
     assert rewards.names == ["hps", "git", "grounding"]
-    others = {"git": {"dtype": "float16"}, "grounding": {"micro_batch": 4}}
+    others = {"git": {"dtype": "float16"}, "grounding": {"micro_batch": "auto"}}
     assert rewards.options == {"hps": {"path": "x", "micro_batch": 8}, **others}
 
 

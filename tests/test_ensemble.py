@@ -293,8 +293,10 @@ def test_bad_placements_are_refused() -> None:
     for device in ("nowhere", "cuda:63"):
         with pytest.raises(ValueError, match=f"reward 'red' cannot use device '{device}'"):
             RewardEnsemble([Red()], placements={"red": Placement(device=device)})
-    with pytest.raises(ValueError, match="micro_batch=0 must be at least 1"):
-        Placement(micro_batch=0)
+    for wrong in (0, "many", 2.5):
+        with pytest.raises(ValueError, match=f"micro_batch={wrong!r} must be at least 1, or auto"):
+            Placement(micro_batch=wrong)
+    assert Placement(micro_batch="auto") == Placement(micro_batch=16)
 
 
 MODULE = """
