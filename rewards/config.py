@@ -47,8 +47,9 @@ class RewardConfig:
             scene_relation, dotted paths `package.module:Class`, or any names for servers, whose options have a `url`.
         monitor: rewards that are scored and logged in every step, but do not train.
         heldout: rewards that score only the evaluations of eval_file, and so cost training steps nothing.
-        options: options of each reward, by its name: device, micro_batch, offload, and the arguments of its class, such
-            as path and dtype. A server has url, timeout (in seconds) and retries.
+        options: options of each reward, by its name: device, micro_batch (16 pictures, or auto: as many as fit, up to
+            16), offload, and the arguments of its class, such as path and dtype. A server has url, timeout (in seconds)
+            and retries.
         schedule: threads = rewards work while the policy decodes, each in a thread and on CUDA streams of its own;
             serial = they work one after another when decoding has ended; auto = threads on a GPU, serial on a CPU.
         on_reward_error: raise = a reward that fails stops the run; skip = the sample that it failed on gets no score
