@@ -33,6 +33,10 @@ BUILTIN = {
 _PLACEMENT = tuple(item.name for item in fields(Placement))
 
 
+def _placement(options: dict[str, Any]) -> Placement:
+    return Placement(**{key: value for key, value in options.items() if key in _PLACEMENT})
+
+
 def words_of(value: list[str] | str) -> list[str]:
     """Split a string at its commas; leave a list as it is."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
@@ -70,6 +74,10 @@ class RewardConfig:
             if name not in known and "url" not in options:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)
                 raise ValueError(f"rewards.options has {name!r}, which is no reward; did you mean {near[0]!r}?")
+            try:
+                _placement(options)
+            except ValueError as error:
+                raise ValueError(f"rewards.options.{name}: {error}") from None
 
     @property
     def all(self) -> list[str]:
@@ -79,8 +87,8 @@ class RewardConfig:
     def load(self, name: str) -> tuple[Reward, Placement]:
         """Load one of the rewards -> the reward, and where it works."""
         options = self.options.get(name, {})
-        place = Placement(**{key: value for key, value in options.items() if key in _PLACEMENT})
-        return load_reward(name, **{key: value for key, value in options.items() if key not in _PLACEMENT}), place
+        own = {key: value for key, value in options.items() if key not in _PLACEMENT}
+        return load_reward(name, **own), _placement(options)
 
     def build(
         self,

@@ -169,6 +169,7 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--optim", "adamw_8bit", "--deepspeed", "configs/zero2.json"], "adamw_8bit does not go with deepspeed"),
         (["--eval_steps", "5", "--eval_file", "null"], "eval_steps=5 needs eval_file"),
         (["--rewards.heldout", "a:B", "--eval_file", "null"], "rewards.heldout=['a:B'] needs eval_file"),
+        (["--rewards.options.grounding", "{micro_batch: many}"], "grounding: micro_batch='many' must be at least 1"),
         (["--load_best_model_at_end", "true"], "load_best_model_at_end needs eval_steps"),
         (["--replay", "a", "--save_rollouts", "b"], "replay reads rollouts"),
         (["--rollout_only", "true"], "rollout_only needs save_rollouts"),
