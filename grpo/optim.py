@@ -109,7 +109,7 @@ class MasterAdamW:
             self._require_finite(norm)
             with self._rounding():
                 self.adamw.step()
-        else:  # the host waits for the norm when AdamW is on its way, which changes nothing where found_inf is 1
+        else:  # AdamW changes nothing if found_inf is 1, so it is launched before the host waits for the norm
             self.adamw.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
             self.adamw.step()
             self._require_finite(norm)

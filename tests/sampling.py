@@ -8,11 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import strategies as st
-from oracle import (
-    KERNELS,
-    device,
-    moved,
-)
+from oracle import KERNELS, device, moved
 from torch import Tensor
 
 from bicot.kernels.cfg_sample import Draw, cfg_sample
