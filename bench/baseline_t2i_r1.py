@@ -30,6 +30,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from ..grpo.config import Config
+from ..grpo.distributed import Ranks
 from ..grpo.metrics import Phases
 from ..grpo.optim import MasterAdamW
 from ..model.body import Norm
@@ -256,10 +257,10 @@ def baseline_step(
         count = len(parts) * part.num_tokens if config.loss_type == "bnpo" else total
         loss = baseline_loss(policy, reference, part, scored, config, num_tokens=count, phases=phases)
         with phases("train"):
+            optimizer.collect()  # of the micro-batch before
             loss.backward()
-            optimizer.collect()
     with phases("train"):
-        optimizer.step(lambda parameters: None)
+        optimizer.step(Ranks(0, 1, policy.device))
         optimizer.schedule.step()
     policy.model.eval()
     return parts

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.adamw import adamw
 from ..kernels.cfg_sample import Draw, cfg_sample
 from ..kernels.decode_attention import decode_attention
 from ..kernels.decode_linear import BLOCK_OUTPUTS, decode_linear, decode_linear_add
@@ -175,6 +176,46 @@ def products(device: str, tiny: bool) -> list[Case]:
     return [case(what, R, K, 2048, N, torch.bfloat16) for what, K, N in shapes for R in (16, 32, 64)]
 
 
+def updates(device: str, tiny: bool) -> list[Case]:
+    """An AdamW update of a bfloat16 parameter of Janus-Pro-1B with a float32 master, the gradient's norm clipped.
+
+    On a GPU only. Floor: 28 bytes for each weight.
+    """
+    options: Any = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    (beta1, beta2), step = options["betas"], 10
+
+    def ours(x: Any, impl: Any) -> Outputs:
+        *tensors, scale = x
+        adamw(*tensors, step=step, scale=scale, impl=impl, **options)
+        return tensors
+
+    def eager(x: Any) -> Outputs:
+        _, master, grad, exp_avg, exp_avg_sq, scale = x
+        g = grad.to(master.dtype) * scale
+        exp_avg, exp_avg_sq = beta1 * exp_avg + (1 - beta1) * g, beta2 * exp_avg_sq + (1 - beta2) * g * g
+        change = exp_avg / (1 - beta1**step) / ((exp_avg_sq / (1 - beta2**step)).sqrt() + options["eps"])
+        master = master * (1 - options["lr"] * options["weight_decay"]) - options["lr"] * change
+        return master.to(grad.dtype), master, grad, exp_avg, exp_avg_sq
+
+    def fresh(x: Any) -> Any:
+        return tuple(tensor.clone() for tensor in x)
+
+    def case(N: int, D: int) -> Case:
+        def inputs() -> Any:
+            master, grad, exp_avg, noise = normal((4, N, D), torch.float32, device).unbind()
+            weight, grad = master.bfloat16(), grad.bfloat16()
+            return weight, master, grad, exp_avg, noise.square(), torch.full((), 0.5, device=device)
+
+        best = kernel(device) if device == "cuda" else "torch"
+        both = Provider(partial(ours, impl=best), "in place", fresh), Provider(eager, "not in place")
+        note = "a float32 gradient, PyTorch's fused AdamW, and a rounded copy"
+        more = {"fused AdamW": Provider(partial(ours, impl="torch"), note, fresh)}
+        return against_eager({"N": N, "D": D}, torch.bfloat16, inputs, *both, more, bytes=28 * N * D)
+
+    shapes = [(5632, 2048), (102400, 2048)] if device == "cuda" else []
+    return [case(3, 64)] if tiny else [case(*shape) for shape in shapes]
+
+
 def advantages(device: str, tiny: bool) -> list[Case]:
     """128 samples in groups of 8, three rewards.
 
@@ -321,6 +362,7 @@ OPS: dict[str, Callable[[str, bool], list[Case]]] = {
     "linear_logprobs": of_hidden,
     "grpo_loss": loss,
     "cfg_sample": draws,
+    "adamw": updates,
 }
 
 if __name__ == "__main__":

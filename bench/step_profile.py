@@ -101,8 +101,10 @@ def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
         del flops["reference"]
     # the gradient is read twice, the first time for its norm; master and moments are read and written
     for p, master in zip(trainer.optimizer.parameters, trainer.optimizer.masters, strict=True):
-        apart = p.itemsize + len(parts) * (p.itemsize + 4) if p is not master else 0
-        read["optimizer"] += p.numel() * (32 + apart)
+        added = len(parts) > 1 and p is not master  # in float32
+        collected = len(parts) * (p.itemsize + 4) if added else 0
+        gradient, rounded = 4 if added else p.itemsize, p.itemsize if p is not master else 0
+        read["optimizer"] += p.numel() * (24 + 2 * gradient + rounded + collected)
     decoder = trainer.engine.weights.image_decoder.model
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         decoder.decode(rollout.image_tokens[:1])

@@ -19,8 +19,9 @@ time. The backward pass of a layer needs e·N·(2·D + 3·I) in addition. A pass
 e·N·(8·D + 4·I), and less if q, k, v and gate, up are stored side by side.
 
 The peak of the update is the largest of these moments: the loss (with the head's gradient in float32 and a slice of
-logits); the backward pass of the first and of the last layer; the conversion of the gradients to float32; and their sum
-over the ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient as soon as it is computed, in buckets.
+logits); the backward pass of the first and of the last layer; with several micro-batches or ranks, the conversion of
+the gradients to float32; and their sum over the ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient
+as soon as it is computed, in buckets.
 
 All samples of the plan have the same length, so M contains no padding. In a run, `attn_implementation: sdpa` pads
 shorter samples to the longest one. The other implementations do not, and need less.
@@ -99,7 +100,7 @@ class Training(NamedTuple):
 
     Args:
         masters, moments: bytes of the master weight and of both moments.
-        accumulated: bytes of a gradient that is accumulated apart from the weight's own; 0 if it is accumulated there.
+        accumulated: bytes of a sum of gradients that is apart from the weight's own; 0 if they are added there.
         ranks: number of ranks among which ZeRO divides them.
         stage: ZeRO's stage, 0 without DeepSpeed.
         bucket, buffers: ZeRO sends this many gradients at a time, from this many buffers.
@@ -209,7 +210,8 @@ def update_peak(
         sent += 4 * max(training.bucket, largest) * (training.stage >= 2 and shape.bytes < 4)
         wide = 0
     else:
-        own, wide = shape.bytes * weights, training.accumulated * weights
+        added = micro_batches > 1 or training.ranks > 1
+        own, wide = shape.bytes * weights, training.accumulated * weights * added
         before, sent = (wide or own) if micro_batches > 1 else 0, 0
     held, late = (before if wide or training.stage else 0), shape.bytes * embedding
     fresh = head_own

@@ -1,8 +1,9 @@
 """AdamW on float32 master weights.
 
 With a learning rate of 1e-6, the update of a bfloat16 weight of magnitude 1 would round to nothing, since neighbouring
-values are 2^-7 apart there. So the optimizer has float32 master weights, accumulates gradients in float32, and rounds
-the masters into the model's weights. Weights of 32 bits or more are their own masters.
+values are 2^-7 apart there. So the optimizer has float32 master weights, and rounds them into the model's
+weights. It adds the gradients of several micro-batches or ranks in float32. If there is one micro-batch on one rank,
+AdamW reads the gradients as they are. Weights of 32 bits or more are their own masters.
 
 `optim: adamw_8bit` has no masters. torchao's AdamW8bit keeps both moments in 8 bits and rounds bfloat16 weights up or
 down at random, so that the update is exact on average. Weights, gradients and moments take 6 bytes for each weight
@@ -22,12 +23,38 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 from transformers import get_scheduler
 
+from ..kernels.adamw import adamw
 from .average import WeightAverage
 from .config import Config
-from .distributed import buckets
+from .distributed import Ranks, buckets
 
 Result = TypeVar("Result")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 PART = 1 << 26  # number of gradients that become float32 together: few kernels, and little memory for both copies
+
+
+class _AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW with a step that also writes the weights, and that counts the updates on the host."""
+
+    @torch.no_grad()
+    def step(self, weights: Sequence[Tensor], scale: Tensor) -> list[Tensor]:  # type: ignore[override]
+        """Update masters and weights with the gradients times `scale`, unless it is NaN -> the counts to increase."""
+        counts, group = [], self.param_groups[0]
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        for weight, master in zip(weights, group["params"], strict=True):
+            if (grad := gradient(weight, master)) is None:
+                continue
+            if not (state := self.state[master]):
+                state |= {"step": torch.tensor(0.0), **{name: torch.zeros_like(master) for name in MOMENTS}}
+            moments = (state[name] for name in MOMENTS)
+            adamw(weight, master, grad, *moments, step=int(state["step"]) + 1, scale=scale, **options)
+            counts.append(state["step"])
+        return counts
+
+
+def gradient(parameter: Tensor, master: Tensor) -> Tensor | None:
+    """The gradient of a parameter: in float32 if it was collected, and else in the dtype of the parameter."""
+    return parameter.grad if master.grad is None else master.grad
 
 
 class MasterAdamW:
@@ -56,10 +83,10 @@ class MasterAdamW:
             "weight_decay": config.weight_decay,
         }
         if self.rounds:
-            self.adamw: torch.optim.Optimizer = adamw_8bit()(self.masters, **self.options, bf16_stochastic_round=True)
+            self.adamw: Any = adamw_8bit()(self.masters, **self.options, bf16_stochastic_round=True)
             self.options["lr"] = torch.tensor(config.learning_rate)  # torchao's learning rate is a tensor
         else:
-            self.adamw = torch.optim.AdamW(self.masters, **self.options, fused=True)
+            self.adamw = _AdamW(self.masters, **self.options)
         self.seed = config.seed
         self.schedule = get_scheduler(config.lr_scheduler_type, self.adamw, config.warmup_steps, config.max_steps)
 
@@ -68,11 +95,11 @@ class MasterAdamW:
         return float(self.schedule.get_last_lr()[0])
 
     def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
-        """Compute a micro-batch's loss and a result, and collect the gradients -> both, the loss detached."""
+        """Compute a micro-batch's loss, a result, and the gradients -> loss and result, the loss detached."""
+        self.collect()  # of the micro-batch before
         loss, result = compute()
         with record_function("backward"):
             loss.backward()
-        self.collect()
         return loss.detach(), result
 
     @record_function("optimizer")
@@ -93,31 +120,32 @@ class MasterAdamW:
                 parameter.grad = None
 
     @record_function("optimizer")
-    def step(self, reduce: Callable[[Sequence[Tensor]], None]) -> Tensor:
-        """Reduce the gradients over the ranks, clip them, and update the weights -> gradient norm.
+    def step(self, ranks: Ranks) -> Tensor:
+        """Sum the gradients over the ranks, clip them, and update the weights -> gradient norm.
 
         Raises:
             FloatingPointError: a gradient is not finite. No weight has changed.
         """
-        reduce(self.masters)
-        grads = [master.grad for master in self.masters if master.grad is not None]
+        if ranks.size > 1 or any(master.grad is not None for master in self.masters):
+            self.collect()
+            ranks.sum_gradients(self.masters)
+        pairs = zip(self.parameters, self.masters, strict=True)
+        grads = [grad for p, m in pairs if (grad := gradient(p, m)) is not None]
         # in float32: the rounding error of a bfloat16 norm would scale every gradient
         wide = torch.promote_types(grads[0].dtype, torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=wide)))
-        nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
         if self.rounds:
+            nn.utils.clip_grads_with_norm_(self.masters, self.max_grad_norm, norm)
             self._require_finite(norm)
             with self._rounding():
                 self.adamw.step()
-        else:  # AdamW changes nothing if found_inf is 1, so it is launched before the host waits for the norm
-            self.adamw.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
-            self.adamw.step()
+        else:  # launched before the host waits for the norm
+            scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1)
+            counts = self.adamw.step(self.parameters, torch.where(norm.isfinite(), scale, torch.nan))
             self._require_finite(norm)
-        self.adamw.zero_grad(set_to_none=True)
-        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if m is not p]
-        if pairs:
-            with torch.no_grad():
-                torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+            torch._foreach_add_(counts, 1)
+        for weight in (*self.parameters, *self.masters):
+            weight.grad = None
         if self.average:
             self.average.update()
         return norm
@@ -156,6 +184,8 @@ class MasterAdamW:
         self.adamw.load_state_dict(state["adamw"])
         for held in self.adamw.state.values():  # on a CPU, AdamW would keep the given tensors
             held.update({k: _copy(v) for k, v in held.items() if isinstance(v, Tensor) and v.device.type == "cpu"})
+            if not self.rounds:
+                held["step"] = held["step"].cpu()
         self._load_schedule(state["schedule"])
         with torch.no_grad():
             for parameter, master, saved in zip(self.parameters, self.masters, state["masters"], strict=True):

@@ -332,7 +332,7 @@ def update(
             if iteration == 0 and config.num_iterations > 1:
                 old[i] = result.logprobs
             meter.add(result.metrics, {"text": counts[i][0], "image": counts[i][1]}, loss)
-        grad_norm = optimizer.step(ranks.sum_gradients)
+        grad_norm = optimizer.step(ranks)
     optimizer.schedule.step()
     _set_mode(policy, training=False)
     return {**meter.reduce(ranks), **dropped, "grad_norm": grad_norm}

@@ -27,9 +27,8 @@ from transformers import get_scheduler
 from ..model.policy import Policy
 from .config import Config
 from .distributed import Ranks
-from .optim import MasterAdamW, Result
+from .optim import MOMENTS, MasterAdamW, Result
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _BUCKET = 1 << 26  # number of gradients in a message, 256 MiB in float32; DeepSpeed's default of 5e8 takes 4 GB
 
 
@@ -188,7 +187,7 @@ class ZeroAdamW(MasterAdamW):
         return loss.detach(), results[0]
 
     @record_function("optimizer")
-    def step(self, reduce: Callable[..., None]) -> Tensor:
+    def step(self, ranks: Ranks) -> Tensor:
         """Clip the gradients and update the weights -> gradient norm. The engine reduces the gradients itself."""
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.ranks.device)
@@ -211,7 +210,7 @@ class ZeroAdamW(MasterAdamW):
         states = {
             i: {
                 "step": steps.cpu().clone(),
-                **{name: keep(safe_get_full_optimizer_state(p, name)) for name in _MOMENTS},
+                **{name: keep(safe_get_full_optimizer_state(p, name)) for name in MOMENTS},
             }
             for i, p in enumerate([] if steps is None else self.parameters)
         }
@@ -229,14 +228,14 @@ class ZeroAdamW(MasterAdamW):
         moments = state["adamw"]["state"]
         if moments:
             for share in self._shares():
-                empty = {name: torch.zeros_like(share) for name in _MOMENTS}
+                empty = {name: torch.zeros_like(share) for name in MOMENTS}
                 self.adamw.state[share] = {"step": moments[0]["step"].clone(), **empty}
             if self.engine.zero_optimization_stage() < 3:  # before the first step, parameters have no moments
                 self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         for i, (parameter, master) in enumerate(zip(self.parameters, state["masters"], strict=True)):
             if master is not None:
                 self._set(parameter, master)
-            for name in _MOMENTS if moments else ():
+            for name in MOMENTS if moments else ():
                 self._set(parameter, moments[i][name], name)
 
     def _shares(self) -> list[Tensor]:

@@ -118,5 +118,4 @@ def our_step(
 def apply_gradient(optimizer: MasterAdamW, gradient: Tensor) -> None:
     """Update the first parameter by this gradient."""
     optimizer.parameters[0].grad = gradient
-    optimizer.collect()
-    optimizer.step(lambda parameters: None)
+    optimizer.step(ALONE)

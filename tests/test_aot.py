@@ -8,7 +8,7 @@ import pytest
 import torch
 from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
 
-from bicot.kernels import cfg_sample_triton, fused_grpo, group_advantages, token_logprobs
+from bicot.kernels import adamw, cfg_sample_triton, fused_grpo, group_advantages, token_logprobs
 from bicot.kernels.dispatch import tl, triton
 
 pytestmark = needs_compiler
@@ -64,6 +64,23 @@ def test_group_advantages(P: int, G: int, R: int, scale: str, normalize: bool, a
         **options,
     )
     assert_clean(code)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("own", [False, True])
+def test_adamw(own: bool, arch: int) -> None:
+    """Four weights a thread, at full occupancy: 2048 threads share 65,536 registers."""
+    kernel, launch = adamw._adamw_kernel, dict(adamw._CONFIG)
+    types = {"p_grad": "*fp32" if own else "*bf16", "p_weight": "*bf16", "size": "i32"}
+    signature = {name: types.get(name, "*fp32" if name[:2] == "p_" else "fp32") for name in kernel.arg_names[:-1]}
+    constants = {"BLOCK": launch.pop("BLOCK")} | ({"p_weight": None} if own else {})
+    signature = {name: kind for name, kind in signature.items() if name not in constants}
+    divisible = {name for name in signature if name[:2] == "p_"} | {"size"}
+    code = compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **launch)
+    assert_clean(code)
+    assert code.registers <= 32 and not code.shared
+    assert code.accesses("LDG", 16) == 3 + own and code.accesses("STG", 16) == 3
+    assert code.accesses("LDG", 8) == code.accesses("STG", 8) == (not own)
 
 
 INTEGERS = ("V", "stride", "grad_stride", "results_stride")

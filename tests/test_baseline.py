@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -45,9 +45,9 @@ PHASES = {"plan", "draw", "decode", "reward", "reference", "train"}
 class Recording(MasterAdamW):
     """Keeps the gradients of its last step."""
 
-    def step(self, reduce: Callable[[Sequence[Tensor]], None]) -> Tensor:
+    def step(self, ranks: Ranks) -> Tensor:
         self.grads = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in self.masters]
-        return super().step(reduce)
+        return super().step(ranks)
 
 
 class Brightness:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stepping import apply_gradient, config
+from stepping import ALONE, apply_gradient, config
 from torch import Tensor
 
 from bicot.grpo import optim
@@ -35,6 +35,28 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
         weight.grad = torch.full((1,), value, dtype=torch.bfloat16)
         optimizer.collect()
     assert optimizer.masters[0].grad is not None and optimizer.masters[0].grad.item() == 258
+
+
+def test_one_micro_batch_makes_no_float32_gradients_and_ends_where_several_do() -> None:
+    draw, ways = torch.Generator().manual_seed(0), []
+    grads = [torch.randn(64, 64, generator=draw).bfloat16() for _ in range(4)]
+    for collects in (False, True):
+        weights = [torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
+        optimizer = MasterAdamW(weights, config(dtype="bfloat16", learning_rate=0.01, max_grad_norm=0.5))
+        for both in (grads[:2], grads[2:]):
+
+            def loss(both: list[Tensor] = both, weights: list[torch.nn.Parameter] = weights) -> tuple[Tensor, None]:
+                return sum((w * g).sum() for w, g in zip(weights, both, strict=True)), None  # type: ignore[return-value]
+
+            optimizer.backward(loss)
+            assert all(weight.grad is not None for weight in weights)
+            assert all(master.grad is None for master in optimizer.masters)
+            if collects:
+                optimizer.collect()
+            optimizer.step(ALONE)
+            assert all(w.grad is None for w in (*weights, *optimizer.masters))
+        ways.append(optimizer.state_dict())
+    torch.testing.assert_close(*ways, rtol=1e-6, atol=1e-9)
 
 
 def test_gradients_are_collected_by_few_kernels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +96,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype: torch.dtype, bad: 
     def step() -> None:
         for weight, grad in zip(weights, grads, strict=True):
             weight.grad = grad.clone()
-        optimizer.collect()
-        optimizer.step(lambda parameters: None)
+        optimizer.step(ALONE)
 
     step()
     before = copy.deepcopy((optimizer.state_dict(), weights))

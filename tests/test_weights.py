@@ -14,6 +14,7 @@ import pytest
 import torch
 from forced import LINEARS, TOLERANCE, addresses, copied, engine_of, gap, greedy, numbers, text_loss
 from oracle import Operators
+from stepping import ALONE
 from tiny import ROOT, TORCHRUN, made_once, tiny_policy
 from torch import nn
 
@@ -96,8 +97,7 @@ def adamw_step(policy: Policy) -> None:
 def master_step(policy: Policy, optimizer: MasterAdamW | None = None) -> None:
     optimizer = optimizer or MasterAdamW(policy.trainable_parameters(), CONFIG)
     text_loss(policy).backward()
-    optimizer.collect()
-    optimizer.step(lambda parameters: None)
+    optimizer.step(ALONE)
 
 
 def load_another(policy: Policy) -> None:

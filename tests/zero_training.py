@@ -64,7 +64,7 @@ def step_of_gradient(factor: float, job: Path, ranks: Ranks, stage: str) -> dict
         optimizer.backward(lambda: (policy.text_head.weight.float().sum() * factor, None))
     seen: dict[str, Any] = {"elements": policy.config.text_config.vocab_size * policy.config.text_config.hidden_size}
     try:
-        seen["norm"] = optimizer.step(ranks.sum_gradients).item()
+        seen["norm"] = optimizer.step(ranks).item()
     except FloatingPointError as error:
         seen["error"] = str(error)
     after = gathered(policy.model, True) or policy.model.state_dict()
