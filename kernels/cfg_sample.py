@@ -29,10 +29,13 @@ than the likeliest is never drawn.
 
 PyTorch sorts to truncate. The kernels look for the smallest logit that stays, `cut`: the largest x for which the logits
 >= x number (top-k) or weigh (top-p) at least a limit. `select` bisects between lo, which reaches the limit, and hi,
-which does not; each `probe` of a pivot between them walks the row once and moves one of them to a logit of the row, so
-some 10 to 20 walks leave one value. The first 16 steps halve the interval of values, which is quick for the logits of a
-model; the rest halve that of `key`, an integer that orders like the float, which is never slow. Of the logits equal to
-`cut` the first stay, up to column `last`.
+which does not; each `probe` of a pivot between them reads the row once and moves one of them to a logit of the row, so
+some 10 to 20 probes leave one value. The first 16 steps halve the interval of values, which is quick for the logits of
+a model; the rest halve that of `key`, an integer that orders like the float, which is never slow. Of the logits equal
+to `cut` the first stay, up to column `last`.
+
+For top-k, the Triton kernel first selects the k-th largest among the maxima of groups of 64 columns. It is at most the
+k-th largest logit, so the probes read only the groups whose maximum is not below it: about k of 1,600.
 
 Shapes: cond and uncond [B, V], the rest [B]. Floor: 2·B·V logits read once (B·V without guidance); about 100 operations
 a logit. PyTorch makes some 30 passes.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .dispatch import tl, triton
 
 BLOCK = 2048  # columns a program measures or races: 32 a thread of 2 warps
 TRUNCATE_BLOCK = 4096  # columns the truncating program holds at a time: 16 a thread of 8 warps
+GROUP: Any = tl.constexpr(64) if dispatch.HAS_TRITON else None  # adjacent columns, whose maximum is stored to truncate
 
 
 class Options(NamedTuple):
@@ -87,10 +88,11 @@ def _reduce(p_top, p_sum, parts, scale):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def measure_kernel(  # type: ignore[no-untyped-def]
-    p_cond, p_uncond, p_parts, p_first, p_arrived, p_good, V, cond_stride, uncond_stride, guidance, scale,
+    p_cond, p_uncond, p_parts, p_first, p_arrived, p_good, p_max, V, cond_stride, uncond_stride, guidance, scale,
     GUIDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Maximum and softmax sum of one part of a row; the maximum is +inf where a logit is NaN or +inf."""
+    """Maximum and softmax sum of one part of a row; the maximum is +inf where a logit is NaN or +inf. To truncate, also
+    the maximum of each group."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -99,7 +101,12 @@ def measure_kernel(  # type: ignore[no-untyped-def]
     o_v = part * BLOCK + tl.arange(0, BLOCK)
     b_c, b_u, b_z = _mix(p_cond + row * cond_stride, p_uncond + row * uncond_stride, o_v, V, guidance, GUIDED)
     b_good = (b_z < float("inf")) & (b_c < float("inf")) & (b_u < float("inf"))  # false for NaN
-    top, total = _measure(tl.where(b_good, b_z, float("inf")), scale)
+    b_z = tl.where(b_good, b_z, float("inf"))
+    top, total = _measure(b_z, scale)
+    if p_max is not None:
+        o_group = part * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        groups = tl.cdiv(V, GROUP)
+        tl.store(p_max + row * groups + o_group, tl.max(tl.reshape(b_z, [BLOCK // GROUP, GROUP]), 1), o_group < groups)
     tl.store(p_part, top)
     tl.store(p_part + all_parts, total)
     if GUIDED:
@@ -125,26 +132,50 @@ def _value(key):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _list(p_max, p_group, groups, lowest, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the groups with a maximum >= lowest, in order -> their number."""
+    size = 0
+    for begin in range(0, groups, BLOCK):
+        o = begin + tl.arange(0, BLOCK)
+        b_listed = (tl.load(p_max + o, o < groups, 0.0) >= lowest) & (o < groups)
+        b_end = size + tl.cumsum(b_listed.to(tl.int32), 0)
+        tl.store(p_group + b_end - 1, o, b_listed)
+        size = tl.max(b_end, 0)
+    tl.debug_barrier()  # the threads read what others wrote
+    return size
+
+
+@triton.jit
+def _columns(p_group, begin, size, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The columns of the listed groups from `begin` on, [groups, GROUP]; of all groups without a list."""
+    o = begin + tl.arange(0, BLOCK // GROUP)
+    b_group = o if p_group is None else tl.load(p_group + o, o < size, V)
+    return b_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+
+
+@triton.jit
 def _probe(  # type: ignore[no-untyped-def]
-    p_c, p_u, V, guidance, top, scale, pivot, GUIDED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_c, p_u, p_group, size, V, guidance, top, scale, pivot, GUIDED: tl.constexpr, MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The number (or weight, if MASS) of the logits >= pivot, the smallest of them, and the largest below it."""
-    b_amount = tl.zeros([BLOCK], tl.int64 if MASS else tl.int32)
-    b_next = tl.full([BLOCK], float("inf"), tl.float32)
-    b_previous = tl.full([BLOCK], float("-inf"), tl.float32)
-    for begin in range(0, V, BLOCK):
-        b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
+    b_amount = tl.zeros([BLOCK // GROUP, GROUP], tl.int64 if MASS else tl.int32)
+    b_next = tl.full([BLOCK // GROUP, GROUP], float("inf"), tl.float32)
+    b_previous = tl.full([BLOCK // GROUP, GROUP], float("-inf"), tl.float32)
+    for begin in range(0, size, BLOCK // GROUP):
+        b_z = _mix(p_c, p_u, _columns(p_group, begin, size, V, BLOCK), V, guidance, GUIDED)[2]
         b_inside = b_z >= pivot
         b_amount += tl.where(b_inside, _weigh(b_z, top, scale) if MASS else 1, 0)
         b_next = tl.minimum(b_next, tl.where(b_inside, b_z, float("inf")))
         b_previous = tl.maximum(b_previous, tl.where(b_inside, float("-inf"), b_z))
-    return tl.sum(b_amount, 0).to(tl.int64), tl.min(b_next, 0), tl.max(b_previous, 0)
+    return tl.sum(b_amount).to(tl.int64), tl.min(b_next), tl.max(b_previous)
 
 
 @triton.jit
 def _select(  # type: ignore[no-untyped-def]
-    p_c, p_u, V, guidance, top, scale, lowest, limit, GUIDED: tl.constexpr, MASS: tl.constexpr, BLOCK: tl.constexpr
-):
+    p_c, p_u, p_group, size, V, guidance, top, scale, lowest, limit, GUIDED: tl.constexpr, MASS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """-> cut, not below `lowest`, and the number (or weight, if MASS) of the logits above it."""
     lo, hi = _key(lowest), _key(top) + 1
     above = tl.zeros([], tl.int64)
@@ -153,7 +184,9 @@ def _select(  # type: ignore[no-untyped-def]
         halfway = 0.5 * _value(lo) + 0.5 * _value(hi - 1)
         middle = tl.where(step < 16, _key(halfway), (lo + hi) >> 1)
         pivot = _value(tl.minimum(tl.maximum(middle, lo + 1), hi - 1))
-        amount, following, previous = _probe(p_c, p_u, V, guidance, top, scale, pivot, GUIDED, MASS, BLOCK)
+        amount, following, previous = _probe(
+            p_c, p_u, p_group, size, V, guidance, top, scale, pivot, GUIDED, MASS, BLOCK
+        )
         enough = amount >= limit
         lo = tl.where(enough, _key(following), lo)
         hi = tl.where(enough, hi, _key(previous) + 1)
@@ -164,38 +197,51 @@ def _select(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["top_k", "top_p_bits", "parts"])
 def truncate_kernel(  # type: ignore[no-untyped-def]
-    p_cond, p_uncond, p_parts, p_cut, p_last, V, parts, cond_stride, uncond_stride, guidance, scale, top_k, top_p_bits,
+    p_cond, p_uncond, p_parts, p_max, p_group, p_cut, p_last, V, parts, cond_stride, uncond_stride, guidance, scale,
+    top_k, top_p_bits,
     GUIDED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """-> cut, last: every logit above `cut` stays, and of those equal to it the first, up to column `last`."""
+    """-> cut, last: every logit above `cut` stays, and of those equal to it the first, up to column `last`.
+
+    The k-th largest maximum of a group is at most the k-th largest logit, so groups below it are not read again.
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     p_c = p_cond + row * cond_stride
     p_u = p_uncond + row * uncond_stride
     p_top = p_parts + row * parts
+    groups = tl.cdiv(V, GROUP)
+    p_max += row * groups
+    p_group += row * groups
     top = _reduce(p_top, p_top, parts, scale)[0]
     if tl.abs(top) < float("inf"):
         cut = tl.full([], float("-inf"), tl.float32)
         ties = tl.full([], 0, tl.int64)
         if TOP_K:
-            cut, above = _select(p_c, p_u, V, guidance, top, scale, cut, top_k, GUIDED, False, BLOCK)
+            size = tl.cdiv(groups, GROUP)
+            cut = _select(p_max, p_max, None, size, groups, 1.0, top, scale, cut, top_k, False, False, BLOCK)[0]
+        size = _list(p_max, p_group, groups, cut, BLOCK)
+        if TOP_K:
+            cut, above = _select(p_c, p_u, p_group, size, V, guidance, top, scale, cut, top_k, GUIDED, False, BLOCK)
             ties = top_k - above
         if TOP_P:
-            mass = _probe(p_c, p_u, V, guidance, top, scale, _value(_key(cut) + 1), GUIDED, True, BLOCK)[0]
+            pivot = _value(_key(cut) + 1)
+            mass = _probe(p_c, p_u, p_group, size, V, guidance, top, scale, pivot, GUIDED, True, BLOCK)[0]
             mass += ties * _weigh(cut, top, scale)
             top_p = top_p_bits.to(tl.int64).to(tl.float64, bitcast=True)
             # below the mass: top_p <= 1 - 2^-53 takes off at least what rounding the mass to float64 may have added
             limit = tl.maximum((mass.to(tl.float64) * top_p).to(tl.int64), 1)
-            cut, above = _select(p_c, p_u, V, guidance, top, scale, cut, limit, GUIDED, True, BLOCK)
+            cut, above = _select(p_c, p_u, p_group, size, V, guidance, top, scale, cut, limit, GUIDED, True, BLOCK)
             ties = tl.cdiv(limit - above, tl.maximum(_weigh(cut, top, scale), 1))
-        last = 0  # the number of columns up to which there are fewer than `ties`
+        last = 0
         seen = tl.full([], 0, tl.int64)
-        for begin in range(0, V, BLOCK):
-            b_z = _mix(p_c, p_u, begin + tl.arange(0, BLOCK), V, guidance, GUIDED)[2]
-            b_ties = seen + tl.cumsum((b_z == cut).to(tl.int32), 0)
-            last += tl.sum((b_ties < ties).to(tl.int32), 0)
-            seen = tl.max(b_ties, 0)
+        for begin in range(0, size, BLOCK // GROUP):
+            o_v = _columns(p_group, begin, size, V, BLOCK)
+            b_tie = tl.reshape(_mix(p_c, p_u, o_v, V, guidance, GUIDED)[2] == cut, [BLOCK])
+            b_seen = seen + tl.cumsum(b_tie.to(tl.int32), 0)
+            last = tl.maximum(last, tl.max(tl.where(b_tie & (b_seen <= ties), tl.reshape(o_v, [BLOCK]), 0), 0))
+            seen = tl.max(b_seen, 0)
         tl.store(p_cut + row, cut)
         tl.store(p_last + row, last)
 
@@ -290,16 +336,19 @@ def launch(
     strides = (cond.stride(0), other.stride(0))
     # every operation rounded: only so do all implementations draw the same tokens
     config = {"GUIDED": uncond is not None, "enable_fp_fusion": False}
-    counted = (statistics, first, arrived, good)
+    counted, maxima, groups = (statistics, first, arrived, good), None, None
+    if truncated:
+        maxima = statistics.new_empty((B, triton.cdiv(V, GROUP.value)))
+        groups = torch.empty_like(maxima, dtype=torch.int32)
     dispatch.launch(
-        measure_kernel, (B, parts), cond, other, *counted, V, *strides, guidance, scale,
+        measure_kernel, (B, parts), cond, other, *counted, maxima, V, *strides, guidance, scale,
         **config, BLOCK=BLOCK, num_warps=2,
     )  # fmt: skip
     if truncated:
         bits = struct.unpack("q", struct.pack("d", top_p))[0]  # a float argument would be rounded to float32
         dispatch.launch(
-            truncate_kernel, (B,), cond, other, statistics, cut, last, V, parts, *strides, guidance, scale, top_k, bits,
-            **config, TOP_K=top_k > 0, TOP_P=top_p < 1, BLOCK=TRUNCATE_BLOCK, num_warps=8,
+            truncate_kernel, (B,), cond, other, statistics, maxima, groups, cut, last, V, parts, *strides, guidance,
+            scale, top_k, bits, **config, TOP_K=top_k > 0, TOP_P=top_p < 1, BLOCK=TRUNCATE_BLOCK, num_warps=8,
             maxnreg=168,  # else ptxas spills for more programs at a time
         )  # fmt: skip
     dispatch.launch(

@@ -128,8 +128,9 @@ def compile_sampling(name: str, element: str, arch: int, **constants: bool) -> C
     block = cfg_sample_triton.TRUNCATE_BLOCK if name == "truncate_kernel" else cfg_sample_triton.BLOCK
     types = {"p_cond": element, "p_uncond": element, "p_good": "*u8", "top_k": "i32", "top_p_bits": "i64"}
     types |= dict.fromkeys(("p_seed", "p_offset", "p_token", "p_first", "p_arrived", "p_last"), "*i64")
-    types |= dict.fromkeys(("p_cut", "p_parts", "p_logp_cond", "p_logp_guided"), "*fp32")
+    types |= dict.fromkeys(("p_cut", "p_parts", "p_max", "p_logp_cond", "p_logp_guided"), "*fp32")
     types |= dict.fromkeys(("V", "parts", "cond_stride", "uncond_stride"), "i32")
+    types["p_group"] = "*i32"
     signature = {n: types.get(n, "fp32") for n in kernel.arg_names if n not in constants and n != "BLOCK"}
     divisible = {n for n in signature if n.startswith("p_")} | {"V", "cond_stride", "uncond_stride"}
     return compile_kernel(

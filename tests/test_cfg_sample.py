@@ -262,7 +262,8 @@ def test_every_counter_and_key_draws_from_a_flat_row_its_least_word(V: int, impl
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """cond, uncond and options: any dtype and strides; masks that leave a token; ties, zeros of both signs."""
-    B, V = draw(st.integers(1, 2 if INTERPRETED else 5)), draw(st.integers(1, 70) | st.integers(1000, 2100))
+    B = draw(st.integers(1, 2 if INTERPRETED else 5))
+    V = draw(st.integers(1, 70) | st.integers(1000, 2100) | st.integers(4090, 4200))  # truncating holds 4096 at a time
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     step, spread, masked = draw(st.sampled_from([0, 0.5, 2])), draw(st.sampled_from([0.1, 3, 40])), draw(st.booleans())
