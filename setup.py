@@ -18,7 +18,7 @@ TEST = ["pytest", "pytest-xdist>=3.2,<4", "hypothesis", "tensorboard"]
 VIEW = ["werkzeug>=3.1,<4"]  # the live view's server; TensorBoard has it too
 TEST += ["triton; platform_system == 'Linux'"]  # for its interpreter
 # examples/trl_grpo.py overrides a private method of TRL and divides as 1.16 does; 2.0 will remove options
-TRL = ["trl>=1.16,<2; python_version >= '3.11'"]
+TRL = ["trl>=1.16,<2"]
 PEFT = ["peft>=0.18,<1"]
 # grpo/zero.py uses ZeRO's internals (such as ds_id and _hp_mapping), so other minor versions must be tested first
 DEEPSPEED = ["deepspeed>=0.19,<0.20; platform_system == 'Linux'"]
@@ -58,7 +58,7 @@ setup(
     version=runpy.run_path(str(ROOT / "__init__.py"))["__version__"],
     description="Janus-Pro text-to-image training with BiCoT-GRPO, as fast as the hardware allows",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     package_dir={"bicot": "."},
     packages=["bicot", "bicot.kernels", "bicot.model", "bicot.grpo", "bicot.rewards", "bicot.toy", "bicot.bench"],
     package_data={"bicot": ["configs/*"], "bicot.kernels": ["csrc/*"], "bicot.toy": ["assets/*"]},
