@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -197,20 +197,9 @@ class Ranks:
             dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return value
 
-    @record_function("communication")
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum the gradients over the ranks: large ones in place, others in flat copies of at most BUCKET_BYTES."""
-        if self.size == 1:
-            return
-        grads = [p.grad for p in parameters if p.grad is not None]
-        for bucket in buckets(grads, lambda grad: grad.nbytes, BUCKET_BYTES):
-            if len(bucket) == 1 and bucket[0].is_contiguous():
-                dist.all_reduce(bucket[0])
-                continue
-            flat = torch.cat([grad.flatten() for grad in bucket])
-            dist.all_reduce(flat)
-            for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-                grad.copy_(part.view_as(grad))
+    def begin_sum(self, value: Tensor) -> Any:
+        """Begin to sum over the ranks, in place; `.wait()` of the result makes this stream wait for the sum."""
+        return dist.all_reduce(value, async_op=True)
 
     @record_function("communication")
     def cat(self, value: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ time. The backward pass of a layer needs e·N·(2·D + 3·I) in addition. A pass
 e·N·(8·D + 4·I), and less if q, k, v and gate, up are stored side by side.
 
 The peak of the update is the largest of these moments: the loss (with the head's gradient in float32 and a slice of
-logits); the backward pass of the first and of the last layer; with several micro-batches or ranks, the conversion of
-the gradients to float32; and their sum over the ranks, in flat copies of at most 256 MiB. DeepSpeed sends each gradient
-as soon as it is computed, in buckets.
+logits); the backward pass of the first and of the last layer; and with several micro-batches, the moment when gradients
+are added up in float32, 256 MiB at a time. With several ranks, gradients are sent in buckets as soon as they are
+computed.
 
 All samples of the plan have the same length, so M contains no padding. In a run, `attn_implementation: sdpa` pads
 shorter samples to the longest one. The other implementations do not, and need less.
@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 
 from ..kernels.linear_logprobs import LOGITS_BYTES
 from .distributed import BUCKET_BYTES
-from .optim import PART
 
 
 @dataclass(frozen=True)
@@ -217,6 +216,11 @@ def update_peak(
     fresh = head_own
     if before and not held:  # gradients are added in place to those of the micro-batches before
         late = fresh = 0
+    part = min(weights, max(BUCKET_BYTES // 4, largest))
+    if training.ranks > 1 and training.stage == 0:  # a bucket is added up and sent as soon as it is computed
+        sent = shape.bytes * part
+        if micro_batches == 1:
+            fresh, held, own = fresh + (training.accumulated or shape.bytes) * head, wide or own, 0
     moments = [
         Update(before + head_wide, kept + ends, logits),
         Update(before + head_wide + head_own + sent, kept + ends, 0),
@@ -224,12 +228,8 @@ def update_peak(
         Update(held + own + sent - (0 if training.stage else late), layer + backward + hidden, 0),
         Update(held + own + sent, stream + hidden, 0),
     ]
-    if wide:
-        part = min(weights, max(PART, largest))
-        most = (before + own + 4 * part) if before else wide + shape.bytes * part
-        moments.append(Update(most, hidden, 0))
-    if training.ranks > 1 and training.stage == 0:
-        moments.append(Update((wide or own) + min(wide or own, BUCKET_BYTES), hidden, 0))
+    if wide and before:
+        moments.append(Update(before + own + 4 * part, hidden, 0))
     return max(moments, key=lambda moment: moment.total)
 
 

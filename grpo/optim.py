@@ -1,9 +1,9 @@
 """AdamW on float32 master weights.
 
 With a learning rate of 1e-6, the update of a bfloat16 weight of magnitude 1 would round to nothing, since neighbouring
-values are 2^-7 apart there. So the optimizer has float32 master weights, and rounds them into the model's
-weights. It adds the gradients of several micro-batches or ranks in float32. If there is one micro-batch on one rank,
-AdamW reads the gradients as they are. Weights of 32 bits or more are their own masters.
+values are 2^-7 apart there. So the optimizer has float32 master weights, and rounds them into the model's weights. It
+adds the gradients of several micro-batches or ranks in float32. If there is one micro-batch on one rank, AdamW reads
+the gradients as they are. Weights of 32 bits or more are their own masters.
 
 `optim: adamw_8bit` has no masters. torchao's AdamW8bit keeps both moments in 8 bits and rounds bfloat16 weights up or
 down at random, so that the update is exact on average. Weights, gradients and moments take 6 bytes for each weight
@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -26,11 +28,10 @@ from transformers import get_scheduler
 from ..kernels.adamw import adamw
 from .average import WeightAverage
 from .config import Config
-from .distributed import Ranks, buckets
+from .distributed import BUCKET_BYTES, Ranks, buckets
 
 Result = TypeVar("Result")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PART = 1 << 26  # number of gradients that become float32 together: few kernels, and little memory for both copies
 
 
 class _AdamW(torch.optim.AdamW):
@@ -50,6 +51,42 @@ class _AdamW(torch.optim.AdamW):
             adamw(weight, master, grad, *moments, step=int(state["step"]) + 1, scale=scale, **options)
             counts.append(state["step"])
         return counts
+
+
+class _Bucket:
+    """Parameters whose gradients are added up and sent together, by few kernels and with little memory for copies.
+
+    Args:
+        pairs: each parameter and its master. All masters have one dtype.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        self.pairs = pairs
+        self.flat: Tensor | None = None  # what the masters' gradients are views of
+
+    @torch.no_grad()
+    def collect(self, own: bool = False) -> None:
+        """Add the gradients of the parameters to those of the masters, in the masters' dtype, and free them.
+
+        Args:
+            own: also of parameters that are their own masters.
+        """
+        wanted = [p.grad is not None and (own or p is not m) for p, m in self.pairs]
+        if not any(wanted):
+            return
+        sizes = [m.numel() for _, m in self.pairs]
+        if self.flat is None:
+            self.flat = self.pairs[0][1].new_empty(sum(sizes))
+        parts = zip(self.pairs, self.flat.split(sizes), wanted, strict=True)
+        given = [(p, m, part.view_as(m)) for (p, m), part, is_wanted in parts if is_wanted]
+        # to where the sum is, or if there is one already, to a copy that is added to it
+        wide = [total if p is m or m.grad is None else torch.empty_like(total) for p, m, total in given]
+        torch._foreach_copy_(wide, [p.grad for p, _, _ in given])
+        if more := [(total, grad) for (_, _, total), grad in zip(given, wide, strict=True) if grad is not total]:
+            torch._foreach_add_(*map(list, zip(*more, strict=True)))
+        for parameter, master, total in given:
+            parameter.grad = None
+            master.grad = total
 
 
 def gradient(parameter: Tensor, master: Tensor) -> Tensor | None:
@@ -73,6 +110,11 @@ class MasterAdamW:
         own = [self.rounds or p.element_size() >= 4 for p in self.parameters]
         pairs = zip(self.parameters, own, strict=True)
         self.masters = [p if is_own else nn.Parameter(p.detach().float()) for p, is_own in pairs]
+        # the gradients of the last layers are computed first
+        runs = groupby([*zip(self.parameters, self.masters, strict=True)][::-1], lambda pair: pair[1].dtype)
+        parts = (part for _, run in runs for part in buckets(run, lambda pair: pair[1].nbytes, BUCKET_BYTES))
+        self.buckets = [_Bucket(part) for part in parts]
+        self._sent: list[Any] = []  # the sum over the ranks of each bucket, once it has begun
         if config.ema_decay is not None:
             self.average = WeightAverage(self.parameters, self.masters, config.ema_decay)
         self.max_grad_norm = config.max_grad_norm
@@ -94,30 +136,50 @@ class MasterAdamW:
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
-        """Compute a micro-batch's loss, a result, and the gradients -> loss and result, the loss detached."""
+    def backward(self, compute: Callable[[], tuple[Tensor, Result]], ranks: Ranks, last: bool) -> tuple[Tensor, Result]:
+        """Compute a micro-batch's loss, a result, and the gradients -> loss and result, the loss detached.
+
+        Args:
+            last: whether it is the last micro-batch, during whose backward pass the gradients are sent.
+        """
         self.collect()  # of the micro-batch before
         loss, result = compute()
-        with record_function("backward"):
+        with record_function("backward"), self._sending(ranks) if last and ranks.size > 1 else nullcontext():
             loss.backward()
         return loss.detach(), result
 
     @record_function("optimizer")
     def collect(self) -> None:
         """Add the gradients of a backward pass to those of the masters, in float32, and free them."""
-        pairs = zip(self.parameters, self.masters, strict=True)
-        given = [(p, m) for p, m in pairs if m is not p and p.grad is not None]
-        for part in buckets(given, lambda pair: pair[0].numel(), PART):
-            wide = [torch.empty_like(master) for _, master in part]
-            torch._foreach_copy_(wide, [p.grad for p, _ in part if p.grad is not None])
-            sums = [
-                (master.grad, grad) for (_, master), grad in zip(part, wide, strict=True) if master.grad is not None
-            ]
-            if sums:
-                torch._foreach_add_(*map(list, zip(*sums, strict=True)))
-            for (parameter, master), grad in zip(part, wide, strict=True):
-                master.grad = grad if master.grad is None else master.grad
-                parameter.grad = None
+        for bucket in self.buckets:
+            bucket.collect()
+
+    @contextmanager
+    def _sending(self, ranks: Ranks) -> Iterator[None]:
+        """Inside, a backward pass begins to sum the gradients of each bucket over the ranks as soon as it has all.
+
+        All ranks send the buckets in the same order.
+        """
+        missing = [len(bucket.pairs) for bucket in self.buckets]
+
+        def computed(i: int, _: Tensor) -> None:
+            missing[i] -= 1
+            while len(self._sent) < len(missing) and not missing[len(self._sent)]:
+                self._send(ranks)
+
+        each = [(i, p) for i, bucket in enumerate(self.buckets) for p, _ in bucket.pairs]
+        hooks = [p.register_post_accumulate_grad_hook(partial(computed, i)) for i, p in each]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _send(self, ranks: Ranks) -> None:
+        """Begin to sum the next bucket. A bucket without gradients has none on any rank, and is not sent."""
+        bucket = self.buckets[len(self._sent)]
+        bucket.collect(own=True)
+        self._sent.append(None if bucket.flat is None else ranks.begin_sum(bucket.flat))
 
     @record_function("optimizer")
     def step(self, ranks: Ranks) -> Tensor:
@@ -126,9 +188,10 @@ class MasterAdamW:
         Raises:
             FloatingPointError: a gradient is not finite. No weight has changed.
         """
-        if ranks.size > 1 or any(master.grad is not None for master in self.masters):
+        if ranks.size > 1:
+            self._sum(ranks)
+        elif any(bucket.flat is not None for bucket in self.buckets):
             self.collect()
-            ranks.sum_gradients(self.masters)
         pairs = zip(self.parameters, self.masters, strict=True)
         grads = [grad for p, m in pairs if (grad := gradient(p, m)) is not None]
         # in float32: the rounding error of a bfloat16 norm would scale every gradient
@@ -146,9 +209,20 @@ class MasterAdamW:
             torch._foreach_add_(counts, 1)
         for weight in (*self.parameters, *self.masters):
             weight.grad = None
+        for bucket in self.buckets:
+            bucket.flat = None
         if self.average:
             self.average.update()
         return norm
+
+    @record_function("communication")
+    def _sum(self, ranks: Ranks) -> None:
+        """Send what has not been sent, and wait for the sums of all ranks."""
+        while len(self._sent) < len(self.buckets):
+            self._send(ranks)
+        for work in filter(None, self._sent):
+            work.wait()
+        self._sent.clear()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside this context, the model has its averaged weights, if there are any."""

@@ -328,7 +328,7 @@ def update(
     for iteration in range(config.num_iterations):
         meter = _Meter()
         for i in range(len(micro_batches)):
-            loss, result = optimizer.backward(partial(loss_of, i))
+            loss, result = optimizer.backward(partial(loss_of, i), ranks, last=i + 1 == len(micro_batches))
             if iteration == 0 and config.num_iterations > 1:
                 old[i] = result.logprobs
             meter.add(result.metrics, {"text": counts[i][0], "image": counts[i][1]}, loss)

@@ -170,7 +170,7 @@ class ZeroAdamW(MasterAdamW):
         self.adamw = self.engine.basic_optimizer
         self.schedule = get_scheduler(config.lr_scheduler_type, self.adamw, config.warmup_steps, config.max_steps)
 
-    def backward(self, compute: Callable[[], tuple[Tensor, Result]]) -> tuple[Tensor, Result]:
+    def backward(self, compute: Callable[[], tuple[Tensor, Result]], ranks: Ranks, last: bool) -> tuple[Tensor, Result]:
         results: list[Result] = []
 
         def loss_alone() -> Tensor:  # return one tensor: DeepSpeed's hooks rebuild what a forward pass returns

@@ -13,14 +13,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bicot.grpo import distributed
+from bicot.grpo import optim
 from bicot.grpo.checkpoint import STATE, find_checkpoint, save_checkpoint
 from bicot.grpo.cli import parse_config
+from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.errors import one_line_errors
 from bicot.grpo.tracking import Log
@@ -125,16 +127,34 @@ def joined(output: Path, world: dict[str, str], timeout: float) -> Iterator[Rank
 def sum_in_buckets(output: Path, world: dict[str, str]) -> None:
     with joined(output, world, 60) as ranks:
         torch.manual_seed(ranks.rank)
-        parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 5, 64, 40, 1, 7, 2)]
-        for parameter in parameters[1:]:
-            parameter.grad = torch.randn_like(parameter)
-        together = torch.cat([p.grad for p in parameters[1:]])
-        torch.distributed.all_reduce(together)
-        distributed.BUCKET_BYTES = 4 * 16
-        ranks.sum_gradients(parameters)
-        assert parameters[0].grad is None and torch.equal(torch.cat([p.grad for p in parameters[1:]]), together)
-        ranks.sum_gradients(parameters[:1])
+        optim.BUCKET_BYTES = 4 * 16
+        for dtype in (torch.float32, torch.bfloat16):
+            sum_two_micro_batches(ranks, dtype)
         print("equal", flush=True)
+
+
+def sum_two_micro_batches(ranks: Ranks, dtype: torch.dtype) -> None:
+    """Buckets are sent during the last backward pass, and their sums are those of one collective for all."""
+    parameters = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (3, 5, 64, 40, 1, 7, 2)]
+    optimizer = optim.MasterAdamW(parameters, Config(rewards=RewardConfig("scene"), dtype=str(dtype)[6:]))
+    expected, sent_early = torch.zeros(119), []
+
+    def compute(grads: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
+        return torch.stack([(p * g).sum() for p, g in zip(parameters[1:], grads, strict=True)]).sum(), None
+
+    for last in (False, True):
+        grads = [torch.randn(p.shape).to(dtype) for p in parameters[1:]]
+        expected += torch.cat(grads)
+        optimizer.backward(partial(compute, grads), ranks, last)
+        sent_early.append(len(optimizer._sent))
+    # of [2, 7, 1], [40], [64] and [5, 3], the last one waits for a gradient that does not come
+    assert sent_early == [0, 3]
+    optimizer._sum(ranks)
+    torch.distributed.all_reduce(expected)
+    none, *masters = optimizer.masters
+    assert none.grad is None and torch.equal(torch.cat([m.grad for m in masters]), expected)
+    optimizer.step(ranks)
+    assert all(p.grad is None for p in (*parameters, *masters)) and (parameters[1] != 0).all()
 
 
 def write_slowly(words: list[str], output: Path, world: dict[str, str]) -> None:

@@ -48,7 +48,7 @@ def test_one_micro_batch_makes_no_float32_gradients_and_ends_where_several_do() 
             def loss(both: list[Tensor] = both, weights: list[torch.nn.Parameter] = weights) -> tuple[Tensor, None]:
                 return sum((w * g).sum() for w, g in zip(weights, both, strict=True)), None  # type: ignore[return-value]
 
-            optimizer.backward(loss)
+            optimizer.backward(loss, ALONE, last=True)
             assert all(weight.grad is not None for weight in weights)
             assert all(master.grad is None for master in optimizer.masters)
             if collects:
@@ -61,7 +61,7 @@ def test_one_micro_batch_makes_no_float32_gradients_and_ends_where_several_do() 
 
 def test_gradients_are_collected_by_few_kernels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit as one gradient after another. A parameter may have no gradient in some backward passes."""
-    monkeypatch.setattr(optim, "PART", 4000)
+    monkeypatch.setattr(optim, "BUCKET_BYTES", 4 * 4000)
     parameters = [torch.nn.Parameter(torch.zeros(n, 10, dtype=torch.bfloat16)) for n in [*[5] * 100, 900, 1, 1]]
     parameters += [torch.nn.Parameter(torch.zeros(3))]  # its own master
     optimizer, draw = MasterAdamW(parameters, config(dtype="bfloat16")), torch.Generator().manual_seed(0)

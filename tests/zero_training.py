@@ -61,7 +61,7 @@ def step_of_gradient(factor: float, job: Path, ranks: Ranks, stage: str) -> dict
     optimizer = ZeroAdamW(policy, config, settings, ranks)
     before = gathered(policy.model, True) or {k: v.clone() for k, v in policy.model.state_dict().items()}
     for _ in range(config.gradient_accumulation_steps):
-        optimizer.backward(lambda: (policy.text_head.weight.float().sum() * factor, None))
+        optimizer.backward(lambda: (policy.text_head.weight.float().sum() * factor, None), ranks, last=True)
     seen: dict[str, Any] = {"elements": policy.config.text_config.vocab_size * policy.config.text_config.hidden_size}
     try:
         seen["norm"] = optimizer.step(ranks).item()
