@@ -81,7 +81,7 @@ class _Bucket:
         given = [(p, m, part.view_as(m)) for (p, m), part, is_wanted in parts if is_wanted]
         # to where the sum is, or if there is one already, to a copy that is added to it
         wide = [total if p is m or m.grad is None else torch.empty_like(total) for p, m, total in given]
-        torch._foreach_copy_(wide, [p.grad for p, _, _ in given])
+        torch._foreach_copy_(wide, [p.grad for p, _, _ in given if p.grad is not None])
         if more := [(total, grad) for (_, _, total), grad in zip(given, wide, strict=True) if grad is not total]:
             torch._foreach_add_(*map(list, zip(*more, strict=True)))
         for parameter, master, total in given:
