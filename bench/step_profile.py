@@ -101,7 +101,7 @@ def floors(trainer: ShapeTrainer) -> dict[str, tuple[float, float]]:
         del flops["reference"]
     # the gradient is read twice, the first time for its norm; master and moments are read and written
     for p, master in zip(trainer.optimizer.parameters, trainer.optimizer.masters, strict=True):
-        added = len(parts) > 1 and p is not master  # in float32
+        added = (len(parts) > 1 or trainer.ranks.size > 1) and p is not master  # in float32
         collected = len(parts) * (p.itemsize + 4) if added else 0
         gradient, rounded = 4 if added else p.itemsize, p.itemsize if p is not master else 0
         read["optimizer"] += p.numel() * (24 + 2 * gradient + rounded + collected)
