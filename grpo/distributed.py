@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 TIMEOUT = 1800.0
-BUCKET_BYTES = 256 * 2**20
 _DEATH_SECONDS = 2.0  # when a rank ends, its connection breaks up to this long before its process is gone
 
 

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..kernels.linear_logprobs import LOGITS_BYTES
-from .distributed import BUCKET_BYTES
+from .gradients import BUCKET_BYTES
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +26,8 @@ from transformers import get_scheduler
 from ..kernels.adamw import adamw
 from .average import WeightAverage
 from .config import Config
-from .distributed import BUCKET_BYTES, Ranks, buckets
+from .distributed import Ranks
+from .gradients import GradientSums
 
 Result = TypeVar("Result")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -53,42 +52,6 @@ class _AdamW(torch.optim.AdamW):
         return counts
 
 
-class _Bucket:
-    """Parameters whose gradients are added up and sent together, by few kernels and with little memory for copies.
-
-    Args:
-        pairs: each parameter and its master. All masters have one dtype.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        self.pairs = pairs
-        self.flat: Tensor | None = None  # what the masters' gradients are views of
-
-    @torch.no_grad()
-    def collect(self, own: bool = False) -> None:
-        """Add the gradients of the parameters to those of the masters, in the masters' dtype, and free them.
-
-        Args:
-            own: also of parameters that are their own masters.
-        """
-        wanted = [p.grad is not None and (own or p is not m) for p, m in self.pairs]
-        if not any(wanted):
-            return
-        sizes = [m.numel() for _, m in self.pairs]
-        if self.flat is None:
-            self.flat = self.pairs[0][1].new_empty(sum(sizes))
-        parts = zip(self.pairs, self.flat.split(sizes), wanted, strict=True)
-        given = [(p, m, part.view_as(m)) for (p, m), part, is_wanted in parts if is_wanted]
-        # to where the sum is, or if there is one already, to a copy that is added to it
-        wide = [total if p is m or m.grad is None else torch.empty_like(total) for p, m, total in given]
-        torch._foreach_copy_(wide, [p.grad for p, _, _ in given if p.grad is not None])
-        if more := [(total, grad) for (_, _, total), grad in zip(given, wide, strict=True) if grad is not total]:
-            torch._foreach_add_(*map(list, zip(*more, strict=True)))
-        for parameter, master, total in given:
-            parameter.grad = None
-            master.grad = total
-
-
 def gradient(parameter: Tensor, master: Tensor) -> Tensor | None:
     """The gradient of a parameter: in float32 if it was collected, and else in the dtype of the parameter."""
     return parameter.grad if master.grad is None else master.grad
@@ -110,11 +73,7 @@ class MasterAdamW:
         own = [self.rounds or p.element_size() >= 4 for p in self.parameters]
         pairs = zip(self.parameters, own, strict=True)
         self.masters = [p if is_own else nn.Parameter(p.detach().float()) for p, is_own in pairs]
-        # the gradients of the last layers are computed first
-        runs = groupby([*zip(self.parameters, self.masters, strict=True)][::-1], lambda pair: pair[1].dtype)
-        parts = (part for _, run in runs for part in buckets(run, lambda pair: pair[1].nbytes, BUCKET_BYTES))
-        self.buckets = [_Bucket(part) for part in parts]
-        self._sent: list[Any] = []  # the sum over the ranks of each bucket, once it has begun
+        self.sums = GradientSums([*zip(self.parameters, self.masters, strict=True)])
         if config.ema_decay is not None:
             self.average = WeightAverage(self.parameters, self.masters, config.ema_decay)
         self.max_grad_norm = config.max_grad_norm
@@ -144,42 +103,14 @@ class MasterAdamW:
         """
         self.collect()  # of the micro-batch before
         loss, result = compute()
-        with record_function("backward"), self._sending(ranks) if last and ranks.size > 1 else nullcontext():
+        with record_function("backward"), self.sums.sending(ranks) if last and ranks.size > 1 else nullcontext():
             loss.backward()
         return loss.detach(), result
 
     @record_function("optimizer")
     def collect(self) -> None:
         """Add the gradients of a backward pass to those of the masters, in float32, and free them."""
-        for bucket in self.buckets:
-            bucket.collect()
-
-    @contextmanager
-    def _sending(self, ranks: Ranks) -> Iterator[None]:
-        """Inside, a backward pass begins to sum the gradients of each bucket over the ranks as soon as it has all.
-
-        All ranks send the buckets in the same order.
-        """
-        missing = [len(bucket.pairs) for bucket in self.buckets]
-
-        def computed(i: int, _: Tensor) -> None:
-            missing[i] -= 1
-            while len(self._sent) < len(missing) and not missing[len(self._sent)]:
-                self._send(ranks)
-
-        each = [(i, p) for i, bucket in enumerate(self.buckets) for p, _ in bucket.pairs]
-        hooks = [p.register_post_accumulate_grad_hook(partial(computed, i)) for i, p in each]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _send(self, ranks: Ranks) -> None:
-        """Begin to sum the next bucket. A bucket without gradients has none on any rank, and is not sent."""
-        bucket = self.buckets[len(self._sent)]
-        bucket.collect(own=True)
-        self._sent.append(None if bucket.flat is None else ranks.begin_sum(bucket.flat))
+        self.sums.collect()
 
     @record_function("optimizer")
     def step(self, ranks: Ranks) -> Tensor:
@@ -188,10 +119,7 @@ class MasterAdamW:
         Raises:
             FloatingPointError: a gradient is not finite. No weight has changed.
         """
-        if ranks.size > 1:
-            self._sum(ranks)
-        elif any(bucket.flat is not None for bucket in self.buckets):
-            self.collect()
+        self.sums.finish(ranks)
         pairs = zip(self.parameters, self.masters, strict=True)
         grads = [grad for p, m in pairs if (grad := gradient(p, m)) is not None]
         # in float32: the rounding error of a bfloat16 norm would scale every gradient
@@ -207,22 +135,10 @@ class MasterAdamW:
             counts = self.adamw.step(self.parameters, torch.where(norm.isfinite(), scale, torch.nan))
             self._require_finite(norm)
             torch._foreach_add_(counts, 1)
-        for weight in (*self.parameters, *self.masters):
-            weight.grad = None
-        for bucket in self.buckets:
-            bucket.flat = None
+        self.sums.clear()
         if self.average:
             self.average.update()
         return norm
-
-    @record_function("communication")
-    def _sum(self, ranks: Ranks) -> None:
-        """Send what has not been sent, and wait for the sums of all ranks."""
-        while len(self._sent) < len(self.buckets):
-            self._send(ranks)
-        for work in filter(None, self._sent):
-            work.wait()
-        self._sent.clear()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside this context, the model has its averaged weights, if there are any."""

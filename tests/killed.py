@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from bicot.grpo import optim
+from bicot.grpo import gradients
 from bicot.grpo.checkpoint import STATE, find_checkpoint, save_checkpoint
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.errors import one_line_errors
+from bicot.grpo.optim import MasterAdamW
 from bicot.grpo.tracking import Log
 from bicot.grpo.trainer import Trainer, train
 from bicot.model.policy import load_policy
@@ -127,7 +128,7 @@ def joined(output: Path, world: dict[str, str], timeout: float) -> Iterator[Rank
 def sum_in_buckets(output: Path, world: dict[str, str]) -> None:
     with joined(output, world, 60) as ranks:
         torch.manual_seed(ranks.rank)
-        optim.BUCKET_BYTES = 4 * 16
+        gradients.BUCKET_BYTES = 4 * 16
         for dtype in (torch.float32, torch.bfloat16):
             sum_two_micro_batches(ranks, dtype)
         print("equal", flush=True)
@@ -136,7 +137,7 @@ def sum_in_buckets(output: Path, world: dict[str, str]) -> None:
 def sum_two_micro_batches(ranks: Ranks, dtype: torch.dtype) -> None:
     """Buckets are sent during the last backward pass, and their sums are those of one collective for all."""
     parameters = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (3, 5, 64, 40, 1, 7, 2)]
-    optimizer = optim.MasterAdamW(parameters, Config(rewards=RewardConfig("scene"), dtype=str(dtype)[6:]))
+    optimizer = MasterAdamW(parameters, Config(rewards=RewardConfig("scene"), dtype=str(dtype)[6:]))
     expected, sent_early = torch.zeros(119), []
 
     def compute(grads: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
@@ -146,10 +147,10 @@ def sum_two_micro_batches(ranks: Ranks, dtype: torch.dtype) -> None:
         grads = [torch.randn(p.shape).to(dtype) for p in parameters[1:]]
         expected += torch.cat(grads)
         optimizer.backward(partial(compute, grads), ranks, last)
-        sent_early.append(len(optimizer._sent))
+        sent_early.append(len(optimizer.sums.sent))
     # of [2, 7, 1], [40], [64] and [5, 3], the last one waits for a gradient that does not come
     assert sent_early == [0, 3]
-    optimizer._sum(ranks)
+    optimizer.sums.finish(ranks)
     torch.distributed.all_reduce(expected)
     none, *masters = optimizer.masters
     assert none.grad is None and torch.equal(torch.cat([m.grad for m in masters]), expected)

@@ -12,7 +12,7 @@ import torch
 from stepping import ALONE, apply_gradient, config
 from torch import Tensor
 
-from bicot.grpo import optim
+from bicot.grpo import gradients
 from bicot.grpo.optim import MasterAdamW
 
 
@@ -61,7 +61,7 @@ def test_one_micro_batch_makes_no_float32_gradients_and_ends_where_several_do() 
 
 def test_gradients_are_collected_by_few_kernels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit as one gradient after another. A parameter may have no gradient in some backward passes."""
-    monkeypatch.setattr(optim, "BUCKET_BYTES", 4 * 4000)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 4 * 4000)
     parameters = [torch.nn.Parameter(torch.zeros(n, 10, dtype=torch.bfloat16)) for n in [*[5] * 100, 900, 1, 1]]
     parameters += [torch.nn.Parameter(torch.zeros(3))]  # its own master
     optimizer, draw = MasterAdamW(parameters, config(dtype="bfloat16")), torch.Generator().manual_seed(0)
