@@ -138,24 +138,27 @@ def sum_two_micro_batches(ranks: Ranks, dtype: torch.dtype) -> None:
     """Buckets are sent during the last backward pass, and their sums are those of one collective for all."""
     parameters = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size in (3, 5, 64, 40, 1, 7, 2)]
     optimizer = MasterAdamW(parameters, Config(rewards=RewardConfig("scene"), dtype=str(dtype)[6:]))
-    expected, sent_early = torch.zeros(119), []
+    none, *masters = optimizer.masters
 
     def compute(grads: list[torch.Tensor]) -> tuple[torch.Tensor, None]:
         return torch.stack([(p * g).sum() for p, g in zip(parameters[1:], grads, strict=True)]).sum(), None
 
-    for last in (False, True):
-        grads = [torch.randn(p.shape).to(dtype) for p in parameters[1:]]
-        expected += torch.cat(grads)
-        optimizer.backward(partial(compute, grads), ranks, last)
-        sent_early.append(len(optimizer.sums.sent))
-    # of [2, 7, 1], [40], [64] and [5, 3], the last one waits for a gradient that does not come
-    assert sent_early == [0, 3]
-    optimizer.sums.finish(ranks)
-    torch.distributed.all_reduce(expected)
-    none, *masters = optimizer.masters
-    assert none.grad is None and torch.equal(torch.cat([m.grad for m in masters]), expected)
-    optimizer.step(ranks)
-    assert all(p.grad is None for p in (*parameters, *masters)) and (parameters[1] != 0).all()
+    for update in range(2):
+        expected, sent_early = torch.zeros(119), []
+        for last in (False, True):
+            grads = [torch.randn(p.shape).to(dtype) for p in parameters[1:]]
+            expected += torch.cat(grads)
+            time.sleep(0.2 * last * (ranks.rank == update))  # the other rank has to wait
+            optimizer.backward(partial(compute, grads), ranks, last)
+            sent_early.append(len(optimizer.sums.sent))
+        # of [2, 7, 1], [40], [64] and [5, 3], the last one waits for a gradient that does not come
+        assert sent_early == [0, 3]
+        optimizer.sums.finish(ranks)
+        found = torch.cat([m.grad for m in masters])
+        torch.distributed.all_reduce(expected)
+        assert none.grad is None and torch.equal(found, expected)
+        optimizer.sums.clear()
+        assert all(p.grad is None for p in (*parameters, *masters))
 
 
 def write_slowly(words: list[str], output: Path, world: dict[str, str]) -> None:
