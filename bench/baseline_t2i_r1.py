@@ -257,7 +257,7 @@ def baseline_step(
         count = len(parts) * part.num_tokens if config.loss_type == "bnpo" else total
         loss = baseline_loss(policy, reference, part, scored, config, num_tokens=count, phases=phases)
         with phases("train"):
-            optimizer.collect()  # of the micro-batch before
+            optimizer.collect()  # adds the gradients of the micro-batch before
             loss.backward()
     with phases("train"):
         optimizer.step(Ranks(0, 1, policy.device))

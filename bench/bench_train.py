@@ -165,7 +165,7 @@ def their_update(x: Training) -> Outputs:
     total = sum(part.num_tokens for part in parts)
     policy, optimizer = x.contest.policy, x.contest.optimizer
     for part, rewards in zip(parts, x.rewards.split(x.config.micro_batch), strict=True):
-        optimizer.collect()  # of the micro-batch before
+        optimizer.collect()  # adds the gradients of the micro-batch before
         baseline_loss(policy, None, part, rewards, x.config, num_tokens=total).backward()
     norm = optimizer.step(x.contest.ranks)
     policy.model.eval()

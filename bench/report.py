@@ -221,16 +221,8 @@ def draw(result: Result, path: Path) -> None:
 
 # The sections of RESULTS.md, in their order, by the name of the bench.
 PARTS: dict[str, Callable[[Result], str]] = {"tables": tables, "step": step, "step_profile": step_profile}
-KERNELS = ["train", "rollout", "decode_attention", "decode_linear", "rms_norm", "silu_mul"]
-KERNELS += [
-    "rope_kv_write",
-    "group_advantages",
-    "token_logprobs",
-    "linear_logprobs",
-    "grpo_loss",
-    "cfg_sample",
-    "adamw",
-]
+KERNELS = ["train", "rollout", "decode_attention", "decode_linear", "rms_norm", "silu_mul", "rope_kv_write"]
+KERNELS += ["group_advantages", "token_logprobs", "linear_logprobs", "grpo_loss", "cfg_sample", "adamw"]
 PARTS |= dict.fromkeys([*KERNELS, "rewards"], kernel)  # rewards: a bench of earlier commits
 
 

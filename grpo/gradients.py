@@ -96,7 +96,7 @@ class GradientSums:
                 hook.remove()
 
     def _send(self, ranks: Ranks) -> None:
-        """Send the next bucket. One without gradients has none on any rank, and is left out."""
+        """Send the next bucket. If it has no gradients here, no rank has any, and it is left out."""
         bucket = self.buckets[len(self.sent)]
         bucket.collect(own=True)
         self.sent.append(None if bucket.flat is None else ranks.begin_sum(bucket.flat))

@@ -216,17 +216,19 @@ def update_peak(
     fresh = head_own
     if before and not held:  # gradients are added in place to those of the micro-batches before
         late = fresh = 0
-    part = min(weights, max(BUCKET_BYTES // 4, largest))
-    if training.ranks > 1 and training.stage == 0:  # a bucket is added up and sent as soon as it is computed
-        sent = shape.bytes * part
-        if micro_batches == 1:
-            fresh, held, own = fresh + (training.accumulated or shape.bytes) * head, wide or own, 0
+    bucket = min(weights, BUCKET_BYTES // 4)
+    part, last = max(bucket, largest), sent
+    if training.ranks > 1 and training.stage == 0:  # the gradients of a bucket are kept until it has all, and is sent
+        sent, last = shape.bytes * bucket, shape.bytes * part
+        if micro_batches == 1:  # the sums grow during the backward pass
+            each = training.accumulated or shape.bytes
+            fresh, late, held, own = each * head, each * embedding, each * weights, 0
     moments = [
         Update(before + head_wide, kept + ends, logits),
         Update(before + head_wide + head_own + sent, kept + ends, 0),
         Update(before + fresh + sent, kept + hidden + backward + layer * every, 0),
         Update(held + own + sent - (0 if training.stage else late), layer + backward + hidden, 0),
-        Update(held + own + sent, stream + hidden, 0),
+        Update(held + own + last, stream + hidden, 0),
     ]
     if wide and before:
         moments.append(Update(before + own + 4 * part, hidden, 0))

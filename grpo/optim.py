@@ -101,7 +101,7 @@ class MasterAdamW:
         Args:
             last: whether it is the last micro-batch, during whose backward pass the gradients are sent.
         """
-        self.collect()  # of the micro-batch before
+        self.collect()  # adds the gradients of the micro-batch before
         loss, result = compute()
         with record_function("backward"), self.sums.sending(ranks) if last and ranks.size > 1 else nullcontext():
             loss.backward()

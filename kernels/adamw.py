@@ -67,7 +67,7 @@ def adamw(
 
     Args:
         weight: the model's parameter, any shape. All tensors have its shape and are contiguous.
-        master: float32, or `weight` itself.
+        master: float32 or float64; it may be `weight` itself.
         grad: floating point; it is not changed.
         exp_avg, exp_avg_sq: the moments, dtype of master, zero before the first update.
         step: number of updates, this one included.
@@ -76,13 +76,16 @@ def adamw(
         impl: "triton" (CUDA), "torch" (PyTorch's fused AdamW), or "auto": Triton on a GPU, and else PyTorch.
 
     Raises:
-        ValueError: shapes that differ, a tensor that is not contiguous, or an `impl` that cannot run.
+        ValueError: shapes that differ, a tensor that is not contiguous, a master of 16 bits, or an `impl` that cannot
+            run.
 
     Source: arXiv 1711.05101.
     """
     tensors = (weight, master, grad, exp_avg, exp_avg_sq)
     if not all(t.shape == weight.shape and t.is_contiguous() for t in tensors):
         raise ValueError(f"all must be contiguous and of one shape, got {[(*t.shape,) for t in tensors]}")
+    if master.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the master must be float32 or float64, got {master.dtype}, in which small updates get lost")
     beta1, beta2 = betas
     if choose(impl, master.device, master.dtype, cpp=False) == "triton":
         size, rounded = weight.numel(), None if weight is master else weight

@@ -91,8 +91,8 @@ def measure_kernel(  # type: ignore[no-untyped-def]
     p_cond, p_uncond, p_parts, p_first, p_arrived, p_good, p_max, V, cond_stride, uncond_stride, guidance, scale,
     GUIDED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
-    """Maximum and softmax sum of one part of a row; the maximum is +inf where a logit is NaN or +inf. To truncate, also
-    the maximum of each group."""
+    """Maximum and softmax sum of one part of a row; the maximum is +inf where a logit is NaN or +inf. If p_max is
+    given, also the maximum of each group of columns."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -147,7 +147,8 @@ def _list(p_max, p_group, groups, lowest, BLOCK: tl.constexpr):  # type: ignore[
 
 @triton.jit
 def _columns(p_group, begin, size, V, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The columns of the listed groups from `begin` on, [groups, GROUP]; of all groups without a list."""
+    """[BLOCK / GROUP, GROUP] columns of the listed groups from the `begin`-th on; all groups are listed if p_group is
+    None."""
     o = begin + tl.arange(0, BLOCK // GROUP)
     b_group = o if p_group is None else tl.load(p_group + o, o < size, V)
     return b_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
@@ -234,7 +235,7 @@ def truncate_kernel(  # type: ignore[no-untyped-def]
             limit = tl.maximum((mass.to(tl.float64) * top_p).to(tl.int64), 1)
             cut, above = _select(p_c, p_u, p_group, size, V, guidance, top, scale, cut, limit, GUIDED, True, BLOCK)
             ties = tl.cdiv(limit - above, tl.maximum(_weigh(cut, top, scale), 1))
-        last = 0
+        last = 0  # the column of the last tie that stays
         seen = tl.full([], 0, tl.int64)
         for begin in range(0, size, BLOCK // GROUP):
             o_v = _columns(p_group, begin, size, V, BLOCK)

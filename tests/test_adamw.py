@@ -67,3 +67,5 @@ def test_errors(impl: str) -> None:
     for bad in (weight[:2], weight.T.contiguous().T):
         with pytest.raises(ValueError, match="contiguous and of one shape"):
             adamw(bad, *others, step=1, scale=torch.ones(()), weight_decay=0, impl=impl, **OPTIONS)  # type: ignore
+    with pytest.raises(ValueError, match=r"must be float32 or float64, got torch.bfloat16"):
+        adamw(weight, weight, *others[1:], step=1, scale=torch.ones(()), weight_decay=0, impl=impl, **OPTIONS)  # type: ignore

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import killed
 import pytest
 import torch
 from tiny import tiny_policy
 from torch.profiler import ProfilerActivity, profile
 
+from bicot.grpo import gradients, memory
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.memory import (
@@ -132,9 +135,9 @@ class Step:
         if self.config.optim == "adamw_8bit":
             self.training = self.training._replace(moments=2)
 
-    def update(self) -> None:
+    def update(self, ranks: Ranks = ALONE) -> None:
         advantages = torch.linspace(-1, 1, PROMPTS * GROUP)
-        given = (self.parts, advantages, None, self.encoder, self.config, ALONE)
+        given = (self.parts, advantages, None, self.encoder, self.config, ranks)
         update(self.policy, self.optimizer, *given)
 
     def planned(self) -> int:
@@ -173,6 +176,24 @@ def test_an_update_takes_what_the_plan_says(case: dict[str, Any], dtype: torch.d
     planned = step.planned()
     above = 1.15 if case.get("gradient_checkpointing") is True else 1.05
     assert 0.97 * most <= planned + step.only_here() and planned <= above * most
+
+
+def update_on_two_ranks(output: Path, world: dict[str, str]) -> None:
+    """Recomputing makes gradients the peak. Buckets of 256 MiB would hold this small model whole."""
+    gradients.BUCKET_BYTES = memory.BUCKET_BYTES = MIB
+    with killed.joined(output, world, 60) as ranks:
+        for dtype, micro_batches in product(DTYPES, (1, 2)):
+            step = Step(dtype, micro_batches, gradient_checkpointing=True)
+            step.training = step.training._replace(ranks=2)
+            measured(partial(step.update, ranks))
+            most, _, _ = measured(partial(step.update, ranks))
+            planned = step.planned()
+            assert 0.97 * most <= planned + step.only_here() and planned <= 1.15 * most, (dtype, micro_batches)
+
+
+def test_an_update_on_two_ranks_takes_what_the_plan_says(tmp_path: Path) -> None:
+    for rank, process in enumerate(killed.together(update_on_two_ranks, tmp_path)):
+        killed.finish(tmp_path / f"{rank}.log", process)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,17 +39,16 @@ def test_bfloat16_gradients_accumulate_in_float32() -> None:
 
 
 def test_one_micro_batch_makes_no_float32_gradients_and_ends_where_several_do() -> None:
+    def loss(weights: list[torch.nn.Parameter], both: list[Tensor]) -> tuple[Tensor, None]:
+        return torch.stack([(w * g).sum() for w, g in zip(weights, both, strict=True)]).sum(), None
+
     draw, ways = torch.Generator().manual_seed(0), []
     grads = [torch.randn(64, 64, generator=draw).bfloat16() for _ in range(4)]
     for collects in (False, True):
         weights = [torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16)) for _ in range(2)]
         optimizer = MasterAdamW(weights, config(dtype="bfloat16", learning_rate=0.01, max_grad_norm=0.5))
         for both in (grads[:2], grads[2:]):
-
-            def loss(both: list[Tensor] = both, weights: list[torch.nn.Parameter] = weights) -> tuple[Tensor, None]:
-                return sum((w * g).sum() for w, g in zip(weights, both, strict=True)), None  # type: ignore[return-value]
-
-            optimizer.backward(loss, ALONE, last=True)
+            optimizer.backward(partial(loss, weights, both), ALONE, last=True)
             assert all(weight.grad is not None for weight in weights)
             assert all(master.grad is None for master in optimizer.masters)
             if collects:
