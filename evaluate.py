@@ -103,7 +103,7 @@ def evaluate(args: Any, rewards: RewardConfig, ranks: Ranks) -> None:
         del policy, engine, drawn
     replace(ranks, timeout=math.inf).meet(0)  # a rank may draw much longer than another
     if ranks.main:
-        print(f"{output}: {len(absent)} pictures drawn, {len(pictures)} there, of {len(prompts)} prompts")
+        print(f"{output}: {len(pictures)} pictures of {len(prompts)} prompts, {len(absent)} of them drawn now")
     if args.format == "bicot":
         report(ensemble, prompts, pictures, number, args, other, device, ranks)
 

@@ -103,7 +103,8 @@ def parse_args(words: list[str]) -> argparse.Namespace:
     add("--num_generations", type=int, help="pictures to keep of each prompt (default: 4; with --best_of 1)")
     add("--plan", default="auto", help="auto = the model plans; off = no plan; any other text = the plan")
     add_options(parser)
-    add("--output", default="outputs/generate/grid.png", help="PNG file of the grid; pictures go beside it")
+    text = "PNG file of the grid; pictures go beside it, and replace older ones"
+    add("--output", default="outputs/generate/grid.png", help=text)
     add("--json", action="store_true", help="print a line of JSON for each picture to stdout, and nothing else")
     add("--best_of", type=int, metavar="N", help="draw N pictures of each prompt and keep the best")
     add("--config", help="with --best_of: take the rewards of this YAML file of train.py")
@@ -241,8 +242,8 @@ def write_pictures(args: argparse.Namespace, examples: list[Example], out: TextI
                 count += 1
             bar.update(len(group))
     write_grid(shown, grid)
-    of = f" of the first {GRID}" if count > GRID else ""
-    print(f"wrote {grid}{of} and {count} pictures beside it")
+    first = f" (the first {GRID})" if count > GRID else ""
+    print(f"wrote {count} pictures, and {grid}{first} beside them")
 
 
 def run() -> None:

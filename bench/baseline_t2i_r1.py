@@ -1,10 +1,10 @@
 """The published T2I-R1 algorithm, written plainly on transformers: what bicot's step is measured against.
 
 It takes one micro-batch (per_device_train_batch_size prompts, one as published) after the other. `generate` writes the
-plans of G samples a prompt. A Python loop draws the pictures with a DynamicCache, two rows each with and without
-guidance. The VQ model decodes them, and every reward scores them one at a time, in series. Policy and reference model
-each take two padded passes, text and image. As published, both passes run the text head over every position and drop
-those logits; the text pass computes them again. Log-softmax goes row by row over whole rows of logits.
+plans of G samples a prompt. A Python loop draws the pictures with a DynamicCache, two sequences per picture, also
+without guidance. The VQ model decodes them, and every reward scores them one at a time, in series. Policy and reference
+model each take two padded passes, text and image. As published, both passes run the text head over every position and
+drop those logits; the text pass computes them again. Log-softmax is computed for one sequence at a time.
 
 In three points it is faster than the published code: pictures reach the rewards as tensors, not through PIL;
 activations are recomputed only if `gradient_checkpointing` is true (there, always); all micro-batches are drawn before

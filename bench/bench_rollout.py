@@ -1,12 +1,12 @@
 """rollout: a decode step of the image and of the text stage of a rollout, ours against transformers'.
 
 python -m bicot.bench.bench_rollout [--device cpu|cuda] [--output FILE.json]
-The toy, and random weights at true shapes. Rows are sequences. A picture has two, conditional and unconditional, with
-guidance 5. Of the text stage each is a sample; eight share a prompt, and no plan ends early. A run begins near the
-middle of its stage, from keys and values that are random and the same for all; prefill is not timed. Floor: the weights
-of layers, last norm and head, and the keys and values of all sequences, a shared prefix once. Checked: the tokens of a
-greedy run and the log-probs that ours records, against transformers' teacher forcing, as a share of the distance from a
-sequence's largest logit to its mean.
+The toy, and random weights at true shapes. Rows are sequences: a picture has two, conditional and unconditional, with
+guidance 5. A plan has one, and eight plans share a prompt. No plan ends early. A run begins near the middle of its
+stage, from keys and values that are random and the same for all; prefill is not timed. Floor: the weights of layers,
+last norm and head, and the keys and values of all sequences, a shared prefix once. Checked: the tokens of a greedy run
+and the log-probs that ours records, against transformers' teacher forcing, relative to a sequence's largest logit minus
+its mean logit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Stage(NamedTuple):
     top_k: int = 0
 
     def tokens(self, samples: int, written: float) -> float:
-        """The number of tokens in the cache when each sequence has written so many."""
+        """The number of tokens in the cache when each sequence has written that number."""
         if self.name == "image":
             return (samples + 1) * self.prompt + 2 * samples * written
         return -(-samples // GROUP) * self.prompt + samples * written
@@ -104,7 +104,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(policy: Callable[[], Policy], stage: Stage, samples: int, drawn: int, steps: int, variant: str) -> Inputs:
-    """Make samples that have drawn so many tokens and go on for so many steps."""
+    """Make samples that have drawn `drawn` tokens and go on for `steps` steps."""
     kv: KVDtype = "fp8" if variant == FP8 else "auto"
     engine = RolloutEngine(model := policy(), model.prompt_encoder(PromptFormat()), kv_dtype=kv, kv_bytes=2**50)
     engine.graphs.dependent_launches = variant in (EARLY, BOTH)

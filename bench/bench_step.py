@@ -2,15 +2,15 @@
 
 python -m bicot.bench.bench_step [--device cpu|cuda] [--model Janus-Pro-1B] [--ours-alone] [--output FILE.json]
 Both train one policy in turn, with the same optimizer, prompts, seeds, rewards and settings: ours as the trainer does,
-the baseline as bench/baseline_t2i_r1.py says (it draws two rows a picture, also without guidance). First the gradient
-norms of both on one rollout must agree. On a CPU: the toy with its own settings, and with the published guidance and
-one prompt a micro-batch. On a GPU: random weights at true shapes. There plans run to their limit, pictures have 576
-tokens as published, and the reward is the brightness of a picture. What is recomputed, and how many tokens a
-micro-batch has, is `auto`; the note says what that is on this GPU. Of Janus-Pro-7B only the last layers and the text
-head train, so that it fits into 80 GB. On a GPU a step of the baseline is one micro-batch, and the two are compared by
-the image. Phases of ours can overlap on a GPU. The peak memory of the baseline is counted without our KV cache. Under
-torchrun, the ranks share the steps of ours. `--vary num_generations 4 8` times ours alone, with each value of a
-setting.
+the baseline as bench/baseline_t2i_r1.py says (it draws two sequences per picture, also without guidance). First the
+gradient norms of both on one rollout must agree. On a CPU: the toy with its own settings, and with the published
+guidance and one prompt a micro-batch. On a GPU: random weights at true shapes. There plans run to their limit, pictures
+have 576 tokens as published, and the reward is the brightness of a picture. gradient_checkpointing and
+micro_batch_tokens are `auto`; the note gives their values on this GPU. Of Janus-Pro-7B only the last layers and the
+text head train, so that it fits into 80 GB. On a GPU a step of the baseline is one micro-batch, and the two are
+compared by the image. Phases of ours can overlap on a GPU. The peak memory of the baseline is counted without our KV
+cache. Under torchrun, the ranks share the steps of ours. `--vary num_generations 4 8` times ours alone, with each value
+of a setting.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WARM_UP = 4  # tokens of each kind that the baseline draws before it is timed
 
 @dataclass(frozen=True)
 class Setting:
-    """What both train: a model of `SHAPES` with a run's settings. The baseline takes so many prompts a step."""
+    """What both train: a model of `SHAPES` with a run's settings. A step of the baseline has `baseline_prompts`."""
 
     model: str
     config: Config

@@ -77,8 +77,8 @@ class Case:
     """What the providers are compared on.
 
     `truth` takes the inputs, and returns the function that measures a provider's error; `tolerance` is by default that
-    of the dtype. `bytes` or `flops` (or a function of the inputs) is the floor. Times and floor are reported for one of
-    the `steps` of a run, which `makes` so many of a thing (name, number).
+    of the dtype. `bytes` or `flops` (or a function of the inputs) is the floor. Times and floor are those of one of
+    the `steps` of a run. `makes` is the name and number of the things that one step produces.
     """
 
     labels: dict[str, Any]

@@ -26,7 +26,7 @@ from ..rewards.base import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = ROOT / "toy" / "assets"
-TRAINED = {"Janus-Pro-7B": 2}  # only so many last layers train, so that it fits into 80 GB
+TRAINED = {"Janus-Pro-7B": 2}  # number of last layers that train, so that it fits into 80 GB
 
 
 class Words:

@@ -121,7 +121,7 @@ def kernel(result: Result) -> str:
     if any((row["floor_pct"] or 0) > 100 for row in result["rows"]):
         said += " A case can be above 100 % of the floor: caches are faster than a large copy, and so is reading alone."
     remarks = [f"{row['provider']}: {row['note']}" for row in result["rows"] if row["note"]] + without(result)
-    header = ["case", "provider", "ms", "achieved", "% of floor", "peak MiB", "error", "ours is"]
+    header = ["case", "provider", "ms", "achieved", "% of floor", "peak MiB", "error", "× ours"]
     return f"{head(result, more=said)}\n{table(header, rows)}\n\n{bullets(remarks)}"
 
 
@@ -146,9 +146,9 @@ def step(result: Result) -> str:
     entries = [label(entry["case"]) for kind in ("skipped", "failed") for entry in result[kind]]
     notes += [f"{case}, {line}" for case, line in zip(entries, without(result), strict=True)]
     return f"""{head(result, more="Medians [p20 to p80] of steps taken in turn.")}
-{table([*header, "ours is"], rows)}
+{table([*header, "× ours"], rows)}
 
-Milliseconds of each phase for one image, and how many times those of ours that is:
+Milliseconds of each phase per image, in brackets as a multiple of ours:
 
 {table(["case", "provider", *(result["rows"][0]["phases"] if result["rows"] else [])], phases)}
 

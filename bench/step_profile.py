@@ -1,12 +1,11 @@
 """step_profile: a training step's time, phase by phase and stream by stream, and how far each phase is from its floor.
 
 python -m bicot.bench.step_profile [--device cpu|cuda] [--shape Janus-Pro-1B] [--steps 3] [--output FILE.json]
-A trainer takes real steps: first they are only timed, then as many under torch.profiler, whose phases are those of
-grpo/profile.py. What the first pass took is written before the second begins. Floors: the bytes (weights, keys and
-values, optimizer state, each as often as it must be read or written) at the measured rate of a copy, or the FLOPs (two
-for each weight of a matrix and each token; attention is not counted) at that of a matrix product, whichever takes
-longer. Communication has no floor, since the links between ranks are not measured. FILE.trace.json.gz is for
-https://ui.perfetto.dev.
+A trainer takes real steps. They are timed, the result is saved, and then as many steps run under torch.profiler, with
+the phases of grpo/profile.py. Floors: the bytes (weights, keys and values, optimizer state, each as often as it must be
+read or written) at the measured rate of a copy, or the FLOPs (two for each weight of a matrix and each token; attention
+is not counted) at that of a matrix product, whichever takes longer. Communication has no floor, since the links between
+ranks are not measured. FILE.trace.json.gz is for https://ui.perfetto.dev.
 """
 
 from __future__ import annotations
@@ -125,7 +124,7 @@ def with_floor(row: dict[str, Any], work: tuple[float, float] | None, gbps: floa
 
 
 def measure(trainer: ShapeTrainer, steps: int, result: dict[str, Any], output: Path | None, tiny: bool) -> None:
-    """Add to the result what so many steps took, and what they took under the profiler."""
+    """Add to the result what `steps` steps took, and what they took under the profiler."""
     device, config = trainer.ranks.device.type, trainer.config
     step_times(trainer, 1)
     on_gpu = device == "cuda"

@@ -27,8 +27,8 @@ CONFIGURATION = """# Settings
 Generated from the dataclasses by `python -m bicot.docs.write`.
 
 Every setting is a key of the YAML file and an option of `train.py`: `beta: 0.04` in the file is `--beta 0.04` on the
-command line. Options override the file, and a later `--config FILE` overrides an earlier one. `--print_config` prints
-what a command line means. An unknown name is an error, which names the nearest known one.
+command line. Options override the file, wherever they stand, and a later `--config FILE` overrides an earlier one.
+`--print_config` prints what a command line means. An unknown name is an error, which names the nearest known one.
 
 The defaults below are the published ones of T2I-R1 where it has the setting. Without `--config`, `train.py` reads
 [configs/toy.yaml](../configs/toy.yaml) over them.

@@ -12,6 +12,7 @@ Below, W is 20 steps, m is a mean over the last W steps, and m' is the mean over
     entropy     the entropy of a stream, averaged over W steps, is below a tenth of its mean over the first W steps
     diversity   the same for image_diversity or plan_diversity
     truncated   more than half of the plans of W steps were cut off at max_completion_length
+    no reward   no trained reward applied to any sample for W steps
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ class Alarms:
         for name in self.trained:
             means, stds = self._last(f"rewards/{name}/mean"), self._last(f"rewards/{name}/std")
             if len(means) == WINDOW and len(set(means)) == 1 and not any(stds):
-                text = f"reward {name} has been {means[0]:.4g} for every sample of {WINDOW} steps: it teaches nothing"
-                yield f"constant {name}", text
+                score = f"reward {name} has been {means[0]:.4g} for every sample of {WINDOW} steps"
+                yield f"constant {name}", f"{score}: it does not affect training"
+        if self.trained and not self._last("reward"):
+            yield "no reward", f"no reward has applied to any sample of {WINDOW} steps: nothing is being trained"
         if statistics.mean(self._last("plan_truncated") or [0.0]) > 0.5:
-            text = "over half of the plans are cut off at max_completion_length: it is too small, or they never end"
+            text = "over half of the plans are cut off: raise max_completion_length, or check why plans do not end"
             yield "truncated", text
         of = {f"{stream}/entropy": f"the entropy of {stream} tokens" for stream in ("text", "image")}
         of |= {f"{what}_diversity": f"the difference of {what}s in a group" for what in ("image", "plan")}

@@ -263,7 +263,7 @@ def missing(output: Path, pictures: Sequence[Picture], settings: Mapping[str, An
         other = [name for name, value in settings.items() if name != "model" and saved.get(name) != value]
         if other:
             here, now = saved.get(other[0]), settings[other[0]]
-            why = f"{other[0]} is {here!r} there and {now!r} here" if saved else f"{SETTINGS} is not there"
+            why = f"{other[0]}: {here!r} in {SETTINGS}, {now!r} now" if saved else f"{SETTINGS} is missing"
             raise ValueError(f"{output} has pictures of another evaluation ({why}); choose another --output")
     return absent
 

@@ -33,8 +33,8 @@ def require_scores(ensemble: RewardEnsemble, examples: Sequence[Example]) -> Non
         bare = not (example.nouns or example.attr_nouns or example.spatial_info or example.numeracy_info)
         if len(silent) == used or (silent and bare):
             raise ValueError(
-                f"reward {silent[0]!r} cannot score the prompt {example.prompt[:120]!r}: give it with the annotations "
-                "that the reward reads (nouns, attr_nouns, spatial_info or numeracy_info), in a JSONL --prompt_file"
+                f"reward {silent[0]!r} cannot score the prompt {example.prompt[:120]!r}: a JSONL --prompt_file must "
+                "give the annotations that the reward reads (nouns, attr_nouns, spatial_info or numeracy_info)"
             )
 
 

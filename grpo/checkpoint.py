@@ -101,7 +101,7 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> tuple[Path | None, 
             return folder, [f"{line}: continuing from {folder}" for line in damaged]
         damaged.append(damage)
     if damaged:
-        raise ValueError(f"no checkpoint in {output_dir} is whole: {'; '.join(damaged)}")
+        raise ValueError(f"every checkpoint in {output_dir} is damaged: {'; '.join(damaged)}; give another --resume")
     return None, []
 
 
@@ -124,11 +124,8 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_checkpoint(

@@ -7,7 +7,6 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,7 +45,8 @@ def build_parser(description: str, defaults: Sequence[str] = ()) -> ArgumentPars
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...] [--help]",
         default_config_files=list(defaults),
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings; later options override it")
+    text = "YAML file with settings; options override it, and a later file overrides an earlier one"
+    parser.add_argument("--config", action=ActionConfigFile, help=text)
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     parser.add_argument("--dry_run", action="store_true", help="print the memory plan and end; needs no GPU")
     parser.add_argument("--gpus", type=int, default=1, help="with --dry_run: number of GPUs of the run")
@@ -72,17 +72,22 @@ def parse_config(argv: Sequence[str]) -> Config:
 def parse(argv: Sequence[str]) -> tuple[Config, Any]:
     """Parse a command line -> the Config, and a namespace with the options that are no settings.
 
-    Without `--config`, the toy's settings are read first. Paths are relative to the working directory. A path that does
-    not exist there is looked up in bicot's own folder, so that the toy's settings work from any directory.
+    Options override the files of `--config`, wherever they stand. Without `--config`, the toy's file is read. Paths are
+    relative to the working directory. A path that does not exist there is looked up in bicot's own folder, so that the
+    toy's settings work from any directory.
 
     Raises:
         SystemExit: a setting is unknown (the message names the nearest one), or a value has the wrong type or range.
     """
-    words = list(argv)
-    if not any(word == "--config" or word.startswith("--config=") for word in words):
-        words = [f"--config={ROOT / 'configs' / 'toy.yaml'}", *words]
-    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    files += [value for word, value in pairwise(words) if word == "--config"]
+    files, words = [], []
+    rest = iter(argv)
+    for word in rest:
+        if word == "--config" or word.startswith("--config="):
+            files.append(next(rest, "") if word == "--config" else word.removeprefix("--config="))
+        else:
+            words.append(word)
+    files = files or [str(ROOT / "configs" / "toy.yaml")]
+    words = [*(f"--config={file}" for file in files), *words]  # first, because jsonargparse lets later words win
     parser = build_parser("Train a Janus model with BiCoT-GRPO.")
     for file in files:
         if problem := _problem_of(file):
@@ -121,4 +126,6 @@ def _problem_of(file: str) -> str | None:
         return f"not YAML: {' '.join(str(error).split())}"
     if settings is None:
         return "the file is empty"
+    if isinstance(settings, dict) and "zero_optimization" in settings:
+        return "a configuration of DeepSpeed; give it with --deepspeed"
     return None if isinstance(settings, dict) else "no settings, which are lines `name: value`"

@@ -64,11 +64,11 @@ class Config:
         per_device_train_batch_size: number of prompts in a micro-batch on each device.
         gradient_accumulation_steps: number of micro-batches in a step. Their samples are drawn together, before the
             first of them is trained on.
-        micro_batch_tokens: maximum number of tokens in a micro-batch, where a group's prompt counts once. The two
-            settings above then only say how many prompts a step has, which is their product. A group that fits is not
-            split, and a sample never is. The loss stays the same. auto takes the largest number that fits this GPU
-            (after gradient_checkpointing is chosen), and is null without a GPU and with deepspeed, bnpo or
-            token_weights, which exclude a number; null = per_device_train_batch_size prompts. verl calls this
+        micro_batch_tokens: maximum number of tokens in a micro-batch, where a group's prompt counts once.
+            per_device_train_batch_size · gradient_accumulation_steps is then only the number of prompts in a step. A
+            group that fits is not split, and a sample never is. The loss stays the same. auto takes the largest number
+            that fits this GPU (after gradient_checkpointing is chosen), and is null without a GPU and with deepspeed,
+            bnpo or token_weights, which exclude a number; null = per_device_train_batch_size prompts. verl calls this
             ppo_max_token_len_per_gpu.
         max_completion_length: maximum number of tokens in a plan.
         temperature: sampling temperature of the plan.
@@ -147,8 +147,8 @@ class Config:
         lr_scheduler_type: name of the learning rate schedule in transformers.
         warmup_steps: number of warm-up steps of the learning rate schedule.
         max_steps: number of steps (rollout and update) of the whole run; the schedule ends there.
-        stop_after: end this run after that step with a checkpoint. The schedule does not change; null = run to
-            max_steps.
+        stop_after: number of the step after which this run saves a checkpoint and ends. The schedule does not change;
+            null = run to max_steps.
         seed: seed of all random numbers.
         output_dir: folder where everything is written.
         overwrite_output_dir: delete an earlier run in output_dir.
@@ -310,6 +310,8 @@ class Config:
             raise ValueError(f"reward_weights has {len(weights)} entries for {len(names)} rewards {names}")
         if not all(map(math.isfinite, weights or [])):
             raise ValueError(f"reward_weights={weights!r} must be finite")
+        if weights is not None and not any(weights):
+            raise ValueError(f"reward_weights={weights!r}: all are 0; rewards.monitor scores without training")
 
     def of_stream(self, stream: str) -> dict[str, Any]:
         """The values of beta, epsilon, epsilon_high and entropy_coef for the text stream or the image stream."""

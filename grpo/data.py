@@ -39,7 +39,8 @@ class PromptFile:
 
     def __init__(self, path: str | Path, skip_bad: bool = False) -> None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no prompt file at {path}; give one in T2I-R1's JSONL schema with --train_file")
+            what = "a folder" if Path(path).is_dir() else "not there"
+            raise FileNotFoundError(f"{path} is {what}; give a prompt file in T2I-R1's JSONL schema")
         self.path, self.skip_bad = path, skip_bad
         self.bad: dict[int, str] = {}
         # a byte that is not UTF-8 becomes a lone surrogate, so that the error can name its line
@@ -136,7 +137,7 @@ def parse_line(line: str, **defaults: Any) -> Example:
 def parse_example(row: Any) -> Example:
     """The decoded JSON of a line -> Example. Raises ValueError that says what is wrong with it."""
     if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+        raise ValueError(f"expected a JSON object on each line, got {type(row).__name__}")
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

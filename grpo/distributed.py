@@ -103,7 +103,8 @@ class Ranks:
                 late = f"another rank did not come to a collective within {self.timeout:g} s (ddp_timeout)"
                 raise RankLost(f"{late}; all were last seen at {place}") from error
             if broken and len({host for host, _ in self.processes}) > 1:
-                raise RankLost(f"a rank elsewhere ended, or the network failed; see its log there: {error}") from error
+                why = "a rank on another machine ended, or the network failed; see the logs there"
+                raise RankLost(f"{why}: {error}") from error
             raise
 
     def _lost(self, seconds: float) -> int | None:
@@ -118,7 +119,7 @@ class Ranks:
             time.sleep(0.05)
 
     def _ended(self, rank: int) -> RankLost:
-        return RankLost(f"{self._name(rank)} ended, and so does this one; {_log_of(rank)}")
+        return RankLost(f"{self._name(rank)} ended, so this rank ends too; {_log_of(rank)}")
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} (process {self.processes[rank][1]})"
@@ -148,7 +149,7 @@ class Ranks:
         if not self.main:
             self._wait(key)
             if not (done := self.store.get(key)):
-                raise RankLost(f"{self._name(0)} failed, and so does this one; {_log_of(0)}")
+                raise RankLost(f"{self._name(0)} failed, so this rank ends too; {_log_of(0)}")
             return pickle.loads(done)
         done = b""
         try:
@@ -176,8 +177,8 @@ class Ranks:
         if not self._wait(f"all {turn}", self.timeout):
             late = next(rank for rank in range(self.size) if not self._at(rank).startswith(f"{turn} "))
             raise RankLost(
-                f"step {step}: {self._name(late)} has no scores {self.timeout:g} s after {self._name(self.rank)} "
-                f"(ddp_timeout): it hangs or is slow; {_log_of(late)}"
+                f"step {step}: {self._name(late)} still has no scores, {self.timeout:g} s (ddp_timeout) after "
+                f"{self._name(self.rank)}: it hangs or is slow; {_log_of(late)}"
             )
         waits = self.cat(torch.tensor([time.perf_counter() - start]))
         return {"seconds/wait": waits.max().item(), "slowest_rank": int(waits.argmin())}
@@ -242,7 +243,8 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     try:  # not `print`, since the main thread may be inside it
-        os.write(2, f"\ntorchrun (process {parent}) is gone, and so is this rank; --resume auto continues\n".encode())
+        said = f"\ntorchrun (process {parent}) ended, so this rank ends too; continue with --resume auto\n"
+        os.write(2, said.encode())
     finally:
         os._exit(1)
 
@@ -263,7 +265,8 @@ def _log_of(rank: int) -> str:
     own, first = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")), int(os.environ.get("RANK", 0))
     local = rank - first + int(os.environ.get("LOCAL_RANK", 0))
     log = own.parent.parent / str(local) / "stderr.log"
-    return f"its log: {log}" if log.is_file() else "its log is above (torchrun --log-dir DIR --tee 3 keeps one a rank)"
+    written = "its log is above; torchrun --log-dir DIR --tee 3 writes one per rank"
+    return f"log of rank {rank}: {log}" if log.is_file() else written
 
 
 def resume_command() -> str:

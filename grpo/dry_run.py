@@ -101,6 +101,6 @@ def require_memory(config: Config, force: bool) -> None:
     if not force and (least := plan_of(short, model, ranks, size).peak) > size:
         where = "this GPU" if gpu else "this machine, which has no GPU,"
         raise ValueError(
-            f"the run needs {least / GIB:.1f} GiB a GPU even with plans of {short.max_completion_length} tokens, and "
+            f"the run needs {least / GIB:.1f} GiB per GPU even with plans of {short.max_completion_length} tokens, and "
             f"{where} has {size / GIB:.1f}; --dry_run says what to change, --force_memory runs all the same"
         )

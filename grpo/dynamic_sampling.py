@@ -1,4 +1,4 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476) replaces groups that teach nothing by groups of other prompts.
+"""Dynamic sampling (DAPO, arXiv 2503.14476) replaces groups with equal rewards by groups of other prompts.
 
 In each round, samples of another prompt are drawn for each group whose rewards are all equal. They replace the group if
 their rewards differ. A group that no round replaces stays.

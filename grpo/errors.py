@@ -30,7 +30,7 @@ def with_nearest(message: str, options: Iterable[str]) -> str:
     message, known = one_line(message), sorted({option.removeprefix("--") for option in options})
     unrecognized = "unrecognized" in message
     group = re.search(r"Group '([\w.]+)'", message)
-    for key in re.findall(r"--([\w.]+)" if unrecognized else r"'([\w.]+)'", message):
+    for key in re.findall(r"--([\w.-]+)" if unrecognized else r"'([\w.]+)'", message):
         if unrecognized or ("not accept" in message and not (group and key == group[1])):
             full = f"{group[1]}.{key}" if group else key
             near = difflib.get_close_matches(full, known, n=1, cutoff=0.4)

@@ -1,4 +1,4 @@
-"""Writes files so that they are complete or absent, even if the process is killed or the power fails."""
+"""The names of a run's files, and files that are complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the root folder of the repository
+METRICS, SUMMARY, RUN = "metrics.jsonl", "summary.json", "run.json"  # in the output folder of a run
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class _Bucket:
             self.flat = self.pairs[0][1].new_empty(sum(sizes))
         parts = zip(self.pairs, self.flat.split(sizes), wanted, strict=True)
         given = [(p, m, part.view_as(m)) for (p, m), part, is_wanted in parts if is_wanted]
-        # to where the sum is, or if there is one already, to a copy that is added to it
+        # the first gradient is copied into the sum, a later one into a temporary that is added to it
         wide = [total if p is m or m.grad is None else torch.empty_like(total) for p, m, total in given]
         torch._foreach_copy_(wide, [p.grad for p, _, _ in given if p.grad is not None])
         if more := [(total, grad) for (_, _, total), grad in zip(given, wide, strict=True) if grad is not total]:
@@ -67,7 +67,7 @@ class GradientSums:
         runs = groupby(reversed(pairs), lambda pair: pair[1].dtype)
         parts = (part for _, run in runs for part in buckets(run, lambda pair: pair[1].nbytes, BUCKET_BYTES))
         self.buckets = [_Bucket(part) for part in parts]
-        self.sent: list[Any] = []  # for each bucket that was sent, its sum over the ranks, for which one can wait
+        self.sent: list[Any] = []  # the handles of the all-reduces of the buckets that were sent
 
     def collect(self) -> None:
         """Add the gradients of a backward pass to the sums, and free them.

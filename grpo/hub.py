@@ -14,8 +14,8 @@ from huggingface_hub import HfApi, ModelCard
 
 from ..model.settings import RolloutSettings
 from .config import Config
-from .files import whole
-from .output import METRICS, read_metrics
+from .files import METRICS, whole
+from .output import read_metrics
 
 # files that a resumed run needs but the model does not
 LEFT_OUT = ("trainer_state.pt", "manifest.json", "heldout.*", "reference/*")
@@ -80,11 +80,11 @@ from transformers import GenerationConfig, JanusForConditionalGeneration, JanusP
 
 {load}processor = JanusProcessor.from_pretrained({path!r})
 prompt = "a red circle"
-inputs = processor(text={ask!r}.replace("<prompt>", prompt), return_tensors="pt")
+inputs = processor(text=[{ask!r}.replace("<prompt>", prompt)], return_tensors="pt")
 tokens = model.generate(**inputs, {how})
 plan = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 text = {draw!r}.replace("<prompt>", prompt).replace("<plan>", plan)
-inputs = processor(text=text, generation_mode="image", return_tensors="pt")
+inputs = processor(text=[text], generation_mode="image", return_tensors="pt")
 tokens = model.generate(**inputs, generation_mode="image")
 pixels = model.decode_image_tokens(tokens)[0].detach().float()  # height x width x 3, in [-1, 1]
 Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().numpy()).save("picture.png")
@@ -153,8 +153,9 @@ def write_card(
     if pictures.is_file():
         shutil.copyfile(pictures, folder / pictures.name)
     rows = [row for _, row in read_metrics(Path(config.output_dir) / METRICS)[0]]
-    if drawn := len(rows) >= _FEWEST:
-        _draw_curves(rows, folder / "curves.png")
+    curves = [name for name in _CURVES if any(name in row for row in rows)] if len(rows) >= _FEWEST else []
+    if curves:
+        _draw_curves(rows, curves, folder / "curves.png")
     weights = cast(list[float] | None, config.reward_weights) or [1.0] * len(config.rewards.names)
     published = asdict(Config(rewards=config.rewards))
     changed = [(k, v, published[k]) for k, v in run.items() if k in published.keys() - _SEEN and v != published[k]]
@@ -170,7 +171,7 @@ def write_card(
         group=config.num_generations,
         pictures=f"\n\n![held-out prompts before and after training]({pictures.name})" if pictures.is_file() else "",
         results=_rows(_results(rows, summary)),
-        curves="\n\n![reward, KL and entropy, step by step](curves.png)" if drawn else "",
+        curves="\n\n![reward, KL and entropy, step by step](curves.png)" if curves else "",
         settings=_rows(changed),
         name_or_path=path,
         code=_code(path, base, adapters, RolloutSettings.load(folder)),
@@ -195,11 +196,10 @@ def _code(path: str, base: str, adapters: bool, settings: RolloutSettings) -> st
     )
 
 
-def _draw_curves(rows: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw the metrics of _CURVES that the run has, side by side."""
+def _draw_curves(rows: Sequence[Mapping[str, float]], names: Sequence[str], path: Path) -> None:
+    """Draw these metrics side by side."""
     from matplotlib.figure import Figure
 
-    names = [name for name in _CURVES if any(name in row for row in rows)]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any, TypeAlias
 
-from transformers import SchedulerType
-
 Config: TypeAlias = Any  # the class of config.py, which imports this file
 TRACKERS = ("tensorboard", "trackio", "wandb")
-SCHEDULES = tuple(schedule.value for schedule in SchedulerType)
+# the schedules of transformers that need nothing but warmup_steps and max_steps
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
 STREAMS = ("text", "image")
 PER_STREAM = ("beta", "epsilon", "epsilon_high", "entropy_coef")  # take one number, or one for each stream
 
@@ -101,8 +102,8 @@ def _of_devices(config: Config) -> Iterator[str]:
 def _of_loss_and_reference(config: Config) -> Iterator[str]:
     """Conflicts of the settings of the loss and of the reference model."""
     if config.sync_ref_model and (config.lora_r or not config.kl_streams):
-        why = "lora_r: it is the policy without adapters" if config.lora_r else "beta is 0: there is none"
-        yield f"sync_ref_model moves the reference model, which does not go with {why}"
+        adapters, none = "with lora_r it is the policy without adapters", "with beta=0 there is none"
+        yield f"sync_ref_model needs a reference model of its own: {adapters if config.lora_r else none}"
     if config.reference_device and config.lora_r:
         yield "reference_device=cpu does not go with lora_r: the reference is the policy without adapters"
     if config.detach_uncond and config.policy_logits != "guided":

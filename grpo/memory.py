@@ -99,7 +99,7 @@ class Training(NamedTuple):
 
     Args:
         masters, moments: bytes of the master weight and of both moments.
-        accumulated: bytes of a sum of gradients that is apart from the weight's own; 0 if they are added there.
+        accumulated: bytes of a separate sum of gradients; 0 if they add up in the weight's own gradient.
         ranks: number of ranks among which ZeRO divides them.
         stage: ZeRO's stage, 0 without DeepSpeed.
         bucket, buffers: ZeRO sends this many gradients at a time, from this many buffers.

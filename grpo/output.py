@@ -14,9 +14,8 @@ from pathlib import Path
 
 from .checkpoint import list_checkpoints, step_of
 from .config import Config
-from .files import whole
+from .files import METRICS, RUN, SUMMARY, whole
 
-METRICS, SUMMARY, RUN = "metrics.jsonl", "summary.json", "run.json"
 # what a run writes besides its checkpoints
 _FILES = (METRICS, SUMMARY, RUN, "report.html", "before_after.png")
 _FOLDERS = ("samples",)

@@ -47,7 +47,7 @@ SHORT_PLAN = 80  # tokens of a plan as Janus-Pro writes it
 ROOM = 0.1  # share of a GPU that "auto" leaves free: the plan is an estimate, and memory gets fragmented
 CONTEXT = GIB  # CUDA's context and libraries
 # number of published parameters, and GiB of activations for each picture of a micro-batch
-REWARDS = {"hps": (986e6, 0.0), "git": (395e6, 0.0), "grounding": (172e6, 1.0), "orm": (8030e6, 0.0)}
+REWARDS = {"hps": (986e6, 0.0), "git": (395e6, 0.0), "grounding": (172e6, 0.4), "orm": (8030e6, 0.0)}
 _NO_TOKENIZER = SimpleNamespace(  # the sizes of a model do not depend on its tokenizer
     bos_token_id=0, eos_token_id=1, pad_token_id=2, convert_tokens_to_ids=lambda _: 3
 )
@@ -84,10 +84,10 @@ class Plan:
 
     def line(self) -> str:
         phase = max(self.peaks, key=lambda name: self.peaks[name])
-        return f"memory: peak {self.peak / GIB:.1f} GiB a GPU, in the {phase} phase, by the plan"
+        return f"memory plan: peak {self.peak / GIB:.1f} GiB per GPU, in the {phase} phase"
 
     def table(self) -> str:
-        lines = [f"{'GiB a GPU':<26}{'rollout':>10}{'reference':>11}{'update':>9}"]
+        lines = [f"{'GiB per GPU':<26}{'rollout':>10}{'reference':>11}{'update':>9}"]
         for name, values in {**self.rows, "all": tuple(self.peaks.values())}.items():
             lines.append(f"{name:<26}{values[0] / GIB:>10.1f}{values[1] / GIB:>11.1f}{values[2] / GIB:>9.1f}")
         if self.host:

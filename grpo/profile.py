@@ -242,13 +242,13 @@ def longest(launches: Iterable[Launch], steps: float) -> list[list[Any]]:
 def binds(row: dict[str, Any], device: str) -> str:
     """What limits the speed of a phase, in a few words, from its row."""
     if row["phase"] == IDLE:
-        return "host: what the program does between the phases"
+        return "host: work outside all phases"
     unit, ms = ("kernels" if device == "cuda" else "operators"), row["ms"]
     hidden = row["busy_ms"] - ms
     if hidden > ms:
-        return f"hidden: {hidden:.3g} ms of its {unit} run during an earlier phase"
+        return f"overlap: {hidden:.3g} ms of its {unit} run beside another phase"
     if row["gap_ms"] > ms / 2:
-        return f"host: in {row['gap_ms'] / ms:.0%} of it none of its {unit} runs"
+        return f"host: no {unit} run for {row['gap_ms'] / ms:.0%} of this phase"
     mean = row["launch_us"] or 0.0
     kind = "launch" if mean < SHORT_US[device] else "work"
     return f"{kind}: {row['launches']:.0f} {unit} of {mean:.{0 if mean >= 100 else 1}f} µs"

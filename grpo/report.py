@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .curves import STYLE as CHART_STYLE
 from .curves import bars, curves
-from .files import whole
+from .files import METRICS, whole
 from .samples import Sample, heldout_metrics, load_samples, reward_rows
 
 if TYPE_CHECKING:  # matplotlib is optional
@@ -212,11 +212,11 @@ def write_report(
 
     `names` are rewards that the table shows one by one. A part that cannot be drawn is left out; a line says so.
     """
-    lines = (output / "metrics.jsonl").read_text().splitlines() if (output / "metrics.jsonl").exists() else []
     if heldout:
         with no_failure("no before_after.png"):
             draw_grid({tag: pick(samples) for tag, samples in heldout.items()}, output / "before_after.png")
     saved = saved_samples(output, summary["steps"])[-3:]
+    lines = (output / METRICS).read_text().splitlines() if (output / METRICS).exists() else []
     rows = [json.loads(line) for line in lines]
     content = "\n".join(parts_of(rows, asdict(config), summary, heldout, saved, alarms, names))
     with whole(output / "report.html") as part:

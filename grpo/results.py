@@ -1,4 +1,4 @@
-"""Writes what a run says about itself: run.json, alarms, and at the end summary.json, report.html and a model card."""
+"""Writes the record of a run: run.json, alarms, and at the end summary.json, report.html and a model card."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from .alarms import Alarms
 from .checkpoint import checkpoint_path
 from .config import Config
-from .files import whole
+from .files import METRICS, RUN, SUMMARY, whole
 from .hub import push, write_card
-from .output import METRICS, RUN, SUMMARY, read_metrics
+from .output import read_metrics
 from .report import no_failure, write_report
 from .samples import Sample, heldout_table, mean_reward
 from .tracking import Log

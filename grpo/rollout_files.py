@@ -33,6 +33,7 @@ from .files import whole
 
 _PACKED = ("prompts", "plans", "plan_logprobs", "image_prompts")
 _TENSORS = ("truncated", "image_tokens", "image_logprobs", "guided_logprobs")
+_ON_DEVICE = {"plan_logprobs", "image_tokens", "image_logprobs", "guided_logprobs"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def save_rollout(path: Path, saved: SavedRollout, images: bool) -> None:
 
 
 def load_rollout(path: Path, device: torch.device) -> SavedRollout:
-    """Read what `save_rollout` wrote. The tensors that are trained on are put on the device.
+    """Read what `save_rollout` wrote. Its tensors are where a new rollout has them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,8 +96,9 @@ def load_rollout(path: Path, device: torch.device) -> SavedRollout:
         with safe_open(path, "pt") as file:
             header = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, `file` is no dict
-        packed: dict[str, Any] = {n: Packed(tensors[n].to(device), tensors[f"{n}.offsets"]) for n in _PACKED}
-        plain = {name: tensors[name].to(device) for name in _TENSORS}
+        tensors |= {name: tensors[name].to(device) for name in _ON_DEVICE}
+        packed: dict[str, Any] = {name: Packed(tensors[name], tensors[f"{name}.offsets"]) for name in _PACKED}
+        plain = {name: tensors[name] for name in _TENSORS}
         texts, rows = header["plan_texts"], header["examples"]
         examples = [replace(parse_example(row), plan=plan) for row, plan in zip(rows, texts, strict=True)]
         images = tensors["images"].to(device).float().div(255) if "images" in tensors else None

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TextIO, cast
 from tqdm import tqdm
 
 from .config import Config
+from .files import METRICS
 
 BAR_COLUMNS = 100
 
@@ -69,7 +70,8 @@ def _need(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f"report_to: {package} is not installed; pip install {package}, or drop it there") from error
+        fix = f"pip install {package}, or remove it from report_to"
+        raise ImportError(f"report_to: {package} is not installed; {fix}") from error
 
 
 class Log:
@@ -81,7 +83,7 @@ class Log:
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
-        self.file = open(Path(config.output_dir) / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(Path(config.output_dir) / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self.trackers: list[Tracker] = [
             TensorBoard(config) if name == "tensorboard" else WandbLike(config, name) for name in config.report_to
         ]

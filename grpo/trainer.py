@@ -99,7 +99,7 @@ class Trainer:
         for wanted, need in ((config.lora_r, require_peft), (zero, require_deepspeed), (eight_bits, adamw_8bit)):
             if wanted:
                 need()  # raises if a package is not installed, before anything is loaded
-        heldout = None if config.rollout_only else config.eval_file  # the same model before and after
+        heldout = None if config.rollout_only else config.eval_file  # rollout_only leaves the model as it is
         paths = [path for path in (config.train_file, heldout) if path and not config.replay]
         files = [PromptFile(path, config.skip_bad_prompts) for path in paths]
         self.settings = rollout_settings(config)
@@ -186,7 +186,10 @@ class Trainer:
         before = self.heldout.keep("before", self._evaluate()) if self.step == 0 else self.heldout.kept("before")
         self.results = Results(config, self.ensemble.names, self.heldout.judges.names)
         self.heldout.look_back(self.results.rows)
-        self.ranks.on_main(self.results.describe)
+        if self.step < self._last_step:
+            self.ranks.on_main(self.results.describe)
+        elif self.ranks.main:
+            print(f"no step is left: the checkpoint has {self.step}, and this run ends after {self._last_step}")
         samples, stopped = self._train()
         done = self.step >= config.max_steps
         if done:
@@ -207,8 +210,7 @@ class Trainer:
 
     def _train(self) -> tuple[list[Sample], int]:
         """Take steps until the run ends -> samples of the last step, if evaluated, and the signal that ended it."""
-        config = self.config
-        last = min(config.max_steps, config.stop_after or config.max_steps)
+        config, last = self.config, self._last_step
         log = Log(config, self.step) if self.ranks.main else None
         samples: list[Sample] = []
         stopped = 0
@@ -228,6 +230,10 @@ class Trainer:
                     self._save()
             self._save()
         return samples, stopped
+
+    @property
+    def _last_step(self) -> int:
+        return min(self.config.max_steps, self.config.stop_after or self.config.max_steps)
 
     def _agree(self, received: list[int]) -> int:
         """The signal that any rank received, 0 for none. All ranks get the same answer and stop after the same step."""
@@ -295,7 +301,7 @@ class Trainer:
         reference: list[dict[str, Tensor]] | None,
         ahead: Ahead | None,
     ) -> dict[str, Tensor]:
-        # LoRA's dropout draws other numbers on each rank, and the same ones in a resumed run
+        # LoRA's dropout mask differs between ranks, and is the same in a resumed run
         torch.manual_seed(self.config.seed * _SEED_STRIDE + self.step * self.ranks.size + self.ranks.rank)
         config = self.entropy.applied(self.config)
         parts = (micro_batches, advantages, reference, self.encoder, config, self.ranks, ahead)

@@ -26,6 +26,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import METRICS, RUN, SUMMARY
 from .report import STYLE, document, parts_of, saved_samples
 from .samples import load_samples
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from werkzeug import Response
 
 _NAMES = ("127.0.0.1", "localhost")
-_NOW = ("metrics.jsonl", "run.json", "summary.json")  # files that change during a run
+_NOW = (METRICS, RUN, SUMMARY)  # files that change during a run
 _SCRIPT = """
 const main = document.querySelector("main"), note = document.querySelector("#note")
 let seen = null
@@ -96,13 +97,10 @@ _HEADERS = {
 
 
 class Run:
-    """Reads the folder of a run and renders its page."""
+    """Renders the page of the run in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows: list[dict[str, Any]] = []
-        self._read: tuple[int, int] = (0, 0)  # inode of metrics.jsonl, and how many bytes of it are in `rows`
-        self._lock = threading.Lock()
 
     def stamp(self) -> str:
         """A hash that changes whenever the page changes."""
@@ -112,36 +110,21 @@ class Run:
 
     def page(self, token: str, step: str | None = None) -> str:
         """The page with the samples of `step`, or else the latest samples."""
-        with self._lock:
-            self._read_on()
-            return document(self.folder.resolve().name, *self._parts(token, step))
+        return document(self.folder.resolve().name, *self._parts(token, step))
 
-    def _read_on(self) -> None:
-        """Read the metrics that are new, or all of them if the file has been replaced, as a resumed run does."""
+    def _rows(self) -> list[dict[str, Any]]:
+        """The metrics of each step."""
         try:
-            file = open(self.folder / "metrics.jsonl", "rb")  # noqa: SIM115
+            lines = (self.folder / METRICS).read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
-            self.rows, self._read = [], (0, 0)
-            return
-        with file:
-            which, place = self._read
-            stat = os.fstat(file.fileno())
-            if which != stat.st_ino or place > stat.st_size:
-                self.rows, place = [], 0
-            file.seek(place)
-            lines = file.read().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):  # the run is writing it
-                lines.pop()
-            self._read = (stat.st_ino, place + sum(map(len, lines)))
-        for line in lines:
-            row = _object(line)
-            if isinstance(row.get("step"), int):
-                self.rows.append(row)
+            return []
+        rows = [_object(line) for line in lines if line.endswith(b"\n")]  # the run may be writing the last one
+        return [row for row in rows if isinstance(row.get("step"), int)]
 
     def _parts(self, token: str, step: str | None) -> tuple[str, str, str]:
         """The content, the additional head and the script of the page."""
-        about, summary = _object(self.folder / "run.json"), _object(self.folder / "summary.json")
-        settings, last = about.get("settings", {}), self.rows[-1]["step"] if self.rows else 0
+        about, summary, rows = _object(self.folder / RUN), _object(self.folder / SUMMARY), self._rows()
+        settings, last = about.get("settings", {}), rows[-1]["step"] if rows else 0
         ended = self._ended(summary, last)
         saved = saved_samples(self.folder, last)
         shown = [path for path in saved if path.stem == step] or saved[-1:]
@@ -149,7 +132,7 @@ class Run:
         kept = {tag: load_samples(self.folder / "samples" / f"heldout-{tag}") for tag in tags}
         heldout = {tag: samples for tag, samples in kept.items() if samples}
         parts = parts_of(
-            self.rows,
+            rows,
             settings,
             summary if ended else {},
             heldout,
@@ -169,17 +152,17 @@ class Run:
             said = f"Running, {steps} done"
         else:
             said = f"At {steps}; the run was killed, or is on another machine"
-        path = self.folder / "metrics.jsonl"
-        if not self.rows or not path.exists():
+        path = self.folder / METRICS
+        if not last or not path.exists():
             return f"<p>{said}.</p>"
         written = datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
         return f"<p>{said}. Last written: <time datetime='{written}'>{written}</time></p>"
 
     def _ended(self, summary: dict[str, Any], last: int) -> bool:
         """Whether the run has ended. A resumed run begins with the summary of the run before, which does not count."""
-        if not self.rows or summary.get("steps") != last:
+        if not last or summary.get("steps") != last:
             return False
-        written = [os.stat(self.folder / name).st_mtime_ns for name in ("metrics.jsonl", "summary.json")]
+        written = [os.stat(self.folder / name).st_mtime_ns for name in (METRICS, SUMMARY)]
         return not self._alive() or written[0] <= written[1]
 
     def _alive(self) -> bool:

@@ -83,7 +83,8 @@ def adamw(
     """
     tensors = (weight, master, grad, exp_avg, exp_avg_sq)
     if not all(t.shape == weight.shape and t.is_contiguous() for t in tensors):
-        raise ValueError(f"all must be contiguous and of one shape, got {[(*t.shape,) for t in tensors]}")
+        shapes = [(*t.shape,) for t in tensors]
+        raise ValueError(f"weight, master, grad and moments must be contiguous and of one shape, got {shapes}")
     if master.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the master must be float32 or float64, got {master.dtype}, in which small updates get lost")
     beta1, beta2 = betas

@@ -23,16 +23,16 @@ float32 and round each operation on its own (no fused multiply-add):
     exponential E = -ln(1 - u) by a polynomial, u = (word + 1/2) / 2^32, at most 1 - 2^-24; right to 3e-7 of itself
     race        token = argmin E·2^-d, 2^-d at most 2^64; the smallest id among equals
 
-A row has one offset, and draws the same token wherever and with whomever it is sampled. E is between 2^-33 and 17, so
-the likeliest token comes in before 17, and a masked one, at 2^31 or later, never wins. A token 2^38 times less likely
-than the likeliest is never drawn.
+A row's token depends on its own offset, not on the other rows. E is between 2^-33 and 17, so the most probable token
+has E·2^-d below 17. A masked token has at least 2^31, and is never drawn. A token that is 2^38 times less probable than
+the most probable one is never drawn either.
 
-PyTorch sorts to truncate. The kernels look for the smallest logit that stays, `cut`: the largest x for which the logits
->= x number (top-k) or weigh (top-p) at least a limit. `select` bisects between lo, which reaches the limit, and hi,
-which does not; each `probe` of a pivot between them reads the row once and moves one of them to a logit of the row, so
-some 10 to 20 probes leave one value. The first 16 steps halve the interval of values, which is quick for the logits of
-a model; the rest halve that of `key`, an integer that orders like the float, which is never slow. Of the logits equal
-to `cut` the first stay, up to column `last`.
+PyTorch sorts to truncate. The kernels look for the smallest logit that stays, `cut`: the largest x such that the count
+(top-k) or the total weight (top-p) of the logits >= x reaches a limit. `select` bisects between lo, which reaches the
+limit, and hi, which does not; each `probe` of a pivot between them reads the row once and moves one of them to a logit
+of the row, so some 10 to 20 probes leave one value. The first 16 steps halve the interval of values, which is quick for
+the logits of a model; the rest halve that of `key`, an integer that orders like the float, which is never slow. Of the
+logits equal to `cut` the first stay, up to column `last`.
 
 For top-k, the Triton kernel first selects the k-th largest among the maxima of groups of 64 columns. It is at most the
 k-th largest logit, so the probes read only the groups whose maximum is not below it: about k of 1,600.

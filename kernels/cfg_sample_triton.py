@@ -1,8 +1,9 @@
 """The Triton kernels of `cfg_sample`, whose steps are explained in cfg_sample.py.
 
-Two launches: a program a BLOCK of columns measures them, then, with the row's maximum at hand, races them; the last
-program of a row to arrive writes the draw. What they count in is reset by the first launch, so that a CUDA graph can
-replay both, and no result depends on who arrives when. Truncation is one launch between, a program a row.
+Both launches have a program for each BLOCK of columns. The first computes the maximum and the softmax sum of its
+columns, and resets the counters of the second, so that a CUDA graph can replay them. The second finds the token of its
+columns that wins the race, and the last program of a row writes the draw. Results do not depend on the programs' order.
+Truncation is one launch between these two, with a program for each row.
 
 Loads are 16 bytes wide where V, the row strides (in elements) and the pointers are multiples of 16, which the launch
 finds out by itself, and one element wide otherwise.
@@ -20,8 +21,8 @@ from torch import Tensor
 from . import dispatch
 from .dispatch import tl, triton
 
-BLOCK = 2048  # columns a program measures or races: 32 a thread of 2 warps
-TRUNCATE_BLOCK = 4096  # columns the truncating program holds at a time: 16 a thread of 8 warps
+BLOCK = 2048  # columns of a program of the two launches: 32 per thread of 2 warps
+TRUNCATE_BLOCK = 4096  # columns that the truncating program holds at a time: 16 per thread of 8 warps
 GROUP: Any = tl.constexpr(64) if dispatch.HAS_TRITON else None  # adjacent columns, whose maximum is stored to truncate
 
 

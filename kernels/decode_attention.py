@@ -34,7 +34,7 @@ _SEGMENTS = ("prefix_start", "prefix_length", "start", "length")
 _LOG2E = 1.4426950408889634
 _MAX_DIM = 256
 _MAX_SPLITS = 64
-_SPLIT_KEYS = 256  # of a program, at least: eight tiles of Janus's heads
+_SPLIT_KEYS = 256  # the fewest keys of a program that shares a sequence: eight tiles of Janus's heads
 
 
 def decode_attention_ref(
@@ -245,9 +245,10 @@ def _check(q: Tensor, pools: tuple[Tensor | None, ...], segments: tuple[Tensor, 
             raise ValueError(f"{name} must be [{R}] int64, got {[*x.shape]} {x.dtype}")
     if q.numel() and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1)):
         raise ValueError(f"only the first dimension of q may be strided, got strides {q.stride()}")
-    for t in (*pools, *segments):
+    names = ("keys", "values", "key_scales", "value_scales", *_SEGMENTS)
+    for name, t in zip(names, (*pools, *segments), strict=True):
         if t is not None and (t.device != q.device or not t.is_contiguous()):
-            raise ValueError(f"all but q must be contiguous on {q.device}, got strides {t.stride()} on {t.device}")
+            raise ValueError(f"{name} must be contiguous on {q.device}, got strides {t.stride()} on {t.device}")
 
 
 def decode_attention(

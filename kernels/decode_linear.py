@@ -30,7 +30,7 @@ from .dispatch import INTERPRETED, Impl, choose, forward_only, launch, processor
 from .silu_mul import silu
 
 MAX_SEQUENCES = 64  # in one tile; for more, cuBLAS is near the floor
-BLOCK_OUTPUTS = 64  # a program computes so many; `arrived` has a counter for each block of them
+BLOCK_OUTPUTS = 64  # outputs of a program; `arrived` has a counter for each block of them
 
 
 def decode_linear_ref(

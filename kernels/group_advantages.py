@@ -15,8 +15,8 @@ rewards.
 Rewards are centred before they are summed, so a missing one causes no bias, and no E[x²] - E[x]² can cancel. x then
 sums to 0 over its group; the reference centres it again against rounding.
 
-Shapes: rewards [S, R], weights [R], advantages [S]. A step has hundreds of samples, so only launches cost time: one,
-and the check that no reward is infinite; plain PyTorch has 32 to 77.
+Shapes: rewards [S, R], weights [R], advantages [S]. A step has hundreds of samples, so launches dominate: one for the
+kernel and some for the check that no reward is infinite, where plain PyTorch has 32 to 77.
 
 Source: GRPO (arXiv 2402.03300); the two aggregations are those of TRL's `multi_objective_aggregation`.
 """

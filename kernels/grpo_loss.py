@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, choose
+from .dispatch import Impl, choose, wants_gradient
 from .fused_grpo import RESULTS, Terms, attach_gradients, grpo_linear, grpo_logits, grpo_logits_
 from .group_advantages import group_advantages
 from .token_stream import KLEstimator, Level, LossOptions, LossType, TokenStream, check_streams, check_tokens
@@ -336,8 +336,7 @@ def _advantages(given: Tensor, group_size: int | None, features: Tensor, chosen:
 def _needs_loss_scale(streams: Sequence[TokenStream]) -> bool:
     """Whether gradients are in float16: they would underflow if they were rounded before GradScaler scales them."""
     inputs = [t for stream in streams for t in (stream.features, stream.weight, stream.bias) if t is not None]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    return wanted and inputs[0].dtype == torch.float16
+    return inputs[0].dtype == torch.float16 and wants_gradient(*inputs)
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def check_pool(
     if keys.ndim != 3 or values.shape != keys.shape:
         raise ValueError(f"keys and values must be [P, Hkv, E], got {[*keys.shape]} and {[*values.shape]}")
     if (key_scales is None) != (value_scales is None):
-        raise ValueError("key_scales and value_scales go together")
+        raise ValueError("give both key_scales and value_scales, or neither")
     scaled, expected = ("without", dtype) if key_scales is None else ("with", FP8)
     if keys.dtype != expected or values.dtype != expected:
         raise ValueError(f"keys and values {scaled} scales must be {expected}, got {keys.dtype} and {values.dtype}")

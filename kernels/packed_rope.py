@@ -285,6 +285,6 @@ def _check(x: Sequence[Tensor], indices: Sequence[Tensor], cos: Tensor, sin: Ten
         for t in tensors:
             if t.dtype != dtype or t.device != like.device or not t.is_contiguous():
                 raise ValueError(
-                    f"this tensor must be {dtype}, contiguous and on {like.device}: "
+                    f"tensors must be {dtype}, contiguous and on {like.device}, got "
                     f"{[*t.shape]} {t.dtype} with strides {t.stride()} on {t.device}"
                 )

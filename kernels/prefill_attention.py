@@ -155,7 +155,7 @@ def prefill_attention(
         if x.shape != (N,) or x.dtype != torch.int64 or not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous [{N}] int64, got {[*x.shape]} {x.dtype}")
     if N and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1) or not keys.is_contiguous()):
-        raise ValueError(f"only the first dimension of q may be strided, got strides {q.stride()} and {keys.stride()}")
+        raise ValueError(f"only the first dimension of q may be strided: q has {q.stride()}, keys have {keys.stride()}")
     if impl == "native":
         raise ValueError('impl="native" cannot run here: there is no C++ kernel; use impl="torch"')
     if not N:

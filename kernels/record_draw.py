@@ -82,7 +82,10 @@ def record_draw(
     token, *logprobs = draw
     B, (R, D) = len(token), x.shape
     if state.shape[1] != R or R % B or table.shape[1] != D or table.dtype != x.dtype:
-        raise ValueError(f"{B} draws, state {[*state.shape]}, a table {[*table.shape]} and x {[*x.shape]} differ")
+        raise ValueError(
+            f"need state [K, R], x [R, D], table [V, D] of one dtype, R a multiple of {B} draws; "
+            f"got {[*state.shape]}, {[*x.shape]}, {[*table.shape]}"
+        )
     if state.stride(1) != 1 or not all(t.is_contiguous() for t in (*draw, *outputs, table, x)):
         raise ValueError("all tensors must be contiguous; only the first dimension of state may be strided")
     if choose(impl, x.device, x.dtype, cpp=False) != "triton":

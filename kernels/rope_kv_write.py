@@ -178,9 +178,10 @@ def _check(
     for name, x in (("positions", positions), ("slots", slots)):
         if x.shape != qkv.shape[:1] or x.dtype != torch.int64:
             raise ValueError(f"{name} must be [{len(qkv)}] int64, got {[*x.shape]} {x.dtype}")
-    for t in (qkv, cos, sin, positions, slots, *pools):
+    names = ("qkv", "cos", "sin", "positions", "slots", "keys", "values", "key_scales", "value_scales")
+    for name, t in zip(names, (qkv, cos, sin, positions, slots, *pools), strict=True):
         if t is not None and (t.device != qkv.device or not t.is_contiguous()):
-            raise ValueError(f"every tensor must be contiguous on {qkv.device}, got strides {t.stride()} on {t.device}")
+            raise ValueError(f"{name} must be contiguous on {qkv.device}, got strides {t.stride()} on {t.device}")
 
 
 def rope_kv_write(

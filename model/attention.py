@@ -36,6 +36,7 @@ class Places:
     offsets: Tensor
 
 
+# q [M, Hq, E], k and v [M, Hkv, E], places, and the factor of the scores (None = E^-1/2) -> [M, Hq, E]
 Attend = Callable[[Tensor, Tensor, Tensor, Places, float | None], Tensor]
 # the module that each implementation imports, and the command that installs it
 _NEEDS = {
@@ -99,16 +100,6 @@ def _for_each_query(x: Tensor, q: Tensor) -> Tensor:
 IMPLEMENTATIONS: dict[str, Attend] = {
     "sdpa": _sdpa, "varlen": _varlen, "flash_attn": _flash_attn, "xformers": _xformers,
 }  # fmt: skip
-
-
-def attend(name: str, q: Tensor, k: Tensor, v: Tensor, places: Places, scale: float | None) -> Tensor:
-    """Compute attention at all places of the sequences: q [M, Hq, E], k and v [M, Hkv, E] -> [M, Hq, E].
-
-    Args:
-        name: an implementation that `resolve` has accepted, and that the sequences are laid out for.
-        scale: factor of the scores; None = E^-1/2.
-    """
-    return IMPLEMENTATIONS[name](q, k, v, places, scale)
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> Attention:

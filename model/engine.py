@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,9 +38,10 @@ from .stages import CachedSequence, ImageStage, PlanStage
 from .weights import Weights
 
 KVDtype = Literal["auto", "fp8"]
+T = TypeVar("T")
 
 
-def _slices(samples: Sequence[_Sample], most: int) -> list[Sequence[_Sample]]:
+def _slices(samples: Sequence[T], most: int) -> list[Sequence[T]]:
     return [samples[start : start + most] for start in range(0, len(samples), most)]
 
 
@@ -124,7 +125,7 @@ class RolloutEngine:
         self.decoder = Decoder(policy, self.weights, self.pool, max_context, self.graphs)
         self.weights.image_decoder.graphs = StepGraphs(self.picture_stream if graphs else None)
         self.plan_stage: PlanStage | None = None
-        self.image_stage: ImageStage | None = None
+        self.image_stages: dict[int, ImageStage] = {}  # by the number of sequences per sample
 
     @torch.no_grad()
     def generate(
@@ -243,20 +244,22 @@ class RolloutEngine:
         if self.plan_stage is None or (plan and self.plan_stage.length != limit):
             self.graphs.clear()
             self.plan_stage = PlanStage(self.decoder, self.graphs, most, limit)
-        if self.image_stage is None or self.image_stage.sequences_per_sample != sequences_per_sample:
-            self.graphs.clear()
-            images = self._most_images(sequences_per_sample)
-            self.image_stage = ImageStage(self.decoder, self.graphs, images, sequences_per_sample, length)
+        images = self._most_images(sequences_per_sample)
+        if sequences_per_sample not in self.image_stages:
+            stage = ImageStage(self.decoder, self.graphs, images, sequences_per_sample, length)
+            self.image_stages[sequences_per_sample] = stage
         if self.graphs.missing and os.environ.get("RANK", "0") == "0":
             print("capturing the CUDA graphs of rollouts, which takes some seconds", file=sys.stderr, flush=True)
         self.decoder.prepare()
-        images = min(samples, self._most_images(sequences_per_sample))
         if plan:
             self.plan_stage.prepare(min(samples, most), self.policy.tokenizer.eos_token_id, sampling)
-        self.image_stage.prepare(images, sampling)
+        chunks = {len(chunk) for chunk in _slices(range(samples), images)}  # sizes: full ones, and the last one
+        for size in chunks:
+            self.image_stages[sequences_per_sample].prepare(size, sampling)
         if self.weights.image_decoder.graphs.missing:
             with self._on(self.picture_stream, self.decode_stream):
-                self.weights.image_decoder(torch.zeros(images, length, dtype=torch.int64, device=self.device))
+                for size in chunks:
+                    self.weights.image_decoder(torch.zeros(size, length, dtype=torch.int64, device=self.device))
 
     def _batches(
         self, samples: Sequence[_Sample], most: int, slots: Callable[[Sequence[_Sample]], int]
@@ -269,9 +272,9 @@ class RolloutEngine:
         for sample in samples:
             if slots([sample]) > self.pool.capacity:
                 raise ValueError(
-                    f"a prompt does not fit the KV cache: it needs {slots([sample])} tokens and {self.pool.capacity} "
-                    f"fit, at {self.pool.bytes_per_token} bytes each; raise kv_bytes, lower max_completion_length, "
-                    f"or shorten it: {sample.prompt[:120]!r}"
+                    f"a prompt does not fit the KV cache: it needs {slots([sample])} tokens, {self.pool.capacity} fit, "
+                    f"at {self.pool.bytes_per_token} bytes each; raise rollout_kv_gib (kv_bytes of the engine), lower "
+                    f"max_completion_length, or shorten the prompt: {sample.prompt[:120]!r}"
                 )
         start = 0
         while start < len(samples):
@@ -314,7 +317,6 @@ class RolloutEngine:
         longest one is prefilled, and every sample uses as much of it as it needs as a shared prefix.
         """
         length = self.policy.num_image_tokens
-        assert self.image_stage
         self.pool.reset()
         prompts = [s.image_ids[:-1] for s in samples]
         starts = [self.pool.take(len(prompt) + length) for prompt in prompts]
@@ -330,7 +332,8 @@ class RolloutEngine:
             prompts.append(self.encoder.unconditional_ids(longest + 1)[:-1])
             starts.append(shared)
         self.decoder.prefill(prompts, starts)
-        return self.image_stage.run(conditional, unconditional, self.encoder.boi_token_id, sampling, seed)
+        stage = self.image_stages[sequences_per_sample]
+        return stage.run(conditional, unconditional, self.encoder.boi_token_id, sampling, seed)
 
     def _chunk(
         self, samples: Sequence[_Sample], drawn: tuple[Tensor, Tensor, Tensor], images: Tensor, spans: tuple[Span, ...]

@@ -89,6 +89,8 @@ class KVPool:
         """Free the memory; the next `reserve` allocates what it needs."""
         self._asked = 0
         self._allocate(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # otherwise other tensors would move into the pool's memory, and keep parts of it
 
     def take(self, tokens: int) -> int:
         """Take a segment of `tokens` slots -> its first slot."""

@@ -217,14 +217,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         if (file := Path(path, "config.json")).is_file():
             raise ValueError(f"{file} is not JSON, copy or download it again: {error}") from error
-        raise FileNotFoundError(
-            f"model_name_or_path={str(path)!r} is neither a folder with a config.json nor a model on the hub: {error}"
-        ) from error
+        neither = f"{str(path)!r} is neither a folder with a model's config.json nor a model on the hub"
+        raise FileNotFoundError(f"{neither}{_newest(path)}: {error}") from error
     except AttributeError:  # its JSON is a list
         raw = {}
     if "model_type" not in raw:
-        raise ValueError(f"model_name_or_path={str(path)!r} has no config.json of a model, which names a model_type")
+        raise ValueError(f"{str(path)!r} has no config.json of a model, which names a model_type{_newest(path)}")
     return raw
+
+
+def _newest(run: str | Path) -> str:
+    """Text that names the newest checkpoint in the folder of a run; "" if it has none."""
+    found = sorted(Path(run).glob("checkpoint-*/config.json"))
+    return f"; did you mean its checkpoint {found[-1].parent}?" if found else ""
 
 
 def load_policy(

@@ -1,4 +1,4 @@
-"""Lays out sequences for one forward pass, in which a prefix that a sequence shares with the previous one counts once.
+"""Lays out sequences for one forward pass, which computes a prefix shared with the previous sequence only once.
 
 The linear layers get N packed tokens without padding: from each sequence, the tokens that it does not share with the
 previous one. Attention gets whole sequences, either padded on the right to [S, L] or end to end, as its implementation
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..kernels.host import upload
 from ..kernels.packed_rope import rope_gather, rope_spread
-from .attention import Places, attend, available
+from .attention import IMPLEMENTATIONS, Places, available
 from .packed import int64
 from .recompute import Keep, keep_all
 
@@ -245,7 +245,7 @@ def sequence_attention(
     for i, block in enumerate(layout.blocks):
         q, k, v = own = spread[3 * i : 3 * i + 3]
         with keep(own, partial(_spread, qkv.detach(), cos, sin, kv_heads, block)):
-            outputs.append(attend(layout.attention, q, k, v, block, scale).flatten(1))
+            outputs.append(IMPLEMENTATIONS[layout.attention](q, k, v, block, scale).flatten(1))
     return outputs
 
 
@@ -283,13 +283,14 @@ def _seconds(
     heads, kv_heads, width = shape
     qkv = torch.ones(len(ids), (heads + 2 * kv_heads) * width, device=device, dtype=dtype, requires_grad=True)
     cos = torch.ones(len(ids), width // 2, device=device, dtype=dtype)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     times = []
     with torch.enable_grad():
         for _ in range(6):  # the first one compiles kernels
+            wait()  # for the rewards too, which may be at work
             start = time.perf_counter()
             out = collect(layout, *sequence_attention(qkv, cos, cos, kv_heads, None, layout))
             torch.autograd.grad(out, qkv, out.detach())
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait()
             times.append(time.perf_counter() - start)
     return min(times)

@@ -1,4 +1,4 @@
-"""`bicot.json` beside a checkpoint's weights says how to prompt and sample it; other files say so to transformers."""
+"""`bicot.json` holds a checkpoint's prompt texts and sampling settings; other files hold the same for transformers."""
 
 from __future__ import annotations
 

@@ -146,7 +146,8 @@ class PlanStage(Stage):
         self._capture(dict(self._graph(size, eos, sampling) for size in sizes))
 
     def _graph(self, size: int, eos: int, sampling: Sampling) -> tuple[Hashable, Callable[[], None]]:
-        return ("plan", size, eos, sampling), lambda: self._step(size, eos, sampling)
+        own = (sampling.temperature, sampling.top_k, sampling.top_p)
+        return ("plan", size, eos, *own), lambda: self._step(size, eos, sampling)
 
     @record_function("text decode")
     def run(
@@ -219,7 +220,8 @@ class ImageStage(Stage):
         self._capture(dict([self._graph(self.bucket(samples), sampling)]))
 
     def _graph(self, size: int, sampling: Sampling) -> tuple[Hashable, Callable[[], None]]:
-        return ("image", size, sampling), lambda: self._step(size, self.sequences_per_sample * size, sampling)
+        own = (sampling.cfg_weight, sampling.image_temperature, sampling.image_top_k, sampling.image_top_p)
+        return ("image", size, *own), lambda: self._step(size, self.sequences_per_sample * size, sampling)
 
     @record_function("image decode")
     def run(

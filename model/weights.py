@@ -102,7 +102,7 @@ class Weights:
         """
         kind = (self.policy.device, self.policy.dtype)
         if kind != self._kind:
-            raise ValueError(f"the policy was {self._kind} and is {kind} now: build its RolloutEngine after that")
+            raise ValueError(f"the policy changed from {self._kind} to {kind}: build a new RolloutEngine")
         modules = {"": self.policy.model}  # by name, each looked up once
         moved = [source.refresh(modules) for source in self._sources]
         vq = self.policy.model.model.vqmodel
@@ -215,8 +215,8 @@ def _module(name: str, known: dict[str, nn.Module]) -> nn.Module:
 
 
 def _state(module: nn.Module) -> list[tuple[int, int]] | None:
-    """The address and version of each parameter, which show whether one has changed. None if every refresh must copy,
-    because a parameter trains, or because ZeRO-3 has sharded it, where either all ranks gather it or none."""
+    """The address and version of each parameter, which show whether one has changed. None if every refresh must copy:
+    a parameter trains, or ZeRO-3 has sharded it, so that all ranks must gather it together."""
     parameters = list(module.parameters())
     changing = any(p.requires_grad or hasattr(p, "ds_id") for p in parameters)
     return None if changing else [(p.data_ptr(), p._version) for p in parameters]

@@ -109,6 +109,8 @@ def main() -> None:
         parser.error(str(error))
     rows, failed = check(config, max(args.pictures, len(EXAMPLES)), args.device)
     print(table(rows))
+    if any("–" in row[len(COLUMNS) - len(EXAMPLES) :] for row in rows):
+        print("–: the reward does not apply to this sample prompt", file=sys.stderr)
     for name, problem in failed.items():
         print(f"\n{name} does not work: {type(problem).__name__}: {problem}", file=sys.stderr)
     sys.exit(bool(failed))

@@ -173,9 +173,10 @@ def load_reward(name: str, **options: Any) -> Reward:
         return HttpReward(name, **options)
     path = BUILTIN.get(name, name)
     if ":" not in path:
+        near = difflib.get_close_matches(name.lower(), BUILTIN, n=1)
         raise ValueError(
-            f"unknown reward {name!r}; built in are {', '.join(sorted(BUILTIN))}, your own is package.module:Class, "
-            "a server needs a url in rewards.options"
+            f"unknown reward {name!r}{f'; did you mean {near[0]!r}?' if near else ''}; built in are "
+            f"{', '.join(sorted(BUILTIN))}, your own is package.module:Class, a server needs a url in rewards.options"
         )
     target = find_object("reward", path)
     is_function = inspect.isfunction(target)

@@ -184,8 +184,8 @@ class Worker:
                 alone = [s for s in batch if not self._succeeds(s, images, examples, scores)]
                 if not alone:
                     raise RewardError(
-                        f"reward {self.reward.name!r} failed on a batch of {len(batch)} prompts from "
-                        f"{examples[batch[0]].prompt!r} on, but on none of them alone: {error}"
+                        f"reward {self.reward.name!r} failed on {len(batch)} prompts together (the first: "
+                        f"{examples[batch[0]].prompt!r}), but on none of them alone: {named(error)}"
                     ) from error
                 lost += alone
         return scores, lost
@@ -200,9 +200,12 @@ class Worker:
         return True
 
     def _call(self, images: Tensor, examples: list[Example]) -> Tensor:
-        scores = torch.as_tensor(self.reward.score(images, examples), dtype=torch.float32, device=self.device)
+        try:
+            scores = torch.as_tensor(self.reward.score(images, examples), dtype=torch.float32, device=self.device)
+        except SystemExit as error:  # it would end the run without a word
+            raise RuntimeError(f"it called sys.exit({error})") from error
         if scores.shape != (len(examples),):
-            raise ValueError(f"it returned {tuple(scores.shape)} for {len(examples)} pictures")
+            raise ValueError(f"it returned scores {[*scores.shape]}, expected [{len(examples)}], one for each picture")
         return scores
 
     def _lose(self, error: Exception, image: Tensor, example: Example) -> None:
@@ -216,7 +219,8 @@ class Worker:
             matplotlib.image.imsave(path, image.float().clamp(0, 1).nan_to_num().permute(1, 2, 0).cpu().numpy())
             kept = f" (picture: {path})"
         if self.on_error == "raise":
-            raise RewardError(f"reward {self.reward.name!r} failed on {example.prompt!r}{kept}: {error}") from error
+            where = f"reward {self.reward.name!r} failed on {example.prompt!r}{kept}"
+            raise RewardError(f"{where}: {named(error)}") from error
 
     def _streams(self, source: torch.device) -> Iterator[torch.cuda.Stream]:
         """A stream on the GPU of the pictures and on the reward's, because a copy between two GPUs uses the current
@@ -225,6 +229,11 @@ class Worker:
             if device not in self.streams:
                 self.streams[device] = torch.cuda.Stream(device, priority=0)  # the lowest; the engine decodes at -1
             yield self.streams[device]
+
+
+def named(error: Exception) -> str:
+    """The message of an exception; with its type, unless it is a ValueError, whose message says what is wrong."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def host_copies(model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -52,13 +52,27 @@ def poisoned_outputs() -> Iterator[None]:
 
 
 def on_threads(function: Callable[[], T], *counts: int) -> list[T]:
-    """The results of `function` on so many threads each."""
+    """The results of `function` on each number of threads in `counts`."""
     before, results = torch.get_num_threads(), []
     for count in counts:
         torch.set_num_threads(count)
         results.append(function())
     torch.set_num_threads(before)
     return results
+
+
+@contextmanager
+def compiles_nothing() -> Iterator[None]:
+    """Fail if Triton compiles a kernel."""
+    from triton import knobs
+
+    compiled: list[str] = []
+    knobs.compilation.listener = lambda **event: compiled.append(str(event.get("src")))
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = None
+    assert not compiled
 
 
 def gpu(test: Callable) -> Callable:

@@ -68,6 +68,13 @@ def test_healthy_changes_raise_none() -> None:
     assert raised(reward=0.1, rewards__other__mean=0.1) == [], "both fall"
 
 
+def test_a_reward_that_applies_to_no_sample() -> None:
+    alarms = Alarms(["scene"], [], 1)
+    said = [alarms.look({"step": step, "update_skipped": 1.0}) for step in range(1, 2 * WINDOW)]
+    (text,) = said[WINDOW - 1]
+    assert "no reward has applied to any sample of 20" in text and alarms.said == [text]
+
+
 def test_a_resumed_run_repeats_no_alarm() -> None:
     draw = random.Random(0)
     rows = [healthy(step, draw) | {"grad_norm": 0.0} for step in range(1, 10)]

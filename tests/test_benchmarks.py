@@ -151,7 +151,7 @@ def test_an_evaluation_resumes(models: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "out" / "samples" / ".a red circle_000000.part.png").write_bytes(b"torn")  # of a killed process
     capsys.readouterr()
     evaluate.main(command)
-    assert "3 pictures drawn, 6 there, of 3 prompts" in capsys.readouterr().out
+    assert "6 pictures of 3 prompts, 3 of them drawn now" in capsys.readouterr().out
     after = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in (tmp_path / "out/samples").iterdir()}
     assert {name: content for name, (content, _) in after.items()} == {n: content for n, (content, _) in before.items()}
     assert {name for name in after if after[name] != before[name]} == {file.name for file in gone}
@@ -162,7 +162,7 @@ def test_an_evaluation_resumes(models: Path, tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(ValueError, match="another evaluation .weights is"):
         evaluate.main([*command, "--model", str(models / "1")])
     (tmp_path / "out" / "settings.json").unlink()
-    with pytest.raises(ValueError, match="settings.json is not there"):
+    with pytest.raises(ValueError, match="settings.json is missing"):
         evaluate.main(command)
     assert {file.name for file in (tmp_path / "out" / "samples").iterdir()} == before.keys()
 

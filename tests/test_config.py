@@ -37,6 +37,7 @@ def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("beta: 0.5\nseed: 3\nrewards:\n  names: [scene]\n")
     config = parse_config(["--config", str(tmp_path / "my.yaml"), "--beta", "0.1", "--epsilon_high=0.28"])
     assert (config.beta, config.seed, config.epsilon_high) == (0.1, 3, 0.28)
+    assert parse_config(["--beta", "0.1", "--epsilon_high=0.28", "--config", str(tmp_path / "my.yaml")]) == config
     assert config.learning_rate == 1e-6, "a file that is not the toy's starts from the published settings"
 
 
@@ -75,7 +76,8 @@ def test_a_list_needs_no_brackets(words: list[str], name: str, value: object, tm
     assert getattr(parse_config(words), name) == value
     file = tmp_path / "my.yaml"
     file.write_text("".join(f"{word[2:]}: {text}\n" for word, text in zip(words[::2], words[1::2], strict=True)))
-    assert getattr(parse_config(["--rewards.names", "scene", f"--config={file}"]), name) == value
+    rewards = [] if "--rewards.names" in words else ["--rewards.names", "scene"]
+    assert getattr(parse_config([*rewards, f"--config={file}"]), name) == value
 
 
 def test_streams_have_settings_of_their_own(tmp_path: Path) -> None:
@@ -152,8 +154,8 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--micro_batch_tokens", "9", "--token_weights", "a:b"], "does not go with token_weights, whose function"),
         (["--save_total_limit", "-1"], "save_total_limit=-1 must be at least 1, or null"),
         (["--reference_device", "cpu", "--lora_r", "4"], "reference_device=cpu does not go with lora_r"),
-        (["--sync_ref_model", "true", "--lora_r", "4"], "the reference model, which does not go with lora_r"),
-        (["--sync_ref_model", "true", "--beta", "0"], "the reference model, which does not go with beta"),
+        (["--sync_ref_model", "true", "--lora_r", "4"], "a reference model of its own: with lora_r"),
+        (["--sync_ref_model", "true", "--beta", "0"], "a reference model of its own: with beta=0"),
         (["--ref_model_mixup_alpha", "0"], "ref_model_mixup_alpha=0.0 must be in (0, 1]"),
         (["--ema_decay", "0.9", "--deepspeed", "configs/zero2.json"], "ema_decay does not go with deepspeed"),
         (["--ema_decay", "1"], "ema_decay=1.0 must be in (0, 1), or null"),
@@ -173,6 +175,10 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--load_best_model_at_end", "true"], "load_best_model_at_end needs eval_steps"),
         (["--replay", "a", "--save_rollouts", "b"], "replay reads rollouts"),
         (["--rollout_only", "true"], "rollout_only needs save_rollouts"),
+        (["--reward_weights", "0"], "reward_weights=[0.0]: all are 0"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "must be one of linear, cosine"),
+        (["--config", "configs/zero2.json"], "a configuration of DeepSpeed; give it with --deepspeed"),
+        (["--learning-rate", "1"], "unknown setting 'learning-rate'; did you mean 'learning_rate'?"),
     ],
 )
 def test_bad_settings_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def test_published_file_loads_whole() -> None:
     ("row", "message"),
     [
         ("{", r"p\.jsonl:2: Expecting property name"),
-        ("[1]", r"p\.jsonl:2: expected a JSON object, got list"),
+        ("[1]", r"p\.jsonl:2: expected a JSON object on each line, got list"),
         ({"task_type": "object"}, r"p\.jsonl:2: prompt must be a non-empty string, got None"),
         ({**GOOD, "prompt": "  "}, r"p\.jsonl:2: prompt must be a non-empty string"),
         ({"prompt": "a"}, r"p\.jsonl:2: task_type must be"),

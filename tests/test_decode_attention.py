@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from oracle import (
     gpu,
     no_host_sync,
     on_threads,
-    poisoned_outputs,
 )
 from torch import Tensor
 
@@ -32,7 +31,7 @@ from bicot.kernels.decode_attention import _op, decode_attention
 from bicot.kernels.kv_pool import FP8, quantize_fp8
 
 # the interpreter's NumPy warns where the difference of two scores overflows to -inf, as it should
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 # Relative, of the norm and of each element: sums in another order, and a rounding that the reference has too.
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: BFLOAT16_ROUNDING if INTERPRETED else 2**-9, torch.float16: 2**-11}
@@ -42,12 +41,6 @@ SHAPES = [(1, 1, 8), (4, 4, 32), (6, 2, 20), (2, 2, 128), (8, 1, 64), (3, 3, 80)
 # prefix_length and length of sequences: one key in a segment; tiles of 64 that end before, at and after its end
 LENGTHS = [(0, 1), (1, 0), (5, 1), (0, 37), (37, 16), (37, 91), (37, 0), (0, 64), (1, 64), (37, 263)]
 INF = float("inf")
-
-
-@pytest.fixture(autouse=True)
-def _poison_outputs() -> Iterator[None]:
-    with poisoned_outputs():
-        yield
 
 
 @dataclass
@@ -356,7 +349,7 @@ POOL = torch.zeros(900, 2, 32)
         ({"values": POOL[:5]}, "keys and values must be"),
         ({"keys": POOL.bfloat16(), "values": POOL.bfloat16()}, "without scales must be torch.float32"),
         ({"keys": POOL.to(FP8), "values": POOL.to(FP8)}, "without scales must be torch.float32"),
-        ({"keys": POOL, "values": POOL, "key_scales": POOL[..., 0]}, "go together"),
+        ({"keys": POOL, "values": POOL, "key_scales": POOL[..., 0]}, "or neither"),
         (
             {"keys": POOL, "values": POOL, "key_scales": POOL[..., 0], "value_scales": POOL[..., 0]},
             "with scales must be",

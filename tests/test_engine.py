@@ -155,7 +155,7 @@ def test_releasing_the_kv_cache_changes_nothing(policy: Policy) -> None:
 def test_a_prompt_that_the_cache_cannot_hold_is_named(policy: Policy) -> None:
     engine = engine_of(policy, kv_bytes=45 * engine_of(policy).pool.bytes_per_token)
     sampling = Sampling(max_completion_length=10, cfg_weight=2.0)
-    with pytest.raises(ValueError, match=r"does not fit the KV cache: it needs \d+ tokens and 44 fit.* 'w1 w1"):
+    with pytest.raises(ValueError, match=r"does not fit the KV cache: it needs \d+ tokens, 44 fit.* 'w1 w1"):
         next(engine.generate(["a", "w1 " * 40], 2, sampling, seed=0))
     with pytest.raises(ValueError, match="does not fit the KV cache.*lower max_completion_length"):
         next(engine.generate(["a red circle and a blue square"], 2, sampling, seed=0))  # its plan fits, the picture not

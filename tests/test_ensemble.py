@@ -162,9 +162,9 @@ def test_auto_is_serial_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("reward", "message", "picture"),
     [
-        (Failing("broken"), r"reward 'broken' failed on 'two dogs' \(picture: .*\): cannot count dogs", 1),
-        (FailingOnBatches("big"), "'big' failed on a batch of 2 prompts from 'a cat' on, but .* 'missing'", None),
-        (Constant("short", 1.0, 2.0, 3.0), r"'short' failed on 'a cat' .*: it returned \(3,\) for 1 pictures", 0),
+        (Failing("broken"), r"reward 'broken' failed on 'two dogs' \(picture: .*\): RuntimeError: cannot count", 1),
+        (FailingOnBatches("big"), r"'big' failed on 2 prompts together \(the first: 'a cat'\), but .* 'missing'", None),
+        (Constant("short", 1.0, 2.0, 3.0), r"'short' failed on 'a cat' .*: it returned scores \[3\], expected \[1", 0),
         (Constant("wild", 1.0, float("inf")), "reward 'wild' failed on 'two dogs' .*: its score is inf", 1),
     ],
 )  # fmt: skip
@@ -332,7 +332,7 @@ def test_rewards_by_dotted_path(module: str) -> None:
         (f"{module}:Darkness", "cannot be imported: module 'ensemble_rewards' has no attribute 'Darkness'"),
         ("no_such_module:X", "cannot be imported: No module named 'no_such_module'"),
         (f"{module}:number", "needs a `name` and a `score"),
-        ("hpsv9", "unknown reward 'hpsv9'; built in are git, grounding, hps, orm, plan, scene"),
+        ("hpsv9", "unknown reward 'hpsv9'; did you mean 'hps'.; built in are git, grounding, hps, orm, plan, scene"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_reward(name)

@@ -34,6 +34,7 @@ from oracle import (
     TRITON,
     amid_nan,
     assert_no_worse,
+    compiles_nothing,
     device,
     gpu,
     needs_native,
@@ -374,7 +375,6 @@ class TestTrueShapes:
 @gpu
 def test_nothing_waits_for_the_device_and_nothing_compiles_again() -> None:
     """Other lengths, temperatures, weights and bounds run the compiled kernels."""
-    from triton import knobs
 
     def step(N: int, beta: float, epsilon: float, temperature: float) -> None:
         streams = [replace(s, temperature=temperature) for s in prepared[N]]
@@ -386,15 +386,9 @@ def test_nothing_waits_for_the_device_and_nothing_compiles_again() -> None:
         for N in (17, 48, 1000)
     }
     step(17, 0.1, 0.2, 0.7)
-    compiled: list[str] = []
-    knobs.compilation.listener = lambda **event: compiled.append(str(event.get("src")))
-    try:
-        with no_host_sync():
-            step(48, 0.2, 0.3, 1.0)
-            step(1000, 0.3, 0.1, 1.3)
-    finally:
-        knobs.compilation.listener = None
-    assert not compiled
+    with compiles_nothing(), no_host_sync():
+        step(48, 0.2, 0.3, 1.0)
+        step(1000, 0.3, 0.1, 1.3)
 
 
 @gpu

@@ -82,7 +82,7 @@ def test_generate_refuses(
 
 def test_a_picture_says_how_to_draw_it_again(generate: Any) -> None:
     said, _ = generate("a red circle", "🎨 $x$ <b>", "--num_generations", "3", "--seed", "4", "--cfg_weight", "1.5")
-    assert said.endswith("wrote outputs/generate/grid.png and 6 pictures beside it\n")
+    assert said.endswith("wrote 6 pictures, and outputs/generate/grid.png beside them\n")
     path = Path("outputs/generate/grid-004.png")
     texts = Image.open(path).text  # type: ignore[attr-defined]
     assert (texts["prompt"], texts["seed"], texts["cfg_weight"]) == ("🎨 $x$ <b>", "5", "1.5")
@@ -125,7 +125,8 @@ def test_best_of_keeps_the_best_of_what_is_drawn_anyway(generate: Any, tmp_path:
     said, _ = generate(*words)
     head, *lines, last = said.splitlines()
     assert head.split() == ["seed", "score", "mean", "scene", "plan"] and len(lines) == 2
-    assert lines[0].split()[5] == "grid-000.png" and last == "wrote outputs/generate/grid.png and 2 pictures beside it"
+    assert lines[0].split()[5] == "grid-000.png"
+    assert last == "wrote 2 pictures, and outputs/generate/grid.png beside them"
 
 
 @pytest.mark.parametrize(

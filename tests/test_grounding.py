@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_grounding import MAX_TOKENS, SIZE, make_grounding, plain_score, published_masks, span_map
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, GroundingDinoForObjectDetection
 from transformers.models.grounding_dino import modeling_grounding_dino as modeling
 from transformers.models.grounding_dino.image_processing_pil_grounding_dino import GroundingDinoImageProcessorPil
 
 from bicot.rewards.base import Example, NumeracyInfo, SpatialInfo
 from bicot.rewards.checkpoints import MissingCheckpoint
-from bicot.rewards.grounding import GroundingReward
+from bicot.rewards.grounding import DeformableAttention, GroundingReward
 from bicot.rewards.layout import phrases
 from bicot.rewards.preprocess import MAX_ERROR
 
@@ -54,6 +57,33 @@ EXAMPLES = (
     spatial("ball", "near", "sports ball", "car", task="complex"),
     spatial("TV", "on the top of", "cat"),
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_deformable_attention_is_that_of_transformers(dtype: torch.dtype) -> None:
+    """Places lie outside of the picture too. No tensor holds the samples of all levels."""
+    generator = torch.Generator().manual_seed(0)
+    S, H, E, Q, P, sizes = 2, 3, 16, 13, 4, [(7, 4), (3, 5), (1, 1)]
+    values = torch.randn(S, sum(h * w for h, w in sizes), H, E, generator=generator, dtype=dtype)
+    places = 1.4 * torch.rand(S, Q, H, len(sizes), P, 2, generator=generator, dtype=dtype) - 0.2
+    weights = torch.randn(S, Q, H, len(sizes) * P, generator=generator, dtype=dtype).softmax(-1).view(S, Q, H, -1, P)
+    inputs = (values, torch.tensor(sizes), sizes, torch.zeros(3, dtype=torch.int64), places, weights, 64)
+    theirs = modeling.MultiScaleDeformableAttention()(*inputs)
+    with Largest() as seen:
+        ours = DeformableAttention()(*inputs)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+    assert ours.shape == (S, Q, H * E) and ours.is_contiguous() and seen.elements <= S * H * E * Q * P
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest result."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(x.numel() for x in tree_leaves(result)))
+        return result
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,10 @@ def wrong(job: Path) -> Path:
 
 # what is typed after a command line that is right; W is the folder above
 TRAIN = {
-    "a model folder that is not there": ("--model_name_or_path W/none", "'W/none' is neither a folder with a config"),
+    "a model folder that is not there": (
+        "--model_name_or_path W/none",
+        "'W/none' is neither a folder with a model's",
+    ),
     "a file as model": ("--model_name_or_path W/file", "'W/file' is neither a folder"),
     "an empty folder as model": ("--model_name_or_path W/empty", "'W/empty' has no config.json of a model"),
     "weights that were half copied": ("--model_name_or_path W/half", "model.safetensors cannot be read, download it"),
@@ -91,19 +94,19 @@ TRAIN = {
     "a torn adapter_config.json": ("--model_name_or_path W/lora", "names no base_model_name_or_path, copy it again"),
     "a model larger than the machine": (
         "--model_name_or_path W/huge",
-        "GiB a GPU .* this machine, which has no GPU, has",
+        "GiB per GPU .* this machine, which has no GPU, has",
     ),
     "a torn bicot.json": (
         "--model_name_or_path W/torn_settings",
         "bicot.json has no valid settings.*; delete it for the def",
     ),
     "another bicot.json": ("--model_name_or_path W/other_settings", "bicot.json has no valid settings"),
-    "no prompt file": ("--train_file W/none", "no prompt file at W/none; give one in T2I-R1's JSONL schema"),
-    "a folder as prompt file": ("--train_file W/empty", "no prompt file at W/empty"),
+    "no prompt file": ("--train_file W/none", "W/none is not there; give a prompt file in T2I-R1's JSONL schema"),
+    "a folder as prompt file": ("--train_file W/empty", "W/empty is a folder; give a prompt file"),
     "a prompt file of no bytes": ("--train_file W/zero", "W/zero has no prompts"),
     "a torn row": ("--train_file W/torn.jsonl", "W/torn.jsonl:2: .*; fix it, or leave such lines out with --skip_bad"),
     "an odd held-out row": ("--eval_file W/odd.jsonl", "W/odd.jsonl:2: prompt must be a non-empty string, got 3"),
-    "no held-out file": ("--eval_file W/none", "no prompt file at W/none"),
+    "no held-out file": ("--eval_file W/none", "W/none is not there; give a prompt file"),
     "no instruction": (
         "--reasoning_prompt_path W/none",
         "reasoning_prompt_path='W/none' is not a text file in UTF-8: .*No",
@@ -135,7 +138,10 @@ TRAIN = {
     "a dtype by its short name": ("--dtype bf16", "dtype: expected Literal.'bfloat16', 'float32'.. Got value: bf16"),
     "an unknown schedule": ("--lr_scheduler_type linaer", "lr_scheduler_type='linaer' must be one of linear, cosine"),
     "no value": ("--learning_rate", "argument --learning_rate: expected one argument"),
-    "an unknown reward": ("--rewards.names hpsv2", "unknown reward 'hpsv2'; built in are git, grounding, hps"),
+    "an unknown reward": (
+        "--rewards.names hpsv2",
+        "unknown reward 'hpsv2'; did you mean 'hps'.; built in are",
+    ),
     "a reward that is not installed": ("--rewards.names my:Own", "reward 'my:Own' cannot be imported: No module named"),
     "a file as output folder": ("--output_dir W/file", r"output_dir: nothing can be written into W/file \("),
     "an output folder in a file": (
@@ -158,7 +164,7 @@ TRAIN = {
     "8 bits without torchao": ("--optim adamw_8bit", GONE["torchao"]),
     "a view without werkzeug": ("--view", GONE["werkzeug"]),
     "a view on a port that does not exist": ("--view 70000", "the live view's port 70000 must be 0 .any free one"),
-    "a memory plan of no model": ("--dry_run --model_name_or_path W/none", "model_name_or_path='W/none' is neither"),
+    "a memory plan of no model": ("--dry_run --model_name_or_path W/none", "'W/none' is neither a folder"),
     "plans without room for a picture": (
         "--max_completion_length 110",
         r"train\.jsonl:1: prompt too long: .* lower max_completion_length: 'a red circ",

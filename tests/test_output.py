@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage: str, tmp_path: Pa
     with pytest.raises(ValueError, match=f"checkpoint-000004 is damaged: {words}"):
         find_checkpoint(str(newest), tmp_path)
     (whole / MANIFEST).unlink()
-    with pytest.raises(ValueError, match=f"no checkpoint in {tmp_path} is whole: .*000004 .*000003"):
+    with pytest.raises(ValueError, match=f"every checkpoint in {tmp_path} is damaged: .*000004 .*000003"):
         find_checkpoint("auto", tmp_path)
 
 

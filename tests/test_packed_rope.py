@@ -129,7 +129,7 @@ def test_errors(impl: str) -> None:
         (qkv, cos, sin, token_at.int()),
         (qkv.T.contiguous().T, cos, sin),
     ):
-        with pytest.raises(ValueError, match=r"this tensor must be torch\.(float32|int64), contiguous"):
+        with pytest.raises(ValueError, match=r"tensors must be torch\.(float32|int64), contiguous"):
             rope_spread(*(*tensors, token_at)[:4], 2, impl=impl)
     with pytest.raises(RuntimeError, match="forward only"):
         rope_spread(qkv.requires_grad_(), cos, sin, token_at, 2, impl=impl)

@@ -19,7 +19,7 @@ SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30, "num_attention_heads": 32},
 }
-FOUR = ("--rewards.options.grounding", "{micro_batch: 4}")  # pictures; "auto" would differ between plans
+TWELVE = ("--rewards.options.grounding", "{micro_batch: 12}")  # pictures; "auto" would differ between plans
 H100, H200, A100_40 = 79.0, 139.0, 39.4  # GiB that a card of 80, 141 and 40 GB has
 
 
@@ -119,7 +119,7 @@ def test_sharded_and_offloaded_tensors_are_counted(models: dict[str, Any]) -> No
 
 def test_every_other_setting_is_counted(models: dict[str, Any]) -> None:
     words = ("--gradient_checkpointing", "true", "--micro_batch_tokens", "null")
-    config, model, size = config_of("1b", *words, *FOUR), models["1b"], int(H100 * GIB)
+    config, model, size = config_of("1b", *words, *TWELVE), models["1b"], int(H100 * GIB)
 
     def rows(**changed: Any) -> dict[str, tuple[int, int, int]]:
         return plan_of(replace(config, **changed), model, 1, size).rows
@@ -145,7 +145,7 @@ def test_every_other_setting_is_counted(models: dict[str, Any]) -> None:
 
 
 def test_micro_batches_of_tokens_are_counted(models: dict[str, Any]) -> None:
-    config, model = config_of("1b", "--gradient_checkpointing", "true", *FOUR), models["1b"]
+    config, model = config_of("1b", "--gradient_checkpointing", "true", *TWELVE), models["1b"]
     prompt = PLAN_PROMPT + IMAGE_PROMPT + 8 * (2 * 1024 + 576 - 2)
 
     def peaks(gib: float = H100, **changed: Any) -> dict[str, int]:
@@ -178,13 +178,13 @@ def test_rewards_score_as_many_pictures_at_a_time_as_fit(models: dict[str, Any])
     few = replace(
         config, rewards=replace(config.rewards, options=config.rewards.options | {"grounding": {"micro_batch": 1}})
     )
-    for gib, pictures in ((H100, 4), (H200, 16), (30.0, 1)):
+    for gib, pictures in ((H100, 16), (H200, 16), (30.0, 1)):
         size = int(gib * GIB)
         chosen, least = settled(config, model, 1, size), settled(few, model, 1, size)
         assert chosen.rewards.options == config.rewards.options | {"grounding": {"micro_batch": pictures}}
         assert chosen.gradient_checkpointing == least.gradient_checkpointing, "recomputing takes longer"
         plans = [plan_of(replace(x, micro_batch_tokens=100), model, 1, size) for x in (chosen, least)]
-        assert plans[0].rows["rewards"][0] - plans[1].rows["rewards"][0] >= (pictures - 1) * GIB
+        assert plans[0].rows["rewards"][0] - plans[1].rows["rewards"][0] >= 0.4 * (pictures - 1) * GIB
         assert gib < 40 or plans[0].peak <= 0.9 * size
     assert config.rewards.options["grounding"] == {"micro_batch": "auto"}
 
@@ -192,10 +192,10 @@ def test_rewards_score_as_many_pictures_at_a_time_as_fit(models: dict[str, Any])
 def test_dry_run_says_what_auto_is(models: dict[str, Any], tmp_path: Path) -> None:
     config = config_of("1b", "--model_name_or_path", str(write_original(tmp_path, "1b")))
     said = dry_run(replace(config, micro_batch_tokens=None), 1, H100)
-    assert "selective, grounding's micro_batch auto: 4; memory: peak" in said and "it fits 79 GiB" in said
+    assert "selective, grounding's micro_batch auto: 16; memory plan: peak" in said and "it fits 79 GiB" in said
     assert "gradient_checkpointing auto: true" in dry_run(config, 1, 60.0)
     said = dry_run(config, 1, H100)
     assert "gradient_checkpointing auto: selective, micro_batch_tokens auto: " in said
-    assert "grounding's micro_batch auto: 4; memory" in said
+    assert "grounding's micro_batch auto: 16; memory" in said
     said = dry_run(replace(config, deepspeed=str(ROOT / "configs" / "zero2.json")), 2, H100)
     assert "micro_batch_tokens auto: null, grounding" in said, "DeepSpeed excludes it"

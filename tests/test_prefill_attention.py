@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-from oracle import BFLOAT16_ROUNDING, TRITON, assert_no_worse, device, poisoned_outputs
+from oracle import BFLOAT16_ROUNDING, TRITON, assert_no_worse, device
 from torch import Tensor
 
 from bicot.kernels.kv_pool import FP8, quantize_fp8
 from bicot.kernels.prefill_attention import prefill_attention
 
 # in Triton's interpreter, differences of -inf
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 # of the norm and of each element: probabilities are rounded to the dtype before the second product
 RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2 * BFLOAT16_ROUNDING, torch.float16: 2**-10}
 LENGTHS = [1, 37, 64, 3, 130, 1, 1, 20]
 SHAPES = [(4, 4, 32), (6, 2, 20), (2, 2, 128), (4, 1, 8)]  # Hq, Hkv, E
-
-
-@pytest.fixture(autouse=True)
-def _poison_outputs() -> Iterator[None]:
-    with poisoned_outputs():
-        yield
 
 
 def packed(

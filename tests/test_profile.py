@@ -219,15 +219,15 @@ def test_floors_count_what_a_step_reads_and_trains(profiled: tuple[Any, Path, mo
     [
         ({}, 3e9, "work: 40 kernels of 200 µs, 30% of the floor's rate (compute)"),
         ({}, 7.5e9, "compute: 75% of the floor's rate"),
-        ({"gap_ms": 6.0}, 3e9, "host: in 60% of it none of its kernels runs"),
+        ({"gap_ms": 6.0}, 3e9, "host: no kernels run for 60% of this phase"),
         (
             {"launch_us": 2.0, "launches": 4000},
             3e9,
             "launch: 4000 kernels of 2.0 µs, 30% of the floor's rate (compute)",
         ),
         ({}, None, "work: 40 kernels of 200 µs"),
-        ({"ms": 2.0, "busy_ms": 8.0}, None, "hidden: 6 ms of its kernels run during an earlier phase"),
-        ({"phase": IDLE}, None, "host: what the program does between the phases"),
+        ({"ms": 2.0, "busy_ms": 8.0}, None, "overlap: 6 ms of its kernels run beside another phase"),
+        ({"phase": IDLE}, None, "host: work outside all phases"),
     ],
 )
 def test_what_binds_a_phase(changes: dict[str, Any], flops: float | None, sentence: str) -> None:

@@ -52,6 +52,11 @@ def test_settings_that_change_on_resume(job: Path, tmp_path: Path, capsys: pytes
     state = torch.load(tmp_path / "checkpoint-000006" / "trainer_state.pt", weights_only=True)
     assert state["optimizer"]["adamw"]["param_groups"][0]["betas"] == (0.5, 0.999)
 
+    before = (tmp_path / "run.json").read_text()
+    run(job, tmp_path, *small, *halves, "--beta", "0.1", "--resume", "auto")
+    assert "no step is left: the checkpoint has 6, and this run ends after 6" in capsys.readouterr().out
+    assert (tmp_path / "run.json").read_text() == before, "it tells of the settings that trained"
+
 
 def test_resume_in_bfloat16_keeps_the_masters(job: Path, tmp_path: Path) -> None:
     more = (*SMALL, "--dtype", "bfloat16", "--learning_rate", "1e-4", "--max_steps", "4")

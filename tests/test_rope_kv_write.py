@@ -336,12 +336,12 @@ def test_errors() -> None:
         (replace(t, positions=t.positions.int()), r"positions must be \[4\] int64"),
         (replace(t, slots=t.slots[1:]), r"slots must be \[4\] int64"),
         (replace(t, keys=t.keys.bfloat16()), "keys and values without scales must be torch.float32"),
-        (replace(fp8, key_scales=None), "key_scales and value_scales go together"),
+        (replace(fp8, key_scales=None), "give both key_scales and value_scales, or neither"),
         (replace(fp8, keys=t.keys), "keys and values with scales must be torch.float8_e4m3fn"),
         (replace(fp8, key_scales=torch.zeros(10, 2)), r"scales must be \[11, 2\] float32"),
         (replace(fp8, value_scales=torch.zeros(11, 2, dtype=torch.float64)), r"scales must be \[11, 2\] float32"),
-        (replace(t, slots=t.slots.to("meta")), "every tensor must be contiguous on cpu"),
-        (replace(t, qkv=t.qkv.T.contiguous().T), "every tensor must be contiguous on cpu"),
+        (replace(t, slots=t.slots.to("meta")), "slots must be contiguous on cpu"),
+        (replace(t, qkv=t.qkv.T.contiguous().T), "qkv must be contiguous on cpu"),
     ]:
         with pytest.raises(ValueError, match=message):
             bad.run("auto")

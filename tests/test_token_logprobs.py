@@ -21,7 +21,6 @@ from oracle import (
     needs_native,
     no_host_sync,
     on_threads,
-    poisoned_outputs,
 )
 from torch import Tensor
 
@@ -65,10 +64,7 @@ LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poison_outputs() -> Iterator[None]:
-    with poisoned_outputs():
-        yield
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def make(kind: str, N: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 import warnings
@@ -21,7 +20,7 @@ from bicot.model.prompts import PromptEncoder, PromptFormat
 from bicot.model.settings import RolloutSettings
 from bicot.toy.recipe import SETTINGS, Recipe, make_tokenizer, make_toy
 from bicot.toy.reward import SceneReward
-from bicot.toy.world import POSITIONS, Scene, make_prompts, mistaken, plan_cell_entropy, plan_of, random_scene, render
+from bicot.toy.world import Scene, make_prompts, mistaken, plan_of, random_scene, render
 
 FILES = [
     "bicot.json", "config.json", "generation_config.json", "heldout.jsonl", "model.safetensors",
@@ -76,13 +75,6 @@ def test_a_mistaken_scene_differs_and_scores_less(scenes: list[tuple[dict, Scene
     assert all(a != b for a, (_, b) in zip(wrong, scenes, strict=True))
     scores = SceneReward().score(render(wrong), [parse_example(row) for row, _ in scenes])
     assert 0.5 < scores.mean() < 0.9
-
-
-def test_plan_cell_entropy() -> None:
-    assert plan_cell_entropy(["red circle at top-left . blue square at top-left ."]) == 0
-    assert plan_cell_entropy(["red circle at top-left .", "a a at right .", "at . nonsense top"]) == 1
-    assert plan_cell_entropy([f"red circle at {place} ." for place in POSITIONS]) == pytest.approx(math.log2(9))
-    assert plan_cell_entropy([]) == 0
 
 
 def test_the_checkpoint_loads_without_warnings(caplog: pytest.LogCaptureFixture) -> None:

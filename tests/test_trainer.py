@@ -221,7 +221,7 @@ def test_prompts_that_cannot_be_used_are_found_at_start(
     ("script", "more", "line"),
     [
         ("train.py", ("--resume", "nowhere"), "error: resume='nowhere': no trainer_state.pt there"),
-        ("generate.py", ("a", "--model", "nowhere/at-all"), "error: model_name_or_path='nowhere/at-all' is neither"),
+        ("generate.py", ("a", "--model", "nowhere/at-all"), "error: 'nowhere/at-all' is neither"),
     ],
 )
 def test_an_error_is_one_line(script: str, more: tuple[str, ...], line: str, job: Path, tmp_path: Path) -> None:

@@ -7,10 +7,8 @@ T2I-R1's task types (object, color, numeracy, spatial) and its JSONL schema.
 
 from __future__ import annotations
 
-import math
 import random
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations, product
 from typing import Any
@@ -133,17 +131,6 @@ def render(scenes: Sequence[Scene]) -> Tensor:
 def plan_of(scene: Scene) -> str:
     """Describe the scene, its objects in order: `red circle at left . blue square at right .`"""
     return " ".join(f"{thing.colour} {thing.shape} at {POSITIONS[thing.cell]} ." for thing in scene)
-
-
-def plan_cell_entropy(plans: Iterable[str]) -> float:
-    """Entropy, in bits, of the positions in the plans (0 = always the same cell, 3.17 = uniform).
-
-    A policy that collapses to one layout keeps its reward for a while, but loses this entropy.
-    """
-    clauses = (clause.partition(" at ") for plan in plans for clause in plan.split("."))
-    counts = Counter(position for _, _, tail in clauses if (position := tail.strip()) in POSITIONS)
-    total = sum(counts.values())
-    return -sum(n / total * math.log2(n / total) for n in counts.values()) + 0.0 if total else 0.0
 
 
 def random_scene(content: Content, rng: random.Random) -> Scene:
