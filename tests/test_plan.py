@@ -19,7 +19,6 @@ SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30, "num_attention_heads": 32},
 }
-TWELVE = ("--rewards.options.grounding", "{micro_batch: 12}")  # pictures; "auto" would differ between plans
 H100, H200, A100_40 = 79.0, 139.0, 39.4  # GiB that a card of 80, 141 and 40 GB has
 
 
@@ -44,6 +43,11 @@ def write_original(folder: Path, size: str) -> Path:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {size: load_model(str(write_original(tmp_path_factory.mktemp(size), size))) for size in SIZES}
+
+
+def pictures(count: int) -> tuple[str, str]:
+    """Micro-batches of grounding; "auto" would differ between plans."""
+    return "--rewards.options.grounding", f"{{micro_batch: {count}}}"
 
 
 def config_of(size: str, *words: str) -> Config:
@@ -119,7 +123,7 @@ def test_sharded_and_offloaded_tensors_are_counted(models: dict[str, Any]) -> No
 
 def test_every_other_setting_is_counted(models: dict[str, Any]) -> None:
     words = ("--gradient_checkpointing", "true", "--micro_batch_tokens", "null")
-    config, model, size = config_of("1b", *words, *TWELVE), models["1b"], int(H100 * GIB)
+    config, model, size = config_of("1b", *words, *pictures(12)), models["1b"], int(H100 * GIB)
 
     def rows(**changed: Any) -> dict[str, tuple[int, int, int]]:
         return plan_of(replace(config, **changed), model, 1, size).rows
@@ -145,7 +149,7 @@ def test_every_other_setting_is_counted(models: dict[str, Any]) -> None:
 
 
 def test_micro_batches_of_tokens_are_counted(models: dict[str, Any]) -> None:
-    config, model = config_of("1b", "--gradient_checkpointing", "true", *TWELVE), models["1b"]
+    config, model = config_of("1b", "--gradient_checkpointing", "true", *pictures(4)), models["1b"]
     prompt = PLAN_PROMPT + IMAGE_PROMPT + 8 * (2 * 1024 + 576 - 2)
 
     def peaks(gib: float = H100, **changed: Any) -> dict[str, int]:
