@@ -64,7 +64,7 @@ With bicot, which plans and draws with the settings in `bicot.json`:
 
     python generate.py "a red circle" --model {name_or_path}
 
-With transformers alone:
+With transformers alone (5.18 or newer, as 5.17 cannot draw with Janus):
 
 ```python
 {code}```

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,21 @@ def test_a_graph_captured_between_two_passes_changes_nothing(
     chunk = draw(engine, other, 4, sampling)
     monkeypatch.undo()
     assert_same(chunk, rollout(policy, other, 4, sampling))
+
+
+def test_settings_of_one_stage_are_no_new_graphs_of_the_other(policy: Policy) -> None:
+    """An evaluation with another guidance captures no graphs of plans again."""
+    engine = engine_of(policy)
+    for guided in (Sampling(), Sampling(cfg_weight=1.0), Sampling()):
+        draw(engine, PROMPTS[:1], 2, replace(guided, max_completion_length=2))
+    plan, (two, one) = engine.plan_stage, engine.image_stages.values()
+    assert plan and (two.sequences_per_sample, one.sequences_per_sample) == (2, 1)
+    usual = Sampling()
+    pictures = replace(usual, cfg_weight=1.0, image_temperature=0.5, image_top_k=3)
+    assert (
+        plan._graph(8, 1, usual)[0] == plan._graph(8, 1, pictures)[0] != plan._graph(8, 1, replace(usual, top_k=1))[0]
+    )
+    assert two._graph(8, usual)[0] == two._graph(8, replace(usual, top_k=1))[0] != two._graph(8, pictures)[0]
 
 
 def test_cuda_graphs_need_a_gpu(policy: Policy) -> None:

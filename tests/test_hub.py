@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard, constants
 from PIL import Image
 from training import run, words
@@ -126,6 +127,7 @@ def test_a_checkpoint_is_pushed_with_its_card_or_later(
     )
 
 
+@pytest.mark.skipif(transformers.__version__ < "5.18", reason="transformers 5.17 cannot draw with Janus")
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_cards_code_draws_the_same_picture(

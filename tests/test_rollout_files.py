@@ -52,6 +52,9 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, images: bool) -> None:
             assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
         else:
             assert mine == theirs
+    lists = load_rollout(path, torch.device("meta")).rollout  # what the host reads stays on the CPU
+    assert {x.device.type for x in (lists.truncated, *(p.values for p in (lists.plans, lists.prompts)))} == {"cpu"}
+    assert {x.device.type for x in (lists.image_tokens, lists.plan_logprobs.values)} == {"meta"}
 
 
 def test_files_that_are_no_rollouts_are_named(tmp_path: Path) -> None:
