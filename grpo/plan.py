@@ -122,9 +122,9 @@ def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
     """The settings with each `auto` replaced by a value.
 
     `gradient_checkpointing` becomes the first of false, selective and true with which the plan leaves `ROOM` of the GPU
-    free, or else true. Then rewards get as many pictures at a time as fit, and `micro_batch_tokens` becomes the largest
-    number that fits, or null if another setting excludes it. This order is faster, since recomputing costs more time
-    than smaller micro-batches.
+    free, or else true. Then rewards get as many pictures at a time as fit, or as do not raise the peak, which may be in
+    a phase without rewards. Then `micro_batch_tokens` becomes the largest number that fits, or null if another setting
+    excludes it. This order is faster, since recomputing costs more time than smaller micro-batches.
     """
     most = (1 - ROOM) * gpu_bytes
     if config.micro_batch_tokens == "auto" and config.needs_equal_micro_batches:
@@ -132,8 +132,11 @@ def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
     tokens = None if config.micro_batch_tokens == "auto" else config.micro_batch_tokens
     rewards = auto_rewards(config)
 
+    def peak(**changed: Any) -> int:
+        return plan_of(replace(config, **changed), model, ranks, gpu_bytes).peak
+
     def fits(**changed: Any) -> bool:
-        return plan_of(replace(config, **changed), model, ranks, gpu_bytes).peak <= most
+        return peak(**changed) <= most
 
     def with_pictures(count: int) -> RewardConfig:
         options = {
@@ -147,8 +150,9 @@ def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
         config = replace(config, gradient_checkpointing=how)  # type: ignore[arg-type]
     if rewards:
         counts = [PICTURES >> i for i in range(PICTURES.bit_length())]
+        allowed = max(most, peak(rewards=with_pictures(1), micro_batch_tokens=tokens))
         each = map(with_pictures, counts)
-        chosen = next((x for x in each if fits(rewards=x, micro_batch_tokens=tokens)), with_pictures(1))
+        chosen = next(x for x in each if peak(rewards=x, micro_batch_tokens=tokens) <= allowed)
         config = replace(config, rewards=chosen)
     if config.micro_batch_tokens == "auto":
         whole = _cut(config, model, config.max_completion_length)[0].tokens

@@ -182,7 +182,7 @@ def test_rewards_score_as_many_pictures_at_a_time_as_fit(models: dict[str, Any])
     few = replace(
         config, rewards=replace(config.rewards, options=config.rewards.options | {"grounding": {"micro_batch": 1}})
     )
-    for gib, pictures in ((H100, 16), (H200, 16), (30.0, 1)):
+    for gib, pictures in ((H100, 16), (H200, 16), (30.0, 16)):
         size = int(gib * GIB)
         chosen, least = settled(config, model, 1, size), settled(few, model, 1, size)
         assert chosen.rewards.options == config.rewards.options | {"grounding": {"micro_batch": pictures}}
@@ -191,6 +191,16 @@ def test_rewards_score_as_many_pictures_at_a_time_as_fit(models: dict[str, Any])
         assert plans[0].rows["rewards"][0] - plans[1].rows["rewards"][0] >= 0.4 * (pictures - 1) * GIB
         assert gib < 40 or plans[0].peak <= 0.9 * size
     assert config.rewards.options["grounding"] == {"micro_batch": "auto"}
+
+    small = settled(config_of("1b", "--optim", "adamw_8bit"), model, 1, int(A100_40 * GIB))
+    assert small.rewards.options["grounding"] == {"micro_batch": 8}
+
+    words = "--deepspeed configs/zero2.json --rollout_kv_release true --rewards.names hps,git,grounding,orm"
+    sharded, size = config_of("7b", *words.split()), int(H100 * GIB)
+    chosen = settled(sharded, models["7b"], 8, size)
+    plan = plan_of(chosen, models["7b"], 8, size)
+    assert 0.9 * size < plan.peak == plan.peaks["update"] < size, "rewards are not at work then"
+    assert chosen.rewards.options["grounding"] == {"micro_batch": 16} and plan.peaks["rollout"] <= plan.peak
 
 
 def test_dry_run_says_what_auto_is(models: dict[str, Any], tmp_path: Path) -> None:
