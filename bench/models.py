@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -154,8 +154,11 @@ class ShapeTrainer(Trainer):
             first = SHAPES[shape].layers - TRAINED[shape]
             parts = ("embed_tokens", *(f"layers.{i}" for i in range(first)))
             config = replace(config, freeze=[*config.freeze, *(f"model.language_model.{part}." for part in parts)])
-        given = (SHAPES[shape], getattr(torch, config.dtype), "meta", image_tokens)
-        super().__init__(settle(config, ranks, lambda _: _random_model(*given)), ranks)
+        super().__init__(config, ranks)
+
+    def _settle(self, config: Config) -> tuple[Config, Callable[[int], bool | str]]:
+        given = (SHAPES[self.shape], getattr(torch, config.dtype), "meta", self.image_tokens)
+        return settle(config, self.ranks, lambda _: _random_model(*given))
 
     @property
     def memory_settings(self) -> str:

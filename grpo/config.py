@@ -38,7 +38,7 @@ class Config:
         gradient_checkpointing: recompute activations in the backward pass to save memory. true recomputes all of them,
             which needs the least memory and about a third more time. selective recomputes everything but the matrix
             products, which saves a third of the memory and costs little time. auto takes the first of false, selective
-            and true that fits this GPU.
+            and true that fits this GPU, in each step anew: steps with short plans need less memory.
         attn_implementation: attention kernel of training. sdpa is PyTorch's and pads the sequences. varlen (PyTorch),
             flash_attn and xformers do not pad, and need a GPU and bfloat16. auto times them on the first sequences on
             each rank and takes the fastest.

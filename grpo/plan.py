@@ -10,7 +10,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -164,22 +164,52 @@ def settled(config: Config, model: Any, ranks: int, gpu_bytes: int) -> Config:
     return config
 
 
-def settle(config: Config, ranks: Ranks, load: Callable[[str], Any] = load_model) -> Config:
+def recomputing(config: Config, model: Any, ranks: int, gpu_bytes: int, longest: int) -> bool | str:
+    """`gradient_checkpointing` for a step with plans of up to `longest` tokens.
+
+    The plans of a step are usually much shorter than `max_completion_length`, for which `config` is settled. So this is
+    the first of false, selective and the setting itself with which the memory plan leaves `ROOM` of the GPU free.
+    """
+    kept_cache = plan_of(config, model, ranks, gpu_bytes).rows["KV cache"][2]
+    for how in (False, "selective"):
+        shorter = replace(config, max_completion_length=longest, gradient_checkpointing=how)  # type: ignore[arg-type]
+        plan = plan_of(shorter, model, ranks, gpu_bytes)
+        update = plan.peaks["update"] - plan.rows["KV cache"][2] + kept_cache
+        if how == config.gradient_checkpointing or update <= (1 - ROOM) * gpu_bytes:
+            return how
+    return config.gradient_checkpointing
+
+
+def settle(
+    config: Config, ranks: Ranks, load: Callable[[str], Any] = load_model
+) -> tuple[Config, Callable[[int], bool | str]]:
     """`settled` for the smallest GPU of all ranks. Without GPUs, nothing is recomputed or cut by tokens.
 
-    `load` builds the model of `model_name_or_path` on the meta device.
+    Args:
+        load: builds the model of `model_name_or_path` on the meta device.
+
+    Returns:
+        The settings, and a function that takes the number of tokens of a step's longest plan on this rank, and returns
+        `gradient_checkpointing` for this step. It is the setting itself unless that was `auto`, and with ZeRO-3, where
+        ranks that recompute also gather weights together.
     """
     auto = [name for name in AUTO if getattr(config, name) == "auto"]
+    chosen = config
     if not auto and not auto_rewards(config):
-        return config
+        return chosen, lambda _: chosen.gradient_checkpointing
     if ranks.device.type != "cuda":
-        return replace(config, **{name: AUTO[name] for name in auto})
+        chosen = replace(config, **{name: AUTO[name] for name in auto})
+        return chosen, lambda _: chosen.gradient_checkpointing
     sizes = torch.tensor([-torch.cuda.get_device_properties(ranks.device).total_memory], device=ranks.device)
     size, model = -int(ranks.max(sizes).item()), load(config.model_name_or_path)
     chosen = settled(config, model, ranks.size, size)
     if ranks.main:
         print(auto_text(config, chosen) + plan_of(chosen, model, ranks.size, size).line(), file=sys.stderr)
-    return chosen
+    sharded = config.deepspeed and read_settings(config.deepspeed)["zero_optimization"]["stage"] == 3
+    if config.gradient_checkpointing != "auto" or sharded:
+        return chosen, lambda _: chosen.gradient_checkpointing
+    at = cache(partial(recomputing, chosen, model, ranks.size, size))
+    return chosen, lambda longest: at(min(32 * max(1, -(-longest // 32)), chosen.max_completion_length))
 
 
 def auto_text(config: Config, chosen: Config) -> str:

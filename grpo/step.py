@@ -363,7 +363,7 @@ def _text_tokens(rollout: RolloutChunk, config: Config) -> slice | Tensor:
 
 def _train_mode(policy: Policy, config: Config) -> None:
     """Switch on training mode if it is needed: for recomputing activations or for LoRA's dropout."""
-    _set_mode(policy, training=config.gradient_checkpointing is True or config.lora_dropout > 0)
+    _set_mode(policy, training=policy.recomputes is True or config.lora_dropout > 0)
 
 
 def _set_mode(policy: Policy, training: bool) -> None:

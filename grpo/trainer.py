@@ -104,7 +104,8 @@ class Trainer:
         files = [PromptFile(path, config.skip_bad_prompts) for path in paths]
         self.settings = rollout_settings(config)
         checkpoint, said = ranks.on_main(lambda: find_checkpoint(config.resume, self.output))
-        self.config = config = settle(config, ranks)
+        self.config, self.recomputing = self._settle(config)
+        config = self.config
         judges = self._build_rewards(checkpoint, bool(heldout))
         for file, ensemble in zip(files, (self.ensemble, judges), strict=False):
             file.check(ensemble.check)
@@ -119,7 +120,6 @@ class Trainer:
             said += file.said()
         self.examples, examples = ([*(file.examples for file in files), [], []])[:2]
         self.heldout = Heldout(config, judges, examples, config.seed * _SEED_STRIDE + _EVAL_STEP, ranks)
-        self.policy.recompute(config.gradient_checkpointing)
         self.reference, self.reference_moves = build_reference(config, checkpoint, self.policy, self._load)
         self.with_reference: Callable[[], AbstractContextManager[None]] = nullcontext
         if self.reference and config.reference_device:
@@ -166,6 +166,9 @@ class Trainer:
         longest = self.config.max_completion_length
         self.encoder.plan_ids(example.prompt, longest)
         self.encoder.image_ids(example.prompt, "", longest + self.policy.num_image_tokens)
+
+    def _settle(self, config: Config) -> tuple[Config, Callable[[int], bool | str]]:
+        return settle(config, self.ranks)
 
     def _load(self, path: str | Path, reference: bool = False) -> Policy:
         policy = load_policy(
@@ -248,6 +251,7 @@ class Trainer:
         micro_batches = micro_batches_of(self.policy, rollout, self.encoder, config)
         with clock("reference"):
             reference = self._reference_logprobs(rollout, micro_batches) if self.reference else None
+        self.policy.recompute(self.recomputing(int(rollout.plans.lengths.max())))
         with clock("train"):
             early = begins_early(config) and not config.rollout_only
             ahead = begin(self.policy, micro_batches, self.encoder, config) if early else None

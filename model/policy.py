@@ -63,7 +63,7 @@ class Policy:
         self.config = self.model.config
         self.adapters: Any = None  # PEFT's model around `model`, if only LoRA adapters train
         self.attention = Attention()
-        self.selective = False
+        self.recomputes: bool | str = False
         self.settings = RolloutSettings()
         body.install(self.decoder)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
@@ -124,9 +124,11 @@ class Policy:
     def recompute(self, what: bool | str) -> None:
         """Set which activations the backward pass recomputes: True = all of them, in train mode; "selective" = those
         that take no matrix product (see body.py); False = none."""
-        self.selective = what == "selective"
-        if what is True:
+        if what is True and self.recomputes is not True:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif what is not True and self.recomputes is True:
+            self.model.gradient_checkpointing_disable()
+        self.recomputes = what
 
     def without_adapters(self) -> AbstractContextManager[None]:
         """Inside, LoRA adapters are off: the policy is the model that training started from."""
@@ -156,7 +158,7 @@ class Policy:
             For each stream the hidden states that predict its completion tokens, packed: [Σ completion lengths, D].
         """
         ids, tables, layout = self.lay_out(sequences_of(streams))
-        hidden = body.forward(self.decoder, self._embed(ids), layout, self.selective)
+        hidden = body.forward(self.decoder, self._embed(ids), layout, self.recomputes == "selective")
         predicting = [
             [i for tokens, p, c in zip(table, *stream, strict=True) for i in tokens[len(p) - 1 :][: len(c)]]
             for stream, table in zip(streams, tables, strict=True)

@@ -232,8 +232,8 @@ class Worker:
 
 
 def named(error: Exception) -> str:
-    """The message of an exception; with its type, unless it is a ValueError, whose message says what is wrong."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    """The message of an exception; with its type, unless the message itself says what is wrong."""
+    return str(error) if isinstance(error, (ValueError, Unavailable)) else f"{type(error).__name__}: {error}"
 
 
 def host_copies(model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -93,7 +93,7 @@ def test_geneval_and_dpg_show_the_same_samples(models: Path, tmp_path: Path) -> 
     assert len({picture.tobytes() for pictures in found.values() for picture in pictures}) == 8
 
     rows[0]["tag"] = "counting"
-    with pytest.raises(ValueError, match="another evaluation .prompts is"):  # its folder would hold the old line
+    with pytest.raises(ValueError, match="another evaluation .prompts: "):  # its folder would hold the old line
         evaluate.main(words(models, lines(tmp_path / "g.jsonl", rows), "geneval", tmp_path / "geneval"))
 
     (tmp_path / "prompts").mkdir()
@@ -156,10 +156,13 @@ def test_an_evaluation_resumes(models: Path, tmp_path: Path, capsys: pytest.Capt
     assert {name: content for name, (content, _) in after.items()} == {n: content for n, (content, _) in before.items()}
     assert {name for name in after if after[name] != before[name]} == {file.name for file in gone}
 
-    for more, what in (("--seed", "3"), "seed is 0 there and 3 here"), (("--top_k", "2"), "top_k is 50 there"):
+    for more, what in (
+        (("--seed", "3"), "seed: 0 in settings.json, 3 now"),
+        (("--top_k", "2"), "top_k: 50 in settings.json"),
+    ):
         with pytest.raises(ValueError, match=f"has pictures of another evaluation .{what}.*; choose another --output"):
             evaluate.main([*command, *more])
-    with pytest.raises(ValueError, match="another evaluation .weights is"):
+    with pytest.raises(ValueError, match="another evaluation .weights: "):
         evaluate.main([*command, "--model", str(models / "1")])
     (tmp_path / "out" / "settings.json").unlink()
     with pytest.raises(ValueError, match="settings.json is missing"):

@@ -105,7 +105,7 @@ def test_json_is_alone_on_stdout(generate: Any, monkeypatch: pytest.MonkeyPatch)
         {"prompt": prompt, "plan": "", "seed": 0, "file": file}
         for prompt, file in zip(["a red circle", "two \u0378 circles"], files, strict=True)
     ]
-    assert all(Path(file).is_file() for file in files) and "wrote outputs/generate/grid.png" in aside
+    assert all(Path(file).is_file() for file in files) and "and outputs/generate/grid.png beside them" in aside
 
 
 def test_best_of_keeps_the_best_of_what_is_drawn_anyway(generate: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tiny import ROOT
 from bicot.grpo.cli import parse_config
 from bicot.grpo.config import Config
 from bicot.grpo.dry_run import advice, changes, dry_run
-from bicot.grpo.plan import GIB, IMAGE_PROMPT, PLAN_PROMPT, load_model, pinned, plan_of, settled
+from bicot.grpo.plan import GIB, IMAGE_PROMPT, PLAN_PROMPT, load_model, pinned, plan_of, recomputing, settled
 
 SIZES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -174,6 +174,24 @@ def test_micro_batches_of_tokens_are_counted(models: dict[str, Any]) -> None:
         assert gib == H200 or max(peaks(gib, micro_batch_tokens=tokens + 100).values()) > room
     both = settled(replace(auto, gradient_checkpointing="auto"), model, 1, int(H100 * GIB))
     assert both.gradient_checkpointing == "selective" and isinstance(both.micro_batch_tokens, int)
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus", "words", "expected"),
+    [
+        ("1b", 1, "", {128: False, 192: "selective", 1024: "selective"}),
+        ("7b", 8, "--deepspeed configs/zero2.json --rollout_kv_release true", {128: "selective", 1024: True}),
+    ],
+)
+def test_a_step_with_short_plans_recomputes_less(
+    models: dict[str, Any], size: str, gpus: int, words: str, expected: dict[int, bool | str]
+) -> None:
+    given = models[size], gpus, int(H100 * GIB)
+    config = settled(config_of(size, *words.split()), *given)
+    assert {longest: recomputing(config, *given, longest) for longest in expected} == expected
+    order = (False, "selective", True)
+    found = [order.index(recomputing(config, *given, longest)) for longest in range(64, 1025, 64)]
+    assert found == sorted(found) and order[found[-1]] == config.gradient_checkpointing
 
 
 def test_rewards_score_as_many_pictures_at_a_time_as_fit(models: dict[str, Any]) -> None:

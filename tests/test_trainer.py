@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from tiny import ROOT, wait_until
 from training import SMALL, assert_same_weights, environment, metrics, run, steps_of, weights, words
 
+from bicot.grpo.rollout_files import load_rollout, path_of
+from bicot.grpo.trainer import Trainer
 from bicot.grpo.view import Run
 from bicot.model.policy import load_policy
 from bicot.rewards.worker import RewardError
@@ -91,6 +93,22 @@ def test_settings_that_save_memory_change_no_bit(job: Path, tmp_path: Path, lora
     for i, more in enumerate(settings):
         run(job, tmp_path / str(i), *SMALL, *lora, "--max_steps", "2", *more)
         assert_same_weights(weights(tmp_path / "0"), weights(tmp_path / str(i)))
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora_r", "2", "--lora_dropout", "0.5")])
+def test_each_step_may_recompute_another_way(
+    job: Path, tmp_path: Path, lora: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `gradient_checkpointing: auto` does on a GPU."""
+    run(job, tmp_path / "0", *SMALL, *lora, "--max_steps", "5")
+    longest, ways = list[int](), iter([True, "selective", False, True, False])
+    monkeypatch.setattr(
+        Trainer, "_settle", lambda _, config: (config, lambda plan: (longest.append(plan), next(ways))[1])
+    )
+    run(job, tmp_path / "1", *SMALL, *lora, "--max_steps", "5", "--save_rollouts", str(tmp_path / "kept"))
+    assert_same_weights(weights(tmp_path / "0"), weights(tmp_path / "1"))
+    kept = [load_rollout(path_of(tmp_path / "kept", step, 0), torch.device("cpu")).rollout for step in range(1, 6)]
+    assert longest == [max(map(len, rollout.plans.tolist())) for rollout in kept]
 
 
 # rewards

@@ -196,7 +196,7 @@ def test_a_refresh_copies_nothing_that_stayed(policy: Policy, trains: bool) -> N
 def test_another_dtype_needs_another_engine(policy: Policy) -> None:
     engine = engine_of(policy)
     policy.model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="float32.* is .*bfloat16.* now: build its RolloutEngine after that"):
+    with pytest.raises(ValueError, match="float32.* to .*bfloat16.*: build a new RolloutEngine"):
         greedy(engine)
 
 
