@@ -209,6 +209,7 @@ def baseline_loss(
     phases = phases or Phases([], policy.device)
     groups = rewards.sum(1).view(-1, config.num_generations)
     advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+    policy.recompute(config.gradient_checkpointing)
     policy.model.train(config.gradient_checkpointing is True)
     with phases("train"):
         logp, mask = logprobs(policy, rollout)

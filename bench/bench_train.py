@@ -72,7 +72,6 @@ def prepared(device: str, model: str, tiny: bool) -> tuple[Contest, RolloutChunk
         config = replace(setting.config, beta=1.0)  # without a KL there would be no reference
         contest = Contest(replace(setting, config=config), Ranks(0, 1, torch.device(device)), folder)
     contest.config = setting.config
-    contest.policy.model.gradient_checkpointing_enable({"use_reentrant": False})  # takes effect in train mode alone
     return contest, contest._roll_out(contest._step_examples())[0]
 
 
@@ -93,6 +92,7 @@ def refer(x: Training) -> Outputs:
 def train(x: Training) -> Outputs:
     """Update the policy -> the gradient norm."""
     contest = x.contest
+    contest.policy.recompute(x.config.gradient_checkpointing)
     advantages = group_advantages(x.rewards, x.config.num_generations)
     given = (contest.policy, contest.optimizer, x.parts, advantages, None, contest.encoder, x.config)
     return (None, None, update(*given, contest.ranks)["grad_norm"])
