@@ -36,7 +36,7 @@ class Config:
         lora_target_modules: linear layers that get adapters, by the last part of their name. Layers that `freeze`
             covers get none.
         gradient_checkpointing: recompute activations in the backward pass to save memory. true recomputes all of them,
-            which needs the least memory and about a third more time. selective recomputes everything but the matrix
+            which needs the least memory and 25 to 29 % more time. selective recomputes everything but the matrix
             products, which saves a third of the memory and costs little time. auto takes the first of false, selective
             and true that fits this GPU, in each step anew: steps with short plans need less memory.
         attn_implementation: attention kernel of training. sdpa is PyTorch's and pads the sequences. varlen (PyTorch),

@@ -195,21 +195,19 @@ def settle(
     """
     auto = [name for name in AUTO if getattr(config, name) == "auto"]
     chosen = config
-    if not auto and not auto_rewards(config):
-        return chosen, lambda _: chosen.gradient_checkpointing
     if ranks.device.type != "cuda":
         chosen = replace(config, **{name: AUTO[name] for name in auto})
-        return chosen, lambda _: chosen.gradient_checkpointing
-    sizes = torch.tensor([-torch.cuda.get_device_properties(ranks.device).total_memory], device=ranks.device)
-    size, model = -int(ranks.max(sizes).item()), load(config.model_name_or_path)
-    chosen = settled(config, model, ranks.size, size)
-    if ranks.main:
-        print(auto_text(config, chosen) + plan_of(chosen, model, ranks.size, size).line(), file=sys.stderr)
-    sharded = config.deepspeed and read_settings(config.deepspeed)["zero_optimization"]["stage"] == 3
-    if config.gradient_checkpointing != "auto" or sharded:
-        return chosen, lambda _: chosen.gradient_checkpointing
-    at = cache(partial(recomputing, chosen, model, ranks.size, size))
-    return chosen, lambda longest: at(min(32 * max(1, -(-longest // 32)), chosen.max_completion_length))
+    elif auto or auto_rewards(config):
+        sizes = torch.tensor([-torch.cuda.get_device_properties(ranks.device).total_memory], device=ranks.device)
+        given = load(config.model_name_or_path), ranks.size, -int(ranks.max(sizes).item())
+        chosen = settled(config, *given)
+        if ranks.main:
+            print(auto_text(config, chosen) + plan_of(chosen, *given).line(), file=sys.stderr)
+        sharded = config.deepspeed and read_settings(config.deepspeed)["zero_optimization"]["stage"] == 3
+        if config.gradient_checkpointing == "auto" and not sharded:
+            at = cache(partial(recomputing, chosen, *given))
+            return chosen, lambda longest: at(min(32 * max(1, -(-longest // 32)), chosen.max_completion_length))
+    return chosen, lambda _: chosen.gradient_checkpointing
 
 
 def auto_text(config: Config, chosen: Config) -> str:

@@ -185,7 +185,7 @@ class Worker:
                 if not alone:
                     raise RewardError(
                         f"reward {self.reward.name!r} failed on {len(batch)} prompts together (the first: "
-                        f"{examples[batch[0]].prompt!r}), but on none of them alone: {named(error)}"
+                        f"{examples[batch[0]].prompt!r}), but on none of them alone: {_named(error)}"
                     ) from error
                 lost += alone
         return scores, lost
@@ -220,7 +220,7 @@ class Worker:
             kept = f" (picture: {path})"
         if self.on_error == "raise":
             where = f"reward {self.reward.name!r} failed on {example.prompt!r}{kept}"
-            raise RewardError(f"{where}: {named(error)}") from error
+            raise RewardError(f"{where}: {_named(error)}") from error
 
     def _streams(self, source: torch.device) -> Iterator[torch.cuda.Stream]:
         """A stream on the GPU of the pictures and on the reward's, because a copy between two GPUs uses the current
@@ -231,7 +231,7 @@ class Worker:
             yield self.streams[device]
 
 
-def named(error: Exception) -> str:
+def _named(error: Exception) -> str:
     """The message of an exception; with its type, unless the message itself says what is wrong."""
     return str(error) if isinstance(error, (ValueError, Unavailable)) else f"{type(error).__name__}: {error}"
 

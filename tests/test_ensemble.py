@@ -58,6 +58,11 @@ class Failing(Constant):
         return images[:, 0].mean((1, 2))
 
 
+class Leaving(Constant):
+    def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        raise SystemExit("bye")
+
+
 class FailingWhereItApplies(Failing):
     def applies(self, example: Example) -> bool:
         return True
@@ -165,6 +170,7 @@ def test_auto_is_serial_on_a_cpu() -> None:
         (Failing("broken"), r"reward 'broken' failed on 'two dogs' \(picture: .*\): RuntimeError: cannot count", 1),
         (FailingOnBatches("big"), r"'big' failed on 2 prompts together \(the first: 'a cat'\), but .* 'missing'", None),
         (Constant("short", 1.0, 2.0, 3.0), r"'short' failed on 'a cat' .*: it returned scores \[3\], expected \[1", 0),
+        (Leaving("left"), r"'left' failed on 'a cat' .*: RuntimeError: it called sys.exit\(bye\)", 0),
         (Constant("wild", 1.0, float("inf")), "reward 'wild' failed on 'two dogs' .*: its score is inf", 1),
     ],
 )  # fmt: skip

@@ -102,9 +102,12 @@ def test_each_step_may_recompute_another_way(
     """As `gradient_checkpointing: auto` does on a GPU."""
     run(job, tmp_path / "0", *SMALL, *lora, "--max_steps", "5")
     longest, ways = list[int](), iter([True, "selective", False, True, False])
-    monkeypatch.setattr(
-        Trainer, "_settle", lambda _, config: (config, lambda plan: (longest.append(plan), next(ways))[1])
-    )
+
+    def recomputing(plan: int) -> bool | str:
+        longest.append(plan)
+        return next(ways)
+
+    monkeypatch.setattr(Trainer, "_settle", lambda _, config: (config, recomputing))
     run(job, tmp_path / "1", *SMALL, *lora, "--max_steps", "5", "--save_rollouts", str(tmp_path / "kept"))
     assert_same_weights(weights(tmp_path / "0"), weights(tmp_path / "1"))
     kept = [load_rollout(path_of(tmp_path / "kept", step, 0), torch.device("cpu")).rollout for step in range(1, 6)]
