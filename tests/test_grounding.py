@@ -75,6 +75,12 @@ def test_deformable_attention_is_that_of_transformers(dtype: torch.dtype) -> Non
     assert ours.shape == (S, Q, H * E) and ours.is_contiguous() and seen.elements <= S * H * E * Q * P
 
 
+def test_every_deformable_attention_is_replaced(folder: Path) -> None:
+    model = GroundingReward.from_pretrained(folder).model
+    kinds = {type(m) for m in model.modules() if isinstance(m, modeling.MultiScaleDeformableAttention)}
+    assert kinds == {DeformableAttention}
+
+
 class Largest(TorchDispatchMode):
     """Notes the number of elements of the largest result."""
 
