@@ -8,9 +8,10 @@ PACKAGES := kernels model rewards grpo toy bench examples docs
 setup: $(STAMP)
 
 # The repository root is the package. Tools that read files instead of importing it find it as .venv/src/bicot.
+# --no-compile: to compile every module takes pip a minute, and Python compiles a module when it is first imported.
 $(STAMP): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -c constraints.txt -e ".[dev]"
+	.venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev]"
 	mkdir -p .venv/src && ln -sfn ../.. .venv/src/bicot
 	touch $@
 

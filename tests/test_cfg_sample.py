@@ -317,7 +317,7 @@ class TestReference:
     @dtypes
     def test_short_rows_read_nothing_around_them(self, dtype: torch.dtype, impl: str) -> None:
         """Few or no whole 16 bytes, the two rows of a guided draw at different offsets from multiples of 16 bytes."""
-        for V in range(1, 18):
+        for V in (1, 2, 7, 8, 9, 15, 16, 17) if INTERPRETED else range(1, 18):
             logits = 1.5 * normals(2, 3, V, seed=V).to(dtype)
             cond, uncond = (amid_nan(x.to(device(impl)), left)[0] for x, left in zip(logits, (V % 8, 5), strict=True))
             for i, truncation in enumerate([{}, {"top_k": 2}, {"top_p": 0.7}, GREEDY]):

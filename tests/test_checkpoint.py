@@ -65,7 +65,7 @@ def test_a_killed_run_resumes_bit_for_bit(job: Path, tmp_path: Path) -> None:
 def test_two_ranks_resume_after_one_is_killed(job: Path, tmp_path: Path) -> None:
     draws = random.Random(1)
     more = (*SMALL, "--max_steps", "3", "--save_steps", "1", "--resume", "auto", "--move_output_dir", "false")
-    more += ("--ddp_timeout", "30")  # a rank that is killed before the other one meets it is waited for as long
+    more += ("--ddp_timeout", "10")  # a rank that is killed before the other one meets it is waited for as long
     killed.start(print).join()
     start = time.monotonic()
     on_two_ranks(job, tmp_path / "whole", *more)
