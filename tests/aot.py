@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 
 from bicot.kernels.dispatch import HAS_TRITON, INTERPRETED
 
 ARCHITECTURES = [80, 90]  # A100, H100/H200
+# of kernels that read and write 16 bytes at a time; the code for float32 is the simpler one
+TARGETS = [(torch.bfloat16, 80), (torch.bfloat16, 90), (torch.float32, 90)]
 
 needs_compiler = pytest.mark.skipif(
     not HAS_TRITON or INTERPRETED, reason="compiling needs Triton, without TRITON_INTERPRET=1"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
+from aot import ARCHITECTURES, TARGETS, Compiled, assert_clean, compile_kernel, needs_compiler
 
 from bicot.kernels import adamw, cfg_sample_triton, fused_grpo, group_advantages, token_logprobs
 from bicot.kernels.dispatch import tl, triton
@@ -104,8 +104,7 @@ def compile_logits_kernel(name: str, V: int, dtype: torch.dtype, arch: int) -> C
     return compile_kernel(kernel, signature, constants, divisible=divisible, arch=arch, **options)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("dtype", "arch"), TARGETS)
 @pytest.mark.parametrize("V", [16384, 16385])  # 102400 gives the code of 16384: the compiler knows only V % 16 == 0
 @pytest.mark.parametrize("name", LOGITS_KERNELS)
 def test_logits_are_read_16_bytes_at_a_time(name: str, V: int, dtype: torch.dtype, arch: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from aot import ARCHITECTURES, Compiled, assert_clean, compile_kernel, needs_compiler
+from aot import ARCHITECTURES, TARGETS, Compiled, assert_clean, compile_kernel, needs_compiler
 
 from bicot.kernels import (
     cfg_sample_triton,
@@ -82,8 +82,7 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(kernel, silu_mul._CONFIG, {"SIZE": size}, id=f"{kernel.__name__} {size}")
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("dtype", "arch"), TARGETS)
 @pytest.mark.parametrize(("kernel", "config", "constants"), _cases())
 def test_16_bytes_at_a_time(kernel: Any, config: dict, constants: dict, dtype: torch.dtype, arch: int) -> None:
     code = compiled(kernel, TYPES[dtype], config, constants, arch)
@@ -91,8 +90,7 @@ def test_16_bytes_at_a_time(kernel: Any, config: dict, constants: dict, dtype: t
     assert code.load_widths == code.store_widths == {16}
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("dtype", "arch"), TARGETS)
 @pytest.mark.parametrize("op", ["spread", "gather", "write", "write float8"])
 @pytest.mark.parametrize(("Hq", "Hkv", "E"), [(16, 16, 128), (32, 8, 80)])
 def test_rotary_embedding(Hq: int, Hkv: int, E: int, op: str, dtype: torch.dtype, arch: int) -> None:
