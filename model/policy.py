@@ -66,6 +66,10 @@ class Policy:
         self.recomputes: bool | str = False
         self.settings = RolloutSettings()
         body.install(self.decoder)
+        # If several threads make a process's first call, MKL can be right to four digits only (pytorch/pytorch#188792).
+        # The engine would keep such tables of its rotary embedding, and differ from training.
+        for function in (torch.cos, torch.sin):
+            function(torch.ones(1, device="cpu"))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "boi_token_id"):
             if getattr(tokenizer, name, None) is None:
                 raise ValueError(f"the tokenizer defines no {name}; a Janus tokenizer has bos, eos, pad and boi tokens")

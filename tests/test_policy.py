@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from forced import text_hidden
+from forced import engine_of, text_hidden
 from safetensors.torch import load_file, save_file
 from tiny import tiny_policy, tiny_tokenizer
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerFast
 
 from bicot.model.chunk import RolloutChunk
@@ -30,6 +32,22 @@ def test_round_trip_through_the_hugging_face_layout(policy: Policy, tmp_path: Pa
     assert loaded.tokenizer.boi_token_id == policy.tokenizer.boi_token_id
     trains = {n.split(".")[1] for n, p in loaded.model.named_parameters() if p.requires_grad}
     assert trains == {"language_model", "weight"}, "the language model and lm_head.weight, nothing else"
+
+
+def test_one_thread_makes_the_first_call_of_cos_and_sin() -> None:
+    """Several threads, which a large tensor has, get wrong numbers from some versions of MKL."""
+    sizes: dict[str, list[int]] = {"cos": [], "sin": []}
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if (name := func.__name__.partition(".")[0]) in sizes:
+                sizes[name].append(args[0].numel())
+            return func(*args, **kwargs or {})
+
+    with Noted():
+        engine_of(tiny_policy(context=2048))
+    for called in sizes.values():
+        assert called[0] == 1 and max(called) > 2048
 
 
 def test_freeze_prefix_that_matches_nothing(tmp_path: Path) -> None:
