@@ -304,7 +304,7 @@ class TestReference:
         assert_draws_what_the_reference_draws(impl, cond, uncond, **options)
 
     @kernels
-    @pytest.mark.parametrize("V", [4097, 102400] if INTERPRETED else [4096, 4097, 16384, 102400, 151_936])
+    @pytest.mark.parametrize("V", [4097, 16385] if INTERPRETED else [4096, 4097, 16384, 102400, 151_936])
     @dtypes
     def test_draws_what_the_reference_draws_from_true_vocabularies(self, dtype: torch.dtype, V: int, impl: str) -> None:
         cond, uncond = 1.5 * normals(2, 1 if INTERPRETED else 6, V).to(dtype)
@@ -317,7 +317,7 @@ class TestReference:
     @dtypes
     def test_short_rows_read_nothing_around_them(self, dtype: torch.dtype, impl: str) -> None:
         """Few or no whole 16 bytes, the two rows of a guided draw at different offsets from multiples of 16 bytes."""
-        for V in (1, 2, 7, 8, 9, 15, 16, 17) if INTERPRETED else range(1, 18):
+        for V in (1, 7, 8, 9, 17) if INTERPRETED else range(1, 18):
             logits = 1.5 * normals(2, 3, V, seed=V).to(dtype)
             cond, uncond = (amid_nan(x.to(device(impl)), left)[0] for x, left in zip(logits, (V % 8, 5), strict=True))
             for i, truncation in enumerate([{}, {"top_k": 2}, {"top_p": 0.7}, GREEDY]):
