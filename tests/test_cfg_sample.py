@@ -306,7 +306,7 @@ class TestReference:
     @kernels
     @pytest.mark.parametrize("V", [4097, 16385] if INTERPRETED else [4096, 4097, 16384, 102400, 151_936])
     @dtypes
-    def test_draws_what_the_reference_draws_from_true_vocabularies(self, dtype: torch.dtype, V: int, impl: str) -> None:
+    def test_draws_what_the_reference_draws_from_long_rows(self, dtype: torch.dtype, V: int, impl: str) -> None:
         cond, uncond = 1.5 * normals(2, 1 if INTERPRETED else 6, V).to(dtype)
         truncations = [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 2000, "top_p": 0.95}, GREEDY]
         for guidance in (1.0, 5.0):
