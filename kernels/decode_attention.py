@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import native
 from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, processors, register, tl, triton
-from .kv_pool import check_pool, choose_for_pool
+from .kv_pool import POOLS, check_contiguous, check_pool, choose_for_pool
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _NATIVE = (_POINTER, _INTEGER, *(_POINTER,) * 8, *(_INTEGER,) * 5, ctypes.c_double, ctypes.c_int, *(_POINTER,) * 2)
@@ -245,10 +245,7 @@ def _check(q: Tensor, pools: tuple[Tensor | None, ...], segments: tuple[Tensor, 
             raise ValueError(f"{name} must be [{R}] int64, got {[*x.shape]} {x.dtype}")
     if q.numel() and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1)):
         raise ValueError(f"only the first dimension of q may be strided, got strides {q.stride()}")
-    names = ("keys", "values", "key_scales", "value_scales", *_SEGMENTS)
-    for name, t in zip(names, (*pools, *segments), strict=True):
-        if t is not None and (t.device != q.device or not t.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous on {q.device}, got strides {t.stride()} on {t.device}")
+    check_contiguous(q.device, **dict(zip((*POOLS, *_SEGMENTS), (*pools, *segments), strict=True)))
 
 
 def decode_attention(
@@ -288,11 +285,11 @@ def decode_attention(
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
         IndexError: the C++ kernel found a sequence without a key, or with a key outside the pool. A GPU does not check
             this, because it would cost a launch.
-        RuntimeError: q wants a gradient, or `impl="native"` and the C++ library is missing.
+        RuntimeError: q, keys or values want a gradient, or `impl="native"` and the C++ library is missing.
 
     Source: Flash-Decoding (Dao et al., 2023).
     """
-    forward_only("decode_attention", q)
+    forward_only("decode_attention", q, keys, values)
     segments = (prefix_start, prefix_length, start, length)
     _check(q, (keys, values, key_scales, value_scales), segments)
     chosen = choose_for_pool(impl, q.device, q.dtype, fp8=key_scales is not None, native_fp8=True)

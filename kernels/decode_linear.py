@@ -177,7 +177,7 @@ def _launch(x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, silu:
 
 
 def _fake(x: Tensor, weight: Tensor, squares: Tensor | None, eps: float, silu: bool) -> Tensor:
-    return x.new_empty(len(x), len(weight) // 2 if silu else len(weight))
+    return x.new_empty(x.shape[0], weight.shape[0] // 2 if silu else weight.shape[0])
 
 
 def _launch_add(
@@ -189,7 +189,9 @@ def _launch_add(
 
 
 def _fake_add(x: Tensor, weight: Tensor, residual: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(residual), x.new_empty(len(x), -(-len(weight) // BLOCK_OUTPUTS), dtype=torch.float32)
+    return torch.empty_like(residual), x.new_empty(
+        x.shape[0], -(-weight.shape[0] // BLOCK_OUTPUTS), dtype=torch.float32
+    )
 
 
 _op = register("decode_linear", _launch, _fake)

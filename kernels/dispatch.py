@@ -5,6 +5,7 @@ Only this file imports Triton, which is optional. Without it, `impl="triton"` is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -51,11 +52,13 @@ __all__ = [
     "forward_only",
     "has_dependent_launch",
     "launch",
+    "no_second_derivative",
     "processors",
     "register",
     "tl",
     "triton",
     "wants_gradient",
+    "without_autocast",
 ]
 
 
@@ -149,12 +152,29 @@ def register(
     return getattr(torch.ops.bicot, name).default
 
 
-def wants_gradient(*inputs: Tensor) -> bool:
+def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Let an op compute in the dtype of its tensors under torch.autocast too. Its first argument is a tensor."""
+
+    @functools.wraps(op)
+    def run(first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return op(first, *rest)
+
+    return run
+
+
+def wants_gradient(*inputs: Tensor | None) -> bool:
     """Whether autograd records operations on the inputs."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def forward_only(name: str, *inputs: Tensor) -> None:
+def no_second_derivative(name: str) -> None:
+    """In a backward pass: raise RuntimeError if its result is to be differentiated too (create_graph=True)."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f'{name} has no second derivative; impl="torch" has')
+
+
+def forward_only(name: str, *inputs: Tensor | None) -> None:
     """Raise RuntimeError if an input of op `name` wants a gradient, which would silently be missing."""
     if wants_gradient(*inputs):
         raise RuntimeError(f"{name} is forward only: call it under torch.no_grad()")

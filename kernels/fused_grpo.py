@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, launch, tl, triton
+from .dispatch import NATIVE_DTYPES, launch, tl, triton, without_autocast
 from .linear_logprobs import HeadGradients, empty_gradients, token_slices
 from .token_logprobs import (
     NATIVE_LOGITS,
@@ -46,7 +46,7 @@ from .token_logprobs import (
 RESULTS = ("loss", "logprob", "entropy", "ratio", "kl", "clipped_low", "clipped_high", "correction", "grad_logprob")
 
 _POINTER, _MATRIX = (ctypes.c_void_p,), (ctypes.c_void_p, ctypes.c_int64)
-_NATIVE = NATIVE_LOGITS + _POINTER * 7 + (ctypes.c_int,) * 3 + _MATRIX * 2 + _POINTER
+_NATIVE = NATIVE_LOGITS + _POINTER * 8 + (ctypes.c_int,) * 3 + _MATRIX * 2
 
 
 @triton.jit
@@ -66,8 +66,8 @@ def _token_terms(  # type: ignore[no-untyped-def]
         bounded = tl.minimum(ratio, delta) * advantage
         clipped = tl.minimum(tl.maximum(ratio, low), high) * advantage
         objective = tl.minimum(bounded, clipped)
-        moves = tl.where(bounded <= clipped, ratio <= delta, (low <= ratio) & (ratio <= high))
-        slope = tl.where(moves, ratio * advantage, 0.0)
+        outside = tl.where(bounded <= clipped, ratio > delta, (ratio < low) | (ratio > high))  # not where it is NaN
+        slope = tl.where(outside, 0.0, ratio * advantage)
         clipped_low = tl.where((ratio < low) & (advantage < 0), 1.0, 0.0)
     clipped_high = tl.where((ratio > high) & (advantage > 0), 1.0, 0.0)
     correction = 1.0
@@ -217,13 +217,13 @@ def launch_tokens(logits: Tensor, terms: Terms, impl: str, results: Tensor, grad
     optional = (t.old, t.ref if t.kl else None, t.sampling, t.token_weight)
     if impl == "native":
         run = native.function(f"bicot_fused_grpo_{NATIVE_DTYPES[logits.dtype]}", *_NATIVE)
-        *addresses, weight = [None if x is None else x.data_ptr() for x in optional]
+        addresses = [None if x is None else x.data_ptr() for x in optional]
         numbers = (ctypes.c_double * 6)(t.beta, t.low, t.high, t.delta, t.clip_max, float(t.entropy_weight))
         gradient = (None, 0) if grad is None else (grad.data_ptr(), grad.stride(0))
         per_sample = (t.sample.data_ptr(), t.advantages.data_ptr(), t.norm.data_ptr())
         run(
             *native_logits(logits, t.targets, t.temperature), *per_sample, *addresses, ctypes.addressof(numbers),
-            t.cispo, t.kl, t.correct_kl, results.data_ptr(), results.stride(0), *gradient, weight,
+            t.cispo, t.kl, t.correct_kl, results.data_ptr(), results.stride(0), *gradient,
         )  # fmt: skip
     elif N:
         pointers = [t.norm if x is None else x for x in optional]  # a pointer that is not read may be any
@@ -280,6 +280,7 @@ def _fake_logits_(logits: Tensor, impl: str, *terms: Any) -> Tensor:
     schema=f"(Tensor hidden, Tensor weight, Tensor? bias, bool[] needed, str impl, {_TERMS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def grpo_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: list[bool], impl: str, *terms: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

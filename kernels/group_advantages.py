@@ -23,6 +23,7 @@ Source: GRPO (arXiv 2402.03300); the two aggregations are those of TRL's `multi_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -185,6 +186,8 @@ def group_advantages(
         raise ValueError(f"scale={scale!r} is unknown; use 'group', 'batch' or 'none'")
     if combine not in ("sum_then_normalize", "normalize_then_sum"):
         raise ValueError(f"combine={combine!r} is unknown; use 'sum_then_normalize' or 'normalize_then_sum'")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps={eps} must be at least 0 and finite")
     rewards = (rewards if rewards.dtype == torch.float64 else rewards.float()).detach()
     num_rewards = rewards.shape[1]
     weights = torch.ones(num_rewards, device=rewards.device) if weights is None else torch.as_tensor(weights).detach()

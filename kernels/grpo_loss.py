@@ -81,7 +81,8 @@ def grpo_loss_ref(
 ) -> GRPOLoss:
     """The formula above in plain PyTorch, from log-probs and entropies that `impl` computes."""
     stats = [stream.stats(impl) for stream in streams]
-    old = [s.logprob.detach() if t.old_logprob is None else t.old_logprob for t, s in zip(streams, stats, strict=True)]
+    each = zip(streams, stats, strict=True)
+    old = [(stat.logprob if t.old_logprob is None else t.old_logprob).detach() for t, stat in each]
     log_ratios = [s.logprob - o for s, o in zip(stats, old, strict=True)]
     if options.sequence_ratios:
         total = sum(sample_sums(r, t.sample, len(advantages)) for r, t in zip(log_ratios, streams, strict=True))
@@ -124,13 +125,13 @@ def _policy_and_kl(
         policy = torch.min(bounded * advantage, ratio.clamp(own.low, own.high) * advantage)
         metrics["clip_ratio/low"] = _mean((ratio < own.low) & (advantage < 0))
     if stream.sampling_logprob is not None:
-        correction = (old - stream.sampling_logprob).exp()
+        correction = (old - stream.sampling_logprob.detach()).exp()
         policy = policy * correction.clamp(max=own.importance_sampling_clip_max)
         metrics["sampling_ratio"] = _mean(correction)
     loss = -policy
     if own.beta:
         assert stream.ref_logprob is not None
-        kl = kl_divergence(logprob, stream.ref_logprob, own.kl_estimator)
+        kl = kl_divergence(logprob, stream.ref_logprob.detach(), own.kl_estimator)
         kl = kl * ratio if own.use_bias_correction_kl else kl
         loss = loss + own.beta * kl
         metrics["kl"] = _mean(kl)
@@ -160,7 +161,8 @@ def token_norm(
     if options.loss_type in ("grpo", "gspo"):
         return 1 / (_token_counts(streams, advantages).clamp(min=1) * num_samples)
     if options.loss_type == "dr_grpo":
-        return (1 / (num_samples * (options.max_completion_length or 1))).expand_as(advantages)
+        assert options.max_completion_length
+        return (1 / (num_samples * options.max_completion_length)).expand_as(advantages)
     if options.loss_type == "bnpo":
         num_tokens = _scalar(sum(len(stream.targets) for stream in streams), num_tokens)
     return (1 / num_tokens.clamp(min=1)).expand_as(advantages)

@@ -13,6 +13,7 @@ from .dispatch import Impl, choose
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+POOLS = ("keys", "values", "key_scales", "value_scales")
 # A smaller scale is too coarse to divide by. It is replaced by 1, so that the head is stored as 0.
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -65,3 +66,10 @@ def check_pool(
     for scales in (key_scales, value_scales):
         if scales is not None and (scales.shape != keys.shape[:2] or scales.dtype != torch.float32):
             raise ValueError(f"scales must be {[*keys.shape[:2]]} float32, got {[*scales.shape]} {scales.dtype}")
+
+
+def check_contiguous(device: torch.device, **tensors: Tensor | None) -> None:
+    """ValueError unless all tensors are contiguous and on this device."""
+    for name, t in tensors.items():
+        if t is not None and (t.device != device or not t.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous on {device}, got strides {t.stride()} on {t.device}")

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import Impl, choose
+from .dispatch import Impl, choose, without_autocast
 from .token_logprobs import TokenStats, check_targets, launch_backward, launch_forward, token_logprobs_ref
 
 LOGITS_BYTES = 96 * 2**20  # of all logits that exist at a time
@@ -93,6 +93,7 @@ def empty_gradients(hidden: Tensor, weight: Tensor, needed: list[bool]) -> tuple
 
 
 @torch.library.custom_op("bicot::linear_logprobs", mutates_args=())
+@without_autocast
 def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,6 +114,7 @@ def _fake_forward(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("bicot::linear_logprobs_backward", mutates_args=())
+@without_autocast
 def _backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor,

@@ -42,7 +42,7 @@ def rope_spread_ref(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_
     """`rope_spread` in plain PyTorch; float64 in, float64 out."""
     E = 2 * cos.shape[1]
     wide = torch.promote_types(qkv.dtype, torch.float32)
-    q, k, v = qkv.view(len(qkv), -1, E).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
+    q, k, v = qkv.view(len(qkv), qkv.shape[1] // E, E).tensor_split([-2 * kv_heads, -kv_heads], dim=1)
     c, s = (table[:, None].to(wide) for table in (cos, sin))
     turned = (_rotate(x.to(wide), c, s).to(qkv.dtype) for x in (q, k))
     return [x.index_select(0, token_at) for x in (*turned, v)]
@@ -184,7 +184,7 @@ def _gather(
 
 
 def _fake_spread(qkv: Tensor, cos: Tensor, sin: Tensor, token_at: Tensor, kv_heads: int, impl: str) -> list[Tensor]:
-    M, E = len(token_at), 2 * cos.shape[1]
+    M, E = token_at.shape[0], 2 * cos.shape[1]  # len() would make torch.compile compile again for every M
     return [qkv.new_empty(M, n, E) for n in (qkv.shape[1] // E - 2 * kv_heads, kv_heads, kv_heads)]
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import INTERPRETED, Impl, forward_only, launch, tl, triton
-from .kv_pool import check_pool, choose_for_pool
+from .kv_pool import POOLS, check_contiguous, check_pool, choose_for_pool
 
 _LOG2E = 1.4426950408889634
 
@@ -137,25 +137,29 @@ def prefill_attention(
         key_scales, value_scales: [P, Hkv] float32, factors of the stored numbers of a float8 pool.
         impl: "triton" (CUDA), "torch", or "auto": Triton on a GPU, and else PyTorch.
 
+    All tensors are on one device, and all but q contiguous.
+
     Returns:
         [N, Hq·E], dtype of q.
 
     Raises:
-        ValueError: shapes, dtypes or strides that do not fit together, or an `impl` that cannot run.
-        RuntimeError: q wants a gradient.
+        ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
+        RuntimeError: q, keys or values want a gradient.
 
     Source: FlashAttention-2 (arXiv 2307.08691).
     """
-    forward_only("prefill_attention", q)
+    forward_only("prefill_attention", q, keys, values)
     check_pool(q.dtype, keys, values, key_scales, value_scales)
     N, Hq, E = q.shape
     if keys.shape[2] != E or Hq % keys.shape[1]:
         raise ValueError(f"keys and values must be [P, Hkv, {E}], Hkv a divisor of {Hq}, got {[*keys.shape]}")
     for name, x in (("slots", slots), ("first", first)):
-        if x.shape != (N,) or x.dtype != torch.int64 or not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous [{N}] int64, got {[*x.shape]} {x.dtype}")
-    if N and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1) or not keys.is_contiguous()):
-        raise ValueError(f"only the first dimension of q may be strided: q has {q.stride()}, keys have {keys.stride()}")
+        if x.shape != (N,) or x.dtype != torch.int64:
+            raise ValueError(f"{name} must be [{N}] int64, got {[*x.shape]} {x.dtype}")
+    if N and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1)):
+        raise ValueError(f"only the first dimension of q may be strided, got strides {q.stride()}")
+    pools = zip(POOLS, (keys, values, key_scales, value_scales), strict=True)
+    check_contiguous(q.device, slots=slots, first=first, **dict(pools))
     if impl == "native":
         raise ValueError('impl="native" cannot run here: there is no C++ kernel; use impl="torch"')
     if not N:

@@ -32,6 +32,7 @@ from .dispatch import (
     choose,
     forward_only,
     launch,
+    no_second_derivative,
     processors,
     register,
     tl,
@@ -194,6 +195,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        no_second_derivative("rms_norm")
         total, weight = ctx.saved_tensors
         d_total = d_total if ctx.has_residual else None
         if d_out is None:
@@ -221,12 +223,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
 
     Raises:
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
-        RuntimeError: x or weight wants a gradient beside a residual, or `impl="native"` and the C++ library is missing.
+        RuntimeError: a residual is given and an input wants a gradient, or `impl="native"` and the C++ library is
+            missing.
 
     Source: arXiv 1910.07467.
     """
     if residual is not None:
-        forward_only("rms_norm with a residual", x, weight)
+        forward_only("rms_norm with a residual", x, weight, residual)
     chosen = _check(x, weight, residual, impl)
     if residual is not None and not residual.is_contiguous():
         raise ValueError(f"residual is written in place and must be contiguous, got strides {residual.stride()}")

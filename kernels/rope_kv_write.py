@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import native
 from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, register, tl, triton
-from .kv_pool import check_pool, choose_for_pool, quantize_fp8
+from .kv_pool import POOLS, check_contiguous, check_pool, choose_for_pool, quantize_fp8
 
 _NATIVE = (ctypes.c_void_p,) * 7 + (ctypes.c_int64,) * 6 + (ctypes.c_int, ctypes.c_void_p)
 
@@ -178,10 +178,8 @@ def _check(
     for name, x in (("positions", positions), ("slots", slots)):
         if x.shape != qkv.shape[:1] or x.dtype != torch.int64:
             raise ValueError(f"{name} must be [{len(qkv)}] int64, got {[*x.shape]} {x.dtype}")
-    names = ("qkv", "cos", "sin", "positions", "slots", "keys", "values", "key_scales", "value_scales")
-    for name, t in zip(names, (qkv, cos, sin, positions, slots, *pools), strict=True):
-        if t is not None and (t.device != qkv.device or not t.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous on {qkv.device}, got strides {t.stride()} on {t.device}")
+    own = {"qkv": qkv, "cos": cos, "sin": sin, "positions": positions, "slots": slots}
+    check_contiguous(qkv.device, **own, **dict(zip(POOLS, pools, strict=True)))
 
 
 def rope_kv_write(
@@ -219,11 +217,11 @@ def rope_kv_write(
         ValueError: shapes, dtypes, devices or strides that do not fit together, or an `impl` that cannot run.
         IndexError: the C++ kernel found a position or slot out of range; nothing is written. A GPU does not check this,
             because it would cost a launch.
-        RuntimeError: qkv wants a gradient, or `impl="native"` and the C++ library is missing.
+        RuntimeError: qkv, keys or values want a gradient, or `impl="native"` and the C++ library is missing.
 
     Source: arXiv 2104.09864.
     """
-    forward_only("rope_kv_write", qkv)
+    forward_only("rope_kv_write", qkv, keys, values)
     _check(qkv, cos, sin, positions, slots, (keys, values, key_scales, value_scales))
     chosen = choose_for_pool(impl, qkv.device, qkv.dtype, fp8=key_scales is not None, native_fp8=False)
     if chosen == "torch":

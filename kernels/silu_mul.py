@@ -21,7 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native
-from .dispatch import NATIVE_DTYPES, Impl, choose, launch, register, tl, triton, wants_gradient
+from .dispatch import (
+    NATIVE_DTYPES,
+    Impl,
+    choose,
+    launch,
+    no_second_derivative,
+    register,
+    tl,
+    triton,
+    wants_gradient,
+)
 
 _NATIVE = (ctypes.c_void_p,) * 2 + (ctypes.c_int64,) * 2 + (ctypes.c_int,)
 _NATIVE_BACKWARD = (ctypes.c_void_p,) * 3 + (ctypes.c_int64,) * 2 + (ctypes.c_int,)
@@ -120,6 +130,7 @@ class _SiluMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None]:
+        no_second_derivative("silu_mul")
         return _backward_op(d_out, *ctx.saved_tensors, ctx.impl), None
 
 

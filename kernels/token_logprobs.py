@@ -365,8 +365,9 @@ def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
 
 def check_overwritable(logits: Tensor) -> None:
     """Raise ValueError for logits that their gradient cannot overwrite."""
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError("the gradient cannot overwrite logits that are a leaf: give the output of a head, or a clone")
+    owner = logits if logits._base is None else logits._base
+    if owner.is_leaf and logits.requires_grad:
+        raise ValueError("the gradient cannot overwrite a leaf or a view of one: give the output of a head, or a clone")
     if not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]) and logits.numel():
         raise ValueError(f"the gradient cannot overwrite logits of strides {logits.stride()}: give contiguous ones")
 

@@ -101,8 +101,8 @@ class LossOptions:
         if self.kl_estimator not in get_args(KLEstimator):
             known = ", ".join(get_args(KLEstimator))
             raise ValueError(f"kl_estimator={self.kl_estimator!r} is unknown; use one of {known}")
-        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
-            raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it")
+        if self.loss_type == "dr_grpo" and (self.max_completion_length or 0) < 1:
+            raise ValueError("loss_type='dr_grpo' divides by max_completion_length: give it, at least 1")
 
     def of(self, stream: TokenStream) -> LossOptions:
         """The options of a stream: its own values where it has them, else those of the call."""

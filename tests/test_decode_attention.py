@@ -384,8 +384,9 @@ def test_sequences_outside_the_pool(change: str, impl: str) -> None:
 def test_float64_is_pytorchs_and_no_gradient_flows() -> None:
     p = pool(2, 2, 16, torch.float64)
     assert torch.equal(p.run("auto"), p.run("torch"))
-    with pytest.raises(RuntimeError, match="forward only"):
-        replace(p, q=p.q.clone().requires_grad_()).run("auto")
+    for name in ("q", "keys", "values"):
+        with pytest.raises(RuntimeError, match="forward only"):
+            replace(p, **{name: getattr(p, name).clone().requires_grad_()}).run("auto")
 
 
 @pytest.mark.parametrize("impl", [NATIVE])

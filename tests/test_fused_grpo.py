@@ -198,6 +198,51 @@ def test_weight_0_silences_a_token_that_is_not_finite(logits: bool, impl: str) -
     assert torch.equal(ours, expected) and (ours[1:3] == 0).all() and (ours[::3] != 0).any(1).all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, in the interpreter
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
+def test_nan_logits_give_nan_gradients(loss_type: LossType, impl: str) -> None:
+    """The optimizer skips an update by the norm of its gradients."""
+    (stream,) = random_streams(0, torch.float32, [(4, 9)])
+    logits = stream.logits.detach().clone()
+    logits[1, 3] = torch.nan
+    (used,) = converted([replace(stream, logits=logits.requires_grad_())], device(impl))
+    options: dict[str, Any] = {"loss_type": loss_type, "epsilon_high": 0.28}
+    grpo_loss([used], torch.tensor([1.0, -0.7]).to(device(impl)), **options, impl=impl).loss.backward()
+    assert used.logits.grad.isnan().any(1).tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_given_logprobs_get_no_gradient(loss_type: LossType, impl: str) -> None:
+    (stream,) = converted(random_streams(0, torch.float32, [(6, 9)], logits=False, sampling=True), device(impl))
+    names = ("ref_logprob", "old_logprob", "sampling_logprob")
+    given = {name: getattr(stream, name).detach().clone().requires_grad_() for name in names}
+    options: dict[str, Any] = {"loss_type": loss_type, "beta": 0.1, "impl": impl}
+    loss = grpo_loss([replace(stream, **given)], torch.tensor([1.0, -0.7]).to(device(impl)), **options).loss
+    of_hidden, *others = torch.autograd.grad(loss, [stream.hidden, *given.values()], allow_unused=True)
+    assert of_hidden is not None and others == [None] * 3
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype, impl: str) -> None:
+    """Logits have the dtype of the hidden states."""
+    (stream,) = converted(random_streams(0, torch.float32, [(6, 9)], logits=False), device(impl))
+    advantages = torch.tensor([1.0, -0.7]).to(device(impl))
+
+    def run() -> list[Tensor]:
+        losses = (
+            grpo_loss([stream], advantages, beta=0.1, impl=impl).loss,
+            linear_logprobs.linear_logprobs(stream.hidden, stream.weight, stream.targets, impl=impl).logprob.sum(),
+        )
+        return [x for loss in losses for x in (loss, *torch.autograd.grad(loss, [stream.hidden, stream.weight]))]
+
+    expected = run()
+    with torch.autocast(stream.targets.device.type, dtype=dtype):
+        torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("impl", ["torch", TRITON])
 @pytest.mark.parametrize("logits", [True, False])
 def test_float16_gradients_are_scaled_before_they_are_rounded(logits: bool, impl: str) -> None:
@@ -323,7 +368,7 @@ def test_peak_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     targets, sample = torch.randint(0, V, (N,), generator=generator), torch.arange(N) // 64
     hidden, weight = torch.randn(N, D, generator=generator), torch.randn(V, D, generator=generator)
     if kind.startswith("logits"):
-        source = {"logits": (hidden @ weight.T).requires_grad_().view(N, V)}  # not a leaf, and no copy of one
+        source = {"logits": hidden.requires_grad_() @ weight.T}  # not a leaf, and no copy of one
         least, gradients = 0, 0 if kind == "logits in place" else 4 * N * V
     else:
         source = {"hidden": hidden.requires_grad_(), "weight": weight.requires_grad_("frozen" not in kind)}

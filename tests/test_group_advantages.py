@@ -340,6 +340,8 @@ LAST_INFINITE = torch.tensor([[0.0, NAN, 1.0]] * 7 + [[0.0, NAN, -math.inf]])
         (torch.zeros(7), 0, {}, "7 rewards cannot be split into groups of group_size=0"),
         (torch.zeros(4, 2), 2, {"weights": [1.0]}, "1 weights for 2 rewards"),
         (torch.zeros(4, 2), 2, {"weights": torch.ones(2, 2)}, "4 weights for 2 rewards"),
+        (torch.zeros(4), 2, {"eps": -1.0}, "eps=-1.0 must be at least 0"),
+        (torch.zeros(4), 2, {"eps": math.nan}, "eps=nan must be at least 0"),
         (torch.zeros(4), 2, {"scale": "groups"}, "scale='groups' is unknown; use 'group', 'batch' or 'none'"),
         (torch.zeros(4), 2, {"combine": "sum"}, "combine='sum' is unknown; use 'sum_then_normalize' or"),
         (torch.zeros(4), 2, {"impl": "native"}, 'impl="native" cannot run here: there is no C\\+\\+ kernel; use'),

@@ -299,6 +299,7 @@ NEITHER = "stream 'text' needs either logits, or hidden and weight"
         (STREAM, ONES, {"kl_estimator": "k4"}, "kl_estimator='k4' is unknown; use one of k1, k2, k3"),
         (STREAM, ONES, {"importance_sampling_level": "word"}, "level='word' is unknown; use token or sequence"),
         (STREAM, ONES, {"loss_type": "dr_grpo"}, "loss_type='dr_grpo' divides by max_completion_length: give it"),
+        (STREAM, ONES, {"loss_type": "dr_grpo", "max_completion_length": 0}, "give it, at least 1"),
         (STREAM, ONES, {"loss_type": "cispo"}, "loss_type='cispo' clips its weights at epsilon_high: give it"),
         (STREAM, ONES, {"beta": 0.1}, "beta=0.1 needs ref_logprob in stream 'text'"),
         (STREAM, torch.ones(2, 3), {}, r"advantages must be \[S\], got \(2, 3\); for rewards give group_size too"),

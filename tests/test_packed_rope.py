@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import BFLOAT16_ROUNDING, IMPLEMENTATIONS, INTERPRETED, KERNELS, assert_no_worse, device, poisoned_outputs
+from oracle import (
+    BFLOAT16_ROUNDING,
+    IMPLEMENTATIONS,
+    INTERPRETED,
+    KERNELS,
+    NATIVE,
+    assert_no_worse,
+    device,
+    poisoned_outputs,
+)
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from bicot.kernels.packed_rope import _gather_op, _spread_op, rope_gather, rope_spread
@@ -113,6 +123,20 @@ def test_ops(impl: str) -> None:
     spread = rope_spread(qkv, cos, sin, token_at, 2, impl=impl)
     given = (*spread, cos, sin, *table(str(qkv.device)), torch.empty_like(qkv), impl)
     torch.library.opcheck(_gather_op, given)
+
+
+@pytest.mark.parametrize("impl", ["torch", NATIVE])
+def test_one_graph_for_any_number_of_places(impl: str) -> None:
+    qkv, cos, sin, token_at = inputs((6, 2, 12), torch.float32, "cpu")
+    graphs = CompileCounter()
+
+    def spread(token_at: Tensor) -> list[Tensor]:
+        return rope_spread(qkv, cos, sin, token_at, 2, impl=impl)  # type: ignore[arg-type]
+
+    compiled = torch.compile(spread, backend=graphs, fullgraph=True, dynamic=True)
+    for M in range(3, len(token_at)):
+        torch.testing.assert_close(compiled(token_at[:M].clone()), spread(token_at[:M].clone()))
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

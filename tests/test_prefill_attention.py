@@ -85,7 +85,9 @@ def test_bad_input_is_named() -> None:
     assert prefill_attention(q[:0], keys, values, slots[:0], first[:0]).shape == (0, 128)
     for given, message in (
         ((q[:, :3], keys, values, slots, first), "a divisor of 3"),
-        ((q, keys, values, slots[1:], first), r"slots must be contiguous \[257\]"),
+        ((q, keys, values, slots[1:], first), r"slots must be \[257\] int64"),
+        ((q, keys, values.repeat(1, 2, 1)[:, :2], slots, first), "values must be contiguous on cpu"),
+        ((q, keys, values, slots.repeat(2)[::2], first), "slots must be contiguous on cpu"),
         ((q, keys, values, slots, first.int()), r"first must be .* torch.int32"),
         ((q.mT.contiguous().mT, keys, values, slots, first), "strided"),
         ((q, keys.to(FP8), values.to(FP8), slots, first), "without scales"),
@@ -95,4 +97,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="no C\\+\\+ kernel"):
         prefill_attention(q, keys, values, slots, first, impl="native")
     with pytest.raises(RuntimeError, match="forward only"):
-        prefill_attention(q.requires_grad_(), keys, values, slots, first)
+        prefill_attention(q, keys, values.requires_grad_(), slots, first)

@@ -212,5 +212,15 @@ def test_errors(impl: str) -> None:
         rms_norm(x, weight, EPS, torch.zeros(6, 4, device=x.device).T, impl=impl)
         with pytest.raises(ValueError, match="residual must be like x"):
             add_rms_norm(x, other, weight, EPS, impl=impl)
-    with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
-        rms_norm(x, weight.clone().requires_grad_(), EPS, residual, impl=impl)
+    for given in ((x, weight.clone().requires_grad_(), EPS, residual), (x, weight, EPS, residual.requires_grad_())):
+        with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
+            rms_norm(*given, impl=impl)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_second_derivative_is_an_error(impl: str) -> None:
+    """Without one, a penalty on the gradient would do nothing."""
+    x, weight, residual = (t.requires_grad_() for t in inputs(4, 6, torch.float32, device(impl)))
+    for out in (rms_norm(x, weight, EPS, impl=impl), add_rms_norm(x, residual, weight, EPS, impl=impl)[0]):
+        with pytest.raises(RuntimeError, match='rms_norm has no second derivative; impl="torch" has'):
+            torch.autograd.grad(out.square().sum(), x, create_graph=True)

@@ -348,4 +348,4 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="it takes no float8 pool"):
         fp8.run("native")
     with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
-        replace(t, qkv=t.qkv.requires_grad_()).run("auto")
+        replace(t, keys=t.keys.requires_grad_()).run("auto")

@@ -117,6 +117,14 @@ def test_op(impl: str) -> None:
     torch.library.opcheck(_backward_op, (gate_up[:, :16].contiguous(), gate_up, impl))
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+def test_a_second_derivative_is_an_error(impl: str) -> None:
+    """Without one, a penalty on the gradient would do nothing."""
+    leaf = inputs(3, 16, torch.float32, device(impl)).requires_grad_()
+    with pytest.raises(RuntimeError, match='silu_mul has no second derivative; impl="torch" has'):
+        torch.autograd.grad(silu_mul(leaf, impl=impl).sum(), leaf, create_graph=True)
+
+
 @pytest.mark.parametrize("impl", ["torch", NATIVE])
 def test_compiles_whole(impl: str) -> None:
     gate_up = inputs(3, 16, torch.float32)

@@ -1,5 +1,6 @@
 """token_logprobs against its float64 reference, never worse than the reference in the tested dtype."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,6 +230,15 @@ class TestEveryImplementation:
         assert not stats.logprob[1].isfinite() and stats.logprob[::2].isfinite().all()
         assert bad != -torch.inf or stats.logprob[1].isnan()
 
+    def test_nan_among_masked_logits_shows(self, impl: str) -> None:
+        """More of them than a kernel reads at a time."""
+        logits = torch.zeros(2, 20_000, device=device(impl))
+        logits[:, :18_000] = -torch.inf
+        logits[1, 5] = torch.nan
+        logprob, entropy, gradient = run(token_logprobs, logits, torch.tensor([0, 19_000]).to(logits.device), impl=impl)
+        assert entropy.isnan().tolist() == [False, True] and logprob[1].isnan() and gradient[1].isnan().any()
+        assert entropy[0].item() == pytest.approx(math.log(2000)) and logprob[0] == -torch.inf
+
     def test_no_tokens(self, impl: str) -> None:
         logits = torch.empty(0, 7, device=device(impl))
         logprob, entropy, gradient = run(token_logprobs, logits, torch.empty(0).to(logits.device).long(), impl=impl)
@@ -280,7 +290,7 @@ def test_more_elements_than_a_32_bit_offset_reaches() -> None:
     logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
     targets = torch.randint(0, V, (N,), device="cuda")
     last = logits[-3:].clone()
-    stats = token_logprobs(logits.requires_grad_().view(N, V), targets, inplace_backward=True, impl="triton")
+    stats = token_logprobs(logits.requires_grad_().mul(1), targets, inplace_backward=True, impl="triton")
     expected = run(token_logprobs_ref, last.double(), targets[-3:])
     torch.testing.assert_close(stats.logprob[-3:].double(), expected[0], rtol=1e-5, atol=1e-5)
     weights = torch.zeros(N, device="cuda")
@@ -329,7 +339,8 @@ LOGITS_OK, TARGETS_OK = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
         (LOGITS_OK, TARGETS_OK, {"temperature": torch.nan}, "temperature must be positive, got nan"),
         (LOGITS_OK, TARGETS_OK, {"impl": "cuda"}, "impl must be .* got 'cuda'"),
         (LOGITS_OK.double(), TARGETS_OK, {"impl": "native"}, "takes float32 or bfloat16 .* got torch.float64 on cpu"),
-        (torch.zeros(2, 3, requires_grad=True), TARGETS_OK, {"inplace_backward": True}, "cannot overwrite .* a leaf"),
+        (torch.zeros(2, 3, requires_grad=True), TARGETS_OK, {"inplace_backward": True}, "cannot overwrite a leaf"),
+        (torch.zeros(6, requires_grad=True).view(2, 3), TARGETS_OK, {"inplace_backward": True}, "or a view of one"),
         (torch.zeros(3, 2).T, TARGETS_OK, {"inplace_backward": True}, r"cannot overwrite logits of strides \(1, 2\)"),
     ],
 )

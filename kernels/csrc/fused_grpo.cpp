@@ -9,11 +9,9 @@
 namespace bicot {
 namespace {
 
-enum Policy { kClipped, kCispo };
-
 // Run-time options, in the order that kernels/fused_grpo.py packs them.
 struct Options {
-  double temperature, beta, low, high, delta, clip_max, entropy_weight;
+  double beta, low, high, delta, clip_max, entropy_weight;
 };
 
 // The results of a token, in the order of fused_grpo.RESULTS.
@@ -23,20 +21,20 @@ struct Token {
 
 // `norm` and `entropy_weight` are multiplied by the token's own weight.
 Token token_terms(double logprob, double entropy, double advantage, double norm, double entropy_weight,
-                  const float* old_logprob, const float* ref_logprob, const float* sampling_logprob, int policy,
+                  const float* old_logprob, const float* ref_logprob, const float* sampling_logprob, bool cispo,
                   int kl_estimator, bool correct_kl, const Options& o) {
   const double before = old_logprob ? *old_logprob : logprob;
   const double ratio = std::exp(logprob - before);
   double objective, slope;  // and its derivative by the log-prob
-  if (policy == kCispo) {
+  if (cispo) {
     slope = std::min(ratio, o.high) * advantage;
     objective = slope * logprob;
   } else {
     const double bounded = std::min(ratio, o.delta) * advantage;
     const double clipped = std::min(std::max(ratio, o.low), o.high) * advantage;
     objective = std::min(bounded, clipped);
-    const bool moves = bounded <= clipped ? ratio <= o.delta : o.low <= ratio && ratio <= o.high;
-    slope = moves ? ratio * advantage : 0;
+    const bool outside = bounded <= clipped ? ratio > o.delta : ratio < o.low || ratio > o.high;  // not if it is NaN
+    slope = outside ? 0 : ratio * advantage;
   }
   double correction = 1;
   if (sampling_logprob) {
@@ -60,7 +58,7 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
       kl *= ratio;
     }
   }
-  const bool below = policy != kCispo && ratio < o.low && advantage < 0;
+  const bool below = !cispo && ratio < o.low && advantage < 0;
   const bool above = ratio > o.high && advantage > 0;
   return {norm * (o.beta * kl - objective) - entropy_weight * entropy,
           logprob,
@@ -76,11 +74,11 @@ Token token_terms(double logprob, double entropy, double advantage, double norm,
 template <class T>
 void fused_grpo(const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,
                 int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,
-                const float* ref, const float* sampling, const double* options, int policy, int kl_estimator,
-                bool correct_kl, float* results, int64_t results_stride, T* grad, int64_t grad_stride,
-                const float* token_weight) {
+                const float* ref, const float* sampling, const float* token_weight, const double* options, bool cispo,
+                int kl_estimator, bool correct_kl, float* results, int64_t results_stride, T* grad,
+                int64_t grad_stride) {
   if (grad && grad != logits) prefer_huge_pages(grad, N * grad_stride * sizeof(T));
-  const Options o = {temperature, options[0], options[1], options[2], options[3], options[4], options[5]};
+  const Options o = {options[0], options[1], options[2], options[3], options[4], options[5]};
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (N * V > kSerial)
   for (int64_t i = 0; i < N; ++i) {
     const T* x = logits + i * stride;
@@ -88,7 +86,7 @@ void fused_grpo(const T* logits, int64_t stride, const int64_t* targets, int64_t
     const double weight = token_weight ? token_weight[i] : 1, entropy_weight = weight * o.entropy_weight;
     Token token = token_terms(s.logprob, s.entropy, advantages[sample[i]], weight * norm[sample[i]], entropy_weight,
                               old ? old + i : nullptr, ref ? ref + i : nullptr, sampling ? sampling + i : nullptr,
-                              policy, kl_estimator, correct_kl, o);
+                              cispo, kl_estimator, correct_kl, o);
     if (weight == 0) token.loss = token.grad_logprob = 0;  // 0 * inf is NaN
     const double values[] = {token.loss,        token.logprob,      token.entropy,    token.ratio,       token.kl,
                              token.clipped_low, token.clipped_high, token.correction, token.grad_logprob};
@@ -106,15 +104,15 @@ void fused_grpo(const T* logits, int64_t stride, const int64_t* targets, int64_t
 }  // namespace
 }  // namespace bicot
 
-#define BICOT_FUSED_GRPO(suffix, T)                                                                                 \
-  BICOT_EXPORT void bicot_fused_grpo_##suffix(                                                                      \
-      const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,            \
-      int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,         \
-      const float* ref, const float* sampling, const double* options, int policy, int kl_estimator, int correct_kl, \
-      float* results, int64_t results_stride, T* grad, int64_t grad_stride, const float* token_weight) {            \
-    bicot::fused_grpo(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref,  \
-                      sampling, options, policy, kl_estimator, correct_kl != 0, results, results_stride, grad,      \
-                      grad_stride, token_weight);                                                                   \
+#define BICOT_FUSED_GRPO(suffix, T)                                                                                \
+  BICOT_EXPORT void bicot_fused_grpo_##suffix(                                                                     \
+      const T* logits, int64_t stride, const int64_t* targets, int64_t N, int64_t V, double temperature,           \
+      int num_threads, const int64_t* sample, const float* advantages, const float* norm, const float* old,        \
+      const float* ref, const float* sampling, const float* token_weight, const double* options, int cispo,        \
+      int kl_estimator, int correct_kl, float* results, int64_t results_stride, T* grad, int64_t grad_stride) {    \
+    bicot::fused_grpo(logits, stride, targets, N, V, temperature, num_threads, sample, advantages, norm, old, ref, \
+                      sampling, token_weight, options, cispo != 0, kl_estimator, correct_kl != 0, results,         \
+                      results_stride, grad, grad_stride);                                                          \
   }
 
 BICOT_FUSED_GRPO(float32, float)

@@ -72,11 +72,11 @@ BICOT_INLINE RowStats row_forward(const T* x, int64_t V, int64_t target, double 
       }
       max = candidate;
     }
-    if (max == -kInf) continue;  // only -inf so far, and x - max would be NaN
+    const float base = max == -kInf ? 0 : max;  // of only -inf so far, x - max would be NaN
     float block_sum = 0, block_weighted = 0;
 #pragma omp simd reduction(+ : block_sum, block_weighted)
     for (int64_t j = 0; j < n; ++j) {
-      const float d = (block[j] - max) * scale;
+      const float d = (block[j] - base) * scale;
       const float e = exp2_nonpositive(d);
       block_sum += e;
       block_weighted += (d < kExp2Min ? 0.0f : d) * e;  // not -inf * 0
