@@ -180,7 +180,7 @@ def row_of(one: Ranked, group: list[Ranked], path: Path) -> dict[str, Any]:
     row = {"prompt": one.picture.prompt, "plan": one.picture.plan, "seed": one.picture.seed, "file": str(path)}
     if one.scores:
         by_seed = sorted(group, key=lambda other: other.picture.seed)
-        row |= {"score": one.score, "scores": {name: _number(score) for name, score in one.scores.items()}}
+        row |= {"score": _number(one.score), "scores": {name: _number(score) for name, score in one.scores.items()}}
         row |= {"scores_of_all": [_number(other.score) for other in by_seed]}
     return row
 

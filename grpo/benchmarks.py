@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..model.adapters import adapter_base
 from ..model.engine import RolloutEngine
 from ..model.generation import to_pixels
 from ..model.settings import Sampling
@@ -236,11 +237,13 @@ def require_room(engine: RolloutEngine, sampling: Sampling, plan: bool, prompts:
 
 
 def fingerprint(model: str) -> str:
-    """A digest that tells models apart. It reads large files only at 64 places. A hub id is its own fingerprint."""
+    """A digest that tells models apart, and adapters also by their base model. It reads large files only at 64 places.
+    A hub id is its own fingerprint."""
     if not Path(model).is_dir():
         return model
     digest = hashlib.sha256()
-    for path in sorted(Path(model).iterdir()):
+    folders = [Path(folder) for folder in (model, adapter_base(model)) if folder and Path(folder).is_dir()]
+    for path in [path for folder in folders for path in sorted(folder.iterdir())]:
         if path.suffix in (".safetensors", ".bin", ".json"):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())

@@ -96,6 +96,7 @@ class RolloutEngine:
             or a model that the engine cannot decode.
     """
 
+    @torch.inference_mode(False)  # training cannot use tensors that are made in this mode
     def __init__(
         self,
         policy: Policy,
@@ -127,6 +128,7 @@ class RolloutEngine:
         self.plan_stage: PlanStage | None = None
         self.image_stages: dict[int, ImageStage] = {}  # by the number of sequences per sample
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def generate(
         self,
@@ -152,8 +154,8 @@ class RolloutEngine:
             plans: None = sample them; otherwise the text of each prompt's plan, where None = draw without a plan.
 
         Raises:
-            ValueError: an empty prompt, or one too long for the context or the KV cache (named), before anything is
-                sampled; a plan that leaves no room for the picture; logits that are not finite.
+            ValueError: an empty prompt, or one too long for the context, before anything is sampled; a prompt or plan
+                (named) that leaves no room for the picture in the context or the KV cache; logits that are not finite.
         """
         with record_function("tokenizer"):
             samples = self._samples(prompts, group_size, sampling.max_completion_length, first_sample, plans)
@@ -173,11 +175,10 @@ class RolloutEngine:
             [plan_slots(batch) for batch in _slices(samples if plans is None else [], self.max_rows)]
             + [image_slots(batch) for batch in _slices(samples, most_images)]
         )
-        with self._on(self.decode_stream):
-            self._prepare(len(samples), sequences_per_sample, sampling, plans is None)
-
         for planned in self._batches(samples, self.max_rows, plan_slots) if plans is None else [samples]:
             with self._on(self.decode_stream):
+                # for each batch, since another rollout may have begun in between
+                self._prepare(len(samples), sequences_per_sample, sampling, plans is None)
                 clock = Clock(self.device)
                 if plans is None:
                     self._write_plans(planned, sampling, seed)
@@ -206,7 +207,11 @@ class RolloutEngine:
         plans: Sequence[str | None] | None,
     ) -> list[_Sample]:
         """The samples of a rollout, with the ids of their first prompts. Raises ValueError as `generate` does."""
-        prompt_ids = [[] if plans is not None else self.encoder.plan_ids(prompt, limit) for prompt in prompts]
+        prompt_ids: list[list[int]] = [[] for _ in prompts]
+        if plans is None:
+            for prompt in prompts:  # one that leaves no room for its picture, even without a plan, is an error now
+                self.encoder.image_ids(prompt, "", self.policy.num_image_tokens)
+            prompt_ids = [self.encoder.plan_ids(prompt, limit) for prompt in prompts]
         # The text of the picture's prompt is shorter than the plan's prompt and the plan together. But encoding the
         # plan's text may give more tokens than were sampled, so there is room for a quarter more.
         longest, room = limit + limit // 4, self.encoder.max_context - self.policy.num_image_tokens - 1

@@ -6,6 +6,8 @@ A picture's random numbers depend on its own seed alone: picture k of `generate(
 
 from __future__ import annotations
 
+import operator
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,11 +65,14 @@ def plans_of(plan: str | Sequence[str], prompts: Sequence[str]) -> list[str | No
     plans = [plan] * len(prompts) if isinstance(plan, str) else list(plan)
     if len(plans) != len(prompts):
         raise ValueError(f"plan has {len(plans)} texts for {len(prompts)} prompts; give one text, or one for each")
+    if "auto" in plans:
+        raise ValueError('a list of plans cannot have "auto"; give "off" or the text of a plan for each prompt')
     return [None if text == "off" else text.strip() for text in plans]
 
 
 def first_samples(prompts: Sequence[str], n: int, seed: int) -> list[int]:
     """The engine's number of each prompt's first sample. Raises ValueError for a seed or an `n` out of range."""
+    seed = operator.index(seed)  # NumPy's integers too
     if n < 1:
         raise ValueError(f"n={n} must be at least 1")
     if not 0 <= seed <= SEEDS - n:
@@ -82,6 +87,7 @@ class Policy(policy.Policy):
     """
 
     _engine: RolloutEngine | None = None
+    _lock = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -91,16 +97,17 @@ class Policy(policy.Policy):
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         usual = torch.bfloat16 if where.type == "cuda" else torch.float32
         loaded = policy.load_policy(path, dtype=dtype or usual, device=where)
-        drawing = cls(loaded.model, loaded.tokenizer)
-        drawing.adapters, drawing.settings = loaded.adapters, loaded.settings
-        return drawing
+        loaded.__class__ = cls
+        return loaded  # type: ignore[return-value]
 
     @property
     def engine(self) -> RolloutEngine:
-        """The engine that `generate` uses. It is kept with its CUDA graphs and KV cache until `settings` change."""
-        if self._engine is None or self._engine.encoder.format != self.settings.prompts:
-            self._engine = RolloutEngine(self, self.prompt_encoder(self.settings.prompts))
-        return self._engine
+        """The engine that `generate` uses. It is kept with its CUDA graphs and KV cache until the prompt texts in
+        `settings`, the device or the dtype change."""
+        own, wanted = self._engine, (self.settings.prompts, (self.device, self.dtype))
+        if own is None or (own.encoder.format, own.weights.kind) != wanted:
+            self._engine = own = RolloutEngine(self, self.prompt_encoder(self.settings.prompts))
+        return own
 
     def generate(
         self,
@@ -111,7 +118,7 @@ class Policy(policy.Policy):
         plan: str | Sequence[str] = "auto",
         **sampling: Any,
     ) -> list[Generation]:
-        """Plan and draw `n` pictures of each prompt, in order.
+        """Plan and draw `n` pictures of each prompt, in order. Calls of several threads run one after another.
 
         Args:
             prompts: one prompt, or a list.
@@ -128,13 +135,14 @@ class Policy(policy.Policy):
         """
         given = {name: value for name, value in sampling.items() if value is not None}
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        drawn = self.stream(prompts, n, seed, plan, replace(self.settings.sampling, **given))
-        return list(drawn) if prompts else []
+        sampling_ = replace(self.settings.sampling, **given)
+        with self._lock:
+            return list(self.stream(prompts, n, seed, plan, sampling_)) if prompts else []
 
     def stream(
         self, prompts: Sequence[str], n: int, seed: int, plan: str | Sequence[str], sampling: Sampling
     ) -> Iterator[Generation]:
-        """Yield the pictures of `generate` as soon as they are drawn."""
+        """Yield the pictures of `generate` as soon as they are drawn. Only one thread at a time may use a policy."""
         first, plans, done = first_samples(prompts, n, seed), plans_of(plan, prompts), 0
         for chunk in self.engine.generate(prompts, n, sampling, 0, first, plans):
             yield from pictures_of(chunk, prompts, n, seed, done)

@@ -38,10 +38,11 @@ class KVPool:
         self._allocate(0)
 
     def _allocate(self, slots: int) -> None:
-        self.slots = slots
+        self.slots = 0  # until there is memory for them
         shape = (self.layers, 2, slots, self.heads)
         self._pool = torch.empty(*shape, self.dim, dtype=self.dtype, device=self.device)
         self._scales = torch.empty(shape if self.scaled else 0, dtype=torch.float32, device=self.device)
+        self.slots = slots
         self.reset()
 
     def reset(self) -> None:
@@ -63,7 +64,6 @@ class KVPool:
         if tokens <= max(self.capacity, self._asked):
             return False
         tokens += tokens // 8
-        self._asked = tokens
         limit = self.max_bytes
         if limit is None and self.device.type == "cuda":
             cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
@@ -72,13 +72,16 @@ class KVPool:
         slots = tokens + SCRATCH + 1
         slots = slots if limit is None else min(slots, limit // self.bytes_per_token)
         if slots <= self.slots:
+            self._asked = tokens
             return False
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # other streams may still be reading the old pool
+        self._asked = 0
         self._allocate(0)  # free the old pool first: both may not fit
         while True:
             try:
                 self._allocate(slots)
+                self._asked = tokens
                 return True
             except torch.OutOfMemoryError:  # a smaller pool suffices, since the engine then makes smaller chunks
                 slots //= 2

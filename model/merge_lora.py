@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from .adapters import adapter_base
+from .adapters import adapter_base, is_adapted, unmerged
 from .policy import load_policy
-from .settings import RolloutSettings
 
 
 def merge(adapter: Path, out: Path) -> None:
-    """Write the merged model, its tokenizer, and the settings of `adapter`.
+    """Write the merged model, its tokenizer, and the settings with which `adapter` draws.
 
     Raises:
+        ValueError: a layer is adapted that shares its weight with another one (`tie_word_embeddings`).
         FileNotFoundError: `adapter` is no adapter folder, or its base model is not there.
         FileExistsError: `out` exists.
     """
@@ -32,11 +32,14 @@ def merge(adapter: Path, out: Path) -> None:
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new folder")
     policy = load_policy(adapter, dtype=torch.float32)
+    ends = (policy.model.lm_head, policy.decoder.embed_tokens)
+    if any(map(is_adapted, ends)) and unmerged(ends[0], "weight") is unmerged(ends[1], "weight"):
+        raise ValueError(f"{adapter} adapts lm_head or embed_tokens, which share one weight: they cannot be merged")
     policy.model, policy.adapters = policy.adapters.merge_and_unload(), None
     raw, _ = PreTrainedConfig.get_config_dict(base)
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     policy.model.to(getattr(torch, name))
-    policy.save_pretrained(out, settings=RolloutSettings.load(adapter))
+    policy.save_pretrained(out)
 
 
 def main() -> None:

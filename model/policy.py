@@ -206,8 +206,12 @@ class Policy:
         `weights` replace the model's own, which ZeRO-3 shards. `settings` are written as bicot.json; None = its own.
         """
         if self.adapters:
+            card = Path(folder, "README.md")
+            before = card.read_bytes() if card.exists() else None
             self.adapters.save_pretrained(folder, save_embedding_layers=False)  # "auto" would ask the hub
-            (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            card.unlink(missing_ok=True)  # PEFT's empty model card
+            if before is not None:
+                card.write_bytes(before)
         else:
             self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
@@ -234,7 +238,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def _newest(run: str | Path) -> str:
     """Text that names the newest checkpoint in the folder of a run; "" if it has none."""
-    found = sorted(Path(run).glob("checkpoint-*/config.json"))
+    found = sorted(Path(run).glob("checkpoint-*/tokenizer_config.json"))
     return f"; did you mean its checkpoint {found[-1].parent}?" if found else ""
 
 

@@ -41,6 +41,8 @@ class Sampling:
         for name, least in LEAST.items():
             if not least <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} {value} must be a number that is at least {least}")
+            if isinstance(getattr(Sampling, name), int) and not isinstance(value, int):
+                raise ValueError(f"{name} {value} must be a whole number, as an int")
         for name in ("top_p", "image_top_p"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} {value} must be above 0, and at most 1")

@@ -73,8 +73,8 @@ class Stage:
         self.seed = torch.zeros((), dtype=torch.int64, device=self.device)
         # one element more than S·L, which fillers write
         self.tokens = torch.zeros(samples * length + 1, dtype=torch.int64, device=self.device)
-        self.logp_cond = torch.zeros(samples * length + 1, device=self.device)
-        self.logp_guided = torch.zeros(samples * length + 1, device=self.device)
+        self.logp_cond = torch.zeros(samples * length + 1, dtype=torch.float32, device=self.device)
+        self.logp_guided = torch.zeros_like(self.logp_cond)
 
     def bucket(self, samples: int) -> int:
         """The size that a batch of `samples` is filled up to. One graph serves all batches up to its size."""

@@ -50,7 +50,7 @@ class Weights:
                 "Llama with 'silu'"
             )
         self.policy = policy
-        self._kind = (policy.device, policy.dtype)
+        self.kind = (policy.device, policy.dtype)
         self._sources: list[Joined] = []
         self.embed_text = self.read("weight", "model.language_model.embed_tokens")
         self.layers = [Layer(self, f"model.language_model.layers.{i}") for i in range(config.num_hidden_layers)]
@@ -93,6 +93,8 @@ class Weights:
     def refresh(self) -> bool:
         """Bring all weights up to date with training. Under ZeRO-3 all ranks call this together.
 
+        A frozen VQ model is copied again only if PyTorch has counted a write to it, so not after `weight.data.mul_(2)`.
+
         Returns:
             Whether a tensor has moved in memory, which makes captured CUDA graphs invalid. This happens only after the
             parameters themselves have moved.
@@ -101,8 +103,8 @@ class Weights:
             ValueError: the policy has another device or dtype than before.
         """
         kind = (self.policy.device, self.policy.dtype)
-        if kind != self._kind:
-            raise ValueError(f"the policy changed from {self._kind} to {kind}: build a new RolloutEngine")
+        if kind != self.kind:
+            raise ValueError(f"the policy changed from {self.kind} to {kind}: build a new RolloutEngine")
         modules = {"": self.policy.model}  # by name, each looked up once
         moved = [source.refresh(modules) for source in self._sources]
         vq = self.policy.model.model.vqmodel
@@ -216,9 +218,10 @@ def _module(name: str, known: dict[str, nn.Module]) -> nn.Module:
 
 def _state(module: nn.Module) -> list[tuple[int, int]] | None:
     """The address and version of each parameter, which show whether one has changed. None if every refresh must copy:
-    a parameter trains, or ZeRO-3 has sharded it, so that all ranks must gather it together."""
+    a parameter trains, a layer is adapted (adapters may be switched off), or ZeRO-3 has sharded the module, so that all
+    ranks must gather it together."""
     parameters = list(module.parameters())
-    changing = any(p.requires_grad or hasattr(p, "ds_id") for p in parameters)
+    changing = any(p.requires_grad or hasattr(p, "ds_id") for p in parameters) or any(map(is_adapted, module.modules()))
     return None if changing else [(p.data_ptr(), p._version) for p in parameters]
 
 

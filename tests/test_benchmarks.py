@@ -17,7 +17,7 @@ from tiny import ROOT, TORCHRUN, tiny_policy
 from training import environment
 
 from bicot import evaluate
-from bicot.grpo.benchmarks import BENCHMARKS, load_picture, tile
+from bicot.grpo.benchmarks import BENCHMARKS, fingerprint, load_picture, tile
 from bicot.grpo.scores import Evaluation, bootstrap, plan_agreement
 from bicot.model.prompts import PromptFormat
 from bicot.model.settings import RolloutSettings, Sampling
@@ -288,6 +288,19 @@ def test_own_scores_and_the_difference_of_two_checkpoints(
     subprocess.run(command, check=True, env=environment(tmp_path), timeout=300)
     for name in ("samples.jsonl", "scores.json", *(f"images/{i:05}_{g:02}.png" for i in range(4) for g in range(3))):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
+
+
+def test_the_fingerprint_of_adapters_is_also_that_of_their_base(tmp_path: Path) -> None:
+    for name in ("base", "adapter"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    )
+    before = fingerprint(str(tmp_path / "adapter"))
+    assert fingerprint(str(tmp_path / "adapter")) == before
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"Weights")
+    assert fingerprint(str(tmp_path / "adapter")) != before
 
 
 def test_plan_precision_and_recall() -> None:

@@ -292,6 +292,25 @@ def test_a_kv_cache_that_does_not_fit_becomes_smaller(policy: Policy) -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+def test_a_kv_cache_is_allocated_again_after_memory_ran_out(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(policy)
+    sampling = Sampling(max_completion_length=10, cfg_weight=1.0)
+    expected = next(engine.generate(PROMPTS[:1], 2, sampling, 0))
+    with monkeypatch.context() as patch:
+        resource_limit = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        real = torch.empty
+
+        def empty(*shape: Any, **options: Any) -> Tensor:
+            if 0 not in shape:
+                raise resource_limit
+            return real(*shape, **options)
+
+        patch.setattr("bicot.model.kv.torch.empty", empty)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            next(engine.generate(PROMPTS, 40, sampling, 0))
+    assert torch.equal(next(engine.generate(PROMPTS[:1], 2, sampling, 0)).image_tokens, expected.image_tokens)
+
+
 def test_samples_differ_within_a_group_and_between_seeds(policy: Policy) -> None:
     engine = engine_of(policy)
     sampling = Sampling(max_completion_length=10, cfg_weight=1.0)

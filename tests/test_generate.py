@@ -108,7 +108,18 @@ def test_json_is_alone_on_stdout(generate: Any, monkeypatch: pytest.MonkeyPatch)
     assert all(Path(file).is_file() for file in files) and "and outputs/generate/grid.png beside them" in aside
 
 
-def test_best_of_keeps_the_best_of_what_is_drawn_anyway(generate: Any, tmp_path: Path) -> None:
+HALF = """
+import torch
+class Half:
+    name = "half"
+    def score(self, images, examples):
+        return torch.tensor([0.0, float("nan")] * len(examples))[: len(examples)]
+"""
+
+
+def test_best_of_keeps_the_best_of_what_is_drawn_anyway(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [SPATIAL, {"prompt": "two circles", "numeracy_info": [{"num": 2, "obj_name": "circle"}]}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--prompt_file", "rows.jsonl", "--best_of", "6", "--rewards.names", "scene,plan"]
@@ -121,6 +132,11 @@ def test_best_of_keeps_the_best_of_what_is_drawn_anyway(generate: Any, tmp_path:
         assert best["score"] == pytest.approx(2 * best["scores"]["scene"] + 0.5 * best["scores"]["plan"])
     drawn = Policy.from_pretrained(TOY, device="cpu").generate(rows[1]["prompt"], n=6)[kept[2]["seed"]]
     assert (np.asarray(drawn.image) == pixels(kept[2]["file"])).all() and drawn.plan == kept[2]["plan"]
+
+    (tmp_path / "half.py").write_text(HALF)
+    monkeypatch.syspath_prepend(tmp_path)
+    said, _ = generate("a circle", "--best_of", "2", "--rewards.names", "half:Half", "--num_generations", "2", "--json")
+    assert [row["score"] for row in map(json.loads, said.splitlines())] == [0.0, None] and "NaN" not in said
 
     said, _ = generate(*words)
     head, *lines, last = said.splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,55 @@ def test_stream_yields_pictures_before_all_are_drawn(toy: Policy, monkeypatch: p
     assert len(list(pictures)) == 5 and drawn == [2, 2, 2]
 
 
+def test_a_prompt_without_room_for_its_picture_is_an_error_before_plans_are_written(
+    toy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy.engine, "_write_plans", lambda *_: pytest.fail("plans were written"))
+    with pytest.raises(ValueError, match="prompt too long: 2.. tokens and 65 to generate"):
+        toy.generate(["a circle", "a " * 200])
+
+
+def test_threads_take_turns(toy: Policy) -> None:
+    """As those of a web server."""
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda prompt: toy.generate(prompt)[0], PROMPTS * 2))
+    for prompt, picture in zip(PROMPTS * 2, together, strict=True):
+        assert torch.equal(picture.tokens, toy.generate(prompt)[0].tokens)
+
+
+def test_a_stream_goes_on_after_another_call(toy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy.engine, "max_rows", 2)
+    sampling = replace(toy.settings.sampling, max_completion_length=3)
+    expected = list(toy.stream(PROMPTS * 2, 1, 0, "auto", sampling))
+    found = []
+    for picture in toy.stream(PROMPTS * 2, 1, 0, "auto", sampling):
+        found.append(picture)
+        toy.generate("two red squares", max_completion_length=20)
+    assert [picture.plan for picture in found] == [picture.plan for picture in expected]
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, expected, strict=True))
+
+
+def test_inference_mode_leaves_a_policy_that_trains(policy: Policy) -> None:
+    """It is the mode in which servers usually draw. Tensors made in it cannot be trained or written outside."""
+    policy.__class__ = Policy
+    sampling = {"max_completion_length": 4}
+    with torch.inference_mode():
+        inside = policy.generate("a circle", **sampling)[0]
+        assert torch.is_inference_mode_enabled()
+    assert torch.equal(policy.generate("a circle", **sampling)[0].tokens, inside.tokens)
+    policy.hidden(([[0, 8, 9]], [[8, 9]]))[0].sum().backward()
+    assert not any(p.is_inference() for p in policy.model.parameters())
+
+
+def test_the_engine_follows_another_dtype(toy: Policy) -> None:
+    toy.generate("a circle", max_completion_length=2)
+    try:
+        toy.model.bfloat16()
+        assert toy.generate("a circle", max_completion_length=2)[0].tokens.shape == (64,)
+    finally:
+        toy.model.float()
+
+
 def test_sampling_is_that_of_the_checkpoint_unless_given(toy: Policy) -> None:
     greedy = {"temperature": 0, "image_temperature": 0}
     a, b = toy.generate("a circle", n=2, **greedy, cfg_weight=1.0)
@@ -118,6 +168,8 @@ def test_sampling_is_that_of_the_checkpoint_unless_given(toy: Policy) -> None:
         ({"prompts": ["a", " "]}, "empty prompt"),
         ({"prompts": ["a", " "], "plan": "off"}, "empty prompt"),
         ({"prompts": ["a", "b"], "plan": ["c"]}, "plan has 1 texts for 2 prompts"),
+        ({"plan": ["auto"]}, 'a list of plans cannot have "auto"'),
+        ({"top_k": 2.0}, "top_k 2.0 must be a whole number"),
         ({"prompts": "a " * 4000, "plan": "off"}, "prompt too long"),
         ({"temperature": -1}, "temperature -1 must be a number that is at least 0"),
         ({"cfg_weight": float("nan")}, "cfg_weight nan must be finite"),

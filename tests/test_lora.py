@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_policy
 from training import LORA, assert_resumes, metrics, run, weights, words
 
 from bicot import generate
 from bicot.grpo.cli import parse_config
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.trainer import Trainer
+from bicot.model.adapters import add_lora
 from bicot.model.merge_lora import main as merge_lora
+from bicot.model.merge_lora import merge
 from bicot.model.policy import load_policy
+from bicot.model.prompts import PromptFormat
+from bicot.model.settings import RolloutSettings, Sampling
 
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 
 
 def test_a_lora_run_resumes_and_is_merged(
@@ -53,6 +58,35 @@ def test_a_lora_run_resumes_and_is_merged(
     monkeypatch.setattr("transformers.utils.logging.disable_progress_bar", lambda: None)
     generate.main(drawing)
     assert (tmp_path / "grid.png").is_file()
+
+
+def test_adapters_of_peft_alone_are_merged_with_the_settings_of_their_base(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    settings = RolloutSettings(PromptFormat(reasoning_prompt="plan {}"), Sampling(cfg_weight=2.0))
+    policy.save_pretrained(tmp_path / "base", settings=settings)
+    policy = load_policy(tmp_path / "base")
+    peft.get_peft_model(policy.model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    assert load_policy(tmp_path / "merged").settings == settings
+
+
+def test_adapters_of_a_weight_that_two_layers_share_are_not_merged(tmp_path: Path) -> None:
+    tiny_policy(tied=True).save_pretrained(tmp_path / "base")
+    policy = load_policy(tmp_path / "base")
+    peft.get_peft_model(policy.model, peft.LoraConfig(target_modules=["lm_head"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="adapts lm_head or embed_tokens, which share one weight"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_model_card_survives_saving_adapters(tmp_path: Path) -> None:
+    policy = tiny_policy()
+    policy.adapters = add_lora(policy.model, 4, 8, 0.0, ["q_proj"], [])
+    policy.save_pretrained(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "README.md").write_text("my model")
+    policy.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my model"
 
 
 def test_adapters_alone_train_and_need_no_reference_model(job: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 
 from bicot.grpo.config import Config, RewardConfig
 from bicot.grpo.optim import MasterAdamW
+from bicot.model.adapters import add_lora
 from bicot.model.policy import Policy, load_policy
 from bicot.model.weights import Weights
 
@@ -191,6 +192,24 @@ def test_a_refresh_copies_nothing_that_stayed(policy: Policy, trains: bool) -> N
             change(vq.decoder.conv_out.bias)
         weights.refresh()
         assert torch.equal(weights.image_decoder.model.decoder.conv_out.bias, vq.decoder.conv_out.bias)
+
+
+def test_adapters_of_the_picture_decoder_are_followed(policy: Policy) -> None:
+    """Also those of a frozen policy, which can be switched off."""
+    pytest.importorskip("peft")
+    policy.adapters = add_lora(policy.model, 4, 8, 0.0, ["conv_out"], [])
+    policy.freeze()
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            parameter.fill_(1.0)
+    weights = engine_of(policy).weights
+    own, layer = weights.image_decoder.model.decoder.conv_out, policy.model.model.vqmodel.decoder.conv_out
+    adapted = own.weight.clone()
+    with policy.without_adapters():
+        weights.refresh()
+        assert torch.equal(own.weight, layer.base_layer.weight)
+    weights.refresh()
+    assert torch.equal(own.weight, adapted) and not torch.equal(adapted, layer.base_layer.weight)
 
 
 def test_another_dtype_needs_another_engine(policy: Policy) -> None:
