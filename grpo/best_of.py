@@ -29,9 +29,9 @@ def require_scores(ensemble: RewardEnsemble, examples: Sequence[Example]) -> Non
     """
     for example in examples:
         ensemble.check(example)
-        silent, used = ensemble.silent(example), int((ensemble.weights != 0).sum())
+        silent = ensemble.silent(example)
         bare = not (example.nouns or example.attr_nouns or example.spatial_info or example.numeracy_info)
-        if len(silent) == used or (silent and bare):
+        if silent and (bare or not ensemble.applies(example)):
             raise ValueError(
                 f"reward {silent[0]!r} cannot score the prompt {example.prompt[:120]!r}: a JSONL --prompt_file must "
                 "give the annotations that the reward reads (nouns, attr_nouns, spatial_info or numeracy_info)"

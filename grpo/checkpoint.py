@@ -63,7 +63,10 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """The step number in the name of a checkpoint."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+    number = checkpoint.name.removeprefix("checkpoint-")
+    if not number.isdigit():
+        raise ValueError(f"{checkpoint} must be named checkpoint-<step>, as it was written")
+    return int(number)
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:

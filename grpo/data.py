@@ -60,6 +60,21 @@ class PromptFile:
 
         self.rows = self._sift(self.rows, checked)
 
+    def unscored(self, applies: Callable[[Example], bool]) -> list[str]:
+        """Text for the user: for how many prompts `applies` is false, which says whether a reward applies.
+
+        Raises:
+            ValueError: it is false for all.
+        """
+        without = [(number, example) for number, example in self.rows if not applies(example)]
+        if not without:
+            return []
+        number, example = without[0]
+        which = f"{self.path}: no reward applies to {len(without)} of {len(self.rows)} prompts"
+        if len(without) == len(self.rows):
+            raise ValueError(f"{which}, so nothing can be trained: give them the annotations that the rewards read")
+        return [f"{which}, which train nothing; the first is in line {number}: {example.prompt[:80]!r}"]
+
     def said(self) -> list[str]:
         """Text for the user: which lines were left out and why, at most LISTED of them."""
         if not self.bad:

@@ -5,7 +5,7 @@ their rewards differ. A group that no round replaces stays.
 
 The prompt that is drawn for group p of a step in round r is a function of (seed, step, r, p): the prompt that group p
 would have if the seed were seed + r. So a resumed run draws the same groups on any number of ranks, and no rank waits
-for another.
+for another. With ZeRO-3 they would have to, so that is refused.
 """
 
 from __future__ import annotations

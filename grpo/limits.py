@@ -118,6 +118,8 @@ def _of_rollouts(config: Config) -> Iterator[str]:
     """Conflicts of the settings that write rollouts to files or read them."""
     if config.rollout_only and (config.save_rollouts is None or config.replay or config.resume):
         yield "rollout_only needs save_rollouts, and neither replay nor resume"
+    if config.save_rollout_images and not config.save_rollouts:
+        yield "save_rollout_images needs save_rollouts, the folder to write to"
     if config.replay and config.save_rollouts:
         yield "replay reads rollouts, and save_rollouts would write the same again: leave one out"
 

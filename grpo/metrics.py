@@ -6,6 +6,7 @@ Scores and plans are on the host. Metrics that are computed on the device are co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ..model.chunk import Clock, Span, seconds_of
-from ..rewards.ensemble import RewardEnsemble, RewardHandle
+from ..rewards.ensemble import RewardEnsemble, RewardHandle, std_of
 from .distributed import Ranks
 from .samples import mean_by_name
 
@@ -37,13 +38,11 @@ def reward_metrics(
     total = ensemble.total(scores)
     groups = total.view(-1, num_generations)
     by_task = mean_by_name(zip(task_types, total.tolist(), strict=True))
-    spread = torch.stack([g[~g.isnan()].std() if (~g.isnan()).sum() > 1 else g.new_zeros(()) for g in groups])
-    largest, smallest = groups.nan_to_num(nan=-torch.inf).amax(1), groups.nan_to_num(nan=torch.inf).amin(1)
+    spread = [0.0 if math.isnan(std := std_of(group[~group.isnan()])) else std for group in groups]
     return {
         "reward": total.nanmean().item(),
-        "reward_std": spread.mean().item(),
-        # not by the std, which rounding errors keep above 0: that of eight times 0.35 is not 0
-        "frac_reward_zero_std": (largest == smallest).float().mean().item(),
+        "reward_std": sum(spread) / len(spread),
+        "frac_reward_zero_std": spread.count(0.0) / len(spread),
         **ensemble.metrics(scores),
         **{f"reward_by_task/{task}": mean for task, mean in by_task.items() if mean is not None},
     }

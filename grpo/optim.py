@@ -69,6 +69,8 @@ class MasterAdamW:
 
     def __init__(self, parameters: Sequence[nn.Parameter], config: Config) -> None:
         self.parameters = list(parameters)
+        if not self.parameters:
+            raise ValueError("freeze leaves no parameter to train")
         self.rounds = config.optim == "adamw_8bit"
         own = [self.rounds or p.element_size() >= 4 for p in self.parameters]
         pairs = zip(self.parameters, own, strict=True)
@@ -188,10 +190,8 @@ class MasterAdamW:
     def _load_schedule(self, schedule: dict[str, Any]) -> None:
         self.schedule.load_state_dict(schedule)
         rate = self.options["lr"]
+        now = rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch)  # the schedule is that of the settings too
         for group in self.adamw.param_groups:
-            before, now = group["initial_lr"], group["lr"]
-            if before != rate:  # the same point of the schedule, with the new rate
-                now = rate * now / before if before else 0 * rate
             group |= {**self.options, "lr": now, "initial_lr": rate}
         self.schedule.base_lrs = [rate] * len(self.adamw.param_groups)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]

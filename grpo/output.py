@@ -79,6 +79,7 @@ def make_room(output: Path, config: Config) -> list[str]:
     said = []
     if holds_run(output):
         kept = [*(output / name for name in (*_FILES, *_FOLDERS)), *list_checkpoints(output)]
+        kept += output.glob("events.out.tfevents.*")  # TensorBoard's
         if config.overwrite_output_dir:
             for path in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

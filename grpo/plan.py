@@ -413,7 +413,11 @@ def _rewards(config: Config) -> tuple[int, int, int]:
         if name in REWARDS and options.get("device") != "cpu":
             count, each = REWARDS[name]
             default = "bfloat16" if name == "orm" else "float32"
-            itemsize = 4 if name == "grounding" else getattr(torch, options.get("dtype", default)).itemsize
+            given = options.get("dtype", default)
+            dtype = getattr(torch, str(given), None)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"rewards.options.{name}: dtype={given!r} must be float16, bfloat16 or float32")
+            itemsize = 4 if name == "grounding" else dtype.itemsize
             pictures += each * GIB * options.get("micro_batch", PICTURES)
             if options.get("offload"):
                 pictures += count * itemsize

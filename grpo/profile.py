@@ -279,12 +279,23 @@ def step_times(trainer: Trainer, steps: int, warm_up: int = WARM_UP) -> dict[str
     }
 
 
+def for_profile(config: Config, folder: str, steps: int) -> Config:
+    """The settings of a run of `steps` steps that evaluates nothing, and leaves nothing outside of `folder`."""
+    changes: dict[str, Any] = {"eval_file": None, "eval_steps": None, "load_best_model_at_end": False}
+    changes |= {"rewards": replace(config.rewards, heldout=[]), "push_to_hub": False, "hub_model_id": None}
+    if not config.rollout_only:
+        changes |= {"save_rollouts": None, "save_rollout_images": False}
+    if config.replay:  # it needs the files of these steps
+        changes |= {"max_steps": steps, "stop_after": None}
+    return replace(config, output_dir=folder, resume=None, **changes)
+
+
 def profile(config: Config, file: Path, steps: int = 3) -> None:
     """Profile steps of a run instead of training. Print a table, and write `file` (JSON) and a trace beside it."""
     ranks = Ranks.start(config.ddp_timeout)
     try:
         with ranks.naming_the_lost(), tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(replace(config, output_dir=folder, resume=None, eval_file=None), ranks)
+            trainer = Trainer(for_profile(config, folder, WARM_UP + 2 * steps + 1), ranks)
             result: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__}
             result |= {"device": ranks.device.type, **step_times(trainer, steps)}
             if ranks.main:

@@ -335,7 +335,7 @@ def _section(title: str, content: str) -> str:
 
 
 def _show(value: Any) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
 
 
 def _table(summary: Mapping[str, Any]) -> str:

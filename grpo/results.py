@@ -87,7 +87,7 @@ class Results:
             write_report(self.output, self.config, summary, shown, self.alarms.said, self.heldout_only)
             files.append("report.html")
         print(heldout_table(before, after, self.heldout_only))
-        if best:
+        if best and after:
             folder = best["best_model_checkpoint"]
             print(f'"after" is the best checkpoint by {self.config.metric_for_best_model}: {folder}')
         what = f"{', '.join(files[:-1])} and {files[-1]}"
@@ -95,12 +95,15 @@ class Results:
         return summary
 
     def publish(self, summary: dict[str, Any], run: dict[str, Any], repo: str | None, done: bool) -> None:
-        """Write the model card into the checkpoint that the run ends with. Upload it to `repo` if the run is done.
+        """Write the model card beside the model whose rewards the summary has: the best one, or that of the last step,
+        with averaged weights if there are any. Upload that model to `repo` if the run is done.
 
         `run` are the settings that a checkpoint remembers.
         """
         step = summary["steps"]
-        model = Path(summary.get("best_model_checkpoint", checkpoint_path(self.output, step)))
+        last = checkpoint_path(self.output, step)
+        last = last if self.config.ema_decay is None else last / "ema"
+        model = Path(summary.get("best_model_checkpoint", last))
         with no_failure("no model card"):
             write_card(model, self.config, run, summary, repo)
         if repo and done:

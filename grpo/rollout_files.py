@@ -30,6 +30,7 @@ from ..rewards.worker import Scored
 from .data import parse_example
 from .distributed import Ranks
 from .files import whole
+from .output import require_writable
 
 _PACKED = ("prompts", "plans", "plan_logprobs", "image_prompts")
 _TENSORS = ("truncated", "image_tokens", "image_logprobs", "guided_logprobs")
@@ -59,6 +60,20 @@ class SavedRollout:
 def path_of(folder: Path, step: int, rank: int) -> Path:
     """The file of a rank and a step, which is counted from 1."""
     return folder / f"step-{step:06d}-rank-{rank}.safetensors"
+
+
+def require_room(folder: Path, step: int, resumes: bool) -> None:
+    """Prepare the folder for the rollouts after `step`. A resumed run may replace its own.
+
+    Raises:
+        FileExistsError: a new run would mix its rollouts with those of another one.
+        OSError: the folder cannot be written.
+    """
+    require_writable(folder, "save_rollouts")
+    if not resumes and (found := next(folder.glob("step-*-rank-*.safetensors"), None)):
+        raise FileExistsError(
+            f"save_rollouts: {folder} has rollouts of another run ({found.name}); give another folder"
+        )
 
 
 def save_rollout(path: Path, saved: SavedRollout, images: bool) -> None:

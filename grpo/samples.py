@@ -37,6 +37,12 @@ def save_samples(samples: Sequence[Sample], path: Path) -> None:
         part.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def remove_samples(path: Path) -> None:
+    """Delete what `save_samples` wrote, if it wrote anything."""
+    for suffix in (".jsonl", ".npz"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
 def load_samples(path: Path) -> list[Sample]:
     """Read what `save_samples` wrote; an empty list if it wrote nothing."""
     if not path.with_suffix(".jsonl").is_file():
@@ -92,7 +98,7 @@ def heldout_table(before: Sequence[Sample], after: Sequence[Sample], names: Sequ
     """The rows of `reward_rows` as text."""
     rows = reward_rows(before, after, names)
     if not rows:
-        return "no held-out prompts (eval_file): no reward before and after"
+        return "no held-out samples of before training: no reward before and after"
     lines = [f"{'held-out reward':<18}{'before':>8}{'after':>8}"]
     return "\n".join(
         lines

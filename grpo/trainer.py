@@ -29,9 +29,9 @@ from ..model.settings import RolloutSettings, Sampling
 from ..model.weights import gathered
 from ..rewards.base import Example
 from ..rewards.ensemble import RewardEnsemble
-from ..rewards.worker import borrowed, host_copies
+from ..rewards.worker import RewardError, borrowed, host_copies
 from .average import mix_into
-from .checkpoint import find_checkpoint, load_state, run_settings, save_checkpoint, step_of
+from .checkpoint import checkpoint_path, find_checkpoint, load_state, run_settings, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
 from .distributed import Ranks, resume_command
@@ -42,14 +42,14 @@ from .evaluate import Heldout, gather_samples, save_best
 from .hub import require_hub
 from .metrics import Phases, image_diversity, on_host, plan_metrics, reward_costs, reward_metrics
 from .optim import MasterAdamW, adamw_8bit
-from .output import go_back, locked, make_room, require_writable
+from .output import go_back, locked, make_room
 from .plan import settle
 from .policies import REFERENCE, build_policy, build_reference
 from .report import draw_grid, no_failure, pick_places
 from .results import Results
 from .rollout import build_engine, roll_out
-from .rollout_files import Replay, SavedRollout, path_of, save_rollout
-from .samples import Sample, heldout_metrics, save_samples
+from .rollout_files import Replay, SavedRollout, path_of, require_room, save_rollout
+from .samples import Sample, heldout_metrics, remove_samples, save_samples
 from .step import Ahead, begin, begins_early, micro_batches_of, reference_logprobs, reference_passes, update
 from .token_weights import TokenWeights
 from .tracking import Log, require_trackers
@@ -118,6 +118,8 @@ class Trainer:
         for file in files:
             file.check(self._fits)
             said += file.said()
+        if files and not config.rollout_only:
+            said += files[0].unscored(self.ensemble.applies)
         self.examples, examples = ([*(file.examples for file in files), [], []])[:2]
         self.heldout = Heldout(config, judges, examples, config.seed * _SEED_STRIDE + _EVAL_STEP, ranks)
         self.reference, self.reference_moves = build_reference(config, checkpoint, self.policy, self._load)
@@ -145,7 +147,7 @@ class Trainer:
         weights = cast(list[float] | None, config.reward_weights)
         self.replay: Replay | None = None
         if config.replay:
-            steps = range(step_of(checkpoint) + 1 if checkpoint else 1, (config.stop_after or config.max_steps) + 1)
+            steps = range(step_of(checkpoint) + 1 if checkpoint else 1, self._last_step + 1)
             samples = config.prompts_per_device * config.num_generations
             self.replay = Replay(Path(config.replay), steps, ranks, samples, weights)
             self.ensemble = self.replay.ensemble
@@ -156,9 +158,12 @@ class Trainer:
     def _begin(self, checkpoint: Path | None, said: list[str]) -> None:
         """Prepare the output folder. This comes last, so that a run that is refused changes nothing."""
         if self.config.save_rollouts:
-            require_writable(Path(self.config.save_rollouts), "save_rollouts")
-        said += make_room(self.output, self.config) if checkpoint is None else go_back(self.output, self.step)
+            require_room(Path(self.config.save_rollouts), self.step, resumes=self.config.resume is not None)
+        own = checkpoint is not None and self.output.resolve() in checkpoint.resolve().parents
+        said += go_back(self.output, self.step) if own else make_room(self.output, self.config)
         (self.output / "samples").mkdir(parents=True, exist_ok=True)
+        if self.step < self._last_step:
+            remove_samples(self.output / "samples" / "heldout-after")  # of a run that this one goes on from
         print("".join(f"{line}\n" for line in said), end="")
 
     def _fits(self, example: Example) -> None:
@@ -208,7 +213,8 @@ class Trainer:
             self.results.publish(summary, run_settings(config, self.ranks.size), self.repo, done)
         if stopped:
             name = "an alarm" if stopped == signal.SIGALRM else signal.Signals(stopped).name
-            print(f"stopped by {name} after step {self.step} of {config.max_steps}; continue with: {resume_command()}")
+            go_on = "" if config.rollout_only else f"; continue with: {resume_command()}"
+            print(f"stopped by {name} after step {self.step} of {config.max_steps}{go_on}")
         return summary
 
     def _train(self) -> tuple[list[Sample], int]:
@@ -219,7 +225,11 @@ class Trainer:
         stopped = 0
         with closing(log) if log else nullcontext(), short_collections(), stop_signals() as received:
             while self.step < last and not (stopped := self._agree(received)):
-                metrics, grid = self._train_step()
+                try:
+                    metrics, grid = self._train_step()
+                except RewardError:  # the weights are those of the step before
+                    self._save_alone()
+                    raise
                 if self.reference and config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
                     mix_into(self.reference, self.policy, config.ref_model_mixup_alpha)
                 samples = self._evaluate() if self.heldout.is_due(self.step) else []
@@ -406,6 +416,12 @@ class Trainer:
 
         self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit, self.heldout.best.step, also))
         self.saved = self.step
+
+    def _save_alone(self) -> None:
+        """Write a checkpoint, if this rank can do so without the others, which may be gone."""
+        if self.ranks.size == 1 or (self.ranks.main and not isinstance(self.optimizer, ZeroAdamW)):
+            self._save()
+            print(f"saved {checkpoint_path(self.output, self.step)}; continue with: {resume_command()}")
 
 
 def train(config: Config) -> dict[str, Any]:

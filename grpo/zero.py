@@ -63,6 +63,10 @@ def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
     # the reference pass reads the heads outside of the engine, where ZeRO-3 has only shards of them
     if config.lora_r and settings["zero_optimization"]["stage"] == 3:
         raise ValueError(f"lora_r={config.lora_r} does not go with {file}: ZeRO-3; take configs/zero2.json")
+    if (
+        config.dynamic_sampling and settings["zero_optimization"]["stage"] == 3
+    ):  # all ranks must gather for each rollout
+        raise ValueError(f"dynamic_sampling does not go with {file}: ZeRO-3; take zero2.json")
     if "scheduler" in settings:
         raise ValueError(f"{file} has a scheduler, and so does bicot, in lr_scheduler_type: remove it from {file}")
     batch, steps = "per_device_train_batch_size", "gradient_accumulation_steps"

@@ -151,6 +151,10 @@ class RewardEnsemble:
         every = zip(self.names, self.weights.tolist(), self.workers, strict=True)
         return [name for name, weight, worker in every if weight and not worker.asks(example)]
 
+    def applies(self, example: Example) -> bool:
+        """Whether a reward that trains applies to the example."""
+        return len(self.silent(example)) < int((self.weights != 0).sum())
+
     def submit(self, images: Tensor, examples: Sequence[Example]) -> RewardHandle:
         """Start scoring S pictures of S examples. The current stream may still be making the pictures."""
         ready = torch.cuda.current_stream(images.device).record_event() if images.is_cuda else None
@@ -170,9 +174,15 @@ class RewardEnsemble:
         for name, column in zip(self.names, scores.cpu().unbind(1), strict=True):
             there = column[~column.isnan()]
             out[f"rewards/{name}/mean"] = there.mean().item()
-            out[f"rewards/{name}/std"] = there.std().item() if len(there) > 1 else torch.nan
+            out[f"rewards/{name}/std"] = std_of(there)
             out[f"rewards/{name}/missing"] = 1 - len(there) / len(column)
         return out
+
+
+def std_of(values: Tensor) -> float:
+    """The unbiased standard deviation; NaN for fewer than two values. Exactly 0 if all are equal: rounding would keep
+    that of eight times 0.35 above 0."""
+    return (values - values.min()).std().item() if len(values) > 1 else torch.nan
 
 
 def _different(names: list[str]) -> list[str]:

@@ -88,7 +88,7 @@ def test_a_run_prints_alarms_and_may_stop(job: Path, tmp_path: Path, capsys: pyt
         train_file=job / "heldout.jsonl", num_generations=2, per_device_train_batch_size=1,
         gradient_accumulation_steps=1, max_completion_length=1, max_steps=WINDOW + 5, cfg_weight=1.0,
     )  # fmt: skip
-    run(job, tmp_path / "run", *SMALL, "--rewards.names", "scene", "--stop_on_alarm", "true", **changes)
+    run(job, tmp_path / "run", *SMALL, "--stop_on_alarm", "true", **changes)
     said = capsys.readouterr().out
     alarm = f"alarm after step {WINDOW}: over half of the plans are cut off"
     assert said.count(alarm) == 1 and f"stopped by an alarm after step {WINDOW} of {WINDOW + 5}; continue with" in said

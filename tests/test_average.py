@@ -36,6 +36,8 @@ def test_the_average_is_evaluated_and_saved(job: Path, tmp_path: Path) -> None:
         assert_same_weights(model_of(whole / f"checkpoint-{step:06d}" / "ema"), average)
     assert any(not torch.equal(value, weights(whole)[name]) for name, value in average.items())
     ema = ("--model_name_or_path", str(whole / "checkpoint-000003" / "ema"))
+    cards = [(whole / "checkpoint-000003" / folder / "README.md").exists() for folder in ("", "ema")]
+    assert cards == [False, True], "beside the model whose rewards it has"
     fresh = run(job, tmp_path / "fresh", *EMA, *ema, "--max_steps", "1", "--eval_steps", "1")
     assert fresh["heldout_reward_before"] == metrics(whole)[2]["heldout/reward"]
     assert_same_weights(model_of(tmp_path / "parts" / "checkpoint-000003" / "ema"), average)

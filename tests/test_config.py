@@ -174,6 +174,7 @@ def test_reward_options_are_given_reward_by_reward() -> None:
         (["--rewards.options.grounding", "{micro_batch: many}"], "grounding: micro_batch='many' must be at least 1"),
         (["--load_best_model_at_end", "true"], "load_best_model_at_end needs eval_steps"),
         (["--replay", "a", "--save_rollouts", "b"], "replay reads rollouts"),
+        (["--save_rollout_images", "true"], "save_rollout_images needs save_rollouts"),
         (["--rollout_only", "true"], "rollout_only needs save_rollouts"),
         (["--reward_weights", "0"], "reward_weights=[0.0]: all are 0"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "must be one of linear, cosine"),

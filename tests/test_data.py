@@ -77,6 +77,17 @@ def test_keys_of_the_user_s_own_are_kept(tmp_path: Path) -> None:
     assert file.examples[1] != file.examples[0] and len(set(file.examples)) == 2  # an example is still hashable
 
 
+def test_prompts_without_a_reward_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({**GOOD, "prompt": f"prompt {i}"}) for i in range(3)))
+    file = PromptFile(path)
+    assert file.unscored(lambda _: True) == []
+    (said,) = file.unscored(lambda example: example.prompt == "prompt 0")
+    assert said.startswith(f"{path}: no reward applies to 2 of 3 prompts") and "line 2: 'prompt 1'" in said
+    with pytest.raises(ValueError, match=r"p\.jsonl: no reward applies to 3 of 3 prompts, so nothing can be trained"):
+        file.unscored(lambda _: False)
+
+
 def test_bad_rows_are_counted_and_listed(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     rows = [GOOD if i % 3 else {**GOOD, "prompt": ""} for i in range(90)]

@@ -107,15 +107,19 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     assert not (tmp_path / "refused").exists(), "a run that wrote nothing leaves nothing"
 
 
+TENSORBOARD = "events.out.tfevents.1790000000.host.1.0"
+
+
 def earlier_run(output: Path) -> None:
     checkpoint(output, "checkpoint-000002")
     checkpoint(output, "checkpoint-best")
     (output / "samples").mkdir()
-    for name in ("metrics.jsonl", "summary.json", "report.html", "before_after.png", "notes.txt"):
+    for name in ("metrics.jsonl", "summary.json", "report.html", "before_after.png", TENSORBOARD, "notes.txt"):
         (output / name).write_text("1")
 
 
 OF_A_RUN = {"checkpoint-000002", "samples", "metrics.jsonl", "summary.json", "report.html", "before_after.png"}
+OF_A_RUN |= {TENSORBOARD}
 
 
 def names(folder: Path) -> set[str]:

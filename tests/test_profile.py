@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import TOY
 
 from bicot.bench import harness, models, report, step_profile
 from bicot.grpo import profile
+from bicot.grpo.config import RewardConfig
 from bicot.grpo.distributed import Ranks
 from bicot.grpo.profile import IDLE, STEP, Launch, Range, attributed, charged, innermost, longest, read_trace
 
@@ -86,6 +88,17 @@ def test_training_settings_are_profiled_instead_of_trained(tmp_path: Path, capsy
         ".gz",
     }
     assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_evaluates_and_saves_nothing(tmp_path: Path) -> None:
+    rewards = RewardConfig(["scene"], heldout=["scene_relation"])
+    more: dict[str, Any] = {"eval_file": str(TOY / "heldout.jsonl"), "eval_steps": 1, "rewards": rewards}
+    more |= {"load_best_model_at_end": True, "save_rollouts": str(tmp_path / "kept"), "push_to_hub": True}
+    config = profile.for_profile(models.toy_config(**more, resume="auto", stop_after=1), str(tmp_path), 7)
+    assert config.eval_file is config.save_rollouts is config.resume is None and not config.push_to_hub
+    more |= {"load_best_model_at_end": False, "save_rollouts": None, "replay": str(tmp_path / "kept")}
+    config = profile.for_profile(models.toy_config(**more, stop_after=1), str(tmp_path), 7)
+    assert (config.max_steps, config.stop_after) == (7, None), "a replay says at once if it has fewer steps"
 
 
 def test_the_innermost_range_has_the_time() -> None:

@@ -58,6 +58,30 @@ def test_settings_that_change_on_resume(job: Path, tmp_path: Path, capsys: pytes
     assert (tmp_path / "run.json").read_text() == before, "it tells of the settings that trained"
 
 
+def test_a_run_that_is_extended(job: Path, tmp_path: Path) -> None:
+    """It follows the schedule of its new length, and has no rewards "after" before it has come to its end."""
+    more = ("--sample_steps", "0", "--lr_scheduler_type", "linear")
+    assert run(job, tmp_path, *more, "--max_steps", "2")["heldout_reward_after"] is not None
+    longer = (*more, "--max_steps", "4", "--resume", "auto")
+    assert run(job, tmp_path, *longer, "--stop_after", "3")["heldout_reward_after"] is None
+    assert run(job, tmp_path, *longer)["heldout_reward_after"] is not None
+    rates = [row["learning_rate"] for row in metrics(tmp_path)]
+    assert rates == pytest.approx([1e-2, 0.5e-2, 0.5e-2, 0.25e-2])
+
+
+def test_a_checkpoint_of_another_run_does_not_touch_the_run_in_the_folder(job: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        run(job, folder, *SMALL, "--max_steps", "3")
+    before = {path: path.stat().st_mtime_ns for path in other.rglob("*") if path.is_file() and path.name != ".lock"}
+    more = (*SMALL, "--resume", str(one / "checkpoint-000002"), "--max_steps", "3", "--move_output_dir", "false")
+    with pytest.raises(FileExistsError, match="other holds an earlier run"):
+        run(job, other, *more)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    run(job, tmp_path / "new", *more)
+    assert steps_of(tmp_path / "new") == [3] and metrics(tmp_path / "new") == metrics(one)[2:]
+
+
 def test_resume_in_bfloat16_keeps_the_masters(job: Path, tmp_path: Path) -> None:
     more = (*SMALL, "--dtype", "bfloat16", "--learning_rate", "1e-4", "--max_steps", "4")
     run(job, tmp_path / "whole", *more)

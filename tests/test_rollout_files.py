@@ -105,6 +105,17 @@ def test_rollouts_alone_are_those_of_the_first_step(job: Path, saved: Path, tmp_
     assert load_rollout(path_of(kept, 2, 0), cpu).rollout.plans.tolist() != mine.rollout.plans.tolist()
 
 
+def test_rollouts_of_two_runs_are_not_mixed(job: Path, saved: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (saved / "kept").iterdir()}
+    with pytest.raises(FileExistsError, match=r"save_rollouts: .*kept has rollouts of another run \(step-00000"):
+        run(job, tmp_path / "run", *STEPS, "--save_rollouts", str(saved / "kept"))
+    assert {path: path.stat().st_mtime_ns for path in (saved / "kept").iterdir()} == before
+    more = ("--save_rollouts", str(tmp_path / "kept"))
+    run(job, tmp_path / "run", *STEPS, *more, "--stop_after", "1")
+    run(job, tmp_path / "run", *STEPS, *more, "--resume", "auto")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

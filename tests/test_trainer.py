@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import ROOT, wait_until
-from training import SMALL, assert_same_weights, environment, metrics, run, steps_of, weights, words
+from training import SMALL, assert_same_weights, environment, metrics, run, steps_of, weights, words, write_rows
 
 from bicot.grpo.rollout_files import load_rollout, path_of
 from bicot.grpo.trainer import Trainer
@@ -132,9 +132,11 @@ def test_a_step_in_which_no_reward_applies_changes_nothing(
 def test_equal_rewards_have_no_spread(job: Path, tmp_path: Path, write_module: WriteModule) -> None:
     """The standard deviation of eight times 0.35 in float32 is not 0."""
     write_module("even", "def even(images, examples):\n    return images.new_full((len(images),), 0.35)\n")
-    more = (*SMALL, "--max_steps", "1", "--num_generations", "8")
+    more = (*SMALL, "--max_steps", "1", "--num_generations", "8", "--beta", "0")
     run(job, tmp_path / "out", "--rewards.names", "even:even", *more)
-    assert metrics(tmp_path / "out")[0]["frac_reward_zero_std"] == 1.0
+    (row,) = metrics(tmp_path / "out")
+    assert row["frac_reward_zero_std"] == 1.0 and row["reward_std"] == row["rewards/even/std"] == 0.0
+    assert not json.loads((tmp_path / "out" / "run.json").read_text())["alarms"]
 
 
 def test_collections_in_a_step_do_not_scan_what_was_imported(
@@ -168,6 +170,20 @@ def test_a_reward_that_fails_ends_the_run_and_saves_its_picture(
         assert row["rewards/colour_blind/skipped"] == 16 * row["rewards/colour_blind/missing"] > 0
 
 
+def test_a_reward_that_fails_late_loses_no_step(
+    job: Path, tmp_path: Path, write_module: WriteModule, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["calls = []", "def late(images, examples):", "    calls.append(len(images))"]
+    lines += ["    if len(calls) > 3 and calls[-1] == calls[0]:", "        raise KeyError('a step')"]
+    write_module("late", "\n".join([*lines, "    return images.mean((1, 2, 3))\n"]))
+    more = (*SMALL, "--rewards.names", "late:late", "--save_steps", "100")
+    with pytest.raises(RewardError, match="reward 'late' failed on "):
+        run(job, tmp_path / "out", *more)
+    assert steps_of(tmp_path / "out") == [1, 2, 3] and "checkpoint-000003; continue with" in capsys.readouterr().out
+    run(job, tmp_path / "out", *SMALL, "--resume", "auto", "--stop_after", "4")
+    assert steps_of(tmp_path / "out") == [1, 2, 3, 4]
+
+
 # pictures and prompts
 
 
@@ -192,6 +208,19 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_a_run(
     assert said[-1].endswith(f"checkpoint and metrics are in {tmp_path / 'again'}")
     assert (tmp_path / "again" / "checkpoint-000002" / "manifest.json").is_file()
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["steps"] == 2
+
+
+def test_prompts_that_no_reward_scores_are_said_at_start(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing would be trained on them."""
+    rows = [{"prompt": "a red circle", "task_type": "object", "nouns": nouns} for nouns in (["red circle"], [])]
+    more = ("--rewards.names", "scene", "--max_steps", "1", *SMALL, "--train_file")
+    run(job, tmp_path / "some", *more, write_rows(tmp_path / "some.jsonl", rows))
+    assert "some.jsonl: no reward applies to 1 of 2 prompts" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="none.jsonl: no reward applies to 2 of 2 prompts"):
+        run(job, tmp_path / "none", *more, write_rows(tmp_path / "none.jsonl", rows[1:] * 2))
+    assert not (tmp_path / "none").exists()
 
 
 CHOOSY = """

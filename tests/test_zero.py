@@ -170,9 +170,10 @@ def test_values_that_differ_are_named(tmp_path: Path, text: str, words: str) -> 
     assert words in str(error.value) and str(tmp_path / "zero.json") in str(error.value)
 
 
-def test_zero3_has_no_adapters(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"lora_r=4 does not go with .*zero\.json: ZeRO-3"):
-        settings_of(tmp_path, '{"zero_optimization": {"stage": 3}}', lora_r=4)
+@pytest.mark.parametrize(("name", "value"), [("lora_r", 4), ("dynamic_sampling", 2)])
+def test_zero3_has_no_adapters_and_no_dynamic_sampling(name: str, value: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{name}.* does not go with .*zero\.json: ZeRO-3"):
+        settings_of(tmp_path, '{"zero_optimization": {"stage": 3}}', **{name: value})
 
 
 def test_auto_and_equal_values_are_taken_from_the_config(tmp_path: Path) -> None:
