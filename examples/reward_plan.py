@@ -4,6 +4,7 @@
 python train.py --train_file prompts.jsonl --rewards.names scene,examples.reward_plan:Mentions
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -24,5 +25,6 @@ class Mentions:
         shares = []
         for example in examples:
             words = example.metadata["must_mention"]
-            shares.append(sum(word in example.plan.lower() for word in words) / len(words))
+            found = [re.search(rf"\b{re.escape(word)}\b", example.plan, re.IGNORECASE) for word in words]
+            shares.append(sum(map(bool, found)) / len(words))
         return torch.tensor(shares)

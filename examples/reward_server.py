@@ -1,6 +1,6 @@
 """Serves any reward, of bicot or your own, over HTTP. rewards/remote.py describes the protocol.
 
-python examples/reward_server.py orm --device cuda
+python examples/reward_server.py orm --device cuda --options '{"micro_batch": 4}'
 python train.py --rewards.names scene,judge --rewards.options.judge '{url: "http://127.0.0.1:8000", timeout: 60}'
 """
 
@@ -22,10 +22,12 @@ from bicot.rewards.config import RewardConfig
 
 parser = argparse.ArgumentParser(description="Serve a reward over HTTP.")
 parser.add_argument("reward", help="scene, hps, …, or package.module:Class")
+parser.add_argument("--options", type=json.loads, default={}, help="its options, as JSON, such as path and dtype")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--port", type=int, default=8000, help="port to listen at; 0 = any free one")
 args = parser.parse_args()
-ensemble, one_at_a_time = RewardConfig(args.reward).build(device=args.device), threading.Lock()
+config = RewardConfig([args.reward], options={args.reward: args.options})
+ensemble, one_at_a_time = config.build(device=args.device), threading.Lock()
 
 
 def picture(png: str) -> Tensor:
@@ -51,10 +53,12 @@ class Handler(BaseHTTPRequestHandler):
             status, answer = 200, {"scores": scores(**asked)}
         except Exception as error:  # not 500: the same request would fail again
             status, answer = 400, {"error": str(error)}
+        body = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))  # so that an answer that is cut off is asked for again
         self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
+        self.wfile.write(body)
 
 
 with ThreadingHTTPServer(("127.0.0.1", args.port), Handler) as server:

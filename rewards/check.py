@@ -26,7 +26,7 @@ from torch import Tensor
 from .base import Example, NumeracyInfo, Reward, SpatialInfo
 from .config import RewardConfig
 from .ensemble import RewardEnsemble
-from .worker import Placement
+from .worker import Placement, model_of
 
 EXAMPLES = (
     Example("a red apple and a blue bench", "color", ("apple", "bench"), ("red apple", "blue bench")),
@@ -39,9 +39,13 @@ COLUMNS = ("reward", "weights", "dtype", "device", "load s", "ms/picture", *(e.t
 
 def read_config(path: str | Path) -> RewardConfig:
     """Read the `rewards` of a run's YAML file. Raises ValueError if there are none, and for unknown keys."""
-    section = (yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}).get("rewards")
-    if not section or not section.get("names"):
-        raise ValueError(f"{path} has no rewards.names")
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    section = settings.get("rewards") if isinstance(settings, dict) else None
+    if not isinstance(section, dict) or not any(section.get(key) for key in ("names", "monitor", "heldout")):
+        raise ValueError(f"{path} names no rewards, as in rewards: {{names: [hps, git]}}")
     unknown = set(section) - {item.name for item in fields(RewardConfig)}
     if unknown:
         raise ValueError(f"{path}: rewards has no setting {unknown.pop()!r}")
@@ -63,7 +67,8 @@ def try_reward(reward: Reward, place: Placement, count: int, device: str) -> lis
     handle = ensemble.submit(images, examples)
     scores = handle.result()[:, 0].tolist()
     milliseconds = handle.metrics[f"rewards/{reward.name}/milliseconds"] / count
-    weights = list(reward.model.parameters()) if hasattr(reward, "model") else []
+    model = model_of(reward)
+    weights = list(model.parameters()) if model else []
     return [
         f"{sum(w.numel() for w in weights) / 1e6:.0f} M" if weights else "–",
         str(weights[0].dtype).removeprefix("torch.") if weights else "–",

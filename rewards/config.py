@@ -37,9 +37,9 @@ def _placement(options: dict[str, Any]) -> Placement:
     return Placement(**{key: value for key, value in options.items() if key in _PLACEMENT})
 
 
-def words_of(value: list[str] | str) -> list[str]:
-    """Split a string at its commas; leave a list as it is."""
-    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+def words_of(value: list[str] | str | None) -> list[str]:
+    """Split a string at its commas; leave a list as it is. A key without a value in YAML is None: an empty list."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value or []
 
 
 @dataclass
@@ -70,6 +70,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         self.names, self.monitor, self.heldout = map(words_of, (self.names, self.monitor, self.heldout))
         known = [*self.all, *BUILTIN]  # a file may have options of rewards that this run does not use
+        self.options = {name: options or {} for name, options in (self.options or {}).items()}
         for name, options in self.options.items():
             if name not in known and "url" not in options:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0)

@@ -37,7 +37,8 @@ Fact = tuple[object, ...]
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 OTHER_FORMS = {"people": "person", "children": "child", "mice": "mouse", "geese": "goose", "feet": "foot"}
-OTHER_FORMS |= {"teeth": "tooth", "grey": "gray"}
+OTHER_FORMS |= {"teeth": "tooth", "grey": "gray", "lenses": "lens", "canvases": "canvas", "thermoses": "thermos"}
+OTHER_FORMS |= {"gases": "gas", "atlases": "atlas", "irises": "iris", "rhinoceroses": "rhinoceros"}
 SYNONYMS = {  # what plans say -> what prompts say
     "over": "above",
     "under": "below",
@@ -176,5 +177,7 @@ def _relations(plan: Words, example: Example, wanted: set[Fact]) -> set[Fact]:
     for (_, end, one), (start, _, two) in pairwise(spans(plan, list(things))):
         between = plan[end:start]
         if {one, two} == things and END not in between:
-            facts |= {relation(one, known[phrase], two) for *_, phrase in spans(between, list(known))}
+            for _, behind, phrase in spans(between, list(known)):
+                if between[behind : behind + 1] not in (("it",), ("them",)):  # "a chair, and above it a dog"
+                    facts.add(relation(one, known[phrase], two))
     return {fact for fact in facts if fact[0] == "relation" or fact in wanted}

@@ -17,7 +17,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from http.client import HTTPException, HTTPMessage
+from http.client import HTTPException, HTTPMessage, HTTPResponse, IncompleteRead
 from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
@@ -29,6 +29,7 @@ from torch import Tensor
 from ..kernels.host import upload
 from .base import Example, Unavailable
 
+LONGEST_ANSWER = 2**26  # bytes
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before a retry; each wait is twice the previous one
 FLOAT_MAX = torch.finfo(torch.float32).max
 
@@ -84,7 +85,7 @@ class HttpReward:
                 time.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2 ** (tried - 1)))
             try:
                 with self._opener.open(request, timeout=self.timeout) as answer:
-                    return answer.read()
+                    return _read(answer, time.monotonic() + self.timeout)
             except HTTPError as error:
                 with error:
                     problem = f"{self.url} answers {_told(error)}"
@@ -95,6 +96,26 @@ class HttpReward:
             except (OSError, HTTPException) as error:
                 problem = f"{self.url} cannot be reached: {getattr(error, 'reason', error)}"
         raise Unavailable(f"{problem} (tries: {self.retries + 1})")
+
+
+def _read(answer: HTTPResponse, deadline: float) -> bytes:
+    """The body of an answer.
+
+    Raises:
+        TimeoutError: it is not complete at the deadline. (The socket's own timeout is that of each read.)
+        IncompleteRead: it is shorter than its length says.
+        ValueError: it is longer than any scores can be.
+    """
+    body = b""
+    while part := answer.read1(1 << 16):
+        body += part
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        if len(body) > LONGEST_ANSWER:
+            raise ValueError(f"{answer.url} answers with more than {LONGEST_ANSWER >> 20} MiB")
+    if answer.length:
+        raise IncompleteRead(body, answer.length)
+    return body
 
 
 class _NoRedirect(HTTPRedirectHandler):

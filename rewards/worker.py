@@ -100,12 +100,12 @@ class Worker:
         self.device = _device(placement.device or device, reward.name)
         self.applies: Callable[[Example], bool] | None = getattr(reward, "applies", None)
         self.at_work: Callable[[], AbstractContextManager[None]] = nullcontext
-        model: nn.Module | None = getattr(reward, "model", None)
+        model = model_of(reward)
         if model is not None:
             model.requires_grad_(False).eval().to("cpu" if placement.offload else self.device)
         if placement.offload:
             if model is None:
-                raise ValueError(f"reward {reward.name!r} has no `model` to offload")
+                raise ValueError(f"reward {reward.name!r} has no `model`, a torch module, to offload")
             self.at_work = functools.partial(borrowed, host_copies(model, self.device), self.device)
         gpu = self.device if self.device.type == "cuda" else _device(device, reward.name)
         self.thread = ThreadPoolExecutor(1, f"reward-{reward.name}", _work_on, (gpu,)) if threads else None
@@ -193,7 +193,7 @@ class Worker:
     def _succeeds(self, s: int, images: Tensor, examples: list[Example], scores: Tensor) -> bool:
         """Score one sample of a failed micro-batch alone -> whether that works."""
         try:
-            scores[s] = self._call(images[s : s + 1], examples[s : s + 1])[0]
+            scores[s] = self._call(images[[s]], [examples[s]])[0]  # a copy: it may change the pictures
         except Exception as error:
             self._lose(error, images[s], examples[s])
             return False
@@ -229,6 +229,12 @@ class Worker:
             if device not in self.streams:
                 self.streams[device] = torch.cuda.Stream(device, priority=0)  # the lowest; the engine decodes at -1
             yield self.streams[device]
+
+
+def model_of(reward: Reward) -> nn.Module | None:
+    """The reward's `model`, if it is a module of torch. It may as well be the name of one on a server."""
+    model = getattr(reward, "model", None)
+    return model if isinstance(model, nn.Module) else None
 
 
 def _named(error: Exception) -> str:

@@ -53,9 +53,11 @@ class RedObjects(Red):
 
 class Failing(Constant):
     def score(self, images: Tensor, examples: Sequence[Example]) -> Tensor:
+        red = images[:, 0].mean((1, 2))
+        images.zero_()  # others must not see that
         if any("dogs" in example.prompt for example in examples):
             raise RuntimeError("cannot count dogs")
-        return images[:, 0].mean((1, 2))
+        return red
 
 
 class Leaving(Constant):
@@ -260,7 +262,7 @@ def test_models_are_frozen_and_offloaded(schedule: Any, offload: bool) -> None:
         scores = ensemble.submit(IMAGES, EXAMPLES).result()
         torch.testing.assert_close(scores[:, 0], 3 * IMAGES.mean((1, 2, 3)))
     assert reward.model.weight.item() == 3.0
-    with pytest.raises(ValueError, match="reward 'red' has no `model` to offload"):
+    with pytest.raises(ValueError, match="reward 'red' has no `model`, a torch module, to offload"):
         RewardEnsemble([Red()], placements={"red": Placement(offload=True)})
 
 
@@ -291,6 +293,13 @@ def test_rewards_on_a_gpu(schedule: Any, offload: bool) -> None:
         expected = torch.stack([3 * images.mean((1, 2, 3)), images[:, 0].mean((1, 2))], 1)
         torch.testing.assert_close(scores, expected.cpu())
     assert rewards[0].model.weight.is_cuda != offload  # type: ignore[attr-defined]
+
+
+def test_a_model_that_is_no_module_is_left_alone() -> None:
+    """It may be the name of one on a server."""
+    reward = Red()
+    reward.model = "gpt-4o"  # type: ignore[attr-defined]
+    assert RewardEnsemble([reward]).submit(IMAGES, EXAMPLES).result().shape == (2, 1)
 
 
 def test_bad_placements_are_refused() -> None:

@@ -59,6 +59,7 @@ CAKE = Example("", "shape", ("cake", "topper"), ("round cake", "square cake topp
         (NEAR, "a chair on the side of a dog", 3, 3, 3),
         (BEHIND, "a dog behind a chair", 3, 3, 3),
         (BEHIND, "a chair behind a dog", 2, 3, 3),
+        (BEHIND, "a chair, and behind it a dog", 2, 3, 2),
         (PAIR, "a blue ball over a red ball", 3, 3, 3),
         (PAIR, "a red ball and a blue ball", 2, 3, 2),
     ],
@@ -72,7 +73,8 @@ def test_singular_and_plural_are_one_word() -> None:
     pairs = (
         "apple apples, box boxes, house houses, bus buses, glass glasses, knife knives, butterfly butterflies, "
         "toy toys, shoe shoes, eye eyes, tomato tomatoes, woman women, person people, child children, tv tvs, "
-        "cookie cookies, ski skis, horse horses, leaf leaves, watch watches, zebra zebras, foot feet"
+        "cookie cookies, ski skis, horse horses, leaf leaves, watch watches, zebra zebras, foot feet, lens lenses, "
+        "canvas canvases, thermos thermoses"
     )
     for pair in pairs.split(", "):
         one, other = words(pair)

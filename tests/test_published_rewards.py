@@ -210,7 +210,10 @@ def test_check_says_what_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("seed: 1\n", "has no rewards.names"),
+        ("seed: 1\n", "my.yaml names no rewards"),
+        ("[scene]\n", "my.yaml names no rewards"),
+        ("rewards: [scene]\n", "my.yaml names no rewards"),
+        ("rewards: {names: scene\n", "my.yaml is not YAML: "),
         ("rewards: {names: [scene], optoins: {}}\n", "rewards has no setting 'optoins'"),
         ("rewards: {names: [scene], options: {hsp: {}}}\n", "did you mean 'hps'?"),
         (None, "No such file"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -186,6 +188,36 @@ def test_a_slow_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         assert [len(asked["images"]) for asked in server.asked] == [3, 3]  # no sample is tried alone
         with pytest.raises(RewardError, match=rf"{server.url} gives no answer within 0\.2 s \(tries: 2\)"):
             config(server.url, timeout=0.2, retries=1).build().submit(IMAGES[:3], EXAMPLES[:3]).result()
+
+
+def test_answers_that_drip_or_are_cut_off_or_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "LONGEST_ANSWER", 2**20)
+    body, lengths = GOOD[1].encode(), [len(GOOD[1])]
+
+    def answer(connection: socket.socket, way: str) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.recv(2**20)
+            connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {lengths[0]}\r\n\r\n".encode())
+            for part in {"drip": [body[i : i + 1] for i in range(len(body))], "cut": [body[:9]]}.get(way, [b" "] * 10):
+                connection.sendall(part * (2**18 if way == "long" else 1))
+                time.sleep(0.1 if way == "drip" else 0)
+
+    for way, kind, message in (
+        ("drip", Unavailable, "gives no answer within 0.5 s"),
+        ("cut", Unavailable, "cannot be reached: IncompleteRead"),
+        ("long", ValueError, "answers with more than 1 MiB"),
+    ):
+        lengths[0] = 2**30 if way == "long" else len(body)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            thread = threading.Thread(target=lambda way=way, server=server: answer(server.accept()[0], way))
+            thread.start()
+            start = time.perf_counter()
+            with pytest.raises(kind, match=message):
+                HttpReward("judge", f"http://127.0.0.1:{port}", timeout=0.5, retries=0)
+            assert time.perf_counter() - start < 1.5
+            thread.join()
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_a_reward_of_plans_and_metadata(settings: list[str], tmp_path: Path) -> 
     assert {sample.prompt for sample in samples} == {row["prompt"] for row in ROWS}
     for sample in samples:
         if sample.prompt == ROWS[0]["prompt"]:
-            share = sum(word in sample.plan for word in ("w1", "w2", "of")) / 3
+            share = sum(word in sample.plan.split() for word in ("w1", "w2", "of")) / 3
             assert sample.scores["mentions"] == sample.reward == pytest.approx(share)
         else:
             assert sample.scores["mentions"] != sample.scores["mentions"]  # NaN

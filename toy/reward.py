@@ -8,8 +8,9 @@ are matched with the objects that the annotations require. A score is in [0, 1]:
     spatial         0.3 * the score as for object + 0.7 * relation * required / max(required, detected); relation is 1
                     if two of the right objects stand in it, else 0
 
-So a superfluous object lowers the score in every task, and leaving out an object never raises it. Every score is
-multiplied by the share of painted pixels that belong to an object, so stray paint lowers it too.
+So a superfluous object lowers the score, unless the relation holds only with it. Every score is multiplied by the share
+of painted pixels that belong to an object, so stray paint lowers it too. A prompt must not count an object twice, as in
+"two red circles and three circles": no picture has both numbers.
 S samples; images [S, 3, H, H] float in [0, 1], resampled to 32x32 if they have another size.
 """
 
