@@ -54,6 +54,9 @@ def test_reward_example_is_a_reward(schedule: str, tmp_path: Path, monkeypatch: 
     assert scores[0, 0] == 0.75 and scores[1, 0].isnan()
 
 
+PROGRAMS = ("generate.py", "evaluate.py", "examples/reward_server.py")
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_options_and_links_exist(name: str) -> None:
     """Options of train.py, or of the programs named below; those of T2I-R1 are in the first column of its tables."""
@@ -64,7 +67,7 @@ def test_options_and_links_exist(name: str) -> None:
     options |= {"config", "help", "print_config", "dry_run", "gpu_gib", "gpus", "force_memory", "debug"}  # of train.py
     options |= {"output", "gpu", "shape", "quick", "tests", "model", "vary"}  # of the benches
     options |= {"nproc-per-node", "log-dir", "tee"} | {"view"}  # of torchrun, and of train.py too
-    scripts = "".join((ROOT / script).read_text() for script in ("generate.py", "evaluate.py"))
+    scripts = "".join((ROOT / script).read_text() for script in PROGRAMS)
     options |= set(re.findall(r'"--(\w+)"', scripts))
     ours = re.sub(r"^\| [^|]* \|", "|", text, flags=re.MULTILINE) if name == "from-t2i-r1.md" else text
     assert (
