@@ -114,6 +114,18 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 
     return torch.randn(shape, generator=generator, device=device).mul_(std).to(dtype)
 
 
+class _Output(torch.autograd.Function):
+    """The memory of x as the output of an operation, which a gradient may overwrite, unlike a leaf or its views."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        return x.new_empty(0).set_(x)  # type: ignore[call-overload]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 def with_gradients(
     run: Callable[[Any], Outputs], *, trained: int, weights: Sequence[float] | None = None
 ) -> Callable[[Any], Outputs]:
@@ -123,8 +135,8 @@ def with_gradients(
     """
 
     def both(inputs: Sequence[Any]) -> Outputs:
-        leaves = [x.detach().requires_grad_() for x in inputs[:trained]]
-        given = [x.view_as(x) for x in leaves]  # a leaf cannot be overwritten
+        leaf = torch.zeros((), requires_grad=True)
+        given = [_Output.apply(x.detach(), leaf) for x in inputs[:trained]]
         outputs: list[Any] = list(run((*given, *inputs[trained:])))
         ups = [torch.full_like(out, w) for out, w in zip(outputs, weights or (), strict=False)]
         ups = ups or [out.detach() for out in outputs]

@@ -223,13 +223,14 @@ class Trainer:
         log = Log(config, self.step) if self.ranks.main else None
         samples: list[Sample] = []
         stopped = 0
-        with closing(log) if log else nullcontext(), short_collections(), stop_signals() as received:
+        with (
+            closing(log) if log else nullcontext(),
+            short_collections(),
+            self._no_step_lost(),
+            stop_signals() as received,
+        ):
             while self.step < last and not (stopped := self._agree(received)):
-                try:
-                    metrics, grid = self._train_step()
-                except RewardError:  # the weights are those of the step before
-                    self._save_alone()
-                    raise
+                metrics, grid = self._train_step()
                 if self.reference and config.sync_ref_model and self.step % config.ref_model_sync_steps == 0:
                     mix_into(self.reference, self.policy, config.ref_model_mixup_alpha)
                 samples = self._evaluate() if self.heldout.is_due(self.step) else []
@@ -243,6 +244,22 @@ class Trainer:
                     self._save()
             self._save()
         return samples, stopped
+
+    @contextmanager
+    def _no_step_lost(self) -> Iterator[None]:
+        """If a reward fails inside, write a checkpoint, unless that takes the other ranks, which may be gone.
+
+        A reward fails before the update of a step, or after it in an evaluation, so the weights are those of a step.
+        """
+        try:
+            yield
+        except RewardError:
+            trained = self.step and not self.config.rollout_only
+            if trained and (self.ranks.size == 1 or (self.ranks.main and not isinstance(self.optimizer, ZeroAdamW))):
+                self._save()
+                newest = checkpoint_path(self.output, self.step)
+                print(f"the newest checkpoint is {newest}; continue with: {resume_command()}")
+            raise
 
     @property
     def _last_step(self) -> int:
@@ -416,12 +433,6 @@ class Trainer:
 
         self.ranks.on_main(lambda: save_checkpoint(self.output, self.step, *parts, limit, self.heldout.best.step, also))
         self.saved = self.step
-
-    def _save_alone(self) -> None:
-        """Write a checkpoint, if this rank can do so without the others, which may be gone."""
-        if self.ranks.size == 1 or (self.ranks.main and not isinstance(self.optimizer, ZeroAdamW)):
-            self._save()
-            print(f"saved {checkpoint_path(self.output, self.step)}; continue with: {resume_command()}")
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -365,8 +365,7 @@ def check_logits(logits: Tensor, targets: Tensor, temperature: float) -> None:
 
 def check_overwritable(logits: Tensor) -> None:
     """Raise ValueError for logits that their gradient cannot overwrite."""
-    owner = logits if logits._base is None else logits._base
-    if owner.is_leaf and logits.requires_grad:
+    if any(x is not None and x.is_leaf and x.requires_grad for x in (logits, logits._base)):
         raise ValueError("the gradient cannot overwrite a leaf or a view of one: give the output of a head, or a clone")
     if not (logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]) and logits.numel():
         raise ValueError(f"the gradient cannot overwrite logits of strides {logits.stride()}: give contiguous ones")

@@ -173,11 +173,11 @@ def test_a_reward_that_fails_ends_the_run_and_saves_its_picture(
 def test_a_reward_that_fails_late_loses_no_step(
     job: Path, tmp_path: Path, write_module: WriteModule, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = ["calls = []", "def late(images, examples):", "    calls.append(len(images))"]
+    lines = ["calls = []", "def fails_late(images, examples):", "    calls.append(len(images))"]
     lines += ["    if len(calls) > 3 and calls[-1] == calls[0]:", "        raise KeyError('a step')"]
-    write_module("late", "\n".join([*lines, "    return images.mean((1, 2, 3))\n"]))
-    more = (*SMALL, "--rewards.names", "late:late", "--save_steps", "100")
-    with pytest.raises(RewardError, match="reward 'late' failed on "):
+    write_module("fails_late", "\n".join([*lines, "    return images.mean((1, 2, 3))\n"]))
+    more = (*SMALL, "--rewards.names", "fails_late:fails_late", "--save_steps", "100")
+    with pytest.raises(RewardError, match="reward 'fails_late' failed on "):
         run(job, tmp_path / "out", *more)
     assert steps_of(tmp_path / "out") == [1, 2, 3] and "checkpoint-000003; continue with" in capsys.readouterr().out
     run(job, tmp_path / "out", *SMALL, "--resume", "auto", "--stop_after", "4")
