@@ -34,7 +34,7 @@ from .average import mix_into
 from .checkpoint import checkpoint_path, find_checkpoint, load_state, run_settings, save_checkpoint, step_of
 from .config import Config
 from .data import PromptFile, step_indices
-from .distributed import Ranks, resume_command
+from .distributed import RankLost, Ranks, resume_command
 from .dynamic_sampling import Drawn, redraw, redraw_metrics
 from .entropy import EntropyTarget
 from .errors import stop_signals
@@ -247,13 +247,14 @@ class Trainer:
 
     @contextmanager
     def _no_step_lost(self) -> Iterator[None]:
-        """If a reward fails inside, write a checkpoint, unless that takes the other ranks, which may be gone.
+        """If a reward or another rank fails inside, write a checkpoint, unless that takes the ranks that are gone.
 
-        A reward fails before the update of a step, or after it in an evaluation, so the weights are those of a step.
+        A reward fails before the update of a step, or after it in an evaluation, and rank 0 misses another rank before
+        the update. So the weights are those of a step.
         """
         try:
             yield
-        except RewardError:
+        except (RewardError, RankLost):
             trained = self.step and not self.config.rollout_only
             if trained and (self.ranks.size == 1 or (self.ranks.main and not isinstance(self.optimizer, ZeroAdamW))):
                 self._save()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import killed
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,7 @@ from training import (
     on_two_ranks,
     run,
     weights,
+    words,
     write_rows,
 )
 
@@ -33,6 +35,29 @@ class Partial:
     def score(self, images, examples):
         return images[:, 0].mean((1, 2))
 """
+
+
+LEAVES = """
+import os
+calls = []
+def leaves(images, examples):
+    calls.append(len(images))
+    if len(calls) > 2 and os.environ["RANK"] == "1":
+        os._exit(9)
+    return images.mean((1, 2, 3))
+"""
+
+
+def test_a_rank_that_is_lost_loses_no_step(job: Path, tmp_path: Path) -> None:
+    """The other one saves the steps before."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    output = tmp_path / "out"
+    more = (*SMALL, ACCUMULATION, "1", "--rewards.names", "leaves:leaves", "--save_steps", "100")
+    for process in killed.together(killed.run, words(job, output, *more), tmp_path, output, None):
+        process.join(120)
+        process.kill()
+    assert [row["step"] for row in metrics(output)] == [1, 2]
+    assert weights(output, 2).keys() == load_file(job / "model" / "model.safetensors").keys()
 
 
 def test_two_ranks_equal_one(job: Path, tmp_path: Path) -> None:
