@@ -50,6 +50,7 @@ class Ranks:
     processes: tuple[tuple[str, int], ...] = ()  # host and pid of every rank
     store: Any = None  # torchrun's key-value store, if there are several ranks
     timeout: float = TIMEOUT
+    watch: _Watch | None = None  # under torchrun
     turns: Iterator[int] = field(default_factory=itertools.count)  # numbers the meetings, equally on all ranks
 
     @classmethod
@@ -59,8 +60,7 @@ class Ranks:
         If torchrun ends for whatever reason, its ranks end too. A collective may take `timeout` seconds; if one takes
         longer, NCCL ends the process by itself.
         """
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+        watch = _Watch(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
         cuda = torch.cuda.is_available()
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -72,7 +72,7 @@ class Ranks:
             store, _, _ = next(dist.rendezvous("env://", timeout=limit))
             dist.init_process_group("nccl" if cuda else "gloo", timeout=limit, rank=rank, world_size=size, store=store)
             store = dist.PrefixStore("bicot", store)
-        alone = cls(rank, size, device, store=store, timeout=timeout)
+        alone = cls(rank, size, device, store=store, timeout=timeout, watch=watch)
         return replace(alone, processes=tuple(alone.gather([(socket.gethostname(), os.getpid())])))
 
     @property
@@ -80,6 +80,8 @@ class Ranks:
         return self.rank == 0
 
     def close(self) -> None:
+        if self.watch:
+            self.watch.stop()
         if dist.is_initialized():  # in a single process DeepSpeed does that
             dist.destroy_process_group()
 
@@ -235,18 +237,31 @@ def buckets(items: Iterable[Item], size: Callable[[Item], int], most: int) -> It
         yield bucket
 
 
-def _end_with_parent(parent: int) -> None:
-    """End this process when its parent is gone, since nobody else would.
+class _Watch:
+    """A thread that ends this process when its parent is gone, since nobody else would.
 
     PR_SET_PDEATHSIG would act too early, when the thread that started this process ends.
     """
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    try:  # not `print`, since the main thread may be inside it
-        said = f"\ntorchrun (process {parent}) ended, so this rank ends too; continue with --resume auto\n"
-        os.write(2, said.encode())
-    finally:
-        os._exit(1)
+
+    def __init__(self, parent: int) -> None:
+        self.parent, self.stopped = parent, threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End the thread, which Python would otherwise break off in the middle of its own end."""
+        self.stopped.set()
+        self.thread.join()
+
+    def _run(self) -> None:
+        while os.getppid() == self.parent:
+            if self.stopped.wait(0.5):
+                return
+        try:  # not `print`, since the main thread may be inside it
+            said = f"\ntorchrun (process {self.parent}) ended, so this rank ends too; continue with --resume auto\n"
+            os.write(2, said.encode())
+        finally:
+            os._exit(1)
 
 
 def _alive(pid: int) -> bool:

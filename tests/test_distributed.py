@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import killed
 import pytest
 from tiny import ROOT, TORCHRUN, wait_until
 from training import SMALL as NO_PICTURES
+
+from bicot.grpo.distributed import Ranks
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's ranks in /proc")
 SMALL = (*NO_PICTURES, "--num_generations", "2", "--max_completion_length", "8")
@@ -126,6 +129,16 @@ def test_ranks_end_with_torchrun(tmp_path: Path) -> None:
         process.kill()
         wait_until(lambda: not any(map(alive, ranks)), seconds=20)
     assert f"torchrun (process {process.pid}) ended" in (tmp_path / "log").read_text().splitlines()[-1]
+
+
+def test_no_thread_is_left_when_the_ranks_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would break it off while it ends itself, and a process that does so may abort."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
+    before = threading.active_count()
+    ranks = Ranks.start()
+    assert threading.active_count() == before + 1
+    ranks.close()
+    assert threading.active_count() == before
 
 
 def test_the_last_line_names_the_rank_that_ended(tmp_path: Path) -> None:
