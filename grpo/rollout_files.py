@@ -62,8 +62,8 @@ def path_of(folder: Path, step: int, rank: int) -> Path:
     return folder / f"step-{step:06d}-rank-{rank}.safetensors"
 
 
-def require_room(folder: Path, step: int, resumes: bool) -> None:
-    """Prepare the folder for the rollouts after `step`. A resumed run may replace its own.
+def require_room(folder: Path, resumes: bool) -> None:
+    """Check that the folder can take the rollouts of a run. One that resumes may replace its own.
 
     Raises:
         FileExistsError: a new run would mix its rollouts with those of another one.

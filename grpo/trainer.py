@@ -158,7 +158,7 @@ class Trainer:
     def _begin(self, checkpoint: Path | None, said: list[str]) -> None:
         """Prepare the output folder. This comes last, so that a run that is refused changes nothing."""
         if self.config.save_rollouts:
-            require_room(Path(self.config.save_rollouts), self.step, resumes=self.config.resume is not None)
+            require_room(Path(self.config.save_rollouts), resumes=self.config.resume is not None)
         own = checkpoint is not None and self.output.resolve() in checkpoint.resolve().parents
         said += go_back(self.output, self.step) if own else make_room(self.output, self.config)
         (self.output / "samples").mkdir(parents=True, exist_ok=True)

@@ -60,13 +60,13 @@ def engine_config(config: Config, ranks: Ranks) -> dict[str, Any] | None:
         return None
     file = config.deepspeed
     settings = read_settings(file)
+    sharded = settings["zero_optimization"]["stage"] == 3
     # the reference pass reads the heads outside of the engine, where ZeRO-3 has only shards of them
-    if config.lora_r and settings["zero_optimization"]["stage"] == 3:
+    if config.lora_r and sharded:
         raise ValueError(f"lora_r={config.lora_r} does not go with {file}: ZeRO-3; take configs/zero2.json")
-    if (
-        config.dynamic_sampling and settings["zero_optimization"]["stage"] == 3
-    ):  # all ranks must gather for each rollout
-        raise ValueError(f"dynamic_sampling does not go with {file}: ZeRO-3; take zero2.json")
+    # for each rollout all ranks gather the weights together, and these rollouts are not drawn by all
+    if config.dynamic_sampling and sharded:
+        raise ValueError(f"dynamic_sampling does not go with {file}: ZeRO-3; take configs/zero2.json")
     if "scheduler" in settings:
         raise ValueError(f"{file} has a scheduler, and so does bicot, in lr_scheduler_type: remove it from {file}")
     batch, steps = "per_device_train_batch_size", "gradient_accumulation_steps"
