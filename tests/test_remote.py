@@ -197,11 +197,13 @@ def test_answers_that_drip_or_are_cut_off_or_never_end(monkeypatch: pytest.Monke
 
     def answer(connection: socket.socket, way: str) -> None:
         with connection, contextlib.suppress(OSError):
-            connection.recv(2**20)
+            asked = b""
+            while not asked.endswith(b'"examples": []}') and (part := connection.recv(2**20)):
+                asked += part  # an unread rest would reset the connection
             connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {lengths[0]}\r\n\r\n".encode())
             for part in {"drip": [body[i : i + 1] for i in range(len(body))], "cut": [body[:9]]}.get(way, [b" "] * 10):
                 connection.sendall(part * (2**18 if way == "long" else 1))
-                time.sleep(0.1 if way == "drip" else 0)
+                time.sleep(0.3 if way == "drip" else 0)
 
     for way, kind, message in (
         ("drip", Unavailable, "gives no answer within 0.5 s"),
@@ -216,7 +218,7 @@ def test_answers_that_drip_or_are_cut_off_or_never_end(monkeypatch: pytest.Monke
             start = time.perf_counter()
             with pytest.raises(kind, match=message):
                 HttpReward("judge", f"http://127.0.0.1:{port}", timeout=0.5, retries=0)
-            assert time.perf_counter() - start < 1.5
+            assert time.perf_counter() - start < 4
             thread.join()
 
 
