@@ -249,7 +249,7 @@ class _Watch:
         self.thread.start()
 
     def stop(self) -> None:
-        """End the thread, which Python would otherwise break off in the middle of its own end."""
+        """End the thread. If it still ran when Python ends, Python would break it off, and the process may abort."""
         self.stopped.set()
         self.thread.join()
 

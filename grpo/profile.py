@@ -280,7 +280,8 @@ def step_times(trainer: Trainer, steps: int, warm_up: int = WARM_UP) -> dict[str
 
 
 def for_profile(config: Config, folder: str, steps: int) -> Config:
-    """The settings of a run of `steps` steps that evaluates nothing, and leaves nothing outside of `folder`."""
+    """The settings of a run of `steps` steps that evaluates nothing, and writes only to `folder` (with rollout_only,
+    also the rollouts)."""
     changes: dict[str, Any] = {"eval_file": None, "eval_steps": None, "load_best_model_at_end": False}
     changes |= {"rewards": replace(config.rewards, heldout=[]), "push_to_hub": False, "hub_model_id": None}
     if not config.rollout_only:

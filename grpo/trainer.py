@@ -159,7 +159,7 @@ class Trainer:
         """Prepare the output folder. This comes last, so that a run that is refused changes nothing."""
         if self.config.save_rollouts:
             require_room(Path(self.config.save_rollouts), resumes=self.config.resume is not None)
-        own = checkpoint is not None and self.output.resolve() in checkpoint.resolve().parents
+        own = checkpoint and self.output.resolve() in checkpoint.resolve().parents  # not of another run
         said += go_back(self.output, self.step) if own else make_room(self.output, self.config)
         (self.output / "samples").mkdir(parents=True, exist_ok=True)
         if self.step < self._last_step:
@@ -226,8 +226,8 @@ class Trainer:
         with (
             closing(log) if log else nullcontext(),
             short_collections(),
-            self._no_step_lost(),
             stop_signals() as received,
+            self._no_step_lost(),  # inside, so that torchrun's SIGTERM does not interrupt it
         ):
             while self.step < last and not (stopped := self._agree(received)):
                 metrics, grid = self._train_step()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import native
 from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, processors, register, tl, triton
-from .kv_pool import POOLS, check_contiguous, check_pool, choose_for_pool
+from .kv_pool import check_contiguous, check_pool, choose_for_pool
 
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 _NATIVE = (_POINTER, _INTEGER, *(_POINTER,) * 8, *(_INTEGER,) * 5, ctypes.c_double, ctypes.c_int, *(_POINTER,) * 2)
@@ -245,7 +245,7 @@ def _check(q: Tensor, pools: tuple[Tensor | None, ...], segments: tuple[Tensor, 
             raise ValueError(f"{name} must be [{R}] int64, got {[*x.shape]} {x.dtype}")
     if q.numel() and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1)):
         raise ValueError(f"only the first dimension of q may be strided, got strides {q.stride()}")
-    check_contiguous(q.device, **dict(zip((*POOLS, *_SEGMENTS), (*pools, *segments), strict=True)))
+    check_contiguous(q.device, pools, **dict(zip(_SEGMENTS, segments, strict=True)))
 
 
 def decode_attention(

@@ -163,9 +163,9 @@ def without_autocast(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def wants_gradient(*inputs: Tensor | None) -> bool:
+def wants_gradient(*inputs: Tensor) -> bool:
     """Whether autograd records operations on the inputs."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def no_second_derivative(name: str) -> None:
@@ -174,7 +174,7 @@ def no_second_derivative(name: str) -> None:
         raise RuntimeError(f'{name} has no second derivative; impl="torch" has')
 
 
-def forward_only(name: str, *inputs: Tensor | None) -> None:
+def forward_only(name: str, *inputs: Tensor) -> None:
     """Raise RuntimeError if an input of op `name` wants a gradient, which would silently be missing."""
     if wants_gradient(*inputs):
         raise RuntimeError(f"{name} is forward only: call it under torch.no_grad()")

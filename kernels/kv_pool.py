@@ -6,6 +6,8 @@ for each token and head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,6 @@ from .dispatch import Impl, choose
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-POOLS = ("keys", "values", "key_scales", "value_scales")
 # A smaller scale is too coarse to divide by. It is replaced by 1, so that the head is stored as 0.
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -68,8 +69,9 @@ def check_pool(
             raise ValueError(f"scales must be {[*keys.shape[:2]]} float32, got {[*scales.shape]} {scales.dtype}")
 
 
-def check_contiguous(device: torch.device, **tensors: Tensor | None) -> None:
-    """ValueError unless all tensors are contiguous and on this device."""
-    for name, t in tensors.items():
+def check_contiguous(device: torch.device, pools: Sequence[Tensor | None], **others: Tensor) -> None:
+    """ValueError unless all tensors are contiguous and on this device. `pools` are those of `check_pool`."""
+    named = zip(("keys", "values", "key_scales", "value_scales"), pools, strict=True)
+    for name, t in (*named, *others.items()):
         if t is not None and (t.device != device or not t.is_contiguous()):
             raise ValueError(f"{name} must be contiguous on {device}, got strides {t.stride()} on {t.device}")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import INTERPRETED, Impl, forward_only, launch, tl, triton
-from .kv_pool import POOLS, check_contiguous, check_pool, choose_for_pool
+from .kv_pool import check_contiguous, check_pool, choose_for_pool
 
 _LOG2E = 1.4426950408889634
 
@@ -158,8 +158,7 @@ def prefill_attention(
             raise ValueError(f"{name} must be [{N}] int64, got {[*x.shape]} {x.dtype}")
     if N and (q.stride(2) != 1 or (q.stride(1) != E and Hq > 1)):
         raise ValueError(f"only the first dimension of q may be strided, got strides {q.stride()}")
-    pools = zip(POOLS, (keys, values, key_scales, value_scales), strict=True)
-    check_contiguous(q.device, slots=slots, first=first, **dict(pools))
+    check_contiguous(q.device, (keys, values, key_scales, value_scales), slots=slots, first=first)
     if impl == "native":
         raise ValueError('impl="native" cannot run here: there is no C++ kernel; use impl="torch"')
     if not N:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import native
 from .dispatch import NATIVE_DTYPES, Impl, forward_only, launch, register, tl, triton
-from .kv_pool import POOLS, check_contiguous, check_pool, choose_for_pool, quantize_fp8
+from .kv_pool import check_contiguous, check_pool, choose_for_pool, quantize_fp8
 
 _NATIVE = (ctypes.c_void_p,) * 7 + (ctypes.c_int64,) * 6 + (ctypes.c_int, ctypes.c_void_p)
 
@@ -178,8 +178,7 @@ def _check(
     for name, x in (("positions", positions), ("slots", slots)):
         if x.shape != qkv.shape[:1] or x.dtype != torch.int64:
             raise ValueError(f"{name} must be [{len(qkv)}] int64, got {[*x.shape]} {x.dtype}")
-    own = {"qkv": qkv, "cos": cos, "sin": sin, "positions": positions, "slots": slots}
-    check_contiguous(qkv.device, **own, **dict(zip(POOLS, pools, strict=True)))
+    check_contiguous(qkv.device, pools, qkv=qkv, cos=cos, sin=sin, positions=positions, slots=slots)
 
 
 def rope_kv_write(

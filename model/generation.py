@@ -135,9 +135,9 @@ class Policy(policy.Policy):
         """
         given = {name: value for name, value in sampling.items() if value is not None}
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        sampling_ = replace(self.settings.sampling, **given)
-        with self._lock:
-            return list(self.stream(prompts, n, seed, plan, sampling_)) if prompts else []
+        drawn = self.stream(prompts, n, seed, plan, replace(self.settings.sampling, **given))
+        with self._lock:  # a stream does nothing before it is read
+            return list(drawn) if prompts else []
 
     def stream(
         self, prompts: Sequence[str], n: int, seed: int, plan: str | Sequence[str], sampling: Sampling

@@ -50,7 +50,7 @@ class Weights:
                 "Llama with 'silu'"
             )
         self.policy = policy
-        self.kind = (policy.device, policy.dtype)
+        self.kind = (policy.device, policy.dtype)  # those for which the tensors were made
         self._sources: list[Joined] = []
         self.embed_text = self.read("weight", "model.language_model.embed_tokens")
         self.layers = [Layer(self, f"model.language_model.layers.{i}") for i in range(config.num_hidden_layers)]

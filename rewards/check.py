@@ -38,7 +38,7 @@ COLUMNS = ("reward", "weights", "dtype", "device", "load s", "ms/picture", *(e.t
 
 
 def read_config(path: str | Path) -> RewardConfig:
-    """Read the `rewards` of a run's YAML file. Raises ValueError if there are none, and for unknown keys."""
+    """Read the `rewards` of a run's YAML file. Raises ValueError if there are none, or unknown keys, or no YAML."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

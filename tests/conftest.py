@@ -30,7 +30,7 @@ if INTERPRETED:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file whose runs take longest goes first. At the end, the other processes would wait for these runs."""
+    """The file whose runs take longest goes first. If it came last, the other processes would wait for it."""
     items.sort(key=lambda item: item.path.name != "test_zero.py")
 
 

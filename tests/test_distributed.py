@@ -132,7 +132,7 @@ def test_ranks_end_with_torchrun(tmp_path: Path) -> None:
 
 
 def test_no_thread_is_left_when_the_ranks_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python would break it off while it ends itself, and a process that does so may abort."""
+    """If it still ran when Python ends, Python would break it off, and the process may abort."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
     before = threading.active_count()
     ranks = Ranks.start()

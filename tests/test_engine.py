@@ -297,12 +297,11 @@ def test_a_kv_cache_is_allocated_again_after_memory_ran_out(policy: Policy, monk
     sampling = Sampling(max_completion_length=10, cfg_weight=1.0)
     expected = next(engine.generate(PROMPTS[:1], 2, sampling, 0))
     with monkeypatch.context() as patch:
-        resource_limit = RuntimeError("DefaultCPUAllocator: can't allocate memory")
         real = torch.empty
 
         def empty(*shape: Any, **options: Any) -> Tensor:
             if 0 not in shape:
-                raise resource_limit
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             return real(*shape, **options)
 
         patch.setattr("bicot.model.kv.torch.empty", empty)

@@ -202,7 +202,7 @@ def test_weight_0_silences_a_token_that_is_not_finite(logits: bool, impl: str) -
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("loss_type", ["dapo", "cispo"])
 def test_nan_logits_give_nan_gradients(loss_type: LossType, impl: str) -> None:
-    """The optimizer skips an update by the norm of its gradients."""
+    """Then their norm is NaN too, and the optimizer skips the update."""
     (stream,) = random_streams(0, torch.float32, [(4, 9)])
     logits = stream.logits.detach().clone()
     logits[1, 3] = torch.nan

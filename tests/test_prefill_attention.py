@@ -96,5 +96,6 @@ def test_bad_input_is_named() -> None:
             prefill_attention(*given)
     with pytest.raises(ValueError, match="no C\\+\\+ kernel"):
         prefill_attention(q, keys, values, slots, first, impl="native")
-    with pytest.raises(RuntimeError, match="forward only"):
-        prefill_attention(q, keys, values.requires_grad_(), slots, first)
+    for wants in ((q.clone().requires_grad_(), keys, values), (q, keys, values.clone().requires_grad_())):
+        with pytest.raises(RuntimeError, match="forward only"):
+            prefill_attention(*wants, slots, first)

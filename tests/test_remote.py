@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -191,35 +192,31 @@ def test_a_slow_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_answers_that_drip_or_are_cut_off_or_never_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "LONGEST_ANSWER", 2**20)
-    body, lengths = GOOD[1].encode(), [len(GOOD[1])]
+    body = GOOD[1].encode()
 
-    def answer(connection: socket.socket, way: str) -> None:
+    def answer(server: socket.socket, length: int, parts: list[bytes], pause: float) -> None:
+        connection, _ = server.accept()
         with connection, contextlib.suppress(OSError):
             asked = b""
             while not asked.endswith(b'"examples": []}') and (part := connection.recv(2**20)):
                 asked += part  # an unread rest would reset the connection
-            connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {lengths[0]}\r\n\r\n".encode())
-            for part in {"drip": [body[i : i + 1] for i in range(len(body))], "cut": [body[:9]]}.get(way, [b" "] * 10):
-                connection.sendall(part * (2**18 if way == "long" else 1))
-                time.sleep(0.3 if way == "drip" else 0)
+            connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n".encode())
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause)
 
-    for way, kind, message in (
-        ("drip", Unavailable, "gives no answer within 0.5 s"),
-        ("cut", Unavailable, "cannot be reached: IncompleteRead"),
-        ("long", ValueError, "answers with more than 1 MiB"),
+    for length, parts, pause, kind, message in (
+        (len(body), [bytes([byte]) for byte in body], 0.3, Unavailable, "gives no answer within 0.5 s"),
+        (len(body), [body[:9]], 0, Unavailable, "cannot be reached: IncompleteRead"),
+        (2**30, [b" " * 2**18] * 10, 0, ValueError, "answers with more than 1 MiB"),
     ):
-        lengths[0] = 2**30 if way == "long" else len(body)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            thread = threading.Thread(target=lambda way=way, server=server: answer(server.accept()[0], way))
-            thread.start()
+        with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as thread:
+            thread.submit(answer, server, length, parts, pause)
             start = time.perf_counter()
             with pytest.raises(kind, match=message):
-                HttpReward("judge", f"http://127.0.0.1:{port}", timeout=0.5, retries=0)
+                HttpReward("judge", f"http://127.0.0.1:{server.getsockname()[1]}", timeout=0.5, retries=0)
             assert time.perf_counter() - start < 4
-            thread.join()
 
 
 @pytest.mark.parametrize(

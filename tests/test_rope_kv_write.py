@@ -347,5 +347,6 @@ def test_errors() -> None:
             bad.run("auto")
     with pytest.raises(ValueError, match="it takes no float8 pool"):
         fp8.run("native")
-    with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
-        replace(t, keys=t.keys.requires_grad_()).run("auto")
+    for name in ("qkv", "keys"):
+        with pytest.raises(RuntimeError, match=r"forward only: call it under torch.no_grad\(\)"):
+            replace(t, **{name: getattr(t, name).clone().requires_grad_()}).run("auto")
